@@ -1,0 +1,40 @@
+# One environment, .venv, made from pyproject.toml and constraints.txt. `make help` lists the targets.
+PYTHON ?= python3
+EXTRAS ?= dev
+VENV := .venv
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+comma := ,
+
+.PHONY: help install serve test test-fast lint clean
+
+help:
+	@echo "make serve      install, then start the server on its default model"
+	@echo "make test       install, then ruff, mypy and every test"
+	@echo "make test-fast  the inner loop: ruff and the quick tests"
+	@echo "make install    a complete $(VENV) and nothing else"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"glmserve needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}; try: make PYTHON=python3.12")'
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+install: $(STAMP)
+
+serve: install
+	$(VENV)/bin/glmserve $(ARGS)
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV)/bin/pytest
+
+test-fast: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pytest -m 'not slow' -x -q
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,52 @@
+"""The errors that glmserve raises on purpose.
+
+    GlmserveError
+    ├── UsageError            start-up cannot go on; the command line prints one line and exits with 2
+    │   ├── CheckpointError   the files of the model are missing, damaged, or of another kind
+    │   └── BudgetError       the memory budget does not fit; the message names the one that would
+    ├── RequestError          one client asked for something wrong; becomes a 4xx
+    └── EngineError           the server failed a request; becomes a 5xx
+        └── DiskError         bytes that a request needed could not be read
+
+Each message says what is wrong and what would have been right. The mapping to wire bodies is in
+`server/api/errors.py`, and only there.
+"""
+
+
+class GlmserveError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class UsageError(GlmserveError):
+    """Start-up cannot go on."""
+
+
+class CheckpointError(UsageError):
+    """The checkpoint's files are missing, damaged, or describe another model."""
+
+
+class BudgetError(UsageError):
+    """The memory budget does not fit this checkpoint or this machine."""
+
+
+class RequestError(GlmserveError):
+    """One client asked for something wrong.
+
+    `status` is the HTTP status (4xx), `error_type` the word that OpenRouter uses for it, `param` the
+    field of the request body that is to blame, when there is one.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, error_type: str = "invalid_request",
+                 param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.error_type = error_type
+        self.param = param
+
+
+class EngineError(GlmserveError):
+    """The server could not finish a request that was right."""
+
+
+class DiskError(EngineError):
+    """Bytes that a request needed could not be read from disk."""

@@ -1,0 +1,1 @@
+"""HTTP: validates, renders, tokenises, streams. Imports no MLX."""
