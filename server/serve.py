@@ -1,0 +1,105 @@
+"""`glmserve serve`: checks what can be checked at once, then runs HTTP here and the engine beside it."""
+
+import asyncio
+import logging
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+
+from config.errors import UsageError
+from config.settings import Settings
+from server.api.app import make_app
+from server.api.service import Dialect, Service
+from server.checkpoint import find_checkpoint
+from server.engine.messages import EngineConfig
+from server.engine.process import EngineProcess
+from server.glm.files import load_sampling_defaults
+from server.glm.template import load_chat_template
+from server.glm.tokenizer import load_tokenizer
+from server.logs import set_up_logging
+
+DEFAULT_MODEL_ID = "z-ai/glm-5.2"
+DRAIN_TIMEOUT_S = 5
+
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until interrupted. Raises UsageError where a person must act first."""
+    if settings.model is None:
+        raise UsageError("which model? give --model FOLDER, or --model ORG/NAME of the Hugging Face cache")
+    set_up_logging(settings.log_level)
+    checkpoint = find_checkpoint(settings.model)
+    with listen(settings.host, settings.port) as listener:
+        dialect = load_dialect(checkpoint)
+        fault = asyncio.run(_Serving(settings, checkpoint, dialect, listener).run())
+    if fault:
+        raise UsageError(fault)
+    return 0
+
+
+def load_dialect(checkpoint: Path) -> Dialect:
+    """How this checkpoint writes."""
+    return Dialect(
+        load_tokenizer(checkpoint), load_chat_template(checkpoint), load_sampling_defaults(checkpoint)
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before minutes are spent on loading."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
+        ) from error
+    return listener
+
+
+@dataclass
+class _Serving:
+    """One run: the HTTP server, the engine, and why the run ended."""
+
+    settings: Settings
+    checkpoint: Path
+    dialect: Dialect
+    listener: socket.socket
+    fault: str | None = None
+    server: uvicorn.Server | None = field(default=None, init=False)
+
+    async def run(self) -> str | None:
+        engine = EngineProcess(self._engine_config(), on_usage_error=self._give_up)
+        model_id = self.settings.served_model_name or DEFAULT_MODEL_ID
+        app = make_app(Service(engine, self.dialect, model_id))
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="off"
+        )
+        self.server = uvicorn.Server(config)
+        engine.start()
+        host, port = self.listener.getsockname()[:2]
+        log.info("listening on http://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", host, port)
+        try:
+            await self.server.serve(sockets=[self.listener])
+        finally:
+            await engine.close()
+        return self.fault
+
+    def _give_up(self, message: str) -> None:
+        assert self.server, "the engine is started after the server is made"
+        self.fault = message
+        self.server.should_exit = True
+
+    def _engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            model_path=self.checkpoint,
+            stream_experts=self.settings.stream_experts,
+            ram_budget_bytes=self.settings.ram_budget,
+            max_context=self.settings.max_context,
+            log_level=self.settings.log_level,
+        )
