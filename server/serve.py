@@ -5,6 +5,7 @@ import logging
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -51,14 +52,21 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket, taken before minutes are spent on loading."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
+        return _bound(socket.socket(family, kind, protocol), address)
     except OSError as error:
         raise UsageError(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
         ) from error
+
+
+def _bound(listener: socket.socket, address: Any) -> socket.socket:
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 
