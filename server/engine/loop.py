@@ -12,6 +12,7 @@ from queue import SimpleQueue
 import mlx.core as mx
 
 from config.errors import DiskError, EngineError, RequestError
+from models.attention import Span
 from server.engine.messages import (
     Cancel,
     Command,
@@ -27,7 +28,7 @@ from server.engine.messages import (
     TokenScore,
     Usage,
 )
-from server.engine.model import Backend, Span
+from server.engine.model import Backend
 from server.engine.sampling import draw, score_tokens, start_sampling
 from server.engine.scheduler import Decode, Prefill, Scheduler
 from server.engine.sequence import Sequence
@@ -129,14 +130,17 @@ class EngineLoop:
 
     def _forward(self, sequence: Sequence, token_ids: tuple[int, ...]) -> mx.array:  # [N, H]
         layers = self._model.forward(mx.array(token_ids), [Span(sequence.cache, 0, len(token_ids))])
+        written: list[mx.array] = []
         try:
             while True:
-                next(layers)
+                written += sequence.cache.states(next(layers))
                 self._take_commands()
                 if sequence.is_cancelled or self._is_stopping:
                     raise Cancelled
         except StopIteration as end:
             hidden: mx.array = end.value
+            # index keys that nothing has read yet would otherwise stay pending, step after step
+            mx.async_eval(hidden, *written)  # type: ignore[no-untyped-call]
             return hidden
         finally:
             layers.close()

@@ -2,28 +2,13 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 
+from models.attention import Span
+from models.cache import SequenceCache
 from server.engine.messages import EngineConfig, ModelInfo
-
-
-class Cache(Protocol):
-    """Keys and values of one sequence."""
-
-    @property
-    def length(self) -> int:
-        """Tokens held."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rows start..stop of the flat batch belong to the sequence of `cache`."""
-
-    cache: Any
-    start: int
-    stop: int
 
 
 class Model(Protocol):
@@ -35,7 +20,7 @@ class Model(Protocol):
     def logits(self, hidden: mx.array) -> mx.array:
         """[M, H] -> [M, V], fp32."""
 
-    def make_cache(self) -> Cache:
+    def make_cache(self) -> SequenceCache:
         """An empty cache for a new sequence."""
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from models.cache import SequenceCache
 from server.engine.messages import FinishReason, Generate, Usage
-from server.engine.model import Cache
 from server.engine.sampling import SamplerState
 
 
@@ -12,7 +12,7 @@ class Sequence:
     """A prompt, the tokens that followed, and the cache that holds them."""
 
     request: Generate
-    cache: Cache
+    cache: SequenceCache
     sampler: SamplerState
     generated: list[int] = field(default_factory=list)
     is_cancelled: bool = False

@@ -6,22 +6,27 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from models.attention import Span
+from models.cache import SequenceCache
 from server.engine.messages import ModelInfo
-from server.engine.model import Backend, Span
+from server.engine.model import Backend
 
 VOCAB = 32
 NUM_LAYERS = 3
 
 
-@dataclass
-class FakeCache:
+class FakeCache(SequenceCache):
     """Remembers the tokens themselves."""
 
-    tokens: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
 
     @property
     def length(self) -> int:
         return len(self.tokens)
+
+    def states(self, layer: int) -> list[mx.array]:
+        return []
 
 
 @dataclass
@@ -37,6 +42,7 @@ class CountingModel:
         ids = [int(str(item)) for item in tokens.tolist()]  # type: ignore[union-attr]
         self.forwards.append(len(ids))
         for span in spans:
+            assert isinstance(span.cache, FakeCache)
             span.cache.tokens.extend(ids[span.start : span.stop])
         if self.fails_at_token in ids:
             raise OSError(f"token {self.fails_at_token} cannot be read")
