@@ -1,7 +1,7 @@
 """A model small enough to predict by hand, for tests of the engine without a checkpoint."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -37,6 +37,8 @@ class CountingModel:
     fails_at_token: int | None = None
     damaged_token: int | None = None
     forwards: list[int] = field(default_factory=list)
+    on_layer: Callable[[], object] = bool
+    num_layers_run: int = 0
 
     def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
         ids = [int(str(item)) for item in tokens.tolist()]  # type: ignore[union-attr]
@@ -48,6 +50,8 @@ class CountingModel:
             raise OSError(f"token {self.fails_at_token} cannot be read")
         for layer in range(NUM_LAYERS):
             time.sleep(self.layer_s)
+            self.num_layers_run += 1
+            self.on_layer()
             yield layer
         return tokens.astype(mx.float32)[:, None]
 

@@ -124,6 +124,26 @@ def test_a_cancelled_request_ends_within_one_step(cancel_after: type[Event]) -> 
     assert len(model.forwards) <= 4 + 2
 
 
+def test_a_cancel_takes_effect_between_layers() -> None:
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    model = CountingModel()
+    model.on_layer = lambda: inbox.put(Cancel("a") if model.num_layers_run == 1 else Shutdown())
+    inbox.put(Generate("a", (1, 2, 3), 5, GREEDY))
+    inbox.put(Generate("b", (1, 2, 3), 5, GREEDY))
+    events: list[Event] = []
+    EngineLoop(make_backend(model), inbox, events.append).run()
+    assert model.num_layers_run == 2, "one layer of a, one of b"
+    assert events == []
+
+
+def test_a_shutdown_takes_effect_between_layers() -> None:
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    model = CountingModel(on_layer=lambda: inbox.put(Shutdown()))
+    inbox.put(Generate("a", (1, 2, 3), 5, GREEDY))
+    EngineLoop(make_backend(model), inbox, lambda event: None).run()
+    assert model.num_layers_run == 1
+
+
 def test_a_request_that_waits_can_be_cancelled() -> None:
     model = CountingModel()
     events = run(Generate("a", (1,), 2, GREEDY), Generate("b", (9,), 2, GREEDY), Cancel("b"), model=model)

@@ -98,7 +98,7 @@ def test_the_death_of_the_engine_fails_what_is_in_flight_and_it_is_started_again
             running = asyncio.ensure_future(collect(engine, Generate("a", (1,), 3, GREEDY)))
             await asyncio.sleep(0.1)
             os.kill(pid, signal.SIGKILL)
-            [event] = await running
+            [event] = await asyncio.wait_for(running, 10)
             assert isinstance(event, Failed)
             assert (event.kind, event.message) == ("died", "the engine process ended (signal 9)")
             assert engine.status.state == "down"
@@ -171,5 +171,19 @@ def test_finished_is_the_last_event() -> None:
             await ready(engine)
             events = await collect(engine, Generate("a", (1,), 1, GREEDY))
             assert isinstance(events[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def test_folders_where_the_server_was_started_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("raise SystemExit('a foreign folder was imported')")
+    monkeypatch.chdir(tmp_path)
+
+    async def scenario() -> None:
+        async with engine_of("plain") as engine:
+            await ready(engine)
 
     asyncio.run(scenario())
