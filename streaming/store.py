@@ -25,6 +25,9 @@ from streaming.reader import NUM_THREADS, TIMEOUT_S, Read, ReadDropped, Reader
 from streaming.runs import Run, largest_run_bytes, plan_runs
 from streaming.tickets import Ticket, TicketOffice
 
+# Experts that `load_all` asks for in one go: enough to keep every reader busy, few enough for progress to show.
+LOADED_AT_ONCE = 32
+
 
 @dataclass(frozen=True)
 class StoreStatistics:
@@ -88,6 +91,7 @@ class ExpertStore:
         num_slots = {layer: min(slots_per_layer[layer], index.num_experts) for layer in index.layers}
         maker = BankMaker(float_dtype, is_shared=shares_memory)
         self._index = index
+        self._is_resident = False
         self._layers = {
             layer: _make_layer(maker.make(index.parts(layer), count), make_policy(), count)
             for layer, count in num_slots.items()
@@ -104,6 +108,24 @@ class ExpertStore:
             )
         except DiskError as error:
             raise CheckpointError(str(error)) from error
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether expert i lies in slot i of every layer, and stays there."""
+        return self._is_resident
+
+    def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Makes every expert resident, in the slot of its own number; only for a store that was never used.
+
+        `on_progress` hears how many layers are done, of how many.
+        """
+        for number, (layer, state) in enumerate(self._layers.items(), start=1):
+            assert state.num_slots == self._index.num_experts, "there are fewer slots than experts"
+            assert not state.slot_of, "experts that came one by one lie in slots of other numbers"
+            for first in range(0, state.num_slots, LOADED_AT_ONCE):
+                self.acquire(layer, range(first, min(first + LOADED_AT_ONCE, state.num_slots)))
+            on_progress(number, len(self._layers))
+        self._is_resident = True
 
     def num_slots(self, layer: int) -> int:
         return self._layers[layer].num_slots

@@ -154,6 +154,21 @@ def test_everything_resident_is_read_once(index: ExpertIndex) -> None:
 
 
 @pytest.mark.parametrize("shares_memory", [True, False])
+def test_a_resident_store_keeps_each_expert_in_the_slot_of_its_number(
+    index: ExpertIndex, shares_memory: bool
+) -> None:
+    with opened(index, NUM_EXPERTS, shares_memory=shares_memory) as store:
+        assert not store.is_resident
+        seen: list[tuple[int, int]] = []
+        store.load_all(lambda done, total: seen.append((done, total)))
+        assert store.is_resident
+        assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+        for layer in index.layers:
+            for expert in range(NUM_EXPERTS):
+                assert_holds(index, store, layer, expert, expert)
+
+
+@pytest.mark.parametrize("shares_memory", [True, False])
 def test_the_bank_handed_out_early_shows_what_came_later(index: ExpertIndex, shares_memory: bool) -> None:
     with opened(index, 3, float_dtype=mx.bfloat16, shares_memory=shares_memory) as store:
         bank = store.bank(4)
