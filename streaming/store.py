@@ -25,7 +25,7 @@ from streaming.reader import NUM_THREADS, TIMEOUT_S, Read, ReadDropped, Reader
 from streaming.runs import Run, largest_run_bytes, plan_runs
 from streaming.tickets import Ticket, TicketOffice
 
-# Experts that `load_all` asks for in one go: enough to keep every reader busy, few enough for progress to show.
+# Experts that `load_all` asks for in one go: enough to keep every reader busy.
 LOADED_AT_ONCE = 32
 
 
