@@ -231,6 +231,37 @@ def test_fp8_is_decoded_exactly_up_to_the_half_block_at_the_edge(tmp_path: Path)
     assert mx.array_equal(fp8.rows("w.weight", 500, 576), expected[500:])
 
 
+def test_an_fp8_checkpoint_converts_to_what_its_bf16_values_convert_to(
+    tmp_path: Path, weights: dict[str, Array]
+) -> None:
+    """In blocks of 16, so that the 40 rows of kv_a_proj end in the middle of one, as 576 do in blocks of 128."""
+    fp8, bf16 = tmp_path / "fp8", tmp_path / "bf16"
+    block = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}}
+    rng = np.random.default_rng(1)
+    files: dict[Path, dict[str, tuple[str, tuple[int, ...], bytes]]] = {fp8: {}, bf16: {}}
+    scales = {}
+    for name, w in weights.items():
+        if not name.endswith("_proj.weight") or "indexer" in name:
+            both = ("F32", w.shape, w.tobytes())
+            files[fp8][name], files[bf16][name] = both, both
+            continue
+        codes = np.array(mx.to_fp8(mx.array(w)))
+        scale = rng.uniform(0.5, 2, [-(-size // 16) for size in w.shape]).astype(np.float32)
+        spread = np.kron(scale, np.ones((16, 16), np.float32))[: w.shape[0], : w.shape[1]]
+        dense = (mx.from_fp8(mx.array(codes), mx.float32) * mx.array(spread)).astype(mx.bfloat16)
+        files[fp8][name] = ("F8_E4M3", w.shape, codes.tobytes())
+        files[bf16][name] = ("BF16", w.shape, np.array(dense.view(mx.uint16)).tobytes())
+        scales[name + "_scale_inv"] = ("F32", scale.shape, scale.tobytes())
+    for directory, tensors in files.items():
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(SHARED | (block if directory is fp8 else {})))
+        write_safetensors(directory / "model-1.safetensors", tensors)
+    write_safetensors(fp8 / "model-2.safetensors", scales)
+    for directory in files:
+        convert(directory, directory.with_suffix(".mlx"), FOUR_BITS)
+    assert all_files(tmp_path / "fp8.mlx") == all_files(tmp_path / "bf16.mlx")
+
+
 def test_a_missing_or_misshapen_fp8_scale_is_named(tmp_path: Path) -> None:
     weight = ("F8_E4M3", (576, 128), bytes(576 * 128))
     write_safetensors(tmp_path / "model.safetensors", {"w.weight": weight})
