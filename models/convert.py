@@ -181,6 +181,7 @@ def _write_descriptions(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (target_dir / INDEX_NAME).write_text(json.dumps(index, indent=1))
     quantization = _describe_quantization(shards, recipe)
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
     described = {**config, "quantization": quantization, "quantization_config": quantization}
     (target_dir / "config.json").write_text(json.dumps(described, indent=2))
     for name in COPIED:

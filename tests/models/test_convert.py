@@ -234,7 +234,7 @@ def test_fp8_is_decoded_exactly_up_to_the_half_block_at_the_edge(tmp_path: Path)
 def test_an_fp8_checkpoint_converts_to_what_its_bf16_values_convert_to(
     tmp_path: Path, weights: dict[str, Array]
 ) -> None:
-    """In blocks of 16, so that the 40 rows of kv_a_proj end in the middle of one, as 576 do in blocks of 128."""
+    """In blocks of 16: kv_a_proj's 40 rows end in the middle of one, as 576 do in blocks of 128."""
     fp8, bf16 = tmp_path / "fp8", tmp_path / "bf16"
     block = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}}
     rng = np.random.default_rng(1)
