@@ -40,16 +40,20 @@ class Settings(BaseSettings):
         None,
         "Model",
         "PATH-OR-REPO",
-        "folder of a checkpoint, or a Hugging Face repository (org/name) that is in the local cache",
+        "folder of a checkpoint, or a repository (org/name) in the local Hugging Face cache; "
+        "default: a GLM found in that cache, else the small model in the box",
     )
     served_model_name: str | None = _setting(
-        None, "Model", "NAME", "the id that clients see; default z-ai/glm-5.2"
+        None,
+        "Model",
+        "NAME",
+        "the id that clients see (default z-ai/glm-5.2; glmserve/pocket for the model in the box)",
     )
     max_context: int | None = _setting(
         None,
         "Model",
         "TOKENS",
-        "longest prompt and answer together; default: what the model allows",
+        "longest prompt and answer together (default 32768, or the model's own maximum where that is less)",
         ge=1,
     )
     stream_experts: bool = _setting(

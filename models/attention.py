@@ -20,7 +20,7 @@ from models.rope import Rope
 from models.selection import causal_mask, select, selected_positions
 
 # Elements of the largest intermediate of a tile (64 MiB in float32).
-_TILE_ELEMENTS = 2**24
+TILE_ELEMENTS = 2**24
 # Rows of one span up to which the selected latents are gathered; more rows use a mask over all keys.
 # Both forms compute the same sums; see docs/measurements.md for the crossover.
 _GATHER_ROWS = 8
@@ -167,7 +167,7 @@ def softmax(scores: mx.array) -> mx.array:
 
 def tile_rows(rows: int, elements_per_row: int) -> int:
     """Rows of a tile whose largest intermediate stays within the fixed workspace."""
-    return max(1, min(rows, _TILE_ELEMENTS // elements_per_row))
+    return max(1, min(rows, TILE_ELEMENTS // elements_per_row))
 
 
 def select_tiled(queries: mx.array, weights: mx.array, keys: mx.array, k: int) -> list[mx.array]:

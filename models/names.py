@@ -11,9 +11,9 @@ import mlx.core as mx
 
 from config.errors import CheckpointError
 from models.args import ModelArgs
+from streaming.index import ExpertIndex
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
-_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.(experts|switch_mlp)\.")
 
 
 def is_unused(name: str, args: ModelArgs) -> bool:
@@ -31,14 +31,9 @@ def is_unused(name: str, args: ModelArgs) -> bool:
     return rest.startswith("self_attn.indexer.") and layer not in args.full_layers
 
 
-def is_expert_tensor(name: str) -> bool:
-    """Whether a tensor belongs to routed experts, in any layout."""
-    return _EXPERT.match(name) is not None
-
-
 def trunk_names(names: Iterable[str], args: ModelArgs) -> list[str]:
     """The tensors to load. Raises CheckpointError for FP8 scales: those are for the converter."""
-    kept = [name for name in names if not is_unused(name, args) and not is_expert_tensor(name)]
+    kept = [name for name in names if not is_unused(name, args) and not ExpertIndex.is_expert_tensor(name)]
     for name in kept:
         if name.endswith("weight_scale_inv"):
             raise CheckpointError(

@@ -6,13 +6,45 @@ Called by the command line. Reads headers only; knows nothing of what the tensor
 import json
 import os
 import re
-import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import models
 from config.errors import CheckpointError
-from config.sizes import format_size
+from streaming.headers import read_headers
 
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MODEL_TYPE = "glm_moe_dsa"
+GLM_ID = "z-ai/glm-5.2"
+# Pocket is a toy: it must never answer to the name of the real model unless somebody says so.
+POCKET_ID = "glmserve/pocket"
+POCKET = Path(models.__file__).with_name("pocket")
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A complete checkpoint, the id that clients see by default, and why it was chosen."""
+
+    directory: Path
+    model_id: str
+    remark: str = ""
+
+
+def choose_checkpoint(path_or_repo: str | None) -> FoundCheckpoint:
+    """The checkpoint that the user named, else a GLM in the local Hugging Face cache, else Pocket."""
+    if path_or_repo is not None:
+        directory = find_checkpoint(path_or_repo)
+        return FoundCheckpoint(directory, POCKET_ID if directory.samefile(POCKET) else GLM_ID)
+    for directory in _cached_glms():
+        remark = f"no --model given: serving {directory}, found in the Hugging Face cache"
+        return FoundCheckpoint(directory, GLM_ID, remark)
+    remark = (
+        "no --model given and no GLM in the Hugging Face cache: serving Pocket, a small demonstration model. "
+        "For the real one: hf download mlx-community/GLM-5.2-mxfp4, then glmserve --model "
+        "mlx-community/GLM-5.2-mxfp4 --stream-experts"
+    )
+    return FoundCheckpoint(find_checkpoint(str(POCKET)), POCKET_ID, remark)
 
 
 def find_checkpoint(path_or_repo: str) -> Path:
@@ -24,15 +56,13 @@ def find_checkpoint(path_or_repo: str) -> Path:
         raise CheckpointError(f"--model {path_or_repo}: there is no such folder")
     if not (path / "config.json").exists():
         raise CheckpointError(f"--model {path}: no config.json there, so this is not a checkpoint")
-    _check_is_complete(path)
+    read_headers(path)
     return path
 
 
 def _find_in_cache(repo: str) -> Path:
-    folder = _cache_folder() / f"models--{repo.replace('/', '--')}"
-    revision = folder / "refs" / "main"
-    snapshot = folder / "snapshots" / (revision.read_text().strip() if revision.exists() else "main")
-    if not snapshot.is_dir():
+    snapshot = _snapshot(_cache_folder() / f"models--{repo.replace('/', '--')}")
+    if snapshot is None:
         raise CheckpointError(
             f"--model {repo} is neither a folder nor in the Hugging Face cache; "
             f"fetch it with `hf download {repo}`"
@@ -40,54 +70,31 @@ def _find_in_cache(repo: str) -> Path:
     return snapshot
 
 
+def _cached_glms() -> Iterator[Path]:
+    """Complete checkpoints of our model type, in order of their names."""
+    for folder in sorted(_cache_folder().glob("models--*")):
+        snapshot = _snapshot(folder)
+        if snapshot is not None and _is_glm(snapshot):
+            yield snapshot
+
+
+def _is_glm(snapshot: Path) -> bool:
+    try:
+        config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
+        read_headers(snapshot)
+    except (OSError, ValueError, CheckpointError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
+def _snapshot(folder: Path) -> Path | None:
+    revision = folder / "refs" / "main"
+    snapshot = folder / "snapshots" / (revision.read_text().strip() if revision.exists() else "main")
+    return snapshot if snapshot.is_dir() else None
+
+
 def _cache_folder() -> Path:
     if hub := os.environ.get("HF_HUB_CACHE"):
         return Path(hub)
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return Path(home) / "hub"
-
-
-def _check_is_complete(path: Path) -> None:
-    shards = _shards(path)
-    missing = [name for name in shards if not (path / name).exists()]
-    if missing:
-        raise CheckpointError(
-            f"{path}: {len(missing)} of {len(shards)} weight files are missing, {missing[0]} first; "
-            "finish the download"
-        )
-    for name in shards:
-        _check_length(path / name)
-
-
-def _shards(path: Path) -> list[str]:
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        names = sorted(file.name for file in path.glob("*.safetensors"))
-        if not names:
-            raise CheckpointError(f"{path}: no weights (*.safetensors) there; finish the download")
-        return names
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
-
-
-def _check_length(shard: Path) -> None:
-    try:
-        num_expected = _expected_bytes(shard)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{shard} has no readable header; download it again") from error
-    if (num_bytes := shard.stat().st_size) < num_expected:
-        missing = format_size(num_expected - num_bytes)
-        raise CheckpointError(f"{shard} is {missing} short; finish the download")
-
-
-def _expected_bytes(shard: Path) -> int:
-    """Length of a safetensors file by its header: 8 bytes, the header, the data."""
-    with shard.open("rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-        if header_bytes > shard.stat().st_size:
-            return 8 + int(header_bytes)
-        header = json.loads(file.read(header_bytes))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return 8 + int(header_bytes) + int(max(ends, default=0))

@@ -58,8 +58,24 @@ def _serve(words: Sequence[str]) -> int:
     return serve(parse_settings(words))
 
 
+def _plan(words: Sequence[str]) -> int:
+    # Imported here: the HTTP process of `serve` does without MLX.
+    from server.plan_command import print_plan
+
+    is_json = "--json" in words
+    return print_plan(parse_settings([word for word in words if word != "--json"], "plan"), is_json)
+
+
+def _convert(words: Sequence[str]) -> int:
+    from models.convert_command import convert_command
+
+    return convert_command(words)
+
+
 COMMANDS = {
     "serve": Command("answer requests (the default)", _serve),
+    "plan": Command("print how --ram-budget would be divided (--json for programs), load nothing", _plan),
+    "convert": Command("make a streamable, quantised copy: glmserve convert SRC DST", _convert),
 }
 
 

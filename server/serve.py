@@ -13,7 +13,7 @@ from config.errors import UsageError
 from config.settings import Settings
 from server.api.app import make_app
 from server.api.service import Dialect, Service
-from server.checkpoint import find_checkpoint
+from server.checkpoint import FoundCheckpoint, choose_checkpoint
 from server.engine.messages import EngineConfig
 from server.engine.process import EngineProcess
 from server.glm.files import load_sampling_defaults
@@ -21,7 +21,6 @@ from server.glm.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
 from server.logs import set_up_logging
 
-DEFAULT_MODEL_ID = "z-ai/glm-5.2"
 DRAIN_TIMEOUT_S = 5
 
 log = logging.getLogger(__name__)
@@ -29,12 +28,12 @@ log = logging.getLogger(__name__)
 
 def serve(settings: Settings) -> int:
     """Serve until interrupted. Raises UsageError where a person must act first."""
-    if settings.model is None:
-        raise UsageError("which model? give --model FOLDER, or --model ORG/NAME of the Hugging Face cache")
     set_up_logging(settings.log_level)
-    checkpoint = find_checkpoint(settings.model)
+    checkpoint = choose_checkpoint(settings.model)
+    if checkpoint.remark:
+        log.info("%s", checkpoint.remark)
     with listen(settings.host, settings.port) as listener:
-        dialect = load_dialect(checkpoint)
+        dialect = load_dialect(checkpoint.directory)
         fault = asyncio.run(_Serving(settings, checkpoint, dialect, listener).run())
     if fault:
         raise UsageError(fault)
@@ -75,15 +74,17 @@ class _Serving:
     """One run: the HTTP server, the engine, and why the run ended."""
 
     settings: Settings
-    checkpoint: Path
+    checkpoint: FoundCheckpoint
     dialect: Dialect
     listener: socket.socket
     fault: str | None = None
     server: uvicorn.Server | None = field(default=None, init=False)
 
     async def run(self) -> str | None:
-        engine = EngineProcess(self._engine_config(), on_usage_error=self._give_up)
-        model_id = self.settings.served_model_name or DEFAULT_MODEL_ID
+        engine = EngineProcess(
+            make_engine_config(self.settings, self.checkpoint.directory), on_usage_error=self._give_up
+        )
+        model_id = self.settings.served_model_name or self.checkpoint.model_id
         app = make_app(Service(engine, self.dialect, model_id))
         config = uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="off"
@@ -103,11 +104,13 @@ class _Serving:
         self.fault = message
         self.server.should_exit = True
 
-    def _engine_config(self) -> EngineConfig:
-        return EngineConfig(
-            model_path=self.checkpoint,
-            stream_experts=self.settings.stream_experts,
-            ram_budget_bytes=self.settings.ram_budget,
-            max_context=self.settings.max_context,
-            log_level=self.settings.log_level,
-        )
+
+def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
+    """What the engine needs to know of the settings."""
+    return EngineConfig(
+        model_path=directory,
+        stream_experts=settings.stream_experts,
+        ram_budget_bytes=settings.ram_budget,
+        max_context=settings.max_context,
+        log_level=settings.log_level,
+    )
