@@ -35,7 +35,7 @@ def choose_checkpoint(path_or_repo: str | None) -> FoundCheckpoint:
     """The checkpoint that the user named, else a GLM in the local Hugging Face cache, else Pocket."""
     if path_or_repo is not None:
         directory = find_checkpoint(path_or_repo)
-        return FoundCheckpoint(directory, POCKET_ID if directory.samefile(POCKET) else GLM_ID)
+        return FoundCheckpoint(directory, POCKET_ID if directory.resolve() == POCKET.resolve() else GLM_ID)
     for directory in _cached_glms():
         remark = f"no --model given: serving {directory}, found in the Hugging Face cache"
         return FoundCheckpoint(directory, GLM_ID, remark)

@@ -147,7 +147,7 @@ def fuse_experts(weights: dict[str, Array], config: dict[str, Any]) -> dict[str,
 def save_checkpoint(directory: Path, config: dict[str, Any], weights: dict[str, Array]) -> Path:
     """Write config.json and two shards with their index, as transformers does."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config))
+    save_config(directory, config)
     names = sorted(weights)
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     weight_map: dict[str, str] = {}
@@ -157,6 +157,10 @@ def save_checkpoint(directory: Path, config: dict[str, Any], weights: dict[str, 
     index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+def save_config(directory: Path, config: dict[str, Any]) -> None:
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def tokens(config: dict[str, Any], length: int, seed: int = 7) -> list[int]:

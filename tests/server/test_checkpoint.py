@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from config.errors import CheckpointError
-from server.checkpoint import find_checkpoint
+from server.checkpoint import choose_checkpoint, find_checkpoint
 
 
-def write_shard(path: Path, num_data_bytes: int = 8, num_missing: int = 0) -> None:
+def write_shard(path: Path, num_data_bytes: int = 8, num_missing: int = 0, tensor: str = "a") -> None:
     header = json.dumps(
         {
             "__metadata__": {},
-            "a": {"dtype": "U8", "shape": [num_data_bytes], "data_offsets": [0, num_data_bytes]},
+            tensor: {"dtype": "U8", "shape": [num_data_bytes], "data_offsets": [0, num_data_bytes]},
         }
     ).encode()
     path.write_bytes(
@@ -28,8 +28,8 @@ def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text("{}")
     shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    for name in shards.values():
-        write_shard(tmp_path / name)
+    for tensor, name in shards.items():
+        write_shard(tmp_path / name, tensor=tensor)
     return tmp_path
 
 
@@ -46,23 +46,23 @@ def test_a_complete_folder_is_found(checkpoint: Path) -> None:
 
 def test_a_missing_shard_is_named(checkpoint: Path) -> None:
     (checkpoint / "model-2.safetensors").unlink()
-    assert "1 of 2 weight files are missing, model-2.safetensors first" in refusal(checkpoint)
+    assert "lacks 1 of 2 files: model-2.safetensors; finish the download" in refusal(checkpoint)
 
 
 @pytest.mark.parametrize("num_missing", [1, 8, 20, 200])
 def test_a_shard_that_was_cut_off_is_named(checkpoint: Path, num_missing: int) -> None:
-    write_shard(checkpoint / "model-2.safetensors", num_missing=num_missing)
+    write_shard(checkpoint / "model-2.safetensors", num_missing=num_missing, tensor="b")
     assert "model-2.safetensors" in refusal(checkpoint)
 
 
 def test_other_faults_say_what_they_are(checkpoint: Path, tmp_path: Path) -> None:
     assert "no such folder" in refusal(tmp_path / "nowhere")
     (checkpoint / "model.safetensors.index.json").write_text("{")
-    assert "damaged" in refusal(checkpoint)
+    assert "cannot be parsed" in refusal(checkpoint)
     (checkpoint / "model.safetensors.index.json").unlink()
     for shard in checkpoint.glob("*.safetensors"):
         shard.unlink()
-    assert "no weights" in refusal(checkpoint)
+    assert "holds no model*.safetensors" in refusal(checkpoint)
     (checkpoint / "config.json").unlink()
     assert "not a checkpoint" in refusal(checkpoint)
 
@@ -79,3 +79,35 @@ def test_a_repository_is_looked_up_in_the_local_cache_only(
     (snapshot / "config.json").write_text("{}")
     write_shard(snapshot / "model.safetensors")
     assert find_checkpoint("org/name") == snapshot
+
+
+def test_without_a_name_a_complete_glm_of_the_cache_is_served_else_pocket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    pocket = write_snapshot(tmp_path / "elsewhere" / "models--x--pocket", "glm_moe_dsa")
+    monkeypatch.setattr("server.checkpoint.POCKET", pocket)
+    write_snapshot(tmp_path / "models--a--llama", "llama")
+    half = write_snapshot(tmp_path / "models--b--glm", "glm_moe_dsa")
+    write_shard(half / "model.safetensors", num_missing=4)
+    found = choose_checkpoint(None)
+    assert (found.directory, found.model_id) == (pocket, "glmserve/pocket")
+    assert "hf download" in found.remark
+    whole = write_snapshot(tmp_path / "models--c--glm", "glm_moe_dsa")
+    found = choose_checkpoint(None)
+    assert (found.directory, found.model_id) == (whole, "z-ai/glm-5.2")
+    assert str(whole) in found.remark
+
+
+def test_pocket_by_name_keeps_its_own_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pocket = write_snapshot(tmp_path / "models--x--pocket", "glm_moe_dsa")
+    monkeypatch.setattr("server.checkpoint.POCKET", pocket)
+    assert choose_checkpoint(str(pocket)).model_id == "glmserve/pocket"
+
+
+def write_snapshot(folder: Path, model_type: str) -> Path:
+    snapshot = folder / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"model_type": model_type}))
+    write_shard(snapshot / "model.safetensors")
+    return snapshot

@@ -42,7 +42,6 @@ def checkpoint(tmp_path: Path, tokenizer_folder: Path) -> Path:
         (["--ram-budget", "much"], "'much' is not a size"),
         (["--model", "/no/such/folder"], "there is no such folder"),
         (["--config", "/no/such/file"], "cannot read --config /no/such/file"),
-        ([], "which model?"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
