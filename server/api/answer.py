@@ -1,14 +1,14 @@
 """From engine events to text: one `Answer` for each request, whatever the route makes of it.
 
-Detokenises, parts thought from content, finds stop strings, keeps the count, and writes the request's line
-in the log. Closing it early cancels the request at the engine.
+Feeds the parser, finds stop strings, keeps the count, and writes the request's line in the log. Closing it
+early cancels the request at the engine.
 """
 
 import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.api.errors import GenerationFailed
 from server.api.stops import StopScanner
@@ -23,19 +23,20 @@ from server.engine.messages import (
     TokenScore,
     Usage,
 )
-from server.glm.reasoning import Piece, ReasoningSplitter
-from server.glm.tokenizer import Tokenizer
+from server.glm.answer_parser import AnswerParser, Piece
+from server.glm.tools import CallPart
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """New text, and the scores of the content tokens that brought it."""
+    """New text and parts of calls, and the scores of the content tokens that brought it."""
 
     reasoning: str = ""
     content: str = ""
     scores: tuple[TokenScore, ...] = ()
+    calls: tuple[CallPart, ...] = ()
 
 
 class Answer:
@@ -44,16 +45,17 @@ class Answer:
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Tokenizer,
+        parser: AnswerParser,
         request: Generate,
         stops: list[str],
-        splits_reasoning: bool = True,
+        max_calls: int | None = None,
     ) -> None:
         self.request = request
-        self.reason: FinishReason | None = None
+        self.parser = parser
         self.prompt_scores: list[TokenScore] = []
+        self._reason: FinishReason | None = None
         self._engine = engine
-        self._splitter = ReasoningSplitter(tokenizer, request.token_ids, splits_reasoning)
+        self._max_calls = max_calls
         self._scanner = StopScanner(stops)
         self._num_tokens = 0
         self._usage: Usage | None = None
@@ -64,9 +66,10 @@ class Answer:
         return self._usage or Usage(len(self.request.token_ids), self._num_tokens)
 
     @property
-    def num_reasoning_tokens(self) -> int:
-        """Tokens of the thought."""
-        return self._splitter.num_reasoning_tokens
+    def reason(self) -> str | None:
+        """Why the answer is over. A call that was cut off by the limit is no reason to run the others."""
+        is_cut = self._reason == "length" and self.parser.num_rejected_calls
+        return "tool_calls" if self._reason and self.parser.num_calls and not is_cut else self._reason
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The answer as it comes. Raises GenerationFailed where the engine gives up."""
@@ -82,29 +85,32 @@ class Answer:
                         case Failed():
                             raise GenerationFailed.from_event(event)
                         case Finished():
-                            self.reason, self._usage = event.reason, event.usage
+                            self._reason, self._usage = event.reason, event.usage
                             yield self._last_delta()
-                    if self._scanner.is_stopped:
-                        self.reason = "stop"
+                    if self._has_enough:
+                        self._reason = "stop"
                         return
         finally:
             self._log(time.monotonic() - started_at)
 
+    @property
+    def _has_enough(self) -> bool:
+        """Whether a stop string or the last call that is wanted has come."""
+        return self._scanner.is_stopped or self.parser.num_calls == self._max_calls
+
     def _on_token(self, score: TokenScore) -> Delta:
         self._num_tokens += 1
-        was_content = self._splitter.part == "content"
-        piece = self._splitter.push(score.token_id)
-        is_visible = was_content and self._splitter.part == "content"
+        was_content = self.parser.part == "content"
+        piece = self.parser.push(score.token_id)
+        is_visible = was_content and self.parser.part == "content"
         return self._delta(piece, (score,) if is_visible else ())
 
     def _delta(self, piece: Piece, scores: tuple[TokenScore, ...] = ()) -> Delta:
-        if piece.part == "reasoning":
-            return Delta(reasoning=piece.text, scores=scores)
-        return Delta(content=self._scanner.push(piece.text), scores=scores)
+        return Delta(piece.reasoning, self._scanner.push(piece.content), scores, piece.calls)
 
     def _last_delta(self) -> Delta:
-        delta = self._delta(self._splitter.flush())
-        return Delta(delta.reasoning, delta.content + self._scanner.flush())
+        delta = self._delta(self.parser.flush(self._reason == "stop"))
+        return replace(delta, content=delta.content + self._scanner.flush())
 
     def _log(self, seconds: float) -> None:
         usage = self.usage

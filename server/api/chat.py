@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -16,6 +17,7 @@ from server.api.disconnect import while_connected
 from server.api.service import Service
 from server.api.shapes import Envelope
 from server.api.sse import stream
+from server.glm.answer_parser import AnswerParser
 from server.glm.effort import template_options
 
 KIND = "chat.completion"
@@ -49,16 +51,16 @@ class _Chat:
         prompt = self._tokenizer.encode(_render(service, body))
         max_tokens = body.max_completion_tokens or body.max_tokens
         command = service.command(body, prompt, max_tokens, body.top_logprobs or 0)
-        self._answer = Answer(service.engine, self._tokenizer, command, body.stops)
+        parser = AnswerParser(self._tokenizer, prompt, body.tool_set())
+        max_calls = 1 if body.parallel_tool_calls is False else None
+        self._answer = Answer(service.engine, parser, command, body.stops, max_calls)
         self.envelope = Envelope(command.request_id, service.model_id)
 
     async def result(self) -> dict[str, Any]:
         """The whole answer."""
         deltas = [delta async for delta in self._visible_deltas()]
         scores = [score for delta in deltas for score in delta.scores]
-        reasoning = "".join(delta.reasoning for delta in deltas)
-        content = "".join(delta.content for delta in deltas)
-        message = {"message": shapes.chat_message(reasoning, content)}
+        message = {"message": shapes.chat_message(deltas)}
         logprobs = shapes.chat_logprobs(self._tokenizer, scores) if self._body.logprobs else None
         choice = shapes.chat_choice(message, logprobs, self._answer.reason)
         return self.envelope.wrap(KIND, choices=[choice], usage=shapes.usage([self._answer]))
@@ -68,7 +70,7 @@ class _Chat:
         yield self._chunk({"role": "assistant", "content": ""})
         async with aclosing(self._visible_deltas()) as deltas:
             async for delta in deltas:
-                if delta.reasoning or delta.content or (delta.scores and self._body.logprobs):
+                if delta.reasoning or delta.content or delta.calls or (delta.scores and self._body.logprobs):
                     yield self._chunk(shapes.chat_delta(delta), delta)
         yield self._chunk({"content": ""}, reason=self._answer.reason)
         if sends_usage:
@@ -85,7 +87,7 @@ class _Chat:
     async def _visible_deltas(self) -> AsyncGenerator[Delta, None]:
         async with aclosing(self._answer.deltas()) as deltas:
             async for delta in deltas:
-                yield Delta("", delta.content, delta.scores) if self._body.hides_reasoning else delta
+                yield replace(delta, reasoning="") if self._body.hides_reasoning else delta
 
 
 def _render(service: Service, body: ChatRequest) -> str:

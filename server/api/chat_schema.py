@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from config.errors import RequestError
 from server.api.schema import GenerationRequest
 from server.glm.effort import Effort
+from server.glm.tools import ToolSet
 
 
 class Lenient(BaseModel):
@@ -140,7 +141,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning: Reasoning | None = None
     reasoning_effort: Effort | None = None
@@ -193,6 +194,11 @@ class ChatRequest(GenerationRequest):
         if not self.tools or self.tool_choice == "none":
             return None
         return [{**(tool.model_extra or {}), "function": _in_order(tool.function)} for tool in self.tools]
+
+    def tool_set(self) -> ToolSet | None:
+        """Tools as the parser of answers takes them; None where no call may be made."""
+        tools = self.template_tools()
+        return ToolSet(tool["function"] for tool in tools) if tools else None
 
     def template_messages(self) -> list[dict[str, Any]]:
         """Messages as the template takes them."""

@@ -18,6 +18,7 @@ from server.api.service import Service
 from server.api.shapes import Envelope
 from server.api.sse import stream
 from server.engine.messages import TokenScore
+from server.glm.answer_parser import AnswerParser
 
 KIND = "text_completion"
 
@@ -54,7 +55,8 @@ class _Completion:
         token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         command = service.command(body, token_ids, body.max_tokens, body.logprobs or 0)
         command = replace(command, score_prompt=bool(body.echo) and body.logprobs is not None)
-        return Answer(service.engine, self._tokenizer, command, body.stops, splits_reasoning=False)
+        parser = AnswerParser(self._tokenizer, token_ids, is_active=False)
+        return Answer(service.engine, parser, command, body.stops)
 
     async def result(self) -> dict[str, Any]:
         """All choices."""

@@ -12,6 +12,7 @@ from server.api.answer import Answer, Delta
 from server.api.errors import PROVIDER
 from server.engine.messages import TokenScore
 from server.glm.tokenizer import Tokenizer
+from server.glm.tools import CallPart
 from server.version import VERSION
 
 FINGERPRINT = f"glmserve-{VERSION}"
@@ -40,7 +41,7 @@ class Envelope:
 
 def usage(answers: Iterable[Answer]) -> dict[str, Any]:
     """What the answers to one request cost together."""
-    counts = [(answer.usage, answer.num_reasoning_tokens) for answer in answers]
+    counts = [(answer.usage, answer.parser.num_reasoning_tokens) for answer in answers]
     num_prompt = sum(used.num_prompt_tokens for used, _ in counts)
     num_completion = sum(used.num_completion_tokens for used, _ in counts)
     return {
@@ -63,15 +64,48 @@ def usage(answers: Iterable[Answer]) -> dict[str, Any]:
     }
 
 
-def chat_message(reasoning: str, content: str) -> dict[str, Any]:
-    """The message of a whole answer."""
+def chat_message(deltas: list[Delta]) -> dict[str, Any]:
+    """The message of a whole answer. Beside calls an absent content is null."""
+    content = "".join(delta.content for delta in deltas)
+    calls = _whole_calls(part for delta in deltas for part in delta.calls)
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-    return message | (_reasoning_fields(reasoning) if reasoning else {})
+    if reasoning := "".join(delta.reasoning for delta in deltas):
+        message |= _reasoning_fields(reasoning)
+    if calls:
+        message |= {"content": content or None, "tool_calls": calls}
+    return message
 
 
 def chat_delta(delta: Delta) -> dict[str, Any]:
     """The part of a message that a chunk adds."""
-    return {"content": delta.content} | (_reasoning_fields(delta.reasoning) if delta.reasoning else {})
+    result: dict[str, Any] = {"content": delta.content}
+    if delta.reasoning:
+        result |= _reasoning_fields(delta.reasoning)
+    if calls := [_call_delta(part) for part in delta.calls if part.id or part.arguments]:
+        result |= {"tool_calls": calls}
+    return result
+
+
+def _call_delta(part: CallPart) -> dict[str, Any]:
+    if part.id:
+        function = {"name": part.name, "arguments": part.arguments}
+        return {"index": part.index, "id": part.id, "type": "function", "function": function}
+    return {"index": part.index, "function": {"arguments": part.arguments}}
+
+
+def _whole_calls(parts: Iterable[CallPart]) -> list[dict[str, Any]]:
+    """The calls that came to their end; those that broke off are in the content."""
+    by_index: dict[int, list[CallPart]] = {}
+    for part in parts:
+        by_index.setdefault(part.index, []).append(part)
+    whole = [group for group in by_index.values() if group[-1].is_complete]
+    return [_whole_call(position, group) for position, group in enumerate(whole)]
+
+
+def _whole_call(position: int, parts: list[CallPart]) -> dict[str, Any]:
+    arguments = "".join(part.arguments for part in parts)
+    function = {"name": parts[0].name, "arguments": arguments}
+    return {"id": parts[0].id, "type": "function", "index": position, "function": function}
 
 
 def _reasoning_fields(text: str) -> dict[str, Any]:

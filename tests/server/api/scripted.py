@@ -22,9 +22,13 @@ from server.engine.messages import (
 
 @dataclass
 class ScriptedEngine:
-    """Answers each request with `script`, a list of token ids; `fails_after` tokens it gives up."""
+    """Answers each request with the next of `turns`, and when they are used up with `script`.
+
+    After `fails_after` tokens it gives up.
+    """
 
     script: list[int]
+    turns: list[list[int]] = field(default_factory=list)
     context_length: int = 4096
     vocab_size: int = 320
     token_s: float = 0.0
@@ -45,12 +49,13 @@ class ScriptedEngine:
 
     async def generate(self, request: Generate) -> AsyncGenerator[RequestEvent, None]:
         self.requests.append(request)
+        script = self.turns.pop(0) if self.turns else self.script
         name, num_prompt, is_over = request.request_id, len(request.token_ids), False
         try:
             yield Progress(name, num_prompt, num_prompt)
             if request.score_prompt:
                 yield PromptScored(name, self._prompt_scores(request))
-            for position, token_id in enumerate(self.script[: request.max_tokens]):
+            for position, token_id in enumerate(script[: request.max_tokens]):
                 await asyncio.sleep(self.token_s)
                 if position == self.fails_after:
                     is_over = True
@@ -62,7 +67,7 @@ class ScriptedEngine:
                     return
                 yield Token(name, score_of(token_id, request.num_top_logprobs))
             is_over = True
-            yield Finished(name, "length", Usage(num_prompt, min(len(self.script), request.max_tokens)))
+            yield Finished(name, "length", Usage(num_prompt, min(len(script), request.max_tokens)))
         finally:
             if not is_over:
                 self.cancel(name)

@@ -159,7 +159,6 @@ def test_alternatives_without_log_probabilities_are_refused(client: TestClient) 
         ("n", 0),
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
-        ("parallel_tool_calls", False),
         ("response_format", {"type": "json_object"}),
         ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("reasoning", {"max_tokens": 100}),

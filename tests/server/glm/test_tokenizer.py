@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from config.errors import CheckpointError
-from server.glm.reasoning import ReasoningSplitter
 from server.glm.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 
 TEXTS = [
@@ -96,38 +95,3 @@ def test_a_missing_or_foreign_tokenizer_is_named(tokenizer_folder: Path, tmp_pat
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="byte-level"):
         load_tokenizer(tmp_path)
-
-
-def split(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[str, str]:
-    splitter = ReasoningSplitter(tokenizer, tokenizer.encode(prompt))
-    pieces = [*map(splitter.push, tokenizer.encode(answer)), splitter.flush()]
-    parts = {"reasoning": "", "content": ""}
-    for piece in pieces:
-        parts[piece.part] += piece.text
-    return parts["reasoning"], parts["content"]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "answer", "expected"),
-    [
-        ("<|assistant|><think>", "hm</think>yes", ("hm", "yes")),
-        ("<|assistant|><think>", "never closed 👋", ("never closed 👋", "")),
-        ("<|assistant|><think></think>", "yes", ("", "yes")),
-        ("<|assistant|><think></think>", "yes</think>no", ("", "yesno")),
-        ("<|assistant|>", "<think>hm</think>yes", ("hm", "yes")),
-    ],
-)
-def test_thought_and_content_are_told_apart(
-    tokenizer: Tokenizer, prompt: str, answer: str, expected: tuple[str, str]
-) -> None:
-    assert split(tokenizer, prompt, answer) == expected
-
-
-def test_a_character_cut_by_the_end_of_a_thought_stays_in_the_thought(tokenizer: Tokenizer) -> None:
-    splitter = ReasoningSplitter(tokenizer, tokenizer.encode("<think>"))
-    half = tokenizer.encode("👋")[:-1]
-    pieces = [splitter.push(token_id) for token_id in [*half, *tokenizer.encode("</think>a")]]
-    assert [(piece.part, piece.text) for piece in pieces if piece.text] == [
-        ("reasoning", "\ufffd"),
-        ("content", "a"),
-    ]

@@ -1,0 +1,159 @@
+"""What type a tool argument has: GLM writes values without one, so the tool's schema decides.
+
+`ArgumentType` is the answer for one argument, `ArgumentTypes` finds it. Pure; schemas come from clients and
+are believed nothing: whatever makes no sense allows every type.
+"""
+
+import json
+import math
+import re
+from typing import Any
+
+import pydantic_core
+
+Types = frozenset[str]
+ALL: Types = frozenset(["string", "number", "integer", "boolean", "null", "object", "array"])
+# Deeper than any schema that people write; a chain of references must not exhaust the stack.
+MAX_DEPTH = 64
+
+BLANKS = " \t\n\r"
+NUMBER_SO_FAR = re.compile(r"[-+0-9.eE]*[ \t\n\r]*")
+
+
+class ArgumentType:
+    """The types that one argument may have."""
+
+    def __init__(self, types: Types = ALL) -> None:
+        self.types = types
+
+    def to_json(self, raw: str) -> str:
+        """The JSON of a complete value. A string stays as it is, to the last blank.
+
+        Text that reads as JSON of another allowed type is that; a value that fits no allowed type is
+        handed on as a string, for the caller to complain about.
+        """
+        value = _parse(raw)
+        fits = value is not None and bool(_types_of(value[0]) & (self.types - {"string"}))
+        return raw.strip(BLANKS) if fits else json.dumps(raw, ensure_ascii=False)
+
+    def is_surely_text(self, start: str) -> bool:
+        """Whether a value that begins like this can only be a string, so that it need not be waited for."""
+        if "string" not in self.types:
+            return False
+        others = self.types - {"string"}
+        head = start.lstrip(BLANKS)
+        if not head or not others:
+            return not others
+        match head[0]:
+            case "{":
+                return "object" not in others
+            case "[":
+                return "array" not in others
+            case char if char in "-0123456789":
+                return others.isdisjoint({"integer", "number"}) or not NUMBER_SO_FAR.fullmatch(head)
+            case _:
+                words = ["null"] * ("null" in others) + ["true", "false"] * ("boolean" in others)
+                return not any(word.startswith(head.rstrip(BLANKS)) for word in words)
+
+
+class ArgumentTypes:
+    """The arguments of one function, by the JSON schema of its parameters."""
+
+    def __init__(self, parameters: Any) -> None:
+        self._root = parameters if isinstance(parameters, dict) else {}
+        self._by_reference: dict[str, Types] = {}
+        self._properties = _properties(self._root)
+
+    def known_key(self, key: str) -> str:
+        """The argument that is meant: the exact name, else the one without the blanks around it."""
+        stripped = key.strip()
+        return stripped if key not in self._properties and stripped in self._properties else key
+
+    def of(self, key: str) -> ArgumentType:
+        """The type of one argument."""
+        schema = self._properties.get(key, self._root.get("additionalProperties"))
+        return ArgumentType(self._allowed(schema, 0))
+
+    def _allowed(self, schema: Any, depth: int) -> Types:
+        if not isinstance(schema, dict) or depth > MAX_DEPTH:
+            return ALL
+        types = _declared(schema)
+        if isinstance(reference := schema.get("$ref"), str):
+            types &= self._referenced(reference, depth)
+        for keyword in ("anyOf", "oneOf"):
+            if isinstance(branches := schema.get(keyword), list) and branches:
+                types &= frozenset().union(*(self._allowed(branch, depth + 1) for branch in branches))
+        if isinstance(branches := schema.get("allOf"), list):
+            for branch in branches:
+                types &= self._allowed(branch, depth + 1)
+        if schema.get("nullable") is True:
+            types |= {"null"}
+        return types or ALL
+
+    def _referenced(self, reference: str, depth: int) -> Types:
+        if reference not in self._by_reference:
+            self._by_reference[reference] = ALL  # what a reference to itself says
+            self._by_reference[reference] = self._allowed(resolve(self._root, reference), depth + 1)
+        return self._by_reference[reference]
+
+
+def resolve(root: Any, reference: str) -> Any:
+    """The part of a schema that a reference like #/$defs/Point points to; None where there is none."""
+    if not reference.startswith("#"):
+        return None
+    part = root
+    for step in reference[1:].split("/")[1:]:
+        if not isinstance(part, dict):
+            return None
+        part = part.get(step.replace("~1", "/").replace("~0", "~"))
+    return part
+
+
+def _properties(schema: dict[str, Any]) -> dict[str, Any]:
+    properties = schema.get("properties")
+    return properties if isinstance(properties, dict) else {}
+
+
+def _declared(schema: dict[str, Any]) -> Types:
+    named = schema.get("type")
+    names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+    types = frozenset(name for name in names if isinstance(name, str)) & ALL
+    if "number" in types:
+        types |= {"integer"}
+    if not types:
+        implied = {"object": "properties" in schema, "array": "items" in schema}
+        types = frozenset(name for name, is_implied in implied.items() if is_implied) or ALL
+    values = schema.get("enum")
+    if "const" in schema:
+        values = [schema["const"]]
+    if isinstance(values, list) and values:
+        types &= frozenset().union(*map(_types_of, values))
+    return types
+
+
+def _types_of(value: Any) -> Types:
+    """The types whose values include this one."""
+    match value:
+        case None:
+            return frozenset(["null"])
+        case bool():
+            return frozenset(["boolean"])
+        case int():
+            return frozenset(["integer", "number"])
+        case float():
+            if not math.isfinite(value):
+                return frozenset()
+            return frozenset(["integer", "number"] if value.is_integer() else ["number"])
+        case str():
+            return frozenset(["string"])
+        case list():
+            return frozenset(["array"])
+        case _:
+            return frozenset(["object"])
+
+
+def _parse(raw: str) -> tuple[Any] | None:
+    try:
+        return (pydantic_core.from_json(raw, allow_inf_nan=False),)
+    except ValueError:
+        return None
