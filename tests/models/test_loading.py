@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -180,6 +180,10 @@ REAL: dict[str, Any] = TINY | {
 }  # fmt: skip
 
 
+def parameters(model: Model) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+
+
 def test_a_uniform_mxfp4_checkpoint_at_the_real_shapes_has_2489_tensors() -> None:
     """78 x 16 attention and norms, 21 x 8 indexers, 3 x 6 dense, 75 x 14 sparse, 5 around them."""
     args = ModelArgs.from_config(REAL)
@@ -188,7 +192,7 @@ def test_a_uniform_mxfp4_checkpoint_at_the_real_shapes_has_2489_tensors() -> Non
     for _, module in model.named_modules():
         if isinstance(module, Linear):
             module.pack(Quantization(32, 4, "mxfp4"))
-    shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    shapes = {name: array.shape for name, array in parameters(model)}
     trunk = len(shapes) + 1  # the embedding's scales
     routed = 75 * 3 * 2
     assert trunk + routed == 2489
@@ -203,7 +207,7 @@ def test_the_geometry_counts_what_the_model_holds(tmp_path: Path) -> None:
     weights = make_weights(WIDE, SEED)
     opened = open_model(save_packed(tmp_path, WIDE, weights, lambda path: Quantization(64, 4)))
     geometry = make_geometry(opened.checkpoint, CPU)
-    held = sum(array.nbytes for _, array in tree_flatten(opened.model.parameters()))
+    held = sum(array.nbytes for _, array in parameters(opened.model))
     assert geometry.trunk_bytes == held
     banks = [sum(a.nbytes for a in opened.store.bank(layer).values()) for layer in range(3, 11)]
     assert [8 * nbytes for nbytes in geometry.expert_bytes] == banks
