@@ -1,6 +1,6 @@
 # One environment, .venv, made from pyproject.toml and constraints.txt. `make help` lists the targets.
 PYTHON ?= python3
-EXTRAS ?= dev
+EXTRAS ?= dev,clients
 VENV := .venv
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 comma := ,

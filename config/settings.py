@@ -49,6 +49,12 @@ class Settings(BaseSettings):
         "NAME",
         "the id that clients see (default z-ai/glm-5.2; glmserve/pocket for the model in the box)",
     )
+    model_policy: Literal["strict", "any"] = _setting(
+        "strict",
+        "Model",
+        "POLICY",
+        "strict: requests for a model that is not this one are refused; any: they are answered",
+    )
     max_context: int | None = _setting(
         None,
         "Model",

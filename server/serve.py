@@ -12,6 +12,7 @@ import uvicorn
 from config.errors import UsageError
 from config.settings import Settings
 from server.api.app import make_app
+from server.api.names import ModelNames
 from server.api.service import Dialect, Service
 from server.checkpoint import FoundCheckpoint, choose_checkpoint
 from server.engine.messages import EngineConfig
@@ -85,7 +86,8 @@ class _Serving:
             make_engine_config(self.settings, self.checkpoint.directory), on_usage_error=self._give_up
         )
         model_id = self.settings.served_model_name or self.checkpoint.model_id
-        app = make_app(Service(engine, self.dialect, model_id))
+        names = ModelNames(model_id, self.settings.model_policy)
+        app = make_app(Service(engine, self.dialect, names))
         config = uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="off"
         )

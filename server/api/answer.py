@@ -5,6 +5,7 @@ early cancels the request at the engine.
 """
 
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -18,6 +19,7 @@ from server.engine.messages import (
     Finished,
     FinishReason,
     Generate,
+    Progress,
     PromptScored,
     Token,
     TokenScore,
@@ -53,6 +55,9 @@ class Answer:
         self.request = request
         self.parser = parser
         self.prompt_scores: list[TokenScore] = []
+        self.first_at: float | None = None
+        self._progress: Progress | None = None
+        self._prefill_from: tuple[float, int] | None = None
         self._reason: FinishReason | None = None
         self._engine = engine
         self._max_calls = max_calls
@@ -78,6 +83,8 @@ class Answer:
             async with aclosing(self._engine.generate(self.request)) as events:
                 async for event in events:
                     match event:
+                        case Progress():
+                            self._on_progress(event)
                         case Token():
                             yield self._on_token(event.score)
                         case PromptScored():
@@ -98,8 +105,28 @@ class Answer:
         """Whether a stop string or the last call that is wanted has come."""
         return self._scanner.is_stopped or self.parser.num_calls == self._max_calls
 
+    @property
+    def progress(self) -> str:
+        """How far the prompt has been read and how long the rest will take; nothing once an answer comes."""
+        if self._progress is None or self._prefill_from is None or self.first_at:
+            return ""
+        done, total = self._progress.num_prefilled, self._progress.num_prompt_tokens
+        if done == total:
+            return ""
+        since, num_before = self._prefill_from
+        text = f"prefill={done}/{total}"
+        if done == num_before:
+            return text
+        eta = (time.time() - since) * (total - done) / (done - num_before)
+        return f"{text} eta={math.ceil(eta)}s"
+
+    def _on_progress(self, event: Progress) -> None:
+        self._progress = event
+        self._prefill_from = self._prefill_from or (time.time(), event.num_prefilled)
+
     def _on_token(self, score: TokenScore) -> Delta:
         self._num_tokens += 1
+        self.first_at = self.first_at or time.time()
         was_content = self.parser.part == "content"
         piece = self.parser.push(score.token_id)
         is_visible = was_content and self.parser.part == "content"

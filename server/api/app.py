@@ -2,11 +2,13 @@
 
 from fastapi import FastAPI
 
+from server.api.account import account_router
 from server.api.catalogue import health_router, models_router
 from server.api.chat import chat_router
 from server.api.completions import completion_router
 from server.api.errors import install_error_handlers
 from server.api.service import Service
+from server.api.tokenize import tokenize_router
 
 # OpenRouter's base path, OpenAI's, and none, as mlx-lm also has it.
 BASES = ("/api/v1", "/v1", "")
@@ -20,6 +22,8 @@ def make_app(service: Service) -> FastAPI:
         app.include_router(chat_router(service, is_openrouter), prefix=base)
         app.include_router(completion_router(service, is_openrouter), prefix=base)
         app.include_router(models_router(service), prefix=base)
+        app.include_router(account_router(service), prefix=base)
+        app.include_router(tokenize_router(service), prefix=base)
     app.include_router(health_router(service))
     install_error_handlers(app)
     return app

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 from config.errors import RequestError
+from server.api.errors import PROVIDER
 from server.api.service import Service
 
 FREE = dict.fromkeys(("prompt", "completion", "request", "image", "web_search", "internal_reasoning"), "0")
@@ -25,9 +26,21 @@ PARAMETERS = [
     "logprobs",
     "top_logprobs",
     "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "structured_outputs",
     "reasoning",
+    "reasoning_effort",
     "include_reasoning",
 ]
+ARCHITECTURE = {
+    "modality": "text->text",
+    "input_modalities": ["text"],
+    "output_modalities": ["text"],
+    "tokenizer": "Other",
+    "instruct_type": None,
+}
 
 
 def models_router(service: Service) -> APIRouter:
@@ -35,6 +48,7 @@ def models_router(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.get("/models")
+    @router.get("/models/user")
     async def list_models() -> dict[str, Any]:
         card = model_card(service)
         length = card["context_length"]
@@ -53,14 +67,32 @@ def models_router(service: Service) -> APIRouter:
             "models": [local],
         }
 
+    @router.get("/models/count")
+    async def count_models() -> dict[str, Any]:
+        return {"data": {"count": 1}}
+
+    @router.get("/models/{model_id:path}/endpoints")
+    async def list_endpoints(model_id: str) -> dict[str, Any]:
+        _check_id(service, model_id)
+        return {"data": _endpoints(service)}
+
     @router.get("/models/{model_id:path}")
     async def get_model(model_id: str) -> dict[str, Any]:
-        if model_id != service.model_id:
-            message = f"there is no model {model_id[:100]!r} here; this server has {service.model_id!r}"
-            raise RequestError(message, status=404, error_type="not_found")
+        _check_id(service, model_id)
         return model_card(service)
 
+    @router.get("/model/{model_id:path}")
+    async def get_openrouter_model(model_id: str) -> dict[str, Any]:
+        _check_id(service, model_id)
+        return {"data": model_card(service)}
+
     return router
+
+
+def _check_id(service: Service, model_id: str) -> None:
+    if not service.names.means_us(model_id):
+        message = f"there is no model {model_id[:100]!r} here; this server has {service.model_id!r}"
+        raise RequestError(message, status=404, error_type="not_found")
 
 
 def health_router(service: Service) -> APIRouter:
@@ -95,13 +127,7 @@ def model_card(service: Service) -> dict[str, Any]:
         "object": "model",
         "owned_by": service.model_id.partition("/")[0],
         "max_model_len": length,
-        "architecture": {
-            "modality": "text->text",
-            "input_modalities": ["text"],
-            "output_modalities": ["text"],
-            "tokenizer": "Other",
-            "instruct_type": None,
-        },
+        "architecture": ARCHITECTURE,
         "pricing": FREE,
         "top_provider": {
             "context_length": length,
@@ -112,5 +138,43 @@ def model_card(service: Service) -> dict[str, Any]:
         "supported_parameters": PARAMETERS,
         "default_parameters": {"temperature": defaults.temperature, "top_p": defaults.top_p},
         "supported_voices": None,
+        "reasoning": {
+            "mandatory": False,
+            "supported_efforts": ["high", "xhigh"],
+            "default_effort": "xhigh",
+            "supports_max_tokens": True,
+        },
         "links": {"details": f"/api/v1/models/{service.model_id}/endpoints"},
     }
+
+
+def _endpoints(service: Service) -> dict[str, Any]:
+    """Who serves the model: we do."""
+    card = model_card(service)
+    length = card["context_length"]
+    endpoint = {
+        "name": f"{PROVIDER} | {service.model_id}",
+        "model_id": service.model_id,
+        "model_name": card["name"],
+        "provider_name": PROVIDER,
+        "tag": PROVIDER,
+        "context_length": length,
+        "pricing": {"prompt": "0", "completion": "0"},
+        "quantization": "unknown",
+        "max_completion_tokens": length,
+        "max_prompt_tokens": length,
+        "supported_parameters": PARAMETERS,
+        "supports_tool_choice": dict.fromkeys(("auto", "function", "none", "required"), True),
+        "supports_implicit_caching": True,
+        "supports_diarization": False,
+        "native_tools": {},
+        "service_tier": None,
+        "status": 0,
+        "uptime_last_5m": None,
+        "uptime_last_30m": None,
+        "uptime_last_1d": None,
+        "latency_last_30m": None,
+        "throughput_last_30m": None,
+    }
+    named = ("id", "name", "created", "description", "architecture")
+    return {name: card[name] for name in named} | {"endpoints": [endpoint]}

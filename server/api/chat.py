@@ -14,10 +14,13 @@ from server.api.answer import Answer, Delta
 from server.api.body import body_of
 from server.api.chat_schema import ChatRequest
 from server.api.disconnect import while_connected
+from server.api.ledger import Caller, Receipt
+from server.api.merge import merge
 from server.api.service import Service
 from server.api.shapes import Envelope
 from server.api.sse import stream
-from server.glm.answer_parser import AnswerParser
+from server.engine.messages import Generate, Thought
+from server.glm.answer_parser import AnswerParser, prompt_is_thinking
 from server.glm.effort import template_options
 
 KIND = "chat.completion"
@@ -31,10 +34,11 @@ def chat_router(service: Service, always_sends_usage: bool) -> APIRouter:
 
     @router.post("/chat/completions")
     async def create_chat_completion(request: Request, body: Body) -> Response:
-        chat = await anyio.to_thread.run_sync(_Chat, service, body)
+        caller = Caller.of(request.headers, body.session_id, body.user)
+        chat = await anyio.to_thread.run_sync(_Chat, service, body, caller)
         if body.stream:
             chunks = chat.chunks(always_sends_usage or body.wants_usage_in_stream)
-            return stream(chunks, chat.envelope, CHUNK, service.keepalive_s)
+            return stream(chunks, chat.envelope, CHUNK, service.keepalive_s, chat.progress)
         result = await while_connected(request, chat.result())
         return JSONResponse(result, headers={"X-Generation-Id": chat.envelope.id})
 
@@ -44,53 +48,85 @@ def chat_router(service: Service, always_sends_usage: bool) -> APIRouter:
 class _Chat:
     """One chat completion. Making one renders and tokenises, which takes a while for a long prompt."""
 
-    def __init__(self, service: Service, body: ChatRequest) -> None:
+    def __init__(self, service: Service, body: ChatRequest, caller: Caller) -> None:
         service.model_info()
+        self._service = service
         self._body = body
         self._tokenizer = service.dialect.tokenizer
-        prompt = self._tokenizer.encode(_render(service, body))
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        command = service.command(body, prompt, max_tokens, body.top_logprobs or 0)
-        parser = AnswerParser(self._tokenizer, prompt, body.tool_set())
-        max_calls = 1 if body.parallel_tool_calls is False else None
-        self._answer = Answer(service.engine, parser, command, body.stops, max_calls)
+        prompt = self._tokenizer.encode(render(service, body))
+        command = service.command(body, prompt, body.limit, body.top_logprobs or 0)
+        command = replace(command, thought=self._thought(prompt))
+        self._answers = [self._answer(service, one) for one in shapes.several(command, body.n or 1)]
         self.envelope = Envelope(command.request_id, service.model_id)
+        self._receipt = Receipt(command.request_id, service.model_id, caller, bool(body.stream))
+
+    def _thought(self, prompt: list[int]) -> Thought | None:
+        end_id = self._tokenizer.end_think_id
+        if end_id is None or not prompt_is_thinking(self._tokenizer, prompt):
+            return None
+        return Thought(end_id, self._body.max_reasoning_tokens)
+
+    def _answer(self, service: Service, command: Generate) -> Answer:
+        parser = AnswerParser(self._tokenizer, command.token_ids, self._body.tool_set())
+        max_calls = 1 if self._body.parallel_tool_calls is False else None
+        return Answer(service.engine, parser, command, self._body.stops, max_calls)
+
+    def progress(self) -> str:
+        """How far the prompt has been read, for those who wait."""
+        return self._answers[0].progress
 
     async def result(self) -> dict[str, Any]:
         """The whole answer."""
-        deltas = [delta async for delta in self._visible_deltas()]
+        deltas: list[list[Delta]] = [[] for _ in self._answers]
+        async with aclosing(self._deltas()) as merged:
+            async for index, delta in merged:
+                deltas[index].append(delta)
+        choices = [self._choice(index, own) for index, own in enumerate(deltas)]
+        return self.envelope.wrap(KIND, choices=choices, usage=self._usage())
+
+    def _choice(self, index: int, deltas: list[Delta]) -> dict[str, Any]:
         scores = [score for delta in deltas for score in delta.scores]
-        message = {"message": shapes.chat_message(deltas)}
         logprobs = shapes.chat_logprobs(self._tokenizer, scores) if self._body.logprobs else None
-        choice = shapes.chat_choice(message, logprobs, self._answer.reason)
-        return self.envelope.wrap(KIND, choices=[choice], usage=shapes.usage([self._answer]))
+        message = {"message": shapes.chat_message(deltas)}
+        return shapes.chat_choice(index, message, logprobs, self._answers[index].reason)
 
     async def chunks(self, sends_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
-        """The answer in chunks: the role first, usage last."""
-        yield self._chunk({"role": "assistant", "content": ""})
-        async with aclosing(self._visible_deltas()) as deltas:
-            async for delta in deltas:
+        """The answer in chunks: the roles first, usage last."""
+        for index in range(len(self._answers)):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        async with aclosing(self._deltas()) as deltas:
+            async for index, delta in deltas:
                 if delta.reasoning or delta.content or delta.calls or (delta.scores and self._body.logprobs):
-                    yield self._chunk(shapes.chat_delta(delta), delta)
-        yield self._chunk({"content": ""}, reason=self._answer.reason)
+                    yield self._chunk(index, shapes.chat_delta(delta), delta)
+        for index, answer in enumerate(self._answers):
+            yield self._chunk(index, {"content": ""}, reason=answer.reason)
         if sends_usage:
-            yield self.envelope.wrap(CHUNK, choices=[], usage=shapes.usage([self._answer]))
+            yield self.envelope.wrap(CHUNK, choices=[], usage=self._usage())
 
     def _chunk(
-        self, delta: dict[str, Any], source: Delta | None = None, reason: str | None = None
+        self, index: int, delta: dict[str, Any], source: Delta | None = None, reason: str | None = None
     ) -> dict[str, Any]:
         logprobs = None
         if source and source.scores and self._body.logprobs:
             logprobs = shapes.chat_logprobs(self._tokenizer, source.scores)
-        return self.envelope.wrap(CHUNK, choices=[shapes.chat_choice({"delta": delta}, logprobs, reason)])
+        choice = shapes.chat_choice(index, {"delta": delta}, logprobs, reason)
+        return self.envelope.wrap(CHUNK, choices=[choice])
 
-    async def _visible_deltas(self) -> AsyncGenerator[Delta, None]:
-        async with aclosing(self._answer.deltas()) as deltas:
-            async for delta in deltas:
-                yield replace(delta, reasoning="") if self._body.hides_reasoning else delta
+    async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """What clients get to see, with the choice that it belongs to."""
+        try:
+            async with aclosing(merge([answer.deltas() for answer in self._answers])) as merged:
+                async for index, delta in merged:
+                    yield index, replace(delta, reasoning="") if self._body.hides_reasoning else delta
+        finally:
+            self._service.ledger.close(self._receipt, self._answers)
+
+    def _usage(self) -> dict[str, Any]:
+        return shapes.usage(self._answers, answers_per_prompt=len(self._answers))
 
 
-def _render(service: Service, body: ChatRequest) -> str:
+def render(service: Service, body: ChatRequest) -> str:
+    """The prompt of a conversation."""
     options = template_options(body.effort, body.is_thinking_enabled)
     options["clear_thinking"] = body.clears_thinking
     return service.dialect.template.render(body.template_messages(), body.template_tools(), options)

@@ -45,6 +45,23 @@ class ReasoningDetail(Lenient):
     text: str | None = None
 
 
+class Reasoning(BaseModel):
+    """OpenRouter's `reasoning`."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+
+class ConfigurationUpdate(Lenient):
+    """A change of mind in the middle of a conversation."""
+
+    reasoning: Reasoning | None = None
+
+
 class Message(Lenient):
     """One turn."""
 
@@ -55,6 +72,7 @@ class Message(Lenient):
     reasoning_details: list[ReasoningDetail] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    configuration_update: ConfigurationUpdate | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -91,17 +109,6 @@ class Tool(BaseModel):
 
     type: Literal["function"]
     function: Function
-
-
-class Reasoning(BaseModel):
-    """OpenRouter's `reasoning`."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    effort: Effort | None = None
-    enabled: bool | None = None
-    exclude: bool | None = None
-    max_tokens: None = None
 
 
 class TemplateOptions(BaseModel):
@@ -157,16 +164,33 @@ class ChatRequest(GenerationRequest):
         return self
 
     @property
+    def limit(self) -> int | None:
+        """Tokens of the answer, thought included."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def max_reasoning_tokens(self) -> int | None:
+        """Tokens after which the thought is closed."""
+        return self.reasoning.max_tokens if self.reasoning else None
+
+    @property
     def hides_reasoning(self) -> bool:
         """Whether the thought is wanted in the answer."""
         return self.include_reasoning is False or bool(self.reasoning and self.reasoning.exclude)
 
     @property
     def effort(self) -> Effort | None:
-        """How hard to think, from whichever field says so."""
+        """How hard to think, from whichever field says so; a later message wins."""
         options = self.chat_template_kwargs
+        updates = [message.configuration_update for message in reversed(self.messages)]
+        later = [update.reasoning.effort for update in updates if update and update.reasoning]
         nested = self.reasoning.effort if self.reasoning else None
-        return nested or self.reasoning_effort or (options.reasoning_effort if options else None)
+        return (
+            next(filter(None, later), None)
+            or nested
+            or self.reasoning_effort
+            or (options.reasoning_effort if options else None)
+        )
 
     @property
     def is_thinking_enabled(self) -> bool | None:
@@ -202,7 +226,11 @@ class ChatRequest(GenerationRequest):
 
     def template_messages(self) -> list[dict[str, Any]]:
         """Messages as the template takes them."""
-        return [_template_message(index, message) for index, message in enumerate(self.messages)]
+        return [
+            _template_message(index, message)
+            for index, message in enumerate(self.messages)
+            if message.text or not message.configuration_update
+        ]
 
 
 def _in_order(function: Function) -> dict[str, Any]:

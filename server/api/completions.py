@@ -14,6 +14,7 @@ from server.api.answer import Answer
 from server.api.body import body_of
 from server.api.completion_schema import CompletionRequest
 from server.api.disconnect import while_connected
+from server.api.ledger import Caller, Receipt
 from server.api.service import Service
 from server.api.shapes import Envelope
 from server.api.sse import stream
@@ -30,7 +31,8 @@ def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
 
     @router.post("/completions")
     async def create_completion(request: Request, body: Body) -> Response:
-        completion = await anyio.to_thread.run_sync(_Completion, service, body)
+        caller = Caller.of(request.headers, body.session_id, body.user)
+        completion = await anyio.to_thread.run_sync(_Completion, service, body, caller)
         if body.stream:
             chunks = completion.chunks(always_sends_usage or body.wants_usage_in_stream)
             return stream(chunks, completion.envelope, KIND, service.keepalive_s)
@@ -41,27 +43,38 @@ def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
 
 
 class _Completion:
-    """The completions of all prompts of one body, one after the other."""
+    """The completions of all prompts of one body, one after the other, `n` for each prompt."""
 
-    def __init__(self, service: Service, body: CompletionRequest) -> None:
+    def __init__(self, service: Service, body: CompletionRequest, caller: Caller) -> None:
         service.model_info()
+        self._service = service
         self._body = body
+        self._num_each = body.n or 1
         self._tokenizer = service.dialect.tokenizer
-        self._answers = [self._answer(service, prompt) for prompt in body.prompts]
+        self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
+        self._receipt = Receipt(self.envelope.id, service.model_id, caller, bool(body.stream))
 
-    def _answer(self, service: Service, prompt: str | list[int]) -> Answer:
+    def _make_answers(self, service: Service, prompt: str | list[int]) -> list[Answer]:
         body = self._body
         token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         command = service.command(body, token_ids, body.max_tokens, body.logprobs or 0)
         command = replace(command, score_prompt=bool(body.echo) and body.logprobs is not None)
-        parser = AnswerParser(self._tokenizer, token_ids, is_active=False)
-        return Answer(service.engine, parser, command, body.stops)
+        return [
+            Answer(service.engine, AnswerParser(self._tokenizer, token_ids, is_active=False), one, body.stops)
+            for one in shapes.several(command, self._num_each)
+        ]
 
     async def result(self) -> dict[str, Any]:
         """All choices."""
-        choices = [await self._choice(index) for index in range(len(self._answers))]
-        return self.envelope.wrap(KIND, choices=choices, usage=shapes.usage(self._answers))
+        try:
+            choices = [await self._choice(index) for index in range(len(self._answers))]
+        finally:
+            self._service.ledger.close(self._receipt, self._answers)
+        return self.envelope.wrap(KIND, choices=choices, usage=self._usage())
+
+    def _usage(self) -> dict[str, Any]:
+        return shapes.usage(self._answers, self._num_each)
 
     async def _choice(self, index: int) -> dict[str, Any]:
         answer = self._answers[index]
@@ -73,12 +86,15 @@ class _Completion:
 
     async def chunks(self, sends_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
         """The choices in chunks, usage last."""
-        for index in range(len(self._answers)):
-            async with aclosing(self._choice_chunks(index)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        try:
+            for index in range(len(self._answers)):
+                async with aclosing(self._choice_chunks(index)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+        finally:
+            self._service.ledger.close(self._receipt, self._answers)
         if sends_usage:
-            yield self.envelope.wrap(KIND, choices=[], usage=shapes.usage(self._answers))
+            yield self.envelope.wrap(KIND, choices=[], usage=self._usage())
 
     async def _choice_chunks(self, index: int) -> AsyncGenerator[dict[str, Any], None]:
         answer = self._answers[index]
@@ -109,5 +125,5 @@ class _Completion:
         return self._prompt_text(index) if self._body.echo else ""
 
     def _prompt_text(self, index: int) -> str:
-        prompt = self._body.prompts[index]
+        prompt = self._body.prompts[index // self._num_each]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)

@@ -89,8 +89,10 @@ def _respond(request: Request, error: Exception) -> JSONResponse:
 
 
 def _headers(error: Exception) -> dict[str, str]:
-    if isinstance(error, GenerationFailed) and error.can_retry:
-        return {"Retry-After": str(RETRY_AFTER_S)}
+    if isinstance(error, GenerationFailed):
+        if not error.can_retry:
+            return {"x-should-retry": "false"}
+        return {"x-should-retry": "true", "Retry-After": str(RETRY_AFTER_S)}
     if isinstance(error, HTTPException) and error.headers:
         return dict(error.headers)
     return {}

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 # OpenRouter routes and bills by these, OpenAI stores and labels; here they have no meaning.
 IGNORED = frozenset(
     [
-        "user",
         "metadata",
         "store",
         "service_tier",
@@ -31,11 +30,12 @@ IGNORED = frozenset(
         "image_config",
         "plugins",
         "provider",
-        "models",
-        "session_id",
         "safety_identifier",
     ]
 )
+
+# Answers to one prompt; each holds a cache of its own.
+MAX_ANSWERS = 16
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -56,10 +56,13 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
+    models: Annotated[list[str], Field(max_length=64)] | None = None
+    user: str | None = None
+    session_id: Annotated[str, StringConstraints(max_length=256)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
-    n: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     seed: Seed | None = None
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
@@ -75,12 +78,6 @@ class GenerationRequest(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name not in IGNORED and value is not None:
                 raise ValueError(f"{name!r} is not supported")
-        return self
-
-    @model_validator(mode="after")
-    def _refuse_several_answers(self) -> Self:
-        if self.n not in (None, 1):
-            raise ValueError(f"'n' can only be 1, not {self.n}")
         return self
 
     @property

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from config.errors import RequestError
 from server.api.errors import GenerationFailed
+from server.api.ledger import Ledger
+from server.api.names import ModelNames
 from server.api.schema import GenerationRequest
 from server.engine.interface import Engine
 from server.engine.messages import Generate, ModelInfo, Sampling
@@ -29,9 +31,15 @@ class Service:
 
     engine: Engine
     dialect: Dialect
-    model_id: str
+    names: ModelNames
+    ledger: Ledger = field(default_factory=Ledger)
     keepalive_s: float = 5.0
     started_at: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_id(self) -> str:
+        """The name that answers carry."""
+        return self.names.served
 
     def model_info(self) -> ModelInfo:
         """The model, if it answers now."""
@@ -46,6 +54,7 @@ class Service:
     ) -> Generate:
         """The engine's form of a request, checked against the model."""
         info = self.model_info()
+        self.names.check(body.model, body.models or [])
         _check_prompt(prompt, info)
         available = info.context_length - len(prompt)
         if available < (1 if max_tokens is None else max_tokens):

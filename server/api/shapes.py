@@ -4,13 +4,13 @@ Chunks carry no nulls but `finish_reason` and its companions: some clients refus
 """
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server.api.answer import Answer, Delta
 from server.api.errors import PROVIDER
-from server.engine.messages import TokenScore
+from server.engine.messages import Generate, TokenScore
 from server.glm.tokenizer import Tokenizer
 from server.glm.tools import CallPart
 from server.version import VERSION
@@ -39,10 +39,19 @@ class Envelope:
         }
 
 
-def usage(answers: Iterable[Answer]) -> dict[str, Any]:
-    """What the answers to one request cost together."""
+def several(command: Generate, count: int) -> list[Generate]:
+    """The same command for each of `count` answers, with seeds that differ."""
+    seed, commands = command.sampling.seed, [command]
+    for index in range(1, count):
+        sampling = replace(command.sampling, seed=None if seed is None else seed + index)
+        commands.append(replace(command, request_id=f"{command.request_id}-{index}", sampling=sampling))
+    return commands
+
+
+def usage(answers: Sequence[Answer], answers_per_prompt: int = 1) -> dict[str, Any]:
+    """What the answers to one request cost together; a prompt that has several answers counts once."""
     counts = [(answer.usage, answer.parser.num_reasoning_tokens) for answer in answers]
-    num_prompt = sum(used.num_prompt_tokens for used, _ in counts)
+    num_prompt = sum(used.num_prompt_tokens for used, _ in counts[::answers_per_prompt])
     num_completion = sum(used.num_completion_tokens for used, _ in counts)
     return {
         "prompt_tokens": num_prompt,
@@ -51,7 +60,7 @@ def usage(answers: Iterable[Answer]) -> dict[str, Any]:
         "cost": 0,
         "is_byok": False,
         "prompt_tokens_details": {
-            "cached_tokens": sum(used.num_cached_tokens for used, _ in counts),
+            "cached_tokens": sum(used.num_cached_tokens for used, _ in counts[::answers_per_prompt]),
             "cache_write_tokens": 0,
             "audio_tokens": 0,
         },
@@ -114,11 +123,11 @@ def _reasoning_fields(text: str) -> dict[str, Any]:
 
 
 def chat_choice(
-    part: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None = None
+    index: int, part: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None = None
 ) -> dict[str, Any]:
     """A choice; `part` is its message or its delta."""
     return {
-        "index": 0,
+        "index": index,
         **part,
         "finish_reason": reason,
         "native_finish_reason": reason,

@@ -6,7 +6,7 @@ break clients. Headers and a first comment go out before the engine has said any
 
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -19,20 +19,27 @@ log = logging.getLogger(__name__)
 
 
 def stream(
-    chunks: AsyncGenerator[dict[str, Any], None], envelope: Envelope, kind: str, keepalive_s: float
+    chunks: AsyncGenerator[dict[str, Any], None],
+    envelope: Envelope,
+    kind: str,
+    keepalive_s: float,
+    progress: Callable[[], str] = str,
 ) -> EventSourceResponse:
-    """A response that sends these chunks and then `[DONE]`, or one error chunk in its place."""
+    """A response that sends these chunks and then `[DONE]`, or one error chunk in its place.
+
+    `progress` is what the comments say beside that the request is being worked on.
+    """
     return EventSourceResponse(
         _events(chunks, envelope, kind),
         headers={"X-Generation-Id": envelope.id},
         sep="\n",
         ping=keepalive_s,
-        ping_message_factory=_keepalive,
+        ping_message_factory=lambda: _keepalive(progress()),
     )
 
 
-def _keepalive() -> ServerSentEvent:
-    return ServerSentEvent(comment="OPENROUTER PROCESSING")
+def _keepalive(progress: str = "") -> ServerSentEvent:
+    return ServerSentEvent(comment=f"OPENROUTER PROCESSING {progress}".rstrip())
 
 
 async def _events(

@@ -13,6 +13,8 @@ import mlx.core as mx
 
 from config.errors import DiskError, EngineError, RequestError
 from models.attention import Span
+from server.engine.constraint import Constraint
+from server.engine.grammar import Grammars
 from server.engine.messages import (
     Cancel,
     Command,
@@ -52,12 +54,14 @@ class EngineLoop:
         inbox: SimpleQueue[Command],
         send: Callable[[Event], None],
         scheduler: Scheduler | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._model = backend.model
         self._info = backend.info
         self._inbox = inbox
         self._send = send
         self._scheduler = scheduler or Scheduler()
+        self._grammars = grammars
         self._is_stopping = False
 
     def run(self) -> None:
@@ -91,8 +95,20 @@ class EngineLoop:
         if request.max_tokens == 0 and not request.score_prompt:
             self._send(Finished(request.request_id, "length", Usage(len(request.token_ids), 0)))
             return
+        try:
+            constraint = self._make_constraint(request)
+        except Exception as error:  # a grammar that cannot be followed ends its own request only
+            self._send(Failed(request.request_id, _kind(error), str(error)))
+            return
         sampler = start_sampling(request.sampling, request.token_ids, self._info.vocab_size)
-        self._scheduler.add(Sequence(request, self._model.make_cache(), sampler))
+        self._scheduler.add(Sequence(request, self._model.make_cache(), sampler, constraint))
+
+    def _make_constraint(self, request: Generate) -> Constraint:
+        if not request.grammar:
+            return Constraint(request, None)
+        if self._grammars is None:
+            raise RequestError("this engine was started without grammars")
+        return Constraint(request, self._grammars.make_matcher(request.grammar, request.stop_token_ids))
 
     def _step(self) -> None:
         work = self._scheduler.choose()
@@ -160,10 +176,13 @@ class EngineLoop:
     def _sample(self, sequence: Sequence, hidden: mx.array) -> None:  # [1, H]
         request = sequence.request
         logits = self._model.logits(hidden)
-        token, sequence.sampler = draw(logits[0], request.sampling, sequence.sampler)
+        token, sequence.sampler = draw(
+            sequence.constraint.apply(logits[0]), request.sampling, sequence.sampler
+        )
         [score] = score_tokens(logits, token[None], request.num_top_logprobs)
         _check_finite([score])
         sequence.generated.append(score.token_id)
+        sequence.constraint.accept(score.token_id)
         if score.token_id not in request.stop_token_ids:
             self._send(Token(request.request_id, score))
         if sequence.finish_reason():

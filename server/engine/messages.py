@@ -40,6 +40,14 @@ class Sampling:
     seed: int | None = None
 
 
+@dataclass(frozen=True)
+class Thought:
+    """The prompt leaves the model inside a thought. It is closed after `max_tokens` if not before."""
+
+    end_token_id: int
+    max_tokens: int | None = None
+
+
 # Commands
 
 
@@ -55,7 +63,8 @@ class Generate:
     """Continue `token_ids` by up to `max_tokens` tokens; 0 only reads (and scores) the prompt.
 
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
-    log-probabilities of the prompt's own tokens.
+    log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
+    the end of the `thought`, or from its start where there is none.
     """
 
     request_id: str
@@ -65,6 +74,8 @@ class Generate:
     stop_token_ids: frozenset[int] = frozenset()
     num_top_logprobs: int = 0
     score_prompt: bool = False
+    thought: Thought | None = None
+    grammar: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from models.cache import SequenceCache
+from server.engine.constraint import Constraint
 from server.engine.messages import FinishReason, Generate, Usage
 from server.engine.sampling import SamplerState
 
@@ -14,6 +15,7 @@ class Sequence:
     request: Generate
     cache: SequenceCache
     sampler: SamplerState
+    constraint: Constraint
     generated: list[int] = field(default_factory=list)
     is_cancelled: bool = False
 

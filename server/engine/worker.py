@@ -16,6 +16,7 @@ from queue import SimpleQueue
 
 from config.errors import UsageError
 from server.engine.backend import open_backend
+from server.engine.grammar import Grammars
 from server.engine.loop import EngineLoop
 from server.engine.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Ready
 from server.engine.model import Backend, OpenBackend
@@ -37,7 +38,8 @@ def main(open_model: OpenBackend = open_backend) -> int:
     if backend is None:
         return 1
     pipe.send(Ready(backend.info))
-    EngineLoop(backend, inbox, pipe.send).run()
+    grammars = Grammars(load.config.model_path / "tokenizer.json", backend.info.vocab_size)
+    EngineLoop(backend, inbox, pipe.send, grammars=grammars).run()
     return 0
 
 

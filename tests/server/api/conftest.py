@@ -11,6 +11,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
+from server.api.names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.files import SamplingDefaults
 from server.glm.template import OUR_TEMPLATE, ChatTemplate
@@ -34,7 +35,7 @@ def engine(tokenizer: Tokenizer) -> ScriptedEngine:
 
 @pytest.fixture
 def service(engine: ScriptedEngine, dialect: Dialect) -> Service:
-    return Service(engine, dialect, "z-ai/glm-5.2", keepalive_s=0.05)
+    return Service(engine, dialect, ModelNames("z-ai/glm-5.2"), keepalive_s=0.05)
 
 
 @pytest.fixture

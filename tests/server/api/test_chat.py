@@ -8,6 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
+from server.api.names import ModelNames
 from server.api.service import Dialect, Service
 from server.engine.messages import Sampling
 from server.glm.tokenizer import Tokenizer
@@ -273,8 +274,8 @@ def test_requests_while_the_model_loads_are_told_to_come_back(
 
 
 def test_the_served_name_is_in_the_answer_and_in_the_list(engine: ScriptedEngine, dialect: Dialect) -> None:
-    client = TestClient(make_app(Service(engine, dialect, "my/model")))
-    assert ask(client, model="any")["model"] == "my/model"
+    client = TestClient(make_app(Service(engine, dialect, ModelNames("my/model"))))
+    assert ask(client, model="my/model")["model"] == "my/model"
     listed = client.get("/api/v1/models").json()
     assert [listed["data"][0]["id"], listed["models"][0]["id"], listed["total_count"]] == ["my/model"] * 2 + [
         1

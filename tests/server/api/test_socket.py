@@ -36,7 +36,7 @@ def test_openai_python_streams_a_chat(api: openai.OpenAI) -> None:
     with api:
         chunks = list(
             api.chat.completions.create(
-                model="m", messages=HELLO, stream=True, stream_options={"include_usage": True}
+                model="z-ai/glm-5.2", messages=HELLO, stream=True, stream_options={"include_usage": True}
             )
         )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "Hi Ærø 👋!"
@@ -46,7 +46,7 @@ def test_openai_python_streams_a_chat(api: openai.OpenAI) -> None:
 
 def test_openai_python_completes_and_lists_models(api: openai.OpenAI) -> None:
     with api:
-        answer = api.completions.create(model="m", prompt="hello", max_tokens=2, logprobs=1)
+        answer = api.completions.create(model="z-ai/glm-5.2", prompt="hello", max_tokens=2, logprobs=1)
         assert answer.choices[0].finish_reason == "length"
         assert answer.choices[0].logprobs
         assert [model.id for model in api.models.list()] == ["z-ai/glm-5.2"]
@@ -55,10 +55,10 @@ def test_openai_python_completes_and_lists_models(api: openai.OpenAI) -> None:
 def test_openai_python_raises_what_the_server_says(api: openai.OpenAI, engine: ScriptedEngine) -> None:
     with api:
         with pytest.raises(openai.BadRequestError, match="temperature"):
-            api.chat.completions.create(model="m", messages=HELLO, temperature=3)
+            api.chat.completions.create(model="z-ai/glm-5.2", messages=HELLO, temperature=3)
         engine.fails_after = 2
         with pytest.raises(openai.APIError, match="the disk is gone"):
-            list(api.chat.completions.create(model="m", messages=HELLO, stream=True))
+            list(api.chat.completions.create(model="z-ai/glm-5.2", messages=HELLO, stream=True))
 
 
 def test_headers_and_comments_arrive_before_and_between_tokens(base_url: str, engine: ScriptedEngine) -> None:

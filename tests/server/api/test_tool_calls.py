@@ -178,7 +178,7 @@ def test_an_agent_loops_through_openai_python(
 def _turn(api: openai.OpenAI, messages: list[Any], is_streaming: bool) -> Any:
     tools: Any = TOOLS
     if not is_streaming:
-        answer = api.chat.completions.create(model="m", messages=messages, tools=tools)
+        answer = api.chat.completions.create(model="z-ai/glm-5.2", messages=messages, tools=tools)
         return answer.choices[0].message
-    with api.chat.completions.stream(model="m", messages=messages, tools=tools) as events:
+    with api.chat.completions.stream(model="z-ai/glm-5.2", messages=messages, tools=tools) as events:
         return events.get_final_completion().choices[0].message

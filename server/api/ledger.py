@@ -1,0 +1,133 @@
+"""What became of requests: the last few thousand receipts, and counts since the start.
+
+Owned by the service; written by the routes when an answer ends, read by /generation and by whoever watches.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from server.api.answer import Answer
+from server.api.errors import PROVIDER
+
+MAX_RECEIPTS = 10_000
+MAX_HEADER = 256
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What a request says of its sender."""
+
+    session_id: str | None = None
+    user: str | None = None
+    user_agent: str | None = None
+    referer: str | None = None
+
+    @classmethod
+    def of(cls, headers: Mapping[str, str], session_id: str | None, user: str | None) -> "Caller":
+        """The sender by the headers and the body; the body wins."""
+        return cls(
+            session_id=session_id or _header(headers, "x-session-id"),
+            user=user,
+            user_agent=_header(headers, "user-agent"),
+            referer=_header(headers, "http-referer"),
+        )
+
+
+@dataclass
+class Receipt:
+    """One request, from its arrival to its end."""
+
+    id: str
+    model: str
+    caller: Caller
+    is_streamed: bool
+    started_at: float = field(default_factory=time.time)
+
+    def describe(self, answers: list[Answer]) -> dict[str, Any]:
+        """OpenRouter's form of a finished generation."""
+        reason = answers[0].reason
+        usages = [answer.usage for answer in answers]
+        num_prompt = sum(usage.num_prompt_tokens for usage in usages)
+        num_completion = sum(usage.num_completion_tokens for usage in usages)
+        now = time.time()
+        first_at = min((answer.first_at for answer in answers if answer.first_at), default=now)
+        nothing = dict.fromkeys(ABSENT)
+        return nothing | {
+            "id": self.id,
+            "model": self.model,
+            "created_at": datetime.fromtimestamp(self.started_at, UTC).isoformat().replace("+00:00", "Z"),
+            "api_type": "completions",
+            "streamed": self.is_streamed,
+            "cancelled": reason is None,
+            "tokens_prompt": num_prompt,
+            "tokens_completion": num_completion,
+            "native_tokens_prompt": num_prompt,
+            "native_tokens_completion": num_completion,
+            "native_tokens_reasoning": sum(answer.parser.num_reasoning_tokens for answer in answers),
+            "native_tokens_cached": sum(usage.num_cached_tokens for usage in usages),
+            "latency": round(1000 * (first_at - self.started_at)),
+            "generation_time": round(1000 * (now - first_at)),
+            "finish_reason": reason,
+            "native_finish_reason": reason,
+            "provider_name": PROVIDER,
+            "total_cost": 0,
+            "usage": 0,
+            "upstream_inference_cost": 0,
+            "is_byok": False,
+            "origin": self.caller.referer or "",
+            "http_referer": self.caller.referer,
+            "user_agent": self.caller.user_agent,
+            "external_user": self.caller.user,
+            "session_id": self.caller.session_id,
+            "data_region": "global",
+        }
+
+
+# Fields of a generation that are about routing, billing and media.
+ABSENT = (
+    "moderation_latency",
+    "provider_responses",
+    "cache_discount",
+    "app_id",
+    "router",
+    "service_tier",
+    "preset_id",
+    "upstream_id",
+    "workspace_id",
+    "native_tokens_completion_images",
+    "num_fetches",
+    "num_input_audio_prompt",
+    "num_media_completion",
+    "num_media_prompt",
+    "num_search_results",
+    "web_search_engine",
+)
+
+
+class Ledger:
+    """Finished requests by their id, the oldest forgotten first."""
+
+    def __init__(self, capacity: int = MAX_RECEIPTS) -> None:
+        self._capacity = capacity
+        self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self.num_rejected_calls = 0
+
+    def close(self, receipt: Receipt, answers: list[Answer]) -> None:
+        """Keep a request that is over, however it ended."""
+        self.num_rejected_calls += sum(answer.parser.num_rejected_calls for answer in answers)
+        self._finished[receipt.id] = receipt.describe(answers)
+        if len(self._finished) > self._capacity:
+            self._finished.popitem(last=False)
+
+    def find(self, generation_id: str) -> dict[str, Any] | None:
+        """A finished request."""
+        return self._finished.get(generation_id)
+
+
+def _header(headers: Mapping[str, str], name: str) -> str | None:
+    value = headers.get(name)
+    return value[:MAX_HEADER] if value else None

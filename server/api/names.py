@@ -1,0 +1,43 @@
+"""Which model a request means: this server has one, and clients know it by many names."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from config.errors import RequestError
+
+Policy = Literal["strict", "any"]
+
+# Under these authors' names the same weights are published and routed.
+VENDORS = frozenset(["z-ai", "zai-org", "zai", "thudm", "zhipuai"])
+DATE = re.compile(r"-(\d{8}|\d{4}-\d{2}-\d{2})$")
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """The name that is served and, by `policy` "strict", what else may be called so."""
+
+    served: str
+    policy: Policy = "strict"
+
+    def check(self, model: str | None, fallbacks: list[str]) -> None:
+        """Raise RequestError unless one of the names is served; no name at all is the default model's."""
+        wanted = [name for name in (model, *fallbacks) if name is not None]
+        if wanted and not any(map(self.means_us, wanted)):
+            message = f"{wanted[0][:100]} is not a valid model ID"
+            raise RequestError(f"{message}; this server has {self.served}", param="model")
+
+    def means_us(self, name: str) -> bool:
+        """Whether a name is ours: with a `:variant`, a date, another spelling, or without its author."""
+        if self.policy == "any" or name == self.served:
+            return True
+        author, slug = _normalise(name)
+        our_author, our_slug = _normalise(self.served)
+        is_same_author = author in ("", our_author) or {author, our_author} <= VENDORS
+        return slug == our_slug and is_same_author
+
+
+def _normalise(name: str) -> tuple[str, str]:
+    path = name.lower().removeprefix("openrouter/").partition(":")[0]
+    author, _, slug = path.rpartition("/")
+    return author, DATE.sub("", slug)

@@ -1,0 +1,82 @@
+"""Grammars that bind an answer, computed by llguidance: which tokens may come next.
+
+`Grammars` belongs to the engine's loop and makes a `Matcher` for each sequence that has a grammar. Masks are
+computed on a thread beside the model's forward pass (llguidance releases the lock), and collected when the
+logits are there.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import llguidance.numpy
+import mlx.core as mx
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+from config.errors import EngineError, RequestError
+
+NEVER = -float("inf")
+
+Mask = NDArray[np.bool_]
+
+
+class Grammars:
+    """Makes matchers over one vocabulary, which is read when the first grammar comes."""
+
+    def __init__(self, tokenizer_file: Path, vocab_size: int) -> None:
+        self._file = tokenizer_file
+        self._vocab_size = vocab_size
+        self._by_stops: dict[frozenset[int], LLTokenizer] = {}
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    def make_matcher(self, grammar: str, stop_token_ids: frozenset[int]) -> "Matcher":
+        """A matcher at the start of a grammar, after which one of the stop tokens must come."""
+        if stop_token_ids not in self._by_stops:
+            self._by_stops[stop_token_ids] = self._read(stop_token_ids)
+        inner = LLMatcher(self._by_stops[stop_token_ids], grammar, log_level=0)
+        if inner.is_error():
+            raise RequestError(f"the grammar cannot be followed: {inner.get_error()}")
+        return Matcher(inner, self._vocab_size, stop_token_ids, self._threads)
+
+    def _read(self, stop_token_ids: frozenset[int]) -> LLTokenizer:
+        text = self._file.read_text(encoding="utf-8")
+        return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=sorted(stop_token_ids))
+
+
+class Matcher:
+    """Where one answer stands in its grammar."""
+
+    def __init__(
+        self, inner: LLMatcher, vocab_size: int, stop_token_ids: frozenset[int], threads: ThreadPoolExecutor
+    ) -> None:
+        self._inner = inner
+        self._vocab_size = vocab_size
+        self._stop_token_ids = stop_token_ids
+        self._threads = threads
+        self._bits = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
+        self._mask: Future[Mask] | None = None
+
+    def start(self) -> None:
+        """Begin to compute what the first token may be."""
+        self._mask = self._threads.submit(self._compute)
+
+    def apply(self, logits: mx.array) -> mx.array:  # [V]
+        """The logits, minus infinity where the grammar does not allow a token."""
+        assert self._mask, "a matcher is started before it is asked"
+        return mx.where(mx.array(self._mask.result()), logits, NEVER)
+
+    def accept(self, token_id: int) -> None:
+        """Go on past this token, and begin to compute what may follow."""
+        if token_id not in self._stop_token_ids:
+            self._mask = self._threads.submit(self._advance, token_id)
+
+    def _advance(self, token_id: int) -> Mask:
+        if not self._inner.consume_token(token_id):
+            raise EngineError(f"token {token_id} does not follow the grammar: {self._inner.get_error()}")
+        return self._compute()
+
+    def _compute(self) -> Mask:
+        llguidance.numpy.fill_next_token_bitmask(self._inner, self._bits)
+        bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
+        return bits[: self._vocab_size].astype(np.bool_)
