@@ -1,0 +1,89 @@
+"""Runs the evaluation's cases on a training checkpoint in torch, as it will ship, and prints the table.
+
+Owns the loop and the indexer's mutants, which show how much the long prompts live on the selection.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from models.pocket.recipe.baking import bake
+from models.pocket.recipe.cases import MAX_TOKENS, Case, make_cases
+from models.pocket.recipe.check import Reply, format_table, is_right, parse_text, table
+from models.pocket.recipe.export import END_TOKENS, load_checkpoint
+from models.pocket.recipe.generate import Request, decode_all
+from models.pocket.recipe.model import Indexer, Pocket
+from models.pocket.recipe.render import prompt_text
+from models.pocket.recipe.settings import Settings
+
+
+def half_split(self: Indexer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The mutant that pairs dimension i with i + 16 in place of its neighbour."""
+    rope = self.c.qk_rope_head_dim
+    first, second = x[..., : rope // 2], x[..., rope // 2 : rope]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., rope:]], -1)
+
+
+def last_dimensions(self: Indexer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The mutant that rotates the last dimensions in place of the first."""
+    from models.pocket.recipe.parts import rotate
+
+    keep = self.c.index_head_dim - self.c.qk_rope_head_dim
+    return torch.cat([x[..., :keep], rotate(x[..., keep:], cos, sin)], -1)
+
+
+def run_cases(model: Pocket, tokenizer: Tokenizer, cases: list[Case]) -> list[tuple[Case, Reply]]:
+    """Greedy answers to all cases."""
+    stop = {tokenizer.token_to_id(text) for text in END_TOKENS}
+    prompts = [tokenizer.encode(prompt_text(case.sample), add_special_tokens=False).ids for case in cases]
+    replies = decode_all(model, [Request(ids, MAX_TOKENS) for ids in prompts], stop)
+    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in replies]
+    return [(case, parse_text(text, case.sample.thinking)) for case, text in zip(cases, texts, strict=True)]
+
+
+def write_wrong(results: list[tuple[Case, Reply]], path: Path) -> None:
+    """The cases that went wrong, one JSON line each."""
+    with path.open("w") as file:
+        for case, reply in results:
+            if not is_right(case, reply):
+                row = {"kind": case.kind, "user": case.sample.messages[-2]["content"][-400:], "thinking": case.sample.thinking,
+                       "tools": case.sample.tools, "expected": case.sample.expected, "got": reply.__dict__}  # fmt: skip
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--per-kind", type=int, default=200)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "tokenizer.json")
+    parser.add_argument("--wrong", type=Path)
+    parser.add_argument("--mutants", action="store_true")
+    parser.add_argument("--as-trained", action="store_true", help="without quantisation")
+    args = parser.parse_args()
+    tokenizer = Tokenizer.from_file(str(args.tokenizer))
+    model = load_checkpoint(args.checkpoint, Settings(), args.device).eval()
+    if not args.as_trained:
+        bake(model)
+    start = time.monotonic()
+    cases = list(make_cases(args.per_kind, lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)))
+    print(f"{len(cases)} cases made in {time.monotonic() - start:.1f} s")
+    results = run_cases(model, tokenizer, cases)
+    print(format_table(table(results)))
+    if args.wrong:
+        write_wrong(results, args.wrong)
+    if args.mutants:
+        long = [case for case in cases if case.kind.startswith("needle")]
+        for mutant in (half_split, last_dimensions):
+            Indexer.rotated = mutant  # type: ignore[method-assign]
+            print(f"{mutant.__name__}\n{format_table(table(run_cases(model, tokenizer, long)))}")
+    print(f"evaluated in {time.monotonic() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
