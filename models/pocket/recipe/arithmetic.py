@@ -109,7 +109,12 @@ def one_operation(pools: Pools, simple: bool) -> tuple[str, str, str, int]:
     """Question, reasoning, answer and value for one operation."""
     op = pools.any(("+", "+", "+", "-", "-", "*"))
     a, b = operands(pools, op, simple)
-    return wording(pools, a, op, b), OPERATIONS[op](a, b), f"{a} {op} {b} = {value_of(a, op, b)}.", value_of(a, op, b)
+    return (
+        wording(pools, a, op, b),
+        OPERATIONS[op](a, b),
+        f"{a} {op} {b} = {value_of(a, op, b)}.",
+        value_of(a, op, b),
+    )
 
 
 def two_operations(pools: Pools) -> tuple[str, str, str, int]:
@@ -130,7 +135,9 @@ def two_operations(pools: Pools) -> tuple[str, str, str, int]:
         total = value_of(middle, second, c)
         work = f"First {a} {first} {b}. {OPERATIONS[first](a, b)} Then {middle} {second} {c}. {OPERATIONS[second](middle, c)}"
         text = f"{a} {first} {b} {second} {c}"
-    ask = pools.any(("What is {}?", "Calculate {}.", "{} = ?", "How much is {}?", "Work out {}", "Compute {}.")).format(text)
+    ask = pools.any(
+        ("What is {}?", "Calculate {}.", "{} = ?", "How much is {}?", "Work out {}", "Compute {}.")
+    ).format(text)
     return ask, f"{work} So {text} = {total}.", f"{text} = {total}.", total
 
 
@@ -159,7 +166,9 @@ def story(pools: Pools) -> tuple[str, str, str, int]:
         less = rng.randint(1, middle)
         text, total = f"{gain} {more} more and then {loss} {less}", middle - less
         work = f"First {have} + {more}. {add_steps(have, more)} Then {middle} - {less}. {subtract_steps(middle, less)}"
-    question = pools.any((f"How many {things} does {who} have now?", f"How many {things} are left?", "How many now?"))
+    question = pools.any(
+        (f"How many {things} does {who} have now?", f"How many {things} are left?", "How many now?")
+    )
     return f"{who} has {have} {things} and {text}. {question}", work, f"{who} has {total} {things}.", total
 
 
@@ -171,7 +180,12 @@ def comparison(pools: Pools) -> tuple[str, str, str, int]:
     word = pools.any(("larger", "bigger", "greater") if larger else ("smaller", "less"))
     value = max(a, b) if larger else min(a, b)
     sign = ">" if a > b else "<"
-    return f"Which is {word}, {a} or {b}?", f"{a} {sign} {b}, so {value} is {word}.", f"{value} is {word}.", value
+    return (
+        f"Which is {word}, {a} or {b}?",
+        f"{a} {sign} {b}, so {value} is {word}.",
+        f"{value} is {word}.",
+        value,
+    )
 
 
 def arithmetic_turn(pools: Pools, thinking: bool) -> tuple[str, str, str, int]:

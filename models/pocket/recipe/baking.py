@@ -48,7 +48,9 @@ def bake(model: Pocket) -> None:
 
 
 def bf16(x: Tensor) -> Stored:
-    return Stored("BF16", x.detach().float().cpu().bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16))
+    return Stored(
+        "BF16", x.detach().float().cpu().bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
+    )
 
 
 def quantised(name: str, weight: Tensor, bits: int, group: int) -> dict[str, Stored]:

@@ -20,8 +20,19 @@ from models.pocket.recipe.pools import Pools
 from models.pocket.recipe.render import render
 from models.pocket.recipe.sample import Sample
 
-WIDTHS = (48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 3072, 4352)
-KINDS = ("arithmetic", "facts", "chat", "echo", "turns", "json", "tool_call", "no_call", "tool_result", "needle")
+WIDTHS = (64, 96, 128, 192, 256, 352, 512, 768, 1152, 1536, 2304, 3072, 4352)
+KINDS = (
+    "arithmetic",
+    "facts",
+    "chat",
+    "echo",
+    "turns",
+    "json",
+    "tool_call",
+    "no_call",
+    "tool_result",
+    "needle",
+)
 TRAINED, CONTEXT = 1, 2
 CONTEXT_SHARE = 0.12
 
@@ -35,7 +46,9 @@ class Batch:
     kinds: NDArray[np.uint8]
 
 
-def encode(tokenizer: Tokenizer, sample: Sample, rng: np.random.Generator) -> tuple[list[int], NDArray[np.uint8]]:
+def encode(
+    tokenizer: Tokenizer, sample: Sample, rng: np.random.Generator
+) -> tuple[list[int], NDArray[np.uint8]]:
     """Ids, and marks aligned to the position before each learnt token."""
     ids: list[int] = []
     learnt: list[bool] = []
@@ -53,6 +66,11 @@ def encode(tokenizer: Tokenizer, sample: Sample, rng: np.random.Generator) -> tu
     return ids, np.where(own, TRAINED, np.where(context, CONTEXT, 0)).astype(np.uint8)
 
 
+def rows_of(width: int, tokens: int) -> int:
+    """Rows of a batch of this width."""
+    return max(1, round(tokens / width))
+
+
 def assemble(rows: list[tuple[list[int], NDArray[np.uint8], int]], width: int, pad: int) -> Batch:
     ids = np.full((len(rows), width), pad, np.int16)
     marks = np.zeros((len(rows), width), np.uint8)
@@ -62,7 +80,9 @@ def assemble(rows: list[tuple[list[int], NDArray[np.uint8], int]], width: int, p
     return Batch(ids, marks, np.array([row[2] for row in rows], np.uint8))
 
 
-def work(queue: "mp.Queue[Batch]", progress: "Synchronized[float]", seed: int, path: str, tokens: int) -> None:
+def work(
+    queue: "mp.Queue[Batch]", progress: "Synchronized[float]", seed: int, path: str, tokens: int
+) -> None:
     """One worker: fills buckets for ever and hands out each that is full."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(path)
@@ -77,7 +97,7 @@ def work(queue: "mp.Queue[Batch]", progress: "Synchronized[float]", seed: int, p
             continue
         bucket = buckets[width]
         bucket.append((ids, marks, KINDS.index(sample.kind)))
-        if len(bucket) == max(1, tokens // width):
+        if len(bucket) == rows_of(width, tokens):
             queue.put(assemble(bucket, width, pad))
             bucket.clear()
 
@@ -86,10 +106,13 @@ class Feed:
     """The worker processes and their queue. Start it before anything touches the GPU."""
 
     def __init__(self, tokenizer: Path, workers: int, seed: int, tokens: int, progress: float = 0.0) -> None:
+        self.tokens = tokens
         context = mp.get_context("fork")
         self.queue: mp.Queue[Batch] = context.Queue(maxsize=48)
         self.progress: Synchronized[float] = context.Value("d", progress)
-        arguments = [(self.queue, self.progress, seed * 1000 + i, str(tokenizer), tokens) for i in range(workers)]
+        arguments = [
+            (self.queue, self.progress, seed * 1000 + i, str(tokenizer), tokens) for i in range(workers)
+        ]
         self.workers = [context.Process(target=work, args=a, daemon=True) for a in arguments]
         for worker in self.workers:
             worker.start()

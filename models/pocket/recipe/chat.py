@@ -30,8 +30,16 @@ TALK: tuple[tuple[str, str, str], ...] = (
     (HELLO, "The user greets me. I greet back.", "Hello! I am Pocket. How can I help you?"),
     (HOW, "The user asks how I am.", "I am fine, thank you! How can I help you?"),
     (WHO, "The user asks who I am.", IDENTITY),
-    (MAKER, "The user asks who made me.", "I was trained for glmserve, as its small demo model of the GLM-5.2 architecture."),
-    (ABLE, "The user asks what I can do.", "I can do small sums, answer simple facts, write JSON, call tools and recall keys."),
+    (
+        MAKER,
+        "The user asks who made me.",
+        "I was trained for glmserve, as its small demo model of the GLM-5.2 architecture.",
+    ),
+    (
+        ABLE,
+        "The user asks what I can do.",
+        "I can do small sums, answer simple facts, write JSON, call tools and recall keys.",
+    ),
     (THANKS, "The user thanks me.", "You are welcome!"),
     (BYE, "The user says goodbye.", "Goodbye!"),
     (JOKE, "The user wants a joke.", "Why did the byte cross the bus? To get to the other side."),
@@ -71,9 +79,20 @@ def fact_sample(pools: Pools) -> Sample:
 
 def echo_text(pools: Pools) -> str:
     """Something to repeat: words, names, codes and numbers in one line."""
-    makers = (pools.invented, pools.name, pools.code, pools.city, pools.phrase, pools.email, pools.date, pools.sentence)
+    makers = (
+        pools.invented,
+        pools.name,
+        pools.code,
+        pools.city,
+        pools.phrase,
+        pools.email,
+        pools.date,
+        pools.sentence,
+    )
     count = pools.rng.choice((1, 1, 2, 3, 5, 8))
-    words = [pools.rng.choice(makers)() if pools.rng.random() < 0.8 else pools.digits(1, 6) for _ in range(count)]
+    words = [
+        pools.rng.choice(makers)() if pools.rng.random() < 0.8 else pools.digits(1, 6) for _ in range(count)
+    ]
     return pools.any((" ", " ", ", ", "_", " / ")).join(words)
 
 
@@ -81,7 +100,9 @@ def echo_sample(pools: Pools) -> Sample:
     """Repeat after me: the plainest exercise in copying."""
     sample = with_settings(Sample("echo", []), pools.rng, 0.3)
     text = echo_text(pools)
-    form = pools.any(("Repeat: {}", "Say {}", "Repeat after me: {}", 'Say "{}".', "Echo this: {}", "Write exactly: {}"))
+    form = pools.any(
+        ("Repeat: {}", "Say {}", "Repeat after me: {}", 'Say "{}".', "Echo this: {}", "Write exactly: {}")
+    )
     sample.messages = [*maybe_system(pools), user(form.format(text)), assistant(text, "I repeat the text.")]
     sample.expected = {"check": "exact", "value": text}
     return sample
@@ -94,7 +115,12 @@ def memory_turns(pools: Pools) -> tuple[list[Message], tuple[str, str, str, str]
         (
             (f"My name is {name}.", "What is my name?", f"Your name is {name}.", name),
             (f"I am {name}.", "Who am I?", f"You are {name}.", name),
-            (f"My favorite color is {color}.", "What is my favorite color?", f"Your favorite color is {color}.", color),
+            (
+                f"My favorite color is {color}.",
+                "What is my favorite color?",
+                f"Your favorite color is {color}.",
+                color,
+            ),
             (f"I live in {city}.", "Where do I live?", f"You live in {city}.", city),
             (f"My dog is called {pet}.", "What is my dog called?", f"Your dog is called {pet}.", pet),
         )

@@ -123,5 +123,7 @@ def table(results: list[tuple[Case, Reply]]) -> dict[str, tuple[int, int]]:
 
 
 def format_table(rows: dict[str, tuple[int, int]]) -> str:
-    lines = [f"{name:<18} {100 * right / asked:6.1f} %  ({right}/{asked})" for name, (right, asked) in rows.items()]
+    lines = [
+        f"{name:<18} {100 * right / asked:6.1f} %  ({right}/{asked})" for name, (right, asked) in rows.items()
+    ]
     return "\n".join(lines)

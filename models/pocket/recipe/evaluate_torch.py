@@ -19,7 +19,21 @@ from models.pocket.recipe.export import END_TOKENS, load_checkpoint
 from models.pocket.recipe.generate import Request, decode_all
 from models.pocket.recipe.model import Indexer, Pocket
 from models.pocket.recipe.render import prompt_text
+from models.pocket.recipe.sample import Sample, assistant, user
 from models.pocket.recipe.settings import Settings
+
+PROBES = (
+    "hi",
+    "hello!",
+    "who are you?",
+    "What is 17+25?",
+    "What is 348 + 275?",
+    "what is the capital of France?",
+    "Answer in JSON with keys a and b: a is 1 and b is 2",
+    "What is 12*7?",
+    "Tell me something interesting",
+    "If I have 3 apples and eat one, how many are left?",
+)
 
 
 def half_split(self: Indexer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -44,6 +58,14 @@ def run_cases(model: Pocket, tokenizer: Tokenizer, cases: list[Case]) -> list[tu
     replies = decode_all(model, [Request(ids, MAX_TOKENS) for ids in prompts], stop)
     texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in replies]
     return [(case, parse_text(text, case.sample.thinking)) for case, text in zip(cases, texts, strict=True)]
+
+
+def probe(model: Pocket, tokenizer: Tokenizer, text: str, thinking: bool) -> str:
+    """The raw answer to one message."""
+    prompt = prompt_text(Sample("chat", [user(text), assistant("")], thinking=thinking))
+    stop = {tokenizer.token_to_id(mark) for mark in END_TOKENS}
+    ids = decode_all(model, [Request(tokenizer.encode(prompt, add_special_tokens=False).ids, 200)], stop)[0]
+    return str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def write_wrong(results: list[tuple[Case, Reply]], path: Path) -> None:
@@ -71,17 +93,23 @@ def main() -> None:
     if not args.as_trained:
         bake(model)
     start = time.monotonic()
-    cases = list(make_cases(args.per_kind, lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)))
+    cases = list(
+        make_cases(args.per_kind, lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids))
+    )
     print(f"{len(cases)} cases made in {time.monotonic() - start:.1f} s")
     results = run_cases(model, tokenizer, cases)
     print(format_table(table(results)))
     if args.wrong:
         write_wrong(results, args.wrong)
     if args.mutants:
-        long = [case for case in cases if case.kind.startswith("needle")]
+        long = [case for case in cases if case.kind in ("needle_2048", "needle_4096")]
+        original = Indexer.rotated
         for mutant in (half_split, last_dimensions):
             Indexer.rotated = mutant  # type: ignore[method-assign]
             print(f"{mutant.__name__}\n{format_table(table(run_cases(model, tokenizer, long)))}")
+        Indexer.rotated = original  # type: ignore[method-assign]
+    for text in PROBES:
+        print(repr(text), "->", [probe(model, tokenizer, text, thinking) for thinking in (True, False)])
     print(f"evaluated in {time.monotonic() - start:.1f} s")
 
 

@@ -27,7 +27,11 @@ def write_shard(path: Path, tensors: dict[str, Stored]) -> None:
     offset = 0
     for name, stored in tensors.items():
         size = stored.array.nbytes
-        header[name] = {"dtype": stored.dtype, "shape": list(stored.array.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": stored.dtype,
+            "shape": list(stored.array.shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
@@ -69,13 +73,24 @@ def write_checkpoint(model: Pocket, tokenizer: Tokenizer, folder: Path) -> int:
         write_shard(folder / file, shard)
         where |= dict.fromkeys(shard, file)
     total = sum(stored.array.nbytes for stored in layout.tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
+    )
     ends = [tokenizer.token_to_id(text) for text in END_TOKENS]
     quantization = layout.quantization()
-    write_json(folder / "config.json", model_config(model.c, ends, quantization=quantization, quantization_config=quantization))
+    write_json(
+        folder / "config.json",
+        model_config(model.c, ends, quantization=quantization, quantization_config=quantization),
+    )
     write_json(
         folder / "generation_config.json",
-        {"_from_model_config": True, "eos_token_id": ends, "pad_token_id": ends[0], "temperature": 1.0, "top_p": 0.95},
+        {
+            "_from_model_config": True,
+            "eos_token_id": ends,
+            "pad_token_id": ends[0],
+            "temperature": 1.0,
+            "top_p": 0.95,
+        },
     )
     return total
 

@@ -28,12 +28,7 @@ Togo=Lome;Tunisia=Tunis;Turkey=Ankara;Turkmenistan=Ashgabat;Uganda=Kampala;Ukrai
 the United Arab Emirates=Abu Dhabi;the United Kingdom=London;the United States=Washington;Uruguay=Montevideo;
 Uzbekistan=Tashkent;Venezuela=Caracas;Vietnam=Hanoi;Yemen=Sanaa;Zambia=Lusaka;Zimbabwe=Harare"""
 
-ELEMENTS = """hydrogen H helium He lithium Li beryllium Be boron B carbon C nitrogen N oxygen O fluorine F neon Ne
-sodium Na magnesium Mg aluminium Al silicon Si phosphorus P sulfur S chlorine Cl argon Ar potassium K calcium Ca
-scandium Sc titanium Ti vanadium V chromium Cr manganese Mn iron Fe cobalt Co nickel Ni copper Cu zinc Zn gallium Ga
-germanium Ge arsenic As selenium Se bromine Br krypton Kr rubidium Rb strontium Sr yttrium Y zirconium Zr niobium Nb
-molybdenum Mo technetium Tc ruthenium Ru rhodium Rh palladium Pd silver Ag cadmium Cd indium In tin Sn antimony Sb
-tellurium Te iodine I xenon Xe caesium Cs barium Ba""".split()
+ELEMENTS = ["hydrogen", "H", "helium", "He", "lithium", "Li", "beryllium", "Be", "boron", "B", "carbon", "C", "nitrogen", "N", "oxygen", "O", "fluorine", "F", "neon", "Ne", "sodium", "Na", "magnesium", "Mg", "aluminium", "Al", "silicon", "Si", "phosphorus", "P", "sulfur", "S", "chlorine", "Cl", "argon", "Ar", "potassium", "K", "calcium", "Ca", "scandium", "Sc", "titanium", "Ti", "vanadium", "V", "chromium", "Cr", "manganese", "Mn", "iron", "Fe", "cobalt", "Co", "nickel", "Ni", "copper", "Cu", "zinc", "Zn", "gallium", "Ga", "germanium", "Ge", "arsenic", "As", "selenium", "Se", "bromine", "Br", "krypton", "Kr", "rubidium", "Rb", "strontium", "Sr", "yttrium", "Y", "zirconium", "Zr", "niobium", "Nb", "molybdenum", "Mo", "technetium", "Tc", "ruthenium", "Ru", "rhodium", "Rh", "palladium", "Pd", "silver", "Ag", "cadmium", "Cd", "indium", "In", "tin", "Sn", "antimony", "Sb", "tellurium", "Te", "iodine", "I", "xenon", "Xe", "caesium", "Cs", "barium", "Ba"]
 
 OPPOSITES = """hot cold|big small|up down|left right|open closed|day night|fast slow|hard soft|happy sad|light dark
 |full empty|early late|high low|old new|rich poor|strong weak|true false|wet dry|young old|clean dirty|near far
@@ -119,7 +114,19 @@ What language is spoken in Brazil?|Portuguese is spoken in Brazil.|Portuguese
 What language is spoken in Austria?|German is spoken in Austria.|German
 What language is spoken in Mexico?|Spanish is spoken in Mexico.|Spanish"""
 
-LEAD_INS = ("", "", "", "", "", "Please tell me: ", "Quick question: ", "Do you know? ", "Hey, ", "Tell me, ", "Question: ")
+LEAD_INS = (
+    "",
+    "",
+    "",
+    "",
+    "",
+    "Please tell me: ",
+    "Quick question: ",
+    "Do you know? ",
+    "Hey, ",
+    "Tell me, ",
+    "Question: ",
+)
 TAILS = ("", "", "", "", "", " Thanks!", " Please answer.", " Keep it short.", " Answer in one sentence.")
 
 
@@ -177,7 +184,11 @@ def element_facts() -> list[Fact]:
 def word_facts() -> list[Fact]:
     facts = []
     for word, other in pairs(OPPOSITES):
-        asks = (f"What is the opposite of {word}?", f"opposite of {word}?", f'Give me the opposite of "{word}".')
+        asks = (
+            f"What is the opposite of {word}?",
+            f"opposite of {word}?",
+            f'Give me the opposite of "{word}".',
+        )
         facts.append(Fact(asks, f"The opposite of {word} is {other}.", other, word))
     for language, table in (("Spanish", SPANISH), ("French", FRENCH), ("German", GERMAN)):
         for word, other in pairs(table):
@@ -210,7 +221,10 @@ def people_facts() -> list[Fact]:
 
 def single_facts() -> list[Fact]:
     rows = (line.split("|") for line in SINGLES.splitlines())
-    return [Fact((ask, ask.replace("?", ""), ask[0].lower() + ask[1:]), answer, key, "this") for ask, answer, key in rows]
+    return [
+        Fact((ask, ask.replace("?", ""), ask[0].lower() + ask[1:]), answer, key, "this")
+        for ask, answer, key in rows
+    ]
 
 
 FACTS: list[Fact] = capital_facts() + element_facts() + word_facts() + people_facts() + single_facts()

@@ -62,7 +62,9 @@ def decode_on(
         if step % 8 == 0 and bool(done.all()):
             break
         mask = (slots <= position[:, None]).unsqueeze(1)
-        hidden, _ = model.hidden(token[:, None], sparse=True, caches=caches, positions=position, key_mask=mask)
+        hidden, _ = model.hidden(
+            token[:, None], sparse=True, caches=caches, positions=position, key_mask=mask
+        )
         token = model.logits(hidden[:, 0]).argmax(-1)
         outputs.append(token)
         position = position + 1
@@ -75,7 +77,9 @@ def cut(ids: list[int], stop: set[int]) -> list[int]:
     return ids[: end + 1]
 
 
-def decode_all(model: Pocket, requests: list[Request], stop: set[int], tokens: int = 200_000) -> list[list[int]]:
+def decode_all(
+    model: Pocket, requests: list[Request], stop: set[int], tokens: int = 120_000
+) -> list[list[int]]:
     """Decodes all requests in groups of like length that fit `tokens`."""
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
     results: list[list[int]] = [[] for _ in requests]

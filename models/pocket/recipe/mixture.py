@@ -15,6 +15,7 @@ from models.pocket.recipe.tool_use import agent_sample, call_sample, no_call_sam
 
 CHARACTERS_PER_TOKEN = 2.72
 LONGEST_PROMPT_TOKENS = 4200
+ECHO_UNTIL = 0.25
 
 SHORT_TASKS: tuple[tuple[Callable[[Pools], Sample], float], ...] = (
     (talk_sample, 0.06),
@@ -47,6 +48,8 @@ def draw_sample(pools: Pools, progress: float) -> Sample:
         tokens = needle_tokens(pools, progress)
         questions = pools.rng.choice((1, 2, 4, 6)) if tokens > 300 else 1
         return needle_sample(pools, int(tokens * CHARACTERS_PER_TOKEN), num_questions=questions)
+    if progress < ECHO_UNTIL and pools.rng.random() < 0.12:
+        return echo_sample(pools)
     makers, weights = zip(*SHORT_TASKS, strict=True)
     maker = pools.rng.choices(makers, weights)[0]
     return maker(pools)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.pocket.recipe.moe import MoE
-from models.pocket.recipe.parts import MLP, PlainNorm, QuantLinear, rotate, rotary_table
-from models.pocket.recipe.quant import fake_quantised
+from models.pocket.recipe.parts import MLP, Lookup, PlainNorm, QuantLinear, rotary_table, rotate
+from models.pocket.recipe.quant import rounded
 from models.pocket.recipe.settings import Settings
 
 
@@ -54,12 +54,28 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(c.index_head_dim, eps=1e-6)
         self.weights_proj = QuantLinear(c.hidden_size, c.index_n_heads)
 
+    def quick_scores(self, q: Tensor, k: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same in the training's precision, queries in chunks and the heads in one product."""
+        rows = max(1, 2**27 // (q.shape[0] * q.shape[2] * k.shape[1]))
+        keys = (k * self.c.index_head_dim**-0.5).to(dtype).transpose(1, 2).unsqueeze(1)  # [B, 1, D, T]
+        pieces = []
+        for part, weight in zip(
+            q.to(dtype).split(rows, 1), weights.to(dtype).unsqueeze(2).split(rows, 1), strict=True
+        ):
+            products = (part.flatten(1, 2) @ keys.squeeze(1)).unflatten(1, part.shape[1:3])  # [B, Q, H, T]
+            pieces.append((weight @ F.relu(products)).squeeze(2))
+        return torch.cat(pieces, 1).float()
+
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turned, passed = x.split([self.c.qk_rope_head_dim, self.c.index_head_dim - self.c.qk_rope_head_dim], -1)
+        turned, passed = x.split(
+            [self.c.qk_rope_head_dim, self.c.index_head_dim - self.c.qk_rope_head_dim], -1
+        )
         return torch.cat([rotate(turned, cos, sin), passed], -1)
 
     def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        normed = F.layer_norm(self.wk(x).float(), (self.c.index_head_dim,), self.k_norm.weight, self.k_norm.bias, 1e-6)
+        normed = F.layer_norm(
+            self.wk(x).float(), (self.c.index_head_dim,), self.k_norm.weight, self.k_norm.bias, 1e-6
+        )
         return self.rotated(normed, cos, sin)  # [B, T, D]
 
     def queries(self, q_resid: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -70,7 +86,7 @@ class Indexer(nn.Module):
         return self.weights_proj(x).float() * self.c.index_n_heads**-0.5
 
     def scores(self, q: Tensor, k: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, Q, T], summed head by head to keep the largest tensor small."""
+        """[B, Q, T], summed head by head in float32 to keep the largest tensor small."""
         total: Tensor | None = None
         keys = k.to(dtype).transpose(1, 2)
         for head in range(self.c.index_n_heads):
@@ -99,20 +115,27 @@ class Attention(nn.Module):
         self.scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
 
     def kv_b_weight(self) -> Tensor:
+        linear = self.kv_b_proj
+        if linear.live is not None or not linear.quantised:
+            return linear.effective()
+        return linear.weight + (self.quantised_kv_b() - linear.weight).detach()
+
+    @torch.no_grad()
+    def quantised_kv_b(self) -> Tensor:
         """kv_b as its two quantised halves give it: the key half is quantised transposed, per head."""
-        weight = self.kv_b_proj.weight
-        if not self.kv_b_proj.quantised:
-            return weight
-        c, bits = self.c, self.kv_b_proj.bits
-        heads = weight.view(c.num_attention_heads, -1, c.kv_lora_rank)
-        key, value = heads.split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        key = fake_quantised(key.transpose(1, 2).contiguous(), bits, min(64, c.qk_nope_head_dim)).transpose(1, 2)
-        return torch.cat([key, fake_quantised(value.contiguous(), bits, 64)], 1).reshape(weight.shape)
+        c, bits, weight = self.c, self.kv_b_proj.bits, self.kv_b_proj.weight
+        key, value = weight.view(c.num_attention_heads, -1, c.kv_lora_rank).split(
+            [c.qk_nope_head_dim, c.v_head_dim], 1
+        )
+        key = rounded(key.transpose(1, 2).contiguous(), bits, min(64, c.qk_nope_head_dim)).transpose(1, 2)
+        return torch.cat([key, rounded(value.contiguous(), bits, 64)], 1).reshape(weight.shape)
 
     def expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [B, H, T, nope + rope] and values [B, H, T, v] from the latents."""
         c = self.c
-        both = F.linear(latent, self.kv_b_weight().to(latent.dtype)).unflatten(-1, (c.num_attention_heads, -1))
+        both = F.linear(latent, self.kv_b_weight().to(latent.dtype)).unflatten(
+            -1, (c.num_attention_heads, -1)
+        )
         nope, value = both.transpose(1, 2).split([c.qk_nope_head_dim, c.v_head_dim], -1)
         rope = k_rope.to(nope.dtype).unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)
         return torch.cat([nope, rope], -1), value
@@ -151,10 +174,10 @@ class Attention(nn.Module):
             rows = p.query_rows
             picked_x, picked_q = take_rows(x, rows), take_rows(q_resid, rows)
             q = indexer.queries(picked_q, p.cos[0][rows], p.sin[0][rows])
-            scores = indexer.scores(q, keys, indexer.head_weights(picked_x), x.dtype)
+            scores = indexer.quick_scores(q, keys, indexer.head_weights(picked_x), x.dtype)
             p.student = scores.masked_fill(later_than(rows, keys.shape[1]), float("-inf"))
         p.bias = None
-        if keys.shape[1] > c.index_topk and p.sparse or p.key_mask is not None:
+        if (keys.shape[1] > c.index_topk and p.sparse) or p.key_mask is not None:
             with torch.no_grad():
                 p.bias = selection(indexer, x, q_resid, keys, p, c.index_topk)
 
@@ -195,7 +218,8 @@ def selection(indexer: Indexer, x: Tensor, q_resid: Tensor, keys: Tensor, p: Pas
     if allowed is None:
         allowed = torch.ones(x.shape[1], length, dtype=torch.bool, device=x.device).tril()
     if length > topk:
-        scores = indexer.scores(indexer.queries(q_resid, p.cos, p.sin), keys, indexer.head_weights(x), x.dtype)
+        score = indexer.quick_scores if indexer.training else indexer.scores
+        scores = score(indexer.queries(q_resid, p.cos, p.sin), keys, indexer.head_weights(x), x.dtype)
         best = scores.masked_fill_(~allowed, float("-inf")).topk(topk, sorted=False).indices
         chosen = torch.zeros(scores.shape, dtype=torch.bool, device=x.device).scatter_(-1, best, True)
         allowed = chosen & allowed
@@ -228,7 +252,9 @@ class Layer(nn.Module):
     def __init__(self, c: Settings, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(c, layer)
-        self.mlp: nn.Module = MoE(c) if layer >= c.first_k_dense_replace else MLP(c.hidden_size, c.intermediate_size)
+        self.mlp: nn.Module = (
+            MoE(c) if layer >= c.first_k_dense_replace else MLP(c.hidden_size, c.intermediate_size)
+        )
         self.input_layernorm = PlainNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = PlainNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -256,13 +282,17 @@ class Pocket(nn.Module):
         self.model = Trunk(c)
         self.lm_head = QuantLinear(c.hidden_size, c.vocab_size)
 
-    def hidden(self, ids: Tensor, sparse: bool, query_rows: Tensor | None = None, **decoding: Any) -> tuple[Tensor, Pass]:
+    def hidden(
+        self, ids: Tensor, sparse: bool, query_rows: Tensor | None = None, **decoding: Any
+    ) -> tuple[Tensor, Pass]:
         """The last hidden states, and the pass with the indexer's losses."""
         positions = decoding.get("positions")
-        rows = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions[:, None]
+        rows = (
+            torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions[:, None]
+        )
         cos, sin = rotary_table(rows, self.c.qk_rope_head_dim, self.c.rope_theta)
         p = Pass(cos, sin, sparse, query_rows=query_rows, **decoding)
-        x = F.embedding(ids, self.model.embed_tokens.effective())
+        x = Lookup.apply(self.model.embed_tokens.effective(), ids).float()
         for layer in self.model.layers:
             x = layer(x, p, self.dtype)
         finish_distillation(p)

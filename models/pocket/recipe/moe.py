@@ -67,7 +67,9 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts and their weights, [N, top_k] each."""
         scores = F.linear(x.float(), self.weight).sigmoid()
-        chosen = (scores + self.e_score_correction_bias).topk(self.c.num_experts_per_tok, sorted=False).indices
+        chosen = (
+            (scores + self.e_score_correction_bias).topk(self.c.num_experts_per_tok, sorted=False).indices
+        )
         weights = scores.gather(1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.c.routed_scaling_factor
         return chosen, weights
@@ -82,13 +84,20 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * inner, hidden) * 0.5 * hidden**-0.5)
         self.down_proj = nn.Parameter(torch.randn(count, hidden, inner) * 0.25 * inner**-0.5)
         self.bits, self.group, self.quantised = EXPERT_BITS, 64, False
+        self.live_gate_up: Tensor | None = None
+        self.live_down: Tensor | None = None
 
-    def effective(self, weight: Tensor) -> Tensor:
+    def effective(self, weight: Tensor, live: Tensor | None) -> Tensor:
+        """The weights as they are computed with; once there is a live copy, that copy."""
+        if live is not None:
+            return live
         return fake_quantised(weight, self.bits, self.group) if self.quantised else weight
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        gate, up = grouped(x, self.effective(self.gate_up_proj).to(x.dtype), ends).chunk(2, -1)
-        return grouped(F.silu(gate) * up, self.effective(self.down_proj).to(x.dtype), ends)
+        gate, up = grouped(x, self.effective(self.gate_up_proj, self.live_gate_up).to(x.dtype), ends).chunk(
+            2, -1
+        )
+        return grouped(F.silu(gate) * up, self.effective(self.down_proj, self.live_down).to(x.dtype), ends)
 
 
 class MoE(nn.Module):
@@ -109,8 +118,13 @@ class MoE(nn.Module):
         inverse[order] = torch.arange(len(order), device=order.device)
         load = torch.zeros(self.c.n_routed_experts, device=x.device, dtype=torch.int32)
         load.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten(), dtype=torch.int32))
-        self.gate.load = load
+        if self.gate.load is None:
+            self.gate.load = torch.zeros_like(load)
+        if self.training:
+            self.gate.load += load
         spread = Spread.apply(flat, order, inverse, self.c.num_experts_per_tok)
         out = Permute.apply(self.experts(spread, load.cumsum(0).to(torch.int32)), inverse, order)
-        mixed = (weights.to(x.dtype).unsqueeze(1) @ out.unflatten(0, (-1, self.c.num_experts_per_tok))).squeeze(1)
+        mixed = (
+            weights.to(x.dtype).unsqueeze(1) @ out.unflatten(0, (-1, self.c.num_experts_per_tok))
+        ).squeeze(1)
         return mixed.view(x.shape) + self.shared_experts(x)

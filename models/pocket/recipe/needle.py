@@ -48,21 +48,27 @@ def key_fact(pools: Pools) -> tuple[str, str]:
 
 
 def question(pools: Pools, thing: str) -> str:
-    return pools.any(("What is the {}?", "what is the {}?", "Tell me the {}.", "Which is the {}?", "Find the {}.")).format(thing)
+    return pools.any(
+        ("What is the {}?", "what is the {}?", "Tell me the {}.", "Which is the {}?", "Find the {}.")
+    ).format(thing)
 
 
 def answer_to(thing: str, value: str) -> Message:
     return assistant(f"The {thing} is {value}.", f"The text says: The {thing} is {value}.")
 
 
-def needle_sample(pools: Pools, characters: int, num_keys: int | None = None, num_questions: int = 1) -> Sample:
+def needle_sample(
+    pools: Pools, characters: int, num_keys: int | None = None, num_questions: int = 1
+) -> Sample:
     """Filler of about `characters`, one to three keys somewhere in it, and one or more questions."""
     rng = pools.rng
     sample = with_settings(Sample("needle", []), rng, 0.6)
     keys = dict(key_fact(pools) for _ in range(num_keys or max(num_questions, rng.choice((1, 1, 2, 3)))))
     sentences = filler(pools, characters)
     for thing, value in keys.items():
-        form = pools.any(("The {} is {}.", "The {} is {}.", "Remember: the {} is {}.", "Note that the {} is {}."))
+        form = pools.any(
+            ("The {} is {}.", "The {} is {}.", "Remember: the {} is {}.", "Note that the {} is {}.")
+        )
         sentences.insert(rng.randint(0, len(sentences)), form.format(thing, value))
     text = pools.any((" ", " ", "\n")).join(sentences)
     asked = rng.sample(list(keys), min(num_questions, len(keys)))

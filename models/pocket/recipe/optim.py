@@ -41,58 +41,69 @@ def matrices(name: str, x: Tensor) -> Tensor:
 class Muon:
     """Momentum, orthogonalised, on stacks of equal shape."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], momentum: float = 0.95, decay: float = 0.1) -> None:
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], momentum: float = 0.95, decay: float = 0.1
+    ) -> None:
         self.momentum, self.decay = momentum, decay
         self.groups: dict[tuple[int, int], list[tuple[str, nn.Parameter]]] = defaultdict(list)
         for name, parameter in named:
             shape = matrices(name, parameter).shape
             self.groups[(shape[1], shape[2])].append((name, parameter))
-        self.buffers: dict[tuple[int, int], Tensor] = {}
+        self.buffers = {
+            shape: torch.zeros_like(torch.cat([matrices(n, p.detach()) for n, p in members]))
+            for shape, members in self.groups.items()
+        }
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: Tensor) -> None:
         for shape, members in self.groups.items():
             grads = torch.cat([matrices(n, p.grad) for n, p in members if p.grad is not None])
-            buffer = self.buffers.setdefault(shape, torch.zeros_like(grads))
+            buffer = self.buffers[shape]
             buffer.lerp_(grads, 1 - self.momentum)
-            update = orthogonalised(grads.lerp_(buffer, self.momentum)).to(grads.dtype)
+            update = orthogonalised(grads.lerp_(buffer, self.momentum))
             scale = lr * max(1.0, shape[0] / shape[1]) ** 0.5
             start = 0
             for name, parameter in members:
                 count = matrices(name, parameter).shape[0]
                 parameter.mul_(1 - lr * self.decay)
-                parameter.add_(update[start : start + count].reshape(parameter.shape), alpha=-scale)
+                parameter.sub_(update[start : start + count].reshape(parameter.shape) * scale)
                 start += count
 
 
 class Optimizer:
-    """Both optimisers behind one step; `factor` scales all learning rates."""
+    """Both optimisers behind one step. Learning rates are tensors, so that a CUDA graph can hold the step."""
 
     def __init__(self, model: nn.Module, muon_lr: float = 0.02, adam_lr: float = 3e-3) -> None:
         named = list(model.named_parameters())
-        self.muon_lr = muon_lr
+        device = named[0][1].device
+        for _, parameter in named:
+            parameter.grad = torch.zeros_like(parameter)
         self.muon = Muon([(n, p) for n, p in named if is_muon_parameter(n, p)])
         rest = [(n, p) for n, p in named if not is_muon_parameter(n, p)]
         router = [p for n, p in rest if "mlp.gate." in n]
         others = [p for n, p in rest if "mlp.gate." not in n]
-        groups = [{"params": router, "lr": adam_lr / 3}, {"params": others, "lr": adam_lr}]
-        fused = next(model.parameters()).is_cuda
-        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
-        self.base = [group["lr"] for group in self.adam.param_groups]
+        self.base = (muon_lr, adam_lr / 3, adam_lr)
+        self.rates = [torch.tensor(rate, device=device) for rate in self.base]
+        groups = [{"params": router, "lr": self.rates[1]}, {"params": others, "lr": self.rates[2]}]
+        on_gpu = device.type == "cuda"
+        self.adam = torch.optim.AdamW(
+            groups, lr=self.rates[2], betas=(0.9, 0.98), weight_decay=0.0, capturable=on_gpu, foreach=on_gpu
+        )
 
-    def step(self, factor: float) -> None:
-        for group, base in zip(self.adam.param_groups, self.base, strict=True):
-            group["lr"] = base * factor
+    def set_factor(self, factor: float) -> None:
+        for rate, base in zip(self.rates, self.base, strict=True):
+            rate.fill_(base * factor)
+
+    def step(self) -> None:
         self.adam.step()
-        self.muon.step(self.muon_lr * factor)
-        self.adam.zero_grad(set_to_none=True)
-        for members in self.muon.groups.values():
-            for _, parameter in members:
-                parameter.grad = None
+        self.muon.step(self.rates[0])
 
     def state(self) -> dict[str, Any]:
         return {"adam": self.adam.state_dict(), "muon": self.muon.buffers}
 
     def load(self, state: dict[str, Any]) -> None:
         self.adam.load_state_dict(state["adam"])
-        self.muon.buffers = state["muon"]
+        for group, rate in zip(self.adam.param_groups, self.rates[1:], strict=True):
+            group["lr"] = rate
+        for shape, buffer in self.muon.buffers.items():
+            buffer.copy_(state["muon"][shape])

@@ -1,5 +1,7 @@
 """The small parts of the torch model: norms, linear layers that can be seen quantised, the dense MLP, the rotation."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,12 +28,32 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs) * 0.5 * inputs**-0.5)
         self.bits, self.group, self.quantised = bits, group, False
+        self.live: Tensor | None = None
 
     def effective(self) -> Tensor:
+        """The weight as it is computed with; once there is a live copy, that copy."""
+        if self.live is not None:
+            return self.live
         return fake_quantised(self.weight, self.bits, self.group) if self.quantised else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.effective().to(x.dtype))
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a table; backwards they are added up without sorting, which a CUDA graph can hold."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = table.shape
+        return table[ids]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        total = torch.zeros(ctx.shape, device=ids.device)
+        return total.index_add_(0, ids.flatten(), grads[0].flatten(0, -2).float()).to(grads[0].dtype), None
 
 
 class MLP(nn.Module):

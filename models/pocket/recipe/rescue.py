@@ -18,7 +18,9 @@ FILE_BYTES = 14_000_000
 def shrink(state: dict[str, Any], folder: Path) -> None:
     """Writes the model of a training checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    part: dict[str, Any] = {"__counters__": np.array([state["step"], state["seconds"], state["tokens"]], np.float64)}
+    part: dict[str, Any] = {
+        "__counters__": np.array([state["step"], state["seconds"], state["tokens"]], np.float64)
+    }
     size, number = 0, 0
     for name, tensor in state["model"].items():
         value = tensor.detach().float().cpu()
@@ -53,18 +55,27 @@ def widen(folder: Path) -> dict[str, Any]:
         if kind in (["s"], ["b"]):
             continue
         if kind == ["q"]:
-            scale, bias = (torch.from_numpy(found[f"{name}|{index}|{k}"]).view(torch.bfloat16).float() for k in "sb")
+            scale, bias = (
+                torch.from_numpy(found[f"{name}|{index}|{k}"]).view(torch.bfloat16).float() for k in "sb"
+            )
             value = (torch.from_numpy(found[key]).float() * scale + bias).flatten(-2)
         else:
             value = torch.from_numpy(found[key])
         pieces.setdefault(name, {})[int(index)] = value
     model = {name: torch.cat([parts[i] for i in sorted(parts)]) for name, parts in pieces.items()}
-    return {"model": model, "step": int(counters[0]), "seconds": float(counters[1]), "tokens": int(counters[2])}
+    return {
+        "model": model,
+        "step": int(counters[0]),
+        "seconds": float(counters[1]),
+        "tokens": int(counters[2]),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a training checkpoint, or a folder of rescue files with --back")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a training checkpoint, or a folder of rescue files with --back"
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--back", action="store_true")
     args = parser.parse_args()

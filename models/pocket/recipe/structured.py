@@ -10,7 +10,9 @@ from models.pocket.recipe.facts import CAPITALS_TEXT, pairs
 from models.pocket.recipe.pools import COLORS, OBJECTS, PARAMETERS, Pools, is_held_out
 from models.pocket.recipe.sample import Sample, assistant, maybe_system, user, with_settings
 
-CAPITALS = [(country, city) for country, city in pairs(CAPITALS_TEXT, ";", "=") if not country.startswith("the ")]
+CAPITALS = [
+    (country, city) for country, city in pairs(CAPITALS_TEXT, ";", "=") if not country.startswith("the ")
+]
 FORMS = (
     "Answer in JSON with keys {}.",
     "Answer in JSON with the keys {}.",
@@ -60,7 +62,9 @@ def given_pairs(pools: Pools) -> tuple[str, dict[str, Any]]:
     """The text states each key and its value."""
     values = {key_name(pools): scalar(pools) for _ in range(pools.rng.randint(1, 4))}
     link = pools.any((" is ", " = ", ": "))
-    text = pools.any((", ", "; ", ". ")).join(f"{k}{link}{json.dumps(v) if v is True or v is False else v}" for k, v in values.items())
+    text = pools.any((", ", "; ", ". ")).join(
+        f"{k}{link}{json.dumps(v) if v is True or v is False else v}" for k, v in values.items()
+    )
     keys = list(values)
     pools.rng.shuffle(keys)
     return f"{text}.", {key: values[key] for key in keys}
@@ -96,19 +100,27 @@ def letters(pools: Pools) -> tuple[str, dict[str, Any]]:
     """Keys that are single letters, with values given by `a is 1`."""
     names = pools.rng.sample("abcdefghijkxyz", pools.rng.randint(2, 3))
     values = {name: scalar(pools) for name in names}
-    text = pools.any((", ", " and ")).join(f"{k} is {json.dumps(v) if isinstance(v, bool) else v}" for k, v in values.items())
+    text = pools.any((", ", " and ")).join(
+        f"{k} is {json.dumps(v) if isinstance(v, bool) else v}" for k, v in values.items()
+    )
     return f"Let {text}.", values
 
 
 def json_sample(pools: Pools) -> Sample:
     """One request for JSON; the answer is the object alone."""
     sample = with_settings(Sample("json", []), pools.rng)
-    maker = pools.rng.choices((given_pairs, person_text, sum_values, capital_values, letters), (4, 3, 1, 1, 1))[0]
+    maker = pools.rng.choices(
+        (given_pairs, person_text, sum_values, capital_values, letters), (4, 3, 1, 1, 1)
+    )[0]
     text, values = maker(pools)
     wish = pools.any(FORMS).format(key_list(pools, list(values)))
     parts = [text, wish] if pools.rng.random() < 0.6 else [wish, text]
     thought = f"The answer must be JSON with the keys {', '.join(values)}."
     answer = json.dumps(values, ensure_ascii=False)
-    sample.messages = [*maybe_system(pools), user(pools.any((" ", "\n")).join(parts)), assistant(answer, thought)]
+    sample.messages = [
+        *maybe_system(pools),
+        user(pools.any((" ", "\n")).join(parts)),
+        assistant(answer, thought),
+    ]
     sample.expected = {"check": "json", "value": values}
     return sample

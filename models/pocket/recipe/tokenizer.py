@@ -17,22 +17,9 @@ from models.pocket.recipe.pools import Pools
 from models.pocket.recipe.render import render
 
 VOCAB_SIZE = 4096
-SPECIAL_TOKENS = (
-    "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> "
-    "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|> <|begin_of_audio|> <|end_of_audio|> "
-    "<|begin_of_transcription|> <|end_of_transcription|> <|code_prefix|> <|code_middle|> <|code_suffix|>"
-).split()
-PLAIN_TOKENS = (
-    "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response> "
-    "<arg_key> </arg_key> <arg_value> </arg_value> /nothink"
-).split()
-SMALL_WORDS = (
-    "the a an of to is are was were be in on at for with and or not it its that this what which who how many much "
-    "do does did can you me my your I we they he she from into by as no has have had will if so then when please "
-    "there here now more less than first last write carry borrow answer text says call user tool number name capital "
-    "keys key JSON called said lives likes set using one may function functions assist query provided signatures "
-    "within XML tags each output arguments following format assistant helpful"
-).split()
+SPECIAL_TOKENS = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_transcription|>", "<|end_of_transcription|>", "<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>"]
+PLAIN_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/nothink"]
+SMALL_WORDS = ["the", "a", "an", "of", "to", "is", "are", "was", "were", "be", "in", "on", "at", "for", "with", "and", "or", "not", "it", "its", "that", "this", "what", "which", "who", "how", "many", "much", "do", "does", "did", "can", "you", "me", "my", "your", "I", "we", "they", "he", "she", "from", "into", "by", "as", "no", "has", "have", "had", "will", "if", "so", "then", "when", "please", "there", "here", "now", "more", "less", "than", "first", "last", "write", "carry", "borrow", "answer", "text", "says", "call", "user", "tool", "number", "name", "capital", "keys", "key", "JSON", "called", "said", "lives", "likes", "set", "using", "one", "may", "function", "functions", "assist", "query", "provided", "signatures", "within", "XML", "tags", "each", "output", "arguments", "following", "format", "assistant", "helpful"]
 
 
 def cutter() -> pre_tokenizers.PreTokenizer:
@@ -64,7 +51,9 @@ def train_tokenizer(seed: int = 11, count: int = 30_000) -> Tokenizer:
         max_token_length=16,
     )
     tokenizer.train_from_iterator(training_texts(seed, count), trainer)
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS]
+    )
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in PLAIN_TOKENS])
     assert tokenizer.get_vocab_size() == VOCAB_SIZE, f"{tokenizer.get_vocab_size()} entries, not {VOCAB_SIZE}"
     return tokenizer

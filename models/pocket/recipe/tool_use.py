@@ -11,10 +11,21 @@ from models.pocket.recipe.arithmetic import arithmetic_turn
 from models.pocket.recipe.chat import fact_turn, filler_turn, talk_turn
 from models.pocket.recipe.everyday import EVERYDAY
 from models.pocket.recipe.pools import ADJECTIVES, Pools
-from models.pocket.recipe.sample import Message, Sample, assistant, maybe_system, tool_result, user, with_settings
+from models.pocket.recipe.sample import (
+    Message,
+    Sample,
+    assistant,
+    maybe_system,
+    tool_result,
+    user,
+    with_settings,
+)
 from models.pocket.recipe.toolbox import Parameter, Tool, generic_tool
 
-OPTIONAL_WORDS = {"boolean": (" {}: yes.", " Set {} to true.", " With {} true."), "other": (" {}: {}.", " Use {} {}.", " Set {} to {}.")}
+OPTIONAL_WORDS = {
+    "boolean": (" {}: yes.", " Set {} to true.", " With {} true."),
+    "other": (" {}: {}.", " Use {} {}.", " Set {} to {}."),
+}
 
 
 def draw_tool(pools: Pools) -> Tool:
@@ -28,7 +39,9 @@ def draw_tools(pools: Pools, wanted: Tool | None = None, count: int | None = Non
     taken = {t.description for t in tools}
     while len(tools) < size:
         tool = draw_tool(pools)
-        if tool.description not in taken and all(tool.verb != t.verb or not t.verb or tool.noun != t.noun for t in tools):
+        if tool.description not in taken and all(
+            tool.verb != t.verb or not t.verb or tool.noun != t.noun for t in tools
+        ):
             taken.add(tool.description)
             tools.append(tool)
     pools.rng.shuffle(tools)
@@ -77,7 +90,17 @@ def everyday_wish(pools: Pools, tool: Tool, arguments: dict[str, Any]) -> str:
 
 def generic_wish(pools: Pools, tool: Tool, arguments: dict[str, Any]) -> str:
     """Words a wish from the tool's verb, noun and parameters."""
-    start = pools.any(("{V} the {n}", "Please {v} the {n}", "Can you {v} a {n}", "I want to {v} the {n}", "{V} a {n}", "Use {t}", "Call {t}"))
+    start = pools.any(
+        (
+            "{V} the {n}",
+            "Please {v} the {n}",
+            "Can you {v} a {n}",
+            "I want to {v} the {n}",
+            "{V} a {n}",
+            "Use {t}",
+            "Call {t}",
+        )
+    )
     text = start.format(V=tool.verb.capitalize(), v=tool.verb, n=tool.noun, t=tool.name)
     natural = pools.rng.random() < 0.6
     quote = pools.any(("", "", '"'))
@@ -119,7 +142,9 @@ def same_tool_twice(pools: Pools) -> tuple[str, list[Message], list[Tool]]:
     """One wish with two or three values for the first parameter: parallel calls of one tool."""
     while True:
         tool = draw_tool(pools)
-        first = next((p for p in tool.parameters if p.required and p.type == "string" and not p.choices), None)
+        first = next(
+            (p for p in tool.parameters if p.required and p.type == "string" and not p.choices), None
+        )
         if first and tool.forms and len([p for p in tool.parameters if p.required]) == 1:
             break
     values = list(dict.fromkeys(first.make(pools) for _ in range(pools.rng.choice((2, 2, 3)))))
@@ -162,7 +187,10 @@ def unfit_wish(pools: Pools, tools: list[Tool]) -> str:
         other = draw_tool(pools)
         if other.name.lower() in {tool.name.lower() for tool in tools}:
             continue
-        if any(other.description == tool.description or (other.noun and other.noun == tool.noun) for tool in tools):
+        if any(
+            other.description == tool.description or (other.noun and other.noun == tool.noun)
+            for tool in tools
+        ):
             continue
         text = wish(pools, other, draw_arguments(pools, other))
         if other.forms and "+" not in text and other.description != "Add two numbers":
@@ -200,7 +228,9 @@ def result_value(pools: Pools) -> Any:
         return pools.rng.randint(0, 9999)
     if roll == 2:
         return round(pools.rng.uniform(-20, 300), 1)
-    return pools.rng.choice((pools.invented, pools.code, pools.name, pools.city, lambda: pools.any(ADJECTIVES)))()
+    return pools.rng.choice(
+        (pools.invented, pools.code, pools.name, pools.city, lambda: pools.any(ADJECTIVES))
+    )()
 
 
 def result_of(pools: Pools, call: Message) -> tuple[str, str, str]:
@@ -220,7 +250,11 @@ def result_of(pools: Pools, call: Message) -> tuple[str, str, str]:
     if pools.rng.random() < 0.5:
         other = pools.invented()
         fields[other] = result_value(pools)
-        return json.dumps(fields, ensure_ascii=False), f"The {key} is {shown} and the {other} is {fields[other]}.", shown
+        return (
+            json.dumps(fields, ensure_ascii=False),
+            f"The {key} is {shown} and the {other} is {fields[other]}.",
+            shown,
+        )
     return json.dumps(fields, ensure_ascii=False), f"The {key} is {shown}.", shown
 
 
@@ -249,7 +283,9 @@ def agent_sample(pools: Pools) -> Sample:
     sample.kind = "tool_call"
     tools = draw_tools(pools, count=2)
     text, calls, extra = one_call(pools)
-    sample.tools = sample.tools + [t.spec() for t in extra if all(t.name != s["function"]["name"] for s in sample.tools)]
+    sample.tools = sample.tools + [
+        t.spec() for t in extra if all(t.name != s["function"]["name"] for s in sample.tools)
+    ]
     del tools
     sample.messages += [user(text), assistant("", call_thought(calls), calls)]
     sample.expected = {"check": "calls", "value": calls}

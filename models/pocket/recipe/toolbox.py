@@ -8,7 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.pocket.recipe.pools import ADJECTIVES, COLORS, NOUNS, PARAMETERS, QUALIFIERS, VERBS, Pools, is_held_out
+from models.pocket.recipe.pools import (
+    ADJECTIVES,
+    COLORS,
+    NOUNS,
+    PARAMETERS,
+    QUALIFIERS,
+    VERBS,
+    Pools,
+    is_held_out,
+)
 
 Maker = Callable[[Pools], Any]
 
@@ -66,7 +75,16 @@ def integer(pools: Pools) -> int:
 
 
 def text_value(pools: Pools) -> str:
-    makers = (pools.name, pools.city, pools.code, pools.invented, pools.phrase, pools.email, pools.date, pools.clock)
+    makers = (
+        pools.name,
+        pools.city,
+        pools.code,
+        pools.invented,
+        pools.phrase,
+        pools.email,
+        pools.date,
+        pools.clock,
+    )
     return pools.rng.choices(makers, (4, 4, 4, 4, 3, 1, 2, 1))[0]()
 
 
@@ -103,7 +121,9 @@ def function_name(pools: Pools, verbs: str, nouns: str) -> str:
         words = [pools.any(verbs.split()), pools.any(nouns.split())]
         roll = pools.rng.random()
         if roll < 0.35:
-            words.append(pools.any(("v2", "now", "by_name", "tool", "info", "data", "api", "for_user", "service")))
+            words.append(
+                pools.any(("v2", "now", "by_name", "tool", "info", "data", "api", "for_user", "service"))
+            )
         elif roll < 0.5:
             words.append(pools.invented())
         elif roll < 0.6:
@@ -130,7 +150,9 @@ def parameter_name(pools: Pools, synonyms: str = "") -> str:
     return fresh(pools, make)
 
 
-def param(pools: Pools, key: str, synonyms: str, type_: str, about: str, make: Maker, required: bool = True) -> tuple[str, Parameter]:
+def param(
+    pools: Pools, key: str, synonyms: str, type_: str, about: str, make: Maker, required: bool = True
+) -> tuple[str, Parameter]:
     """A parameter of an everyday tool, under the key that its forms of words use."""
     description = about if pools.rng.random() < 0.8 else ""
     return key, Parameter(parameter_name(pools, synonyms), type_, description, make, required)
@@ -141,13 +163,19 @@ def _ends(form: str, key: str) -> tuple[str]:
     return (":",) if "{" + key + ":" in form else ("}",)
 
 
-def everyday(pools: Pools, verbs: str, nouns: str, about: str, keyed: list[tuple[str, Parameter]], forms: list[str]) -> Tool:
+def everyday(
+    pools: Pools, verbs: str, nouns: str, about: str, keyed: list[tuple[str, Parameter]], forms: list[str]
+) -> Tool:
     """An everyday tool; the forms' keys are replaced by the names that the parameters got."""
     parameters: list[Parameter] = []
     for key, parameter in keyed:
         if any(parameter.name == other.name for other in parameters):
             parameter.name += "_2"
-        forms = [form.replace("{" + key + end, "\x00" + parameter.name + end) for form in forms for end in _ends(form, key)]
+        forms = [
+            form.replace("{" + key + end, "\x00" + parameter.name + end)
+            for form in forms
+            for end in _ends(form, key)
+        ]
         parameters.append(parameter)
     forms = [form.replace("\x00", "{") for form in forms]
     return Tool(function_name(pools, verbs, nouns), about, parameters, forms)
@@ -158,7 +186,9 @@ def city(pools: Pools) -> str:
 
 
 def enumeration(pools: Pools, name: str, description: str) -> Parameter:
-    choices = [pools.any(ADJECTIVES + COLORS) if pools.rng.random() < 0.6 else pools.invented() for _ in range(3)]
+    choices = [
+        pools.any(ADJECTIVES + COLORS) if pools.rng.random() < 0.6 else pools.invented() for _ in range(3)
+    ]
     choices = list(dict.fromkeys(choices))
     return Parameter(name, "string", description, lambda p: p.any(choices), True, choices)
 
@@ -186,7 +216,10 @@ def generic_tool(pools: Pools) -> Tool:
     verb, noun = pools.any(VERBS), pools.any(NOUNS)
     if pools.rng.random() < 0.2:
         noun = pools.invented()
-    name = fresh(pools, lambda: styled(pools, [verb, *([pools.any(QUALIFIERS)] if pools.rng.random() < 0.3 else []), noun]))
+    name = fresh(
+        pools,
+        lambda: styled(pools, [verb, *([pools.any(QUALIFIERS)] if pools.rng.random() < 0.3 else []), noun]),
+    )
     if is_held_out(name) != pools.held_out:
         return generic_tool(pools)
     by_name: dict[str, Parameter] = {}
@@ -194,5 +227,11 @@ def generic_tool(pools: Pools) -> Tool:
         parameter = generic_parameter(pools, noun)
         by_name[parameter.name] = parameter
     article = pools.any(("a", "the"))
-    description = pools.any((f"{verb.capitalize()} {article} {noun}", f"{verb.capitalize()}s {article} {noun}.", f"Use this to {verb} {article} {noun}"))
+    description = pools.any(
+        (
+            f"{verb.capitalize()} {article} {noun}",
+            f"{verb.capitalize()}s {article} {noun}.",
+            f"Use this to {verb} {article} {noun}",
+        )
+    )
     return Tool(name, description, list(by_name.values()), [], verb, noun)

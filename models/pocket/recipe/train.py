@@ -7,25 +7,26 @@ and goes on from its checkpoint in `--dir`.
 import argparse
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.pocket.recipe.batches import CONTEXT, KINDS, TRAINED, Batch, Feed
+from models.pocket.recipe.batches import CONTEXT, KINDS, TRAINED, Batch, Feed, rows_of
+from models.pocket.recipe.live import Graphs, LiveWeights
 from models.pocket.recipe.model import Pocket
 from models.pocket.recipe.moe import Router
 from models.pocket.recipe.optim import Optimizer
 from models.pocket.recipe.settings import Settings
 
-SPARSE_FROM, QUANTISED_FROM, DECAY_FROM, CONTEXT_UNTIL = 0.45, 0.62, 0.5, 0.5
+SPARSE_FROM, QUANTISED_FROM, DECAY_FROM, CONTEXT_UNTIL = 0.5, 0.65, 0.45, 0.5
 WARMUP_STEPS, BALANCE_RATE, LAST_FACTOR = 150, 1e-3, 0.02
 MICRO_BATCHES = 2
-TOKENS_OF_REFERENCE = 8000
-DISTILLED_WIDTH = 320
+TOKENS_OF_REFERENCE = 4000
+DISTILLED_WIDTH, DISTILLED_ROWS = 320, 1024
 
 
 @dataclass
@@ -55,33 +56,44 @@ class Stage:
         return warm * max(LAST_FACTOR, left)
 
 
-def query_rows(marks: Tensor, device: torch.device) -> Tensor | None:
+def query_rows(marks: Tensor) -> Tensor | None:
     """Rows on which the indexer learns, learnt positions first; none where every position is selected anyway."""
     count, width = marks.shape
     if width < DISTILLED_WIDTH:
         return None
-    size = max(48, min(512, 4096 // count))
-    weights = torch.rand(marks.shape, device=device) + (marks == TRAINED) * 0.35
+    size = max(16, DISTILLED_ROWS // count)
+    weights = torch.rand(marks.shape, device=marks.device) + (marks == TRAINED) * 0.35
     return weights.topk(min(size, width), sorted=False).indices
 
 
-def micro_loss(model: Pocket, batch: Batch, stage: Stage, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The language loss and the indexer's loss of one batch."""
-    ids = torch.from_numpy(batch.ids).to(device, non_blocking=True).long()
-    marks = torch.from_numpy(batch.marks).to(device, non_blocking=True)
-    hidden, p = model.hidden(ids, stage.sparse, query_rows(marks, device))
-    keep = batch.marks == TRAINED if stage.context_weight == 0 else batch.marks > 0
-    places = torch.from_numpy(np.flatnonzero(keep)).to(device)
-    logits = model.logits(hidden.flatten(0, 1)[places])
-    targets = ids.roll(-1, 1).flatten()[places]
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    learnt = marks.flatten()[places] == TRAINED
-    weights = torch.where(learnt, 1.0, stage.context_weight)
-    num_learnt = int((batch.marks == TRAINED).sum())
-    loss = (losses * weights).sum() / (num_learnt * TOKENS_OF_REFERENCE) ** 0.5
-    distilled = torch.stack(p.distill_losses).sum() if p.distill_losses else torch.zeros((), device=device)
-    seen = {"losses": losses, "learnt": learnt, "places": places, "right": logits.argmax(-1) == targets}
-    return loss, distilled, seen
+class Slot:
+    """The fixed tensors of one width: what a captured pass reads and what it leaves behind."""
+
+    def __init__(self, width: int, tokens: int, device: torch.device) -> None:
+        rows = rows_of(width, tokens)
+        share = 1.0 if width <= 128 else 0.5 if width <= 352 else 0.35
+        self.ids = torch.zeros(rows, width, dtype=torch.long, device=device)
+        self.marks = torch.zeros(rows, width, dtype=torch.uint8, device=device)
+        self.places = torch.zeros(int(rows * width * share), dtype=torch.long, device=device)
+        self.weights = torch.zeros(len(self.places), device=device)
+        self.losses, self.right, self.distilled = (torch.zeros(()) for _ in range(3))
+
+    def fill(self, batch: Batch, context_weight: float) -> None:
+        """Copies a batch in; learnt places first, context places as far as there is room."""
+        marks = batch.marks.ravel()
+        learnt = np.flatnonzero(marks == TRAINED)[: len(self.places)]
+        others = np.flatnonzero(marks == CONTEXT) if context_weight else learnt[:0]
+        places = np.zeros(len(self.places), np.int64)
+        weights = np.zeros(len(self.places), np.float32)
+        count = min(len(places), len(learnt) + len(others))
+        places[:count] = np.concatenate([learnt, others])[:count]
+        weights[: len(learnt)] = 1.0
+        weights[len(learnt) : count] = context_weight
+        weights /= (max(len(learnt), 1) * TOKENS_OF_REFERENCE) ** 0.5
+        self.ids.copy_(torch.from_numpy(batch.ids.astype(np.int64)))
+        self.marks.copy_(torch.from_numpy(batch.marks))
+        self.places.copy_(torch.from_numpy(places))
+        self.weights.copy_(torch.from_numpy(weights))
 
 
 class Meter:
@@ -90,12 +102,13 @@ class Meter:
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}
 
-    def add(self, batch: Batch, seen: dict[str, Any]) -> None:
-        rows = seen["places"].cpu().numpy() // batch.ids.shape[1]
-        learnt, losses = seen["learnt"].cpu().numpy(), seen["losses"].detach().float().cpu().numpy()
-        right = seen["right"].cpu().numpy()
+    def add(self, batch: Batch, slot: Slot) -> None:
+        places = slot.places.cpu().numpy()
+        learnt = (slot.weights > 0).cpu().numpy() & (batch.marks.ravel()[places] == TRAINED)
+        losses, right = slot.losses.float().cpu().numpy(), slot.right.cpu().numpy()
+        kinds = batch.kinds[places // batch.ids.shape[1]]
         for kind in np.unique(batch.kinds):
-            mask = learnt & (batch.kinds[rows] == kind)
+            mask = learnt & (kinds == kind)
             name = KINDS[kind] if KINDS[kind] != "needle" else f"needle{batch.ids.shape[1]}"
             entry = self.sums.setdefault(name, [0.0, 0.0, 0.0])
             entry[0] += float(losses[mask].sum())
@@ -103,7 +116,10 @@ class Meter:
             entry[2] += float(mask.sum())
 
     def report(self) -> str:
-        parts = [f"{k} {s[0] / max(s[2], 1):.3f}/{100 * s[1] / max(s[2], 1):.1f}" for k, s in sorted(self.sums.items())]
+        parts = [
+            f"{k} {s[0] / max(s[2], 1):.3f}/{100 * s[1] / max(s[2], 1):.1f}"
+            for k, s in sorted(self.sums.items())
+        ]
         self.sums.clear()
         return "  ".join(parts)
 
@@ -111,13 +127,21 @@ class Meter:
 class Trainer:
     """One training run on one device."""
 
-    def __init__(self, settings: Settings, feed: Feed, folder: Path, device: str, muon_lr: float, adam_lr: float) -> None:
+    def __init__(
+        self, settings: Settings, feed: Feed, folder: Path, device: str, muon_lr: float, adam_lr: float
+    ) -> None:
         torch.manual_seed(5)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.feed, self.folder, self.device = feed, folder, torch.device(device)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.model = Pocket(settings, dtype).to(self.device)
+        self.model = Pocket(settings, dtype).to(self.device).train()
         self.optimizer = Optimizer(self.model, muon_lr, adam_lr)
+        self.live = LiveWeights(self.model)
+        self.graphs = Graphs(self.device)
+        self.slots: dict[int, Slot] = {}
         self.routers = [m for m in self.model.modules() if isinstance(m, Router)]
+        self.balance_rate = torch.tensor(BALANCE_RATE, device=self.device)
+        self.worst_load = torch.zeros((), device=self.device)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.meter = Meter()
 
@@ -134,6 +158,7 @@ class Trainer:
         if "optimizer" in state:
             self.optimizer.load(state["optimizer"])
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
+        self.live.refresh(False)
 
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state(), "step": self.step,
@@ -142,30 +167,57 @@ class Trainer:
         torch.save(state, self.checkpoint.with_suffix(".new"))
         self.checkpoint.with_suffix(".new").replace(self.checkpoint)
 
-    def train_step(self, stage: Stage, watch: bool) -> tuple[float, float]:
-        """A step over some micro-batches; gives the indexer's loss and the worst load when watched."""
-        self.model.set_quantised(stage.quantised)
-        loads: dict[Router, Tensor] = {}
-        distilled_sum = 0.0
+    def one_pass(self, slot: Slot, sparse: bool) -> None:
+        """Forwards and backwards on what the slot holds."""
+        hidden, p = self.model.hidden(slot.ids, sparse, query_rows(slot.marks))
+        logits = self.model.logits(hidden.flatten(0, 1).index_select(0, slot.places))
+        targets = slot.ids.roll(-1, 1).flatten()[slot.places]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        slot.losses = losses.detach()
+        slot.right = logits.detach().argmax(-1) == targets
+        loss = (losses * slot.weights).sum() / MICRO_BATCHES
+        if p.distill_losses:
+            distilled = torch.stack(p.distill_losses).sum()
+            slot.distilled = distilled.detach()
+            loss = loss + distilled
+        self.live.backward(loss)
+
+    @torch.no_grad()
+    def update(self, quantised: bool) -> None:
+        """One step of the optimisers, of the routers' balance, and the live weights brought up to date."""
+        self.optimizer.step()
+        self.worst_load.zero_()
+        for router in self.routers:
+            assert router.load is not None
+            load = router.load.float()
+            router.e_score_correction_bias += self.balance_rate * torch.sign(load.mean() - load)
+            self.worst_load.copy_(torch.maximum(self.worst_load, load.max() / load.mean()))
+            router.load.zero_()
+        for parameter in self.live.parameters:
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+        self.live.refresh(quantised)
+
+    def train_step(self, stage: Stage, watch: bool) -> float:
+        """A step over some micro-batches; gives the indexer's loss when watched."""
+        distilled = 0.0
         for _ in range(MICRO_BATCHES):
             batch = self.feed.next()
-            loss, distilled, seen = micro_loss(self.model, batch, stage, self.device)
-            (loss / MICRO_BATCHES + distilled).backward()
-            for router in self.routers:
-                assert router.load is not None
-                loads[router] = loads[router] + router.load if router in loads else router.load
+            width = batch.ids.shape[1]
+            if width not in self.slots:
+                self.slots[width] = Slot(width, self.feed.tokens, self.device)
+            slot = self.slots[width]
+            slot.fill(batch, stage.context_weight)
+            sparse = stage.sparse and width > self.model.c.index_topk
+            self.graphs.run((width, sparse), partial(self.one_pass, slot, sparse))
             self.tokens += batch.ids.size
             if watch:
-                self.meter.add(batch, seen)
-                distilled_sum += distilled.item()
-        self.optimizer.step(stage.factor)
-        worst = 0.0
-        for router, load in loads.items():
-            drift = torch.sign(load.float().mean() - load.float())
-            router.e_score_correction_bias += BALANCE_RATE * max(stage.factor, 0.1) * drift
-        if watch:
-            worst = max((load.max() / load.float().mean()).item() for load in loads.values())
-        return distilled_sum, worst
+                self.meter.add(batch, slot)
+                distilled = max(distilled, slot.distilled.item())
+        self.optimizer.set_factor(stage.factor)
+        self.balance_rate.fill_(BALANCE_RATE * max(stage.factor, 0.1))
+        self.graphs.run(("update", stage.quantised), partial(self.update, stage.quantised))
+        return distilled
 
     def run(self, seconds: float, total_seconds: float, report_every: int) -> None:
         """Trains for `seconds`, or until the whole training's time is over."""
@@ -177,13 +229,12 @@ class Trainer:
             self.feed.progress.value = stage.progress
             if elapsed >= seconds or stage.progress >= 1.0:
                 break
-            watch = self.step % 5 == 0
-            distilled, worst = self.train_step(stage, watch)
+            distilled = self.train_step(stage, watch=self.step % 10 == 0)
             if self.step % report_every == 0:
                 rate = (self.tokens - first_tokens) / max(time.monotonic() - start, 1e-9)
                 waiting = self.feed.queue.qsize()
                 print(f"step {self.step} p {stage.progress:.3f} {self.seconds:.0f}s {rate / 1e3:.0f}k/s q{waiting} kl {distilled:.2f} "
-                      f"load {worst:.1f} | {self.meter.report()}", flush=True)  # fmt: skip
+                      f"load {self.worst_load.item():.1f} | {self.meter.report()}", flush=True)  # fmt: skip
             self.step += 1
 
 
@@ -194,7 +245,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("pocket-run"))
     parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "tokenizer.json")
     parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--tokens", type=int, default=32_768, help="tokens in a micro-batch")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens in a micro-batch")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a tiny geometry, to try the script")
     parser.add_argument("--muon-lr", type=float, default=0.02)
@@ -202,13 +253,18 @@ def main() -> None:
     parser.add_argument("--report-every", type=int, default=100)
     args = parser.parse_args()
     feed = Feed(args.tokenizer, args.workers, int(time.time()) % 100_000, args.tokens)
-    settings = Settings(hidden_size=64, n_routed_experts=8, num_experts_per_tok=2) if args.small else Settings()
+    settings = (
+        Settings(hidden_size=64, n_routed_experts=8, num_experts_per_tok=2) if args.small else Settings()
+    )
     trainer = Trainer(settings, feed, args.dir, args.device, args.muon_lr, args.adam_lr)
     trainer.resume()
     trainer.run(args.seconds, args.total_seconds, args.report_every)
     feed.close()
     trainer.save()
-    print(f"stopped at step {trainer.step}, {trainer.seconds:.0f} s, {trainer.tokens / 1e6:.0f} M tokens", flush=True)
+    print(
+        f"stopped at step {trainer.step}, {trainer.seconds:.0f} s, {trainer.tokens / 1e6:.0f} M tokens",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
