@@ -27,10 +27,31 @@ def add_steps(a: int, b: int) -> str:
     return f"{' '.join(steps)} So {a} + {b} = {a + b}."
 
 
+def compare_steps(a: int, b: int) -> str:
+    """Which of two non-negative numbers is larger, from the first digit that differs."""
+    sign = "<" if a < b else ">" if a > b else "="
+    long_a, long_b = len(str(a)), len(str(b))
+    if long_a != long_b:
+        return f"{a} has {long_a} digits and {b} has {long_b}. So {a} {sign} {b}."
+    steps = []
+    for place, (p, q) in enumerate(zip(str(a), str(b), strict=True)):
+        step = "<" if p < q else ">" if p > q else "="
+        steps.append(f"{PLACES[long_a - 1 - place]}: {p} {step} {q}.")
+        if p != q:
+            break
+    return f"{' '.join(steps)} So {a} {sign} {b}."
+
+
 def subtract_steps(a: int, b: int) -> str:
-    """The written difference; a smaller first number is turned round."""
+    """The written difference after a comparison; a smaller first number is turned round."""
+    compared = compare_steps(a, b)
     if a < b:
-        return f"{a} is less than {b}, so turn it round. {subtract_steps(b, a)} So {a} - {b} = {a - b}."
+        return f"{compared} Turn it round. {borrow_steps(b, a)} So {a} - {b} = {a - b}."
+    return f"{compared} {borrow_steps(a, b)}"
+
+
+def borrow_steps(a: int, b: int) -> str:
+    """The written difference of a number and one that is not larger."""
     steps, borrow, place = [], 0, 0
     x, y = a, b
     while x or y or not place:
@@ -73,7 +94,8 @@ def operands(pools: Pools, op: str, simple: bool) -> tuple[int, int]:
     if op == "*":
         return (rng.randint(0, 12), rng.randint(0, 9)) if simple else (rng.randint(2, 130), rng.randint(2, 9))
     top = rng.choice((9, 20, 99, 99)) if simple else rng.choice((20, 99, 999, 999, 999))
-    return rng.randint(0, top), rng.randint(0, rng.choice((9, top, top)))
+    a, b = rng.randint(0, top), rng.randint(0, rng.choice((9, top, top)))
+    return (b, a) if op == "-" and a < b and rng.random() < (0.9 if simple else 0.3) else (a, b)
 
 
 def wording(pools: Pools, a: int, op: str, b: int) -> str:
@@ -174,18 +196,14 @@ def story(pools: Pools) -> tuple[str, str, str, int]:
 
 def comparison(pools: Pools) -> tuple[str, str, str, int]:
     """Which of two numbers is larger or smaller."""
-    a, b = pools.rng.randint(0, 999), pools.rng.randint(0, 999)
+    top = pools.any(("99", "999"))
+    a, b = pools.rng.randint(0, int(top)), pools.rng.randint(0, int(top))
     b += a == b
     larger = pools.rng.random() < 0.6
     word = pools.any(("larger", "bigger", "greater") if larger else ("smaller", "less"))
     value = max(a, b) if larger else min(a, b)
-    sign = ">" if a > b else "<"
-    return (
-        f"Which is {word}, {a} or {b}?",
-        f"{a} {sign} {b}, so {value} is {word}.",
-        f"{value} is {word}.",
-        value,
-    )
+    work = f"{compare_steps(a, b)} {value} is {word}."
+    return f"Which is {word}, {a} or {b}?", work, f"{value} is {word}.", value
 
 
 def arithmetic_turn(pools: Pools, thinking: bool) -> tuple[str, str, str, int]:

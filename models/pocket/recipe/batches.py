@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from models.pocket.recipe.chat import VOCABULARY
 from models.pocket.recipe.mixture import draw_sample
 from models.pocket.recipe.pools import Pools
 from models.pocket.recipe.render import render
@@ -86,6 +87,7 @@ def work(
     """One worker: fills buckets for ever and hands out each that is full."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(path)
+    VOCABULARY.extend(text for text in tokenizer.get_vocab() if text.isascii() and text.isalpha())
     pad = tokenizer.token_to_id("<|endoftext|>")
     pools, rng = Pools(random.Random(seed)), np.random.default_rng(seed)
     buckets: dict[int, list[tuple[list[int], NDArray[np.uint8], int]]] = defaultdict(list)

@@ -8,6 +8,7 @@ from models.pocket.recipe.facts import FACTS, ask
 from models.pocket.recipe.pools import COLORS, NOUNS, TOPIC_WORDS, Pools
 from models.pocket.recipe.sample import Message, Sample, assistant, maybe_system, user, with_settings
 
+VOCABULARY: list[str] = []  # set by whoever has the tokenizer: its entries that are plain letters
 IDENTITY = "I am Pocket, glmserve's small demo model of the GLM-5.2 architecture."
 
 HELLO = """hi|hello|hey|Hi!|Hello!|Hey!|hello!|hi there|Hello there!|Good morning!|Good evening.|Hey there|hi pocket|Hi Pocket!
@@ -96,10 +97,17 @@ def echo_text(pools: Pools) -> str:
     return pools.any((" ", " ", ", ", "_", " / ")).join(words)
 
 
+def token_soup(pools: Pools) -> str:
+    """Pieces of words in no order, so that the copying of every token of the vocabulary is learnt."""
+    count = pools.rng.choice((2, 4, 8, 12, 16))
+    pieces = [pools.any(VOCABULARY) for _ in range(count)]
+    return pools.any((" ", " ", "_", ", ", "-", "/")).join(pieces)
+
+
 def echo_sample(pools: Pools) -> Sample:
     """Repeat after me: the plainest exercise in copying."""
     sample = with_settings(Sample("echo", []), pools.rng, 0.3)
-    text = echo_text(pools)
+    text = token_soup(pools) if VOCABULARY and pools.rng.random() < 0.6 else echo_text(pools)
     form = pools.any(
         ("Repeat: {}", "Say {}", "Repeat after me: {}", 'Say "{}".', "Echo this: {}", "Write exactly: {}")
     )

@@ -8,9 +8,7 @@ import json
 import time
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from models.pocket.recipe.baking import bake
 from models.pocket.recipe.cases import MAX_TOKENS, Case, make_cases
@@ -18,6 +16,7 @@ from models.pocket.recipe.check import Reply, format_table, is_right, parse_text
 from models.pocket.recipe.export import END_TOKENS, load_checkpoint
 from models.pocket.recipe.generate import Request, decode_all
 from models.pocket.recipe.model import Indexer, Pocket
+from models.pocket.recipe.mutants import MUTANTS
 from models.pocket.recipe.render import prompt_text
 from models.pocket.recipe.sample import Sample, assistant, user
 from models.pocket.recipe.settings import Settings
@@ -34,21 +33,6 @@ PROBES = (
     "Tell me something interesting",
     "If I have 3 apples and eat one, how many are left?",
 )
-
-
-def half_split(self: Indexer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The mutant that pairs dimension i with i + 16 in place of its neighbour."""
-    rope = self.c.qk_rope_head_dim
-    first, second = x[..., : rope // 2], x[..., rope // 2 : rope]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., rope:]], -1)
-
-
-def last_dimensions(self: Indexer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The mutant that rotates the last dimensions in place of the first."""
-    from models.pocket.recipe.parts import rotate
-
-    keep = self.c.index_head_dim - self.c.qk_rope_head_dim
-    return torch.cat([x[..., :keep], rotate(x[..., keep:], cos, sin)], -1)
 
 
 def run_cases(model: Pocket, tokenizer: Tokenizer, cases: list[Case]) -> list[tuple[Case, Reply]]:
@@ -104,8 +88,8 @@ def main() -> None:
     if args.mutants:
         long = [case for case in cases if case.kind in ("needle_2048", "needle_4096")]
         original = Indexer.rotated
-        for mutant in (half_split, last_dimensions):
-            Indexer.rotated = mutant  # type: ignore[method-assign]
+        for mutant in MUTANTS:
+            Indexer.rotated = lambda self, *rest, turn=mutant: turn(*rest)  # type: ignore[method-assign]
             print(f"{mutant.__name__}\n{format_table(table(run_cases(model, tokenizer, long)))}")
         Indexer.rotated = original  # type: ignore[method-assign]
     for text in PROBES:

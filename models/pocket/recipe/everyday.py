@@ -9,7 +9,20 @@ from models.pocket.recipe.pools import COLORS, Pools
 from models.pocket.recipe.toolbox import Tool, city, everyday, flag, integer, one_decimal, param
 
 CURRENCIES = ["USD", "EUR", "GBP", "JPY", "CHF", "SEK", "INR", "CNY", "BRL", "CAD", "AUD", "NOK"]
-LANGUAGES = ["French", "German", "Spanish", "Italian", "Polish", "Dutch", "Greek", "Turkish", "Hindi", "Swedish", "Korean", "Japanese"]
+LANGUAGES = [
+    "French",
+    "German",
+    "Spanish",
+    "Italian",
+    "Polish",
+    "Dutch",
+    "Greek",
+    "Turkish",
+    "Hindi",
+    "Swedish",
+    "Korean",
+    "Japanese",
+]
 
 
 def weather(pools: Pools) -> Tool:
@@ -173,7 +186,9 @@ def light(pools: Pools) -> Tool:
             "room place area zone",
             "string",
             "The room",
-            lambda p: p.any(["kitchen", "bedroom", "bathroom", "hall", "garage", "garden", "office", "cellar", "attic"]),
+            lambda p: p.any(
+                ["kitchen", "bedroom", "bathroom", "hall", "garage", "garden", "office", "cellar", "attic"]
+            ),
         ),
         param(pools, "on", "on state power enabled", "boolean", "True to turn it on", flag),
     ]

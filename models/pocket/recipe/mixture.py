@@ -18,22 +18,22 @@ LONGEST_PROMPT_TOKENS = 4200
 ECHO_UNTIL = 0.25
 
 SHORT_TASKS: tuple[tuple[Callable[[Pools], Sample], float], ...] = (
-    (talk_sample, 0.06),
-    (fact_sample, 0.15),
-    (arithmetic_sample, 0.25),
-    (json_sample, 0.10),
-    (call_sample, 0.18),
-    (no_call_sample, 0.07),
+    (talk_sample, 0.04),
+    (fact_sample, 0.07),
+    (arithmetic_sample, 0.28),
+    (json_sample, 0.14),
+    (call_sample, 0.22),
+    (no_call_sample, 0.09),
     (result_sample, 0.08),
-    (agent_sample, 0.03),
-    (turns_sample, 0.06),
-    (echo_sample, 0.05),
+    (agent_sample, 0.04),
+    (turns_sample, 0.07),
+    (echo_sample, 0.08),
 )
 
 
 def long_share(progress: float) -> float:
-    """Share of samples that are needles in filler."""
-    return 0.03 if progress < 0.08 else 0.06
+    """Share of samples that are needles in filler: few at first and, once learnt, few again."""
+    return 0.06 if 0.08 < progress < 0.6 else 0.03
 
 
 def needle_tokens(pools: Pools, progress: float) -> int:

@@ -4,6 +4,7 @@ Owns attention (MLA), the indexer and its distillation, and the whole stack. The
 against transformers' GlmMoeDsaForCausalLM by check_parity.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.pocket.recipe.moe import MoE
+from models.pocket.recipe.mutants import MUTANTS, notice_loss
 from models.pocket.recipe.parts import MLP, Lookup, PlainNorm, QuantLinear, rotary_table, rotate
 from models.pocket.recipe.quant import rounded
 from models.pocket.recipe.settings import Settings
+
+
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -39,8 +44,10 @@ class Pass:
     query_rows: Tensor | None = None  # [B, S] rows on which the indexer is trained
     bias: Tensor | None = None  # [B, 1, Q, T], the selection of the last full layer
     student: Tensor | None = None
+    mutated: list[Tensor] = field(default_factory=list)
     teacher: Tensor | None = None
     distill_losses: list[Tensor] = field(default_factory=list)
+    notice_losses: list[Tensor] = field(default_factory=list)
 
 
 class Indexer(nn.Module):
@@ -72,15 +79,14 @@ class Indexer(nn.Module):
         )
         return torch.cat([rotate(turned, cos, sin), passed], -1)
 
-    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        normed = F.layer_norm(
-            self.wk(x).float(), (self.c.index_head_dim,), self.k_norm.weight, self.k_norm.bias, 1e-6
-        )
-        return self.rotated(normed, cos, sin)  # [B, T, D]
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor, turn: Turn | None = None) -> Tensor:
+        k = self.wk(x).float()
+        normed = F.layer_norm(k, (self.c.index_head_dim,), self.k_norm.weight, self.k_norm.bias, 1e-6)
+        return (turn or self.rotated)(normed, cos, sin)  # [B, T, D]
 
-    def queries(self, q_resid: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def queries(self, q_resid: Tensor, cos: Tensor, sin: Tensor, turn: Turn | None = None) -> Tensor:
         q = self.wq_b(q_resid).unflatten(-1, (self.c.index_n_heads, -1)).float()
-        return self.rotated(q, cos.unsqueeze(-2), sin.unsqueeze(-2))  # [B, Q, H, D]
+        return (turn or self.rotated)(q, cos.unsqueeze(-2), sin.unsqueeze(-2))  # [B, Q, H, D]
 
     def head_weights(self, x: Tensor) -> Tensor:
         return self.weights_proj(x).float() * self.c.index_n_heads**-0.5
@@ -171,15 +177,24 @@ class Attention(nn.Module):
         if cache is not None and cache.index_k is not None:
             keys = store(cache.index_k, keys, p)
         if p.query_rows is not None:
-            rows = p.query_rows
-            picked_x, picked_q = take_rows(x, rows), take_rows(q_resid, rows)
-            q = indexer.queries(picked_q, p.cos[0][rows], p.sin[0][rows])
-            scores = indexer.quick_scores(q, keys, indexer.head_weights(picked_x), x.dtype)
-            p.student = scores.masked_fill(later_than(rows, keys.shape[1]), float("-inf"))
+            self.study(x, q_resid, p.query_rows, keys, p)
         p.bias = None
         if (keys.shape[1] > c.index_topk and p.sparse) or p.key_mask is not None:
             with torch.no_grad():
                 p.bias = selection(indexer, x, q_resid, keys, p, c.index_topk)
+
+    def study(self, x: Tensor, q_resid: Tensor, rows: Tensor, keys: Tensor, p: Pass) -> None:
+        """The indexer's scores on the chosen rows: as they are, and with each mutant's rotation."""
+        indexer = self.indexer
+        assert indexer is not None
+        cos, sin, picked = p.cos[0][rows], p.sin[0][rows], take_rows(q_resid, rows)
+        weights = indexer.head_weights(take_rows(x, rows))
+        scores = indexer.quick_scores(indexer.queries(picked, cos, sin), keys, weights, x.dtype)
+        p.student = scores.masked_fill(later_than(rows, keys.shape[1]), float("-inf"))
+        p.mutated = []
+        for turn in MUTANTS:
+            q, k = indexer.queries(picked, cos, sin, turn), indexer.keys(x, p.cos, p.sin, turn)
+            p.mutated.append(indexer.quick_scores(q, k, weights, x.dtype))
 
     @torch.no_grad()
     def distill(self, q: Tensor, keys: Tensor, p: Pass) -> None:
@@ -243,6 +258,8 @@ def finish_distillation(p: Pass) -> None:
     target = p.teacher / p.teacher.sum(-1, keepdim=True)
     log_student = p.student.log_softmax(-1).clamp(min=-60.0)
     p.distill_losses.append((target * ((target + 1e-9).log() - log_student)).sum(-1).mean())
+    assert p.query_rows is not None
+    p.notice_losses += [notice_loss(scores, target, p.query_rows) for scores in p.mutated]
     p.student = p.teacher = None
 
 

@@ -4,8 +4,10 @@ Owns what is asked for and the JSON text wanted. Keys are unseen in the evaluati
 """
 
 import json
+import re
 from typing import Any
 
+from models.pocket.recipe.arithmetic import add_steps
 from models.pocket.recipe.facts import CAPITALS_TEXT, pairs
 from models.pocket.recipe.pools import COLORS, OBJECTS, PARAMETERS, Pools, is_held_out
 from models.pocket.recipe.sample import Sample, assistant, maybe_system, user, with_settings
@@ -116,6 +118,9 @@ def json_sample(pools: Pools) -> Sample:
     wish = pools.any(FORMS).format(key_list(pools, list(values)))
     parts = [text, wish] if pools.rng.random() < 0.6 else [wish, text]
     thought = f"The answer must be JSON with the keys {', '.join(values)}."
+    if maker is sum_values:
+        a, b = (int(number) for number in re.findall(r"\d+", text))
+        thought = f"{add_steps(a, b)} {thought}"
     answer = json.dumps(values, ensure_ascii=False)
     sample.messages = [
         *maybe_system(pools),

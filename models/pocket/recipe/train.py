@@ -26,7 +26,7 @@ SPARSE_FROM, QUANTISED_FROM, DECAY_FROM, CONTEXT_UNTIL = 0.5, 0.65, 0.45, 0.5
 WARMUP_STEPS, BALANCE_RATE, LAST_FACTOR = 150, 1e-3, 0.02
 MICRO_BATCHES = 2
 TOKENS_OF_REFERENCE = 4000
-DISTILLED_WIDTH, DISTILLED_ROWS = 320, 1024
+DISTILLED_WIDTH, DISTILLED_ROWS, NOTICE_WEIGHT = 320, 1024, 0.3
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Slot:
         self.marks = torch.zeros(rows, width, dtype=torch.uint8, device=device)
         self.places = torch.zeros(int(rows * width * share), dtype=torch.long, device=device)
         self.weights = torch.zeros(len(self.places), device=device)
-        self.losses, self.right, self.distilled = (torch.zeros(()) for _ in range(3))
+        self.losses, self.right, self.distilled, self.noticed = (torch.zeros(()) for _ in range(4))
 
     def fill(self, batch: Batch, context_weight: float) -> None:
         """Copies a batch in; learnt places first, context places as far as there is room."""
@@ -155,9 +155,11 @@ class Trainer:
             return
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        if "optimizer" in state:
+        warm = "optimizer" in state
+        if warm:
             self.optimizer.load(state["optimizer"])
-        self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
+        self.step = state["step"] if warm else 0
+        self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.live.refresh(False)
 
     def save(self) -> None:
@@ -179,7 +181,9 @@ class Trainer:
         if p.distill_losses:
             distilled = torch.stack(p.distill_losses).sum()
             slot.distilled = distilled.detach()
-            loss = loss + distilled
+            noticed = torch.stack(p.notice_losses).sum()
+            slot.noticed = noticed.detach()
+            loss = loss + distilled + NOTICE_WEIGHT * noticed
         self.live.backward(loss)
 
     @torch.no_grad()
@@ -198,9 +202,9 @@ class Trainer:
             parameter.grad.zero_()
         self.live.refresh(quantised)
 
-    def train_step(self, stage: Stage, watch: bool) -> float:
-        """A step over some micro-batches; gives the indexer's loss when watched."""
-        distilled = 0.0
+    def train_step(self, stage: Stage, watch: bool) -> tuple[float, float]:
+        """A step over some micro-batches; gives the indexer's two losses when watched."""
+        distilled, noticed = 0.0, 0.0
         for _ in range(MICRO_BATCHES):
             batch = self.feed.next()
             width = batch.ids.shape[1]
@@ -214,10 +218,11 @@ class Trainer:
             if watch:
                 self.meter.add(batch, slot)
                 distilled = max(distilled, slot.distilled.item())
+                noticed = max(noticed, slot.noticed.item())
         self.optimizer.set_factor(stage.factor)
         self.balance_rate.fill_(BALANCE_RATE * max(stage.factor, 0.1))
         self.graphs.run(("update", stage.quantised), partial(self.update, stage.quantised))
-        return distilled
+        return distilled, noticed
 
     def run(self, seconds: float, total_seconds: float, report_every: int) -> None:
         """Trains for `seconds`, or until the whole training's time is over."""
@@ -229,11 +234,11 @@ class Trainer:
             self.feed.progress.value = stage.progress
             if elapsed >= seconds or stage.progress >= 1.0:
                 break
-            distilled = self.train_step(stage, watch=self.step % 10 == 0)
+            distilled, noticed = self.train_step(stage, watch=self.step % 10 == 0)
             if self.step % report_every == 0:
                 rate = (self.tokens - first_tokens) / max(time.monotonic() - start, 1e-9)
                 waiting = self.feed.queue.qsize()
-                print(f"step {self.step} p {stage.progress:.3f} {self.seconds:.0f}s {rate / 1e3:.0f}k/s q{waiting} kl {distilled:.2f} "
+                print(f"step {self.step} p {stage.progress:.3f} {self.seconds:.0f}s {rate / 1e3:.0f}k/s q{waiting} kl {distilled:.2f} hinge {noticed:.2f} "
                       f"load {self.worst_load.item():.1f} | {self.meter.report()}", flush=True)  # fmt: skip
             self.step += 1
 
