@@ -15,6 +15,7 @@ from models.pocket.recipe.cases import MAX_TOKENS, Case, make_cases
 from models.pocket.recipe.check import Reply, format_table, is_right, parse_text, table
 from models.pocket.recipe.export import END_TOKENS, load_checkpoint
 from models.pocket.recipe.generate import Request, decode_all
+from models.pocket.recipe.importing import load_shipped
 from models.pocket.recipe.model import Indexer, Pocket
 from models.pocket.recipe.mutants import MUTANTS
 from models.pocket.recipe.render import prompt_text
@@ -64,17 +65,18 @@ def write_wrong(results: list[tuple[Case, Reply]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="a training checkpoint, or the folder of the shipped files")
     parser.add_argument("--per-kind", type=int, default=200)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "tokenizer.json")
     parser.add_argument("--wrong", type=Path)
     parser.add_argument("--mutants", action="store_true")
-    parser.add_argument("--as-trained", action="store_true", help="without quantisation")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.tokenizer))
-    model = load_checkpoint(args.checkpoint, Settings(), args.device).eval()
-    if not args.as_trained:
+    if args.checkpoint.is_dir():
+        model = load_shipped(args.checkpoint, args.device).eval()
+    else:
+        model = load_checkpoint(args.checkpoint, Settings(), args.device).eval()
         bake(model)
     start = time.monotonic()
     cases = list(
