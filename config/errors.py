@@ -36,8 +36,14 @@ class RequestError(GlmserveError):
     field of the request body that is to blame, when there is one.
     """
 
-    def __init__(self, message: str, *, status: int = 400, error_type: str = "invalid_request",
-                 param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        error_type: str = "invalid_request",
+        param: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.error_type = error_type

@@ -1,1 +1,1 @@
-"""Bytes between SSD and memory: expert index, reader, banks, policy, store. Knows no HTTP and no attention."""
+"""Bytes between SSD and memory: expert index, reader, banks, store. Knows no HTTP, no attention."""

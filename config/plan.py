@@ -1,0 +1,173 @@
+"""The memory plan: how a budget is divided, line by line, before anything is allocated.
+
+Pure functions of the checkpoint's geometry and the budget. The command line prints the plan, the engine
+obeys it: every owner of memory takes its line from here. Knows nothing of MLX; the geometry is measured by
+`models/` and `streaming/`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
+from config.errors import BudgetError
+from config.sizes import format_size, physical_memory_bytes
+
+# Two processes with everything imported and no model. Measured on Linux: 261 MB for the engine with mlx-lm's
+# samplers, 79 MB for HTTP with transformers' tokenizers; the rest is room for the vocabulary.
+RUNTIME_BYTES = 400 * 10**6
+# MLX keeps freed buffers for reuse, by default without bound (published: 15.1 GB resident for a 10 GB
+# target). One step's transients are all that the next step can reuse, so the workspace, within these
+# bounds, is its cache limit.
+MIN_CACHE_BYTES = 32 * 10**6
+MAX_CACHE_BYTES = 10**9
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a checkpoint needs, in bytes of memory (not of disk)."""
+
+    trunk_bytes: int
+    expert_bytes: tuple[int, ...]  # one expert's slot, for each MoE layer in order
+    num_experts: int
+    experts_per_token: int
+    kv_bytes_per_token: int  # latents and rotary keys, all layers
+    index_key_bytes_per_token: int  # the indexers' keys, full layers only
+    workspace_bytes: int  # the largest transients of one step, from the model's tile sizes
+    reader_bytes: int  # what the readers' buffers may grow to
+
+    @property
+    def context_bytes_per_token(self) -> int:
+        return self.kv_bytes_per_token + self.index_key_bytes_per_token
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The ledger. `lines` add up to at most `budget_bytes`; what is left over is too little for a slot."""
+
+    budget_bytes: int
+    minimum_budget_bytes: int
+    resident_bytes: int  # the budget from which every expert stays in memory
+    max_context: int
+    lines: Mapping[str, int]
+    slots_per_layer: tuple[int, ...]
+    num_experts: int
+    cache_limit_bytes: int
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether every expert has a slot of its own."""
+        return all(slots == self.num_experts for slots in self.slots_per_layer)
+
+
+def make_plan(
+    geometry: Geometry, budget_bytes: int, max_context: int, *, physical_bytes: int | None = None
+) -> MemoryPlan:
+    """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done."""
+    fixed = _fixed_lines(geometry, max_context)
+    per_slot = sum(geometry.expert_bytes)
+    minimum = sum(fixed.values()) + per_slot * geometry.experts_per_token
+    _check_budget(geometry, budget_bytes, max_context, minimum, physical_bytes or physical_memory_bytes())
+    slots = _divide(geometry, budget_bytes - sum(fixed.values()))
+    experts = sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
+    return MemoryPlan(
+        budget_bytes=budget_bytes,
+        minimum_budget_bytes=minimum,
+        resident_bytes=sum(fixed.values()) + per_slot * geometry.num_experts,
+        max_context=max_context,
+        lines={**fixed, "experts": experts},
+        slots_per_layer=slots,
+        num_experts=geometry.num_experts,
+        cache_limit_bytes=fixed["MLX buffer cache"],
+    )
+
+
+def as_dict(plan: MemoryPlan) -> dict[str, object]:
+    """The plan for programs."""
+    return {
+        "budget_bytes": plan.budget_bytes,
+        "minimum_budget_bytes": plan.minimum_budget_bytes,
+        "resident_bytes": plan.resident_bytes,
+        "max_context": plan.max_context,
+        "lines": dict(plan.lines),
+        "unassigned_bytes": plan.budget_bytes - sum(plan.lines.values()),
+        "slots_per_layer": list(plan.slots_per_layer),
+        "num_experts": plan.num_experts,
+        "is_resident": plan.is_resident,
+    }
+
+
+def render_plan(plan: MemoryPlan) -> str:
+    """The plan for people."""
+    table = Table(
+        title=f"A budget of {format_size(plan.budget_bytes)}, a context of {plan.max_context} tokens"
+    )
+    table.add_column("line")
+    table.add_column("bytes", justify="right")
+    table.add_column("share", justify="right")
+    unassigned = plan.budget_bytes - sum(plan.lines.values())
+    for name, nbytes in {**plan.lines, "unassigned": unassigned}.items():
+        table.add_row(name, format_size(nbytes), f"{nbytes / plan.budget_bytes:.1%}")
+    low, high = min(plan.slots_per_layer, default=0), max(plan.slots_per_layer, default=0)
+    slots = str(low) if low == high else f"{low} to {high}"
+    out = StringIO()
+    console = Console(file=out, width=80)
+    console.print(table)
+    console.print(f"{slots} of {plan.num_experts} experts of each layer stay in memory.")
+    console.print(f"The smallest budget that works is {_round_up(plan.minimum_budget_bytes)};")
+    console.print(f"with {_round_up(plan.resident_bytes)} every expert stays in memory.")
+    return out.getvalue()
+
+
+def _fixed_lines(geometry: Geometry, max_context: int) -> dict[str, int]:
+    cache = min(max(geometry.workspace_bytes, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
+    return {
+        "trunk": geometry.trunk_bytes,
+        "KV cache": geometry.context_bytes_per_token * max_context,
+        "workspace": geometry.workspace_bytes,
+        "reader buffers": geometry.reader_bytes,
+        "MLX buffer cache": cache,
+        "Python and libraries": RUNTIME_BYTES,
+    }
+
+
+def _check_budget(geometry: Geometry, budget: int, max_context: int, minimum: int, physical: int) -> None:
+    if budget > physical:
+        raise BudgetError(
+            f"a budget of {format_size(budget)} is above the memory of this machine: {format_size(physical)}"
+        )
+    if budget < minimum:
+        raise BudgetError(
+            f"a memory budget of {format_size(budget)} is too small: this checkpoint with a context of "
+            f"{max_context} tokens needs {_round_up(minimum)} (trunk {format_size(geometry.trunk_bytes)}, "
+            f"{geometry.experts_per_token} experts in each of {len(geometry.expert_bytes)} layers, the rest)"
+        )
+
+
+def _divide(geometry: Geometry, room: int) -> tuple[int, ...]:
+    """As many slots for every layer as fit; the remainder gives one more to the first layers that it fits."""
+    per_slot = sum(geometry.expert_bytes)
+    even = min(room // per_slot, geometry.num_experts) if per_slot else geometry.num_experts
+    left = room - even * per_slot
+    slots = []
+    for nbytes in geometry.expert_bytes:
+        has_one_more = even < geometry.num_experts and nbytes <= left
+        left -= nbytes * has_one_more
+        slots.append(even + has_one_more)
+    return tuple(slots)
+
+
+def _round_up(num_bytes: int) -> str:
+    """A size that, typed back as a budget, is enough: 1.2G, in tenths of a unit and never below."""
+    unit, factor = next(
+        (
+            (unit, factor)
+            for unit, factor in (("G", 10**9), ("M", 10**6), ("K", 10**3))
+            if num_bytes >= factor
+        ),
+        ("", 1),
+    )
+    tenths = -(-num_bytes * 10 // factor)
+    return f"{tenths // 10}.{tenths % 10}{unit}" if unit else str(num_bytes)

@@ -1,0 +1,118 @@
+"""What a run is: one frozen `Settings`, read once at start-up.
+
+Each field is a flag (`--ram-budget`), an environment variable (`GLMSERVE_RAM_BUDGET`) and a key of the TOML
+file (`ram_budget`), and has its default here and nowhere else. Flags win over the environment, the
+environment over the file. The command line builds its parser from these fields.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, JsonValue, ValidationError, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+
+from config.errors import BudgetError, UsageError
+from config.sizes import format_size, parse_size, physical_memory_bytes
+
+ENV_PREFIX = "GLMSERVE_"
+
+
+def _parse_size(value: Any) -> Any:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(_parse_size)]
+
+
+def _setting(default: Any, group: str, metavar: str | None, text: str, **rules: Any) -> Any:
+    extra: dict[str, JsonValue] = {"group": group, "metavar": metavar}
+    return Field(default=default, description=text, json_schema_extra=extra, validate_default=True, **rules)
+
+
+class Settings(BaseSettings):
+    """All that a user can decide."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    model: str | None = _setting(
+        None,
+        "Model",
+        "PATH-OR-REPO",
+        "folder of a checkpoint, or a repository (org/name) in the local Hugging Face cache; "
+        "default: a GLM found in that cache, else the small model in the box",
+    )
+    served_model_name: str | None = _setting(
+        None,
+        "Model",
+        "NAME",
+        "the id that clients see (default z-ai/glm-5.2; glmserve/pocket for the model in the box)",
+    )
+    max_context: int | None = _setting(
+        None,
+        "Model",
+        "TOKENS",
+        "longest prompt and answer together (default 32768, or the model's own maximum where that is less)",
+        ge=1,
+    )
+    stream_experts: bool = _setting(
+        False, "Memory", None, "keep the experts on the SSD and only a part of them in memory"
+    )
+    ram_budget: Size = _setting(
+        "80%",
+        "Memory",
+        "SIZE",
+        "ceiling of the memory used: 100G (G = 10^9 bytes), 96GiB (GiB = 2^30) or 80%% of physical memory",
+        gt=0,
+    )
+    host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on")
+    port: int = _setting(8080, "Network", "PORT", "port to listen on; 0 takes a free one", ge=0, le=65535)
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "Logging", "LEVEL", "debug, info, warning or error"
+    )
+
+    @model_validator(mode="after")
+    def _fits_this_machine(self) -> Self:
+        if self.ram_budget > (memory := physical_memory_bytes()):
+            raise BudgetError(
+                f"--ram-budget {format_size(self.ram_budget)} is more than this machine's memory "
+                f"({format_size(memory)}); give at most that, or a share such as 80%"
+            )
+        return self
+
+
+def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
+    """Settings from flags, environment and file. Raises UsageError with one line that names the fault."""
+    values = {
+        **(_read_toml(config_file) if config_file else {}),
+        **EnvSettingsSource(Settings)(),
+        **flags,
+    }
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from error
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read --config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--config {path} is not TOML: {error}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    name = str(fault["loc"][0]) if fault["loc"] else ""
+    if fault["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}; `glmserve --help` lists them"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{flag_of(name)} (or {ENV_PREFIX}{name.upper()}): {message}"

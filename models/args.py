@@ -1,0 +1,144 @@
+"""What config.json says about the architecture, parsed once into a type. Called by loading and the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from config.errors import CheckpointError
+
+FULL, SHARED = "full", "shared"
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Geometry of one `glm_moe_dsa` model; the names are those of config.json.
+
+    `head_dim` of config.json is left out on purpose: it is not the rotary width (that is
+    `qk_rope_head_dim`) and nothing else needs it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    first_k_dense_replace: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    num_attention_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    indexer_types: tuple[str, ...]  # "full" or "shared", one for each layer
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of one cached row: the latent and the rotated key that all heads share."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Layers that own an indexer; the others reuse the selection of the last of these."""
+        return tuple(i for i, kind in enumerate(self.indexer_types) if kind == FULL)
+
+    @property
+    def moe_layers(self) -> range:
+        return range(self.first_k_dense_replace, self.num_hidden_layers)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelArgs":
+        """Parse config.json. Raises CheckpointError for what this implementation does not compute."""
+        _refuse_unsupported(config)
+        rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
+        if rope.get("rope_type", "default") != "default":
+            raise CheckpointError(f"rope_type {rope['rope_type']!r} is not supported; GLM-5 uses 'default'")
+        derived: dict[str, Any] = {
+            "indexer_types": indexer_schedule(config),
+            "rope_theta": float(rope["rope_theta"]),
+            "first_k_dense_replace": _first_sparse_layer(config),
+            "n_group": config.get("n_group") or 1,
+            "topk_group": config.get("topk_group") or 1,
+        }
+        names = cls.__dataclass_fields__.keys() - derived.keys()
+        missing = sorted(name for name in names if config.get(name) is None)
+        if missing:
+            raise CheckpointError(f"config.json lacks {', '.join(missing)}")
+        args = cls(**{name: config[name] for name in names}, **derived)
+        if args.index_head_dim < args.qk_rope_head_dim:
+            raise CheckpointError("config.json: index_head_dim is smaller than qk_rope_head_dim")
+        return args
+
+
+def indexer_schedule(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which layers own an indexer: `indexer_types`, else `index_topk_pattern`, else frequency and offset.
+
+    The formula and its defaults (1 and 2: every layer full) are those of transformers 5.24,
+    `configuration_glm_moe_dsa.py`.
+    """
+    num_layers: int = config["num_hidden_layers"]
+    types: Sequence[str] | None = config.get("indexer_types")
+    pattern: Sequence[str] | None = config.get("index_topk_pattern")
+    if types is None and pattern is not None:
+        types = [{"F": FULL, "S": SHARED}.get(letter, letter) for letter in pattern]
+    if types is None:
+        frequency = config.get("index_topk_freq") or 1
+        offset = config.get("index_skip_topk_offset")
+        offset = 2 if offset is None else offset
+        types = [FULL if max(i - offset + 1, 0) % frequency == 0 else SHARED for i in range(num_layers)]
+    types = types[:num_layers]
+    if len(types) < num_layers or set(types) - {FULL, SHARED}:
+        raise CheckpointError(
+            f"config.json: the indexer schedule must name {num_layers} layers full or shared"
+        )
+    if types[0] != FULL:
+        raise CheckpointError("config.json: layer 0 is 'shared', but no full layer comes before it")
+    return tuple(types)
+
+
+def _first_sparse_layer(config: Mapping[str, Any]) -> int:
+    """Number of leading dense layers; `mlp_layer_types`, when given, must be dense ones, then sparse ones."""
+    num_layers: int = config["num_hidden_layers"]
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        return int(config.get("first_k_dense_replace", 0))
+    first = kinds.index("sparse") if "sparse" in kinds else num_layers
+    if list(kinds[:num_layers]) != ["dense"] * first + ["sparse"] * (num_layers - first):
+        raise CheckpointError("config.json: mlp_layer_types must be dense layers followed by sparse ones")
+    return int(first)
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Each of these would change the numbers silently if it were ignored."""
+    only: dict[str, tuple[Any, ...]] = {
+        "scoring_func": ("sigmoid", None),
+        "topk_method": ("noaux_tc", None),
+        "hidden_act": ("silu", None),
+        "attention_bias": (False, None),
+        "moe_layer_freq": (1, None),
+        "tie_word_embeddings": (False, None),
+        "rope_interleave": (True, None),
+        "indexer_rope_interleave": (True, None),
+        "rope_scaling": (None,),
+    }
+    for name, allowed in only.items():
+        if config.get(name) not in allowed:
+            raise CheckpointError(
+                f"config.json: {name} {config[name]!r} is not supported, only {allowed[0]!r}"
+            )

@@ -1,0 +1,108 @@
+"""How products with weights are computed on the backend at hand. The one place that knows backends.
+
+Everything else in `models/` asks an `Arithmetic` for a product and never looks at the device. Figures are
+in docs/measurements.md; the command is `python -m benchmarks.arithmetic`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one weight is packed: MLX's `mode`, bits and values per group."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+
+class Weight(Protocol):
+    """A matrix `[..., out, in]`, dense (`quantization` None) or packed with `scales` and perhaps `biases`."""
+
+    @property
+    def weight(self) -> mx.array: ...
+
+    @property
+    def quantization(self) -> Quantization | None: ...
+
+    def get(self, name: str, /) -> mx.array | None: ...
+
+
+def scales_of(w: Weight) -> mx.array:
+    """The scales of a packed weight."""
+    scales = w.get("scales")
+    assert scales is not None, "a packed weight carries scales"
+    return scales
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The forms of arithmetic that one backend is fastest at.
+
+    `dtype`: activations, caches and small floating-point weights.
+    `max_packed_rows`: up to this many rows a packed weight is multiplied as it is, each row by itself, so
+    that a row's result does not depend on its company. Above, the weight is unpacked once and the rows go
+    through one BLAS call. None: packed always.
+    """
+
+    name: str
+    dtype: mx.Dtype
+    max_packed_rows: int | None
+
+    def is_few(self, rows: int) -> bool:
+        """Whether so many rows are computed row by row, from the packed weights."""
+        return self.max_packed_rows is None or rows <= self.max_packed_rows
+
+    def product(self, x: mx.array, w: Weight) -> mx.array:
+        """x times the transpose of w. x [..., rows, in], w [..., out, in] -> [..., rows, out]."""
+        q = w.quantization
+        if not self.is_few(x.shape[-2]):
+            return self.unpacked_product(x, w)
+        if q is None:
+            return self._row_by_row(x, w.weight.swapaxes(-1, -2))
+        return mx.quantized_matmul(
+            x, w.weight, scales_of(w), w.get("biases"), True, q.group_size, q.bits, q.mode
+        )
+
+    def unpacked_product(self, x: mx.array, w: Weight) -> mx.array:
+        """The same with the weight unpacked first, whatever the number of rows."""
+        q = w.quantization
+        dense = w.weight if q is None else self._unpack(w, q)
+        return x @ dense.swapaxes(-1, -2)
+
+    def gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
+        """Each row with the matrix in its own slot. x [..., 1, in], w [slots, out, in], slots [...]."""
+        q = w.quantization
+        if q is None:
+            return mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
+        return mx.gather_qmm(
+            x, w.weight, scales_of(w), w.get("biases"), rhs_indices=slots,
+            transpose=True, group_size=q.group_size, bits=q.bits, mode=q.mode,
+        )  # fmt: skip
+
+    def _unpack(self, w: Weight, q: Quantization) -> mx.array:
+        return mx.dequantize(
+            w.weight, scales_of(w), w.get("biases"), q.group_size, q.bits, q.mode, dtype=self.dtype
+        )
+
+    def _row_by_row(self, x: mx.array, dense: mx.array) -> mx.array:
+        """BLAS rounds differently for one row and for several; few rows are computed as if each was alone."""
+        rows = x.shape[-2]
+        if rows == 1 or self.max_packed_rows is None:
+            return x @ dense
+        return mx.concatenate([x[..., i : i + 1, :] @ dense for i in range(rows)], axis=-2)
+
+
+# bfloat16 products are 8 times slower than float32 ones in MLX's CPU kernels, and one packed product costs
+# as much as unpacking the weight and a BLAS call at 4 to 8 rows (2 cores, AMD EPYC). 8 keeps a batch of
+# eight agents exact.
+CPU = Arithmetic("cpu", mx.float32, max_packed_rows=8)
+GPU = Arithmetic("gpu", mx.bfloat16, max_packed_rows=None)
+
+
+def choose_arithmetic() -> Arithmetic:
+    """The arithmetic of MLX's default device."""
+    return CPU if mx.default_device().type == mx.DeviceType.cpu else GPU

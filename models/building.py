@@ -1,0 +1,122 @@
+"""From named tensors to a model that holds them. Called by loading, and by tests with their own tensors."""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from config.errors import CheckpointError
+from models.args import ModelArgs
+from models.arithmetic import Arithmetic, Quantization
+from models.experts import PROJECTIONS, Experts, ExpertSource
+from models.glm_moe_dsa import Model
+from models.linear import Linear
+
+# Control paths stay in float32 whatever the activations are (reference, section 0, point 4).
+_FLOAT32 = (".gate.weight", ".e_score_correction_bias", ".k_norm.weight", ".k_norm.bias")
+
+
+def build_model(
+    args: ModelArgs, arithmetic: Arithmetic, source: ExpertSource, tensors: Mapping[str, mx.array]
+) -> Model:
+    """A model whose trunk holds `tensors` and whose experts come from `source`.
+
+    Raises CheckpointError naming the missing, unexpected or misshapen tensors.
+    """
+
+    def make_experts(layer: int) -> Experts:
+        return Experts(layer, source, bank_quantizations(source.bank(layer), args), arithmetic)
+
+    model = Model(args, arithmetic, make_experts)
+    _pack_like(model, tensors)
+    wanted = dict(tree_flatten(model.parameters()))
+    _check(wanted, tensors)
+    model.load_weights([(n, _cast(n, t, arithmetic)) for n, t in tensors.items()], strict=True)
+    model.freeze()
+    mx.eval(model.parameters())
+    return model
+
+
+def bank_quantizations(bank: Mapping[str, mx.array], args: ModelArgs) -> dict[str, Quantization | None]:
+    """How each projection of a bank is packed."""
+    widths = {"gate_proj": args.hidden_size, "up_proj": args.hidden_size,
+              "down_proj": args.moe_intermediate_size}  # fmt: skip
+    return {
+        name: infer_quantization(f"{name}", bank[f"{name}.weight"], bank.get(f"{name}.scales"), widths[name])
+        for name in PROJECTIONS
+    }
+
+
+def infer_quantization(
+    path: str, weight: mx.array, scales: mx.array | None, input_dims: int
+) -> Quantization | None:
+    """How a weight is packed, from its shapes: they always decide, where config.json may lack an override.
+
+    A packed row holds input_dims * bits / 32 words and one scale for each group; scales of 8 bits mean one
+    of the mx or nv formats (mlx `quantize`). None for a dense weight.
+    """
+    if scales is None:
+        return None
+    bits, rest = divmod(weight.shape[-1] * 32, input_dims)
+    group_size, rest2 = divmod(input_dims, scales.shape[-1])
+    mode = "affine"
+    if scales.dtype == mx.uint8:
+        mode = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}.get((bits, group_size), "")
+    if rest or rest2 or not mode or weight.dtype != mx.uint32:
+        raise CheckpointError(
+            f"{path}: weight {weight.shape} {weight.dtype} with scales {scales.shape} {scales.dtype} "
+            f"is no packing of {input_dims} inputs that MLX knows"
+        )
+    return Quantization(group_size, bits, mode)
+
+
+def _pack_like(model: Model, tensors: Mapping[str, mx.array]) -> None:
+    """Turn the layers that come with scales into packed ones."""
+    for path, module in model.named_modules():
+        weight, scales = tensors.get(f"{path}.weight"), tensors.get(f"{path}.scales")
+        if weight is None or scales is None:
+            continue
+        if isinstance(module, Linear):
+            quantization = infer_quantization(path, weight, scales, module.weight.shape[-1])
+            assert quantization is not None, "scales are there"
+            module.pack(quantization)
+        elif isinstance(module, nn.Embedding):
+            _pack_embedding(model, path, weight, scales)
+
+
+def _pack_embedding(model: Model, path: str, weight: mx.array, scales: mx.array) -> None:
+    args = model.args
+    q = infer_quantization(path, weight, scales, args.hidden_size)
+    assert q is not None, "scales are there"
+    model.model.embed_tokens = nn.QuantizedEmbedding(
+        args.vocab_size, args.hidden_size, group_size=q.group_size, bits=q.bits, mode=q.mode
+    )
+
+
+def _check(wanted: Mapping[str, mx.array], given: Mapping[str, mx.array]) -> None:
+    """Name what is missing, unexpected or of another shape."""
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - given.keys())]
+    problems += [f"unexpected {name}" for name in sorted(given.keys() - wanted.keys())]
+    problems += [
+        f"{name} is {given[name].shape}, not {array.shape}"
+        for name, array in sorted(wanted.items())
+        if name in given and given[name].shape != array.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"the checkpoint's tensors do not fit its config.json: {shown}{more}")
+
+
+def _cast(name: str, tensor: mx.array, arithmetic: Arithmetic) -> mx.array:
+    """Packed words stay; float tensors become what the backend computes in.
+
+    On the CPU that is float32 for all, or each product would cast every scale again. Elsewhere tensors keep
+    the precision they were stored in, except on control paths.
+    """
+    if not mx.issubdtype(tensor.dtype, mx.floating):
+        return tensor
+    if arithmetic.dtype == mx.float32 or name.endswith(_FLOAT32):
+        return tensor.astype(mx.float32)
+    return tensor.astype(arithmetic.dtype) if tensor.dtype == mx.float32 else tensor

@@ -1,0 +1,96 @@
+"""What the model remembers of one sequence. Owned by the sequence; written by attention and indexer.
+
+A layer's row is the normed latent followed by the rotated key that all heads share; a full layer also keeps
+one row of index keys. Shared layers keep no index keys: they reuse a selection of positions.
+"""
+
+import mlx.core as mx
+
+from models.args import ModelArgs
+
+# Rows by which a buffer grows at least. Growth is by a quarter, so that appending one row at a time copies
+# each row a bounded number of times while the transient stays well under twice the size.
+_STEP = 256
+
+
+class RowCache:
+    """Rows `[length, width]` of one kind in one layer, appended at the end, cut from the end."""
+
+    def __init__(self, width: int, dtype: mx.Dtype) -> None:
+        self._buffer = mx.zeros((0, width), dtype=dtype)
+        self.length = 0
+
+    def append(self, rows: mx.array) -> mx.array:
+        """Add rows [n, width]; returns all rows held, [length, width]."""
+        end = self.length + rows.shape[0]
+        self._reserve(end)
+        self._buffer[self.length : end] = rows.astype(self._buffer.dtype)
+        self.length = end
+        return self._buffer[:end]
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Rows start to stop, [stop - start, width]."""
+        return self._buffer[start:stop]
+
+    def trim(self, length: int) -> None:
+        """Forget everything behind the first `length` rows."""
+        assert length <= self.length, "a cache is trimmed to a part of itself"
+        self.length = length
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
+    @property
+    def state(self) -> mx.array:
+        return self._buffer
+
+    def _reserve(self, rows: int) -> None:
+        capacity, width = self._buffer.shape
+        if rows <= capacity:
+            return
+        grown = max(rows, capacity + capacity // 4)
+        grown = -(-grown // _STEP) * _STEP
+        extra = mx.zeros((grown - capacity, width), dtype=self._buffer.dtype)
+        self._buffer = mx.concatenate([self._buffer, extra])
+
+
+class SequenceCache:
+    """All rows of one sequence: latents for each layer, index keys for each full layer."""
+
+    def __init__(self, args: ModelArgs, dtype: mx.Dtype) -> None:
+        self.latents = [RowCache(args.latent_dim, dtype) for _ in range(args.num_hidden_layers)]
+        self.index_keys = {layer: RowCache(args.index_head_dim, dtype) for layer in args.full_layers}
+
+    @property
+    def length(self) -> int:
+        """Tokens held by every layer (between forwards all layers agree)."""
+        return self.latents[-1].length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(rows.nbytes for rows in self._all())
+
+    def trim(self, length: int) -> None:
+        """Forget all tokens behind the first `length`, in latents and index keys alike."""
+        for rows in self._all():
+            rows.trim(min(length, rows.length))
+
+    def states(self, layer: int) -> list[mx.array]:
+        """The arrays of one layer, for evaluation."""
+        keys = self.index_keys.get(layer)
+        return [self.latents[layer].state] + ([keys.state] if keys is not None else [])
+
+    def check_integrity(self) -> None:
+        """All layers hold the same number of tokens."""
+        lengths = {rows.length for rows in self._all()}
+        assert len(lengths) == 1, f"layers disagree about the length: {sorted(lengths)}"
+
+    def _all(self) -> list[RowCache]:
+        return [*self.latents, *self.index_keys.values()]
+
+
+def cache_bytes_per_token(args: ModelArgs, itemsize: int) -> int:
+    """Bytes that one token takes in all layers: 95,232 for GLM-5.2 in bfloat16."""
+    latents = args.latent_dim * args.num_hidden_layers
+    return (latents + args.index_head_dim * len(args.full_layers)) * itemsize

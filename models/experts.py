@@ -1,0 +1,167 @@
+"""The routed experts of one layer: gather, multiply, reduce. Called by the MoE block.
+
+Whether the experts are resident or streamed is the business of the `ExpertSource`; no other code of the
+model knows. Outputs of a row's experts are added in ascending expert id in every mode, and a row's product
+with an expert does not depend on the slot that holds it, so any budget gives the same bits.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from models.arithmetic import Arithmetic, Quantization
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class ExpertSource(Protocol):
+    """Where experts are: banks of slots, one bank a layer. `streaming.store.ExpertStore` is one."""
+
+    @property
+    def is_resident(self) -> bool:
+        """True when expert i lies in slot i of every layer and never moves."""
+        ...
+
+    def num_slots(self, layer: int) -> int: ...
+
+    def bank(self, layer: int) -> Mapping[str, mx.array]:
+        """Part name, as in `gate_proj.weight`, -> array [slots, ...]."""
+        ...
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> NDArray[np.int32]:
+        """Slots of these experts (unique, ascending, at most num_slots), resident until the next call.
+
+        The caller guarantees that no product which names a slot of this layer is still to be evaluated.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class BankWeight:
+    """One projection of a bank, or of one of its slots, in the form `Arithmetic.product` takes."""
+
+    parts: Mapping[str, mx.array]
+    projection: str
+    quantization: Quantization | None
+    slot: int | None = None
+
+    @property
+    def weight(self) -> mx.array:
+        weight = self.get("weight")
+        assert weight is not None, "every projection has a weight"
+        return weight
+
+    def get(self, name: str, /) -> mx.array | None:
+        array = self.parts.get(f"{self.projection}.{name}")
+        return array if array is None or self.slot is None else array[self.slot]
+
+
+class Experts:
+    """Routed experts of one layer. Owns nothing but the last output, kept until it is evaluated."""
+
+    def __init__(
+        self,
+        layer: int,
+        source: ExpertSource,
+        quantizations: Mapping[str, Quantization | None],
+        arithmetic: Arithmetic,
+    ) -> None:
+        self._layer, self._source, self._arithmetic = layer, source, arithmetic
+        self._quantizations = quantizations
+        self._pending: mx.array | None = None
+
+    def __call__(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
+        """x [N, H], ids [N, k] ascending, weights float32 [N, k] -> [N, H]."""
+        if self._arithmetic.is_few(x.shape[0]):
+            pairs = self._all_pairs(x, ids)
+            return (pairs * weights[..., None]).sum(axis=1).astype(x.dtype)
+        return self._by_expert(x, ids, weights)
+
+    def _all_pairs(self, x: mx.array, ids: mx.array) -> mx.array:
+        """Output of each expert for each row that wants it: [N, H], [N, k] -> [N, k, H]."""
+        if self._source.is_resident:
+            return self._gathered(x[:, None, None, :], ids)
+        wanted = np.array(ids)  # the one synchronisation of the layer
+        groups = list(self._groups(np.unique(wanted)))
+        if len(groups) == 1:
+            slots = self._acquire(groups[0])[np.searchsorted(groups[0], wanted)]
+            return self._remember(self._gathered(x[:, None, None, :], mx.array(slots)))
+        return self._pairs_in_groups(x, wanted, groups)
+
+    def _pairs_in_groups(self, x: mx.array, wanted: NDArray[np.int32], groups: list[list[int]]) -> mx.array:
+        """More experts than slots: one group of experts after the other, each pair computed alone."""
+        num_rows, k = wanted.shape
+        out = mx.zeros((num_rows * k, x.shape[1]), dtype=x.dtype)
+        for group in groups:
+            pairs = np.flatnonzero(np.isin(wanted, group))
+            slots = self._acquire(group)[np.searchsorted(group, wanted.ravel()[pairs])]
+            out[mx.array(pairs)] = self._gathered(x[mx.array(pairs // k), None, :], mx.array(slots))
+            self._remember(out)
+        return out.reshape(num_rows, k, -1)
+
+    def _by_expert(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
+        """Many rows: each expert unpacked once and multiplied with all the rows that want it."""
+        wanted = np.array(ids)
+        rows_of = _rows_by_expert(wanted)
+        out = mx.zeros_like(x)
+        for group in self._groups(np.array(sorted(rows_of))):
+            for expert, slot in zip(group, self._acquire(group), strict=True):
+                rows, places = rows_of[expert]
+                y = self._mlp(x[mx.array(rows)], int(slot))
+                out = out.at[mx.array(rows)].add(y * weights[mx.array(rows), mx.array(places), None])
+            self._remember(out)
+        return out
+
+    def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
+        """x [..., 1, H] against slots [...] -> [..., H]."""
+        bank = self._source.bank(self._layer)
+
+        def product(rows: mx.array, projection: str) -> mx.array:
+            w = BankWeight(bank, projection, self._quantizations[projection])
+            return self._arithmetic.gathered_product(rows, w, slots)
+
+        hidden = nn.silu(product(x, "gate_proj")) * product(x, "up_proj")
+        return product(hidden, "down_proj")[..., 0, :]
+
+    def _mlp(self, x: mx.array, slot: int) -> mx.array:
+        """One expert on its rows, [n, H] -> [n, H]; unpacked however few the rows are."""
+        bank = self._source.bank(self._layer)
+
+        def product(rows: mx.array, projection: str) -> mx.array:
+            w = BankWeight(bank, projection, self._quantizations[projection], slot)
+            return self._arithmetic.unpacked_product(rows, w)
+
+        return product(nn.silu(product(x, "gate_proj")) * product(x, "up_proj"), "down_proj")
+
+    def _groups(self, experts: NDArray[np.int32]) -> Iterator[list[int]]:
+        """The experts in ascending id, in groups that fit the slots."""
+        slots = self._source.num_slots(self._layer)
+        for start in range(0, len(experts), slots):
+            yield [int(e) for e in experts[start : start + slots]]
+
+    def _acquire(self, group: list[int]) -> NDArray[np.int32]:
+        """Slots of the group; before, whatever may still read a slot of this bank is evaluated."""
+        if self._pending is not None:
+            mx.eval(self._pending)
+            self._pending = None
+        return self._source.acquire(self._layer, group)
+
+    def _remember(self, out: mx.array) -> mx.array:
+        """A lazy product reads its slots when it is evaluated: keep it until then."""
+        if not self._source.is_resident:
+            self._pending = out
+        return out
+
+
+def _rows_by_expert(wanted: NDArray[np.int32]) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Expert id -> (rows that want it, place of it among the row's experts). wanted [N, k]."""
+    order = np.argsort(wanted, axis=None, kind="stable")
+    ids, starts = np.unique(wanted.ravel()[order], return_index=True)
+    pairs = np.split(order, starts[1:])
+    k = wanted.shape[1]
+    return {int(e): (p // k, p % k) for e, p in zip(ids, pairs, strict=True)}

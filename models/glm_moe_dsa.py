@@ -1,0 +1,133 @@
+"""GLM-5 to GLM-5.3 (`glm_moe_dsa`) in MLX: blocks and the flat forward. Called by the engine.
+
+A forward takes the rows of several sequences at once, ragged, without padding. It knows no threads and no
+files; experts come through an `ExpertSource`.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from models.args import ModelArgs
+from models.arithmetic import Arithmetic
+from models.attention import Attention, FlatBatch, Span, make_batch
+from models.cache import SequenceCache
+from models.experts import Experts
+from models.linear import Linear
+from models.router import Router
+
+
+class DenseMlp(nn.Module):
+    """silu(gate x) * up x, then down: the leading dense layers and the shared experts."""
+
+    def __init__(self, hidden: int, intermediate: int, arithmetic: Arithmetic) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, intermediate, arithmetic)
+        self.up_proj = Linear(hidden, intermediate, arithmetic)
+        self.down_proj = Linear(intermediate, hidden, arithmetic)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoeMlp(nn.Module):
+    """Routed experts plus the shared ones, which are added unscaled."""
+
+    def __init__(self, args: ModelArgs, arithmetic: Arithmetic, experts: Experts) -> None:
+        super().__init__()
+        self.gate = Router(args, arithmetic)
+        self._experts = experts
+        if args.n_shared_experts:
+            width = args.moe_intermediate_size * args.n_shared_experts
+            self.shared_experts = DenseMlp(args.hidden_size, width, arithmetic)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        ids, weights = self.gate(x)
+        out = self._experts(x, ids, weights)
+        return out + self.shared_experts(x) if "shared_experts" in self else out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, args: ModelArgs, layer: int, arithmetic: Arithmetic, experts: Experts | None) -> None:
+        super().__init__()
+        self.self_attn = Attention(args, layer, arithmetic)
+        self.mlp = (
+            MoeMlp(args, arithmetic, experts)
+            if experts is not None
+            else DenseMlp(args.hidden_size, args.intermediate_size, arithmetic)
+        )
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, x: mx.array, batch: FlatBatch) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x), batch)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Trunk(nn.Module):
+    """Everything under the checkpoint's prefix `model.`: embedding, layers, last norm."""
+
+    def __init__(
+        self, args: ModelArgs, arithmetic: Arithmetic, make_experts: Callable[[int], Experts]
+    ) -> None:
+        super().__init__()
+        self.embed_tokens: nn.Module = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [
+            DecoderLayer(args, i, arithmetic, make_experts(i) if i in args.moe_layers else None)
+            for i in range(args.num_hidden_layers)
+        ]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+
+class Model(nn.Module):
+    """The language model. Its parameters carry the checkpoint's names; experts are not among them."""
+
+    def __init__(
+        self, args: ModelArgs, arithmetic: Arithmetic, make_experts: Callable[[int], Experts]
+    ) -> None:
+        super().__init__()
+        self.args, self.arithmetic = args, arithmetic
+        self.model = Trunk(args, arithmetic, make_experts)
+        self.lm_head = Linear(args.hidden_size, args.vocab_size, arithmetic)
+
+    def make_cache(self) -> SequenceCache:
+        """An empty cache for one sequence."""
+        return SequenceCache(self.args, self.arithmetic.dtype)
+
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+        """One pass over all layers, pausing after each; the value returned is the hidden state [N, H].
+
+        tokens int32 [N]; the spans cover the rows without gaps and own different caches. At each pause of
+        a pass over many rows all work so far is evaluated, so nothing pending refers to a bank and the
+        graph stays small; a pass over few rows stays lazy until somebody reads its result.
+        """
+        batch = make_batch(spans)
+        x = self.model.embed_tokens(tokens).astype(self.arithmetic.dtype)
+        many = tokens.shape[0] > EAGER_ROWS
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, batch)
+            if many:
+                mx.eval(x, *(state for span in spans for state in span.cache.states(i)))
+            yield i
+        return self.model.norm(x)
+
+    def __call__(self, tokens: mx.array, spans: Sequence[Span]) -> mx.array:
+        """The hidden state [N, H] after all layers and the last norm, without pauses."""
+        steps = self.forward(tokens, spans)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as stop:
+                hidden: mx.array = stop.value
+                return hidden
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden [M, H] -> float32 [M, vocab]."""
+        return self.lm_head(hidden).astype(mx.float32)
+
+
+# More rows than a decode batch of agents: evaluated layer by layer.
+EAGER_ROWS = 32

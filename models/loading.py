@@ -1,0 +1,138 @@
+"""Opening a checkpoint: what it is, what it needs, and the model that computes it. Called by the engine.
+
+Everything about expert bytes is the business of `streaming/`; here the trunk is loaded and both are joined.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from config.errors import CheckpointError
+from config.plan import Geometry
+from models.args import ModelArgs
+from models.arithmetic import Arithmetic
+from models.attention import TILE_ELEMENTS
+from models.building import build_model
+from models.cache import cache_bytes_per_token
+from models.glm_moe_dsa import Model
+from models.names import to_model_names, trunk_names
+from streaming.banks import slot_bytes
+from streaming.headers import ITEM_BYTES, TensorEntry, read_headers
+from streaming.index import ExpertIndex
+from streaming.reader import reserved_bytes
+from streaming.runs import largest_run_bytes
+from streaming.store import ExpertStore
+
+# GLM-5, 5.1, 5.2 and 5.3. Relatives that share much of the name compute something else.
+MODEL_TYPE = "glm_moe_dsa"
+# Rows of a prompt that go through the layers together. The workspace of the plan is sized for them.
+PREFILL_ROWS = 2048
+_FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's headers, read and found consistent; no tensor has been touched."""
+
+    directory: Path
+    args: ModelArgs
+    trunk: dict[str, TensorEntry]
+    experts: ExpertIndex
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read config and headers. Raises CheckpointError for anything that cannot be computed or is missing."""
+    args = ModelArgs.from_config(read_config(directory))
+    entries = read_headers(directory)
+    experts = ExpertIndex.from_entries(entries, args.num_hidden_layers)
+    if experts.layers != tuple(args.moe_layers) or experts.num_experts != args.n_routed_experts:
+        raise CheckpointError(
+            f"{directory}: config.json describes {args.n_routed_experts} experts in layers "
+            f"{args.moe_layers.start} to {args.moe_layers.stop - 1}, the files hold {experts.num_experts} "
+            f"in layers {experts.layers[0]} to {experts.layers[-1]}"
+        )
+    trunk = {name: entries[name] for name in trunk_names(entries, args)}
+    return Checkpoint(directory, args, trunk, experts)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model that is computed here; others are refused with what would be right."""
+    path = directory / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise CheckpointError(
+            f"{directory} holds a model of type {kind!r}; glmserve runs GLM-5, 5.1, 5.2 and 5.3, "
+            f"whose type is {MODEL_TYPE!r}"
+        )
+    return config
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    arithmetic: Arithmetic,
+    store: ExpertStore,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Model:
+    """The model with its trunk in memory and its experts behind `store`.
+
+    `on_progress` hears how many of the trunk's files are done, of how many. Call it on the thread that
+    will compute: MLX arrays belong to the thread that makes them.
+    """
+    paths = sorted({entry.path for entry in checkpoint.trunk.values()})
+    tensors: dict[str, mx.array] = {}
+    for done, path in enumerate(paths, start=1):
+        lazy: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+        part = {name: lazy[name] for name, entry in checkpoint.trunk.items() if entry.path == path}
+        mx.eval(part)
+        tensors |= part
+        on_progress(done, len(paths))
+    return build_model(checkpoint.args, arithmetic, store, to_model_names(tensors, checkpoint.args))
+
+
+def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic) -> Geometry:
+    """What the checkpoint needs in memory when it is computed with this arithmetic."""
+    args, index = checkpoint.args, checkpoint.experts
+    itemsize = arithmetic.dtype.size
+    index_keys = args.index_head_dim * len(args.full_layers) * itemsize
+    return Geometry(
+        trunk_bytes=sum(_kept_bytes(entry, itemsize) for entry in checkpoint.trunk.values()),
+        expert_bytes=tuple(slot_bytes(index.parts(layer), arithmetic.dtype) for layer in index.layers),
+        num_experts=args.n_routed_experts,
+        experts_per_token=args.num_experts_per_tok,
+        kv_bytes_per_token=cache_bytes_per_token(args, itemsize) - index_keys,
+        index_key_bytes_per_token=index_keys,
+        workspace_bytes=_workspace_bytes(checkpoint, arithmetic),
+        reader_bytes=reserved_bytes(largest_run_bytes(index)),
+    )
+
+
+def _kept_bytes(entry: TensorEntry, itemsize: int) -> int:
+    """Packed words as they are; floats as wide as the arithmetic, or as stored where that is wider."""
+    if entry.dtype not in _FLOATS:
+        return entry.nbytes
+    return prod(entry.shape) * max(itemsize, ITEM_BYTES[entry.dtype])
+
+
+def _workspace_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic) -> int:
+    """The largest transients of a step over PREFILL_ROWS rows: activations, tiles, one unpacked weight."""
+    args = checkpoint.args
+    heads = args.num_attention_heads
+    attention = heads * (2 * args.latent_dim + args.kv_lora_rank + args.qk_head_dim + args.v_head_dim)
+    experts = args.num_experts_per_tok * (2 * args.moe_intermediate_size + args.hidden_size)
+    rows = PREFILL_ROWS * (6 * args.hidden_size + max(attention, experts)) * arithmetic.dtype.size
+    tiles = 3 * TILE_ELEMENTS * 4
+    unpacked = 0
+    if arithmetic.max_packed_rows is not None:
+        packed = [entry for name, entry in checkpoint.trunk.items() if name.endswith(".scales")]
+        # A scale stands for at least 16 values, at most 128: 128 is the safe side.
+        unpacked = max((prod(entry.shape) * 128 * 4 for entry in packed), default=0)
+    return rows + tiles + unpacked

@@ -1,0 +1,54 @@
+"""The router of a sparse layer: which experts a row goes to and with what weight. Called by the MoE block.
+
+Numerics follow transformers 5.24, `GlmMoeDsaTopkRouter`: float32 throughout, the correction bias chooses
+but does not weigh.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from models.args import ModelArgs
+from models.arithmetic import Arithmetic
+
+
+class Router(nn.Module):
+    """Scores all experts in float32 and picks the best `num_experts_per_tok`."""
+
+    def __init__(self, args: ModelArgs, arithmetic: Arithmetic) -> None:
+        super().__init__()
+        self._args, self._arithmetic = args, arithmetic
+        self.quantization = None
+        self.weight = mx.zeros((args.n_routed_experts, args.hidden_size))
+        self.e_score_correction_bias = mx.zeros((args.n_routed_experts,))
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x [N, H] -> expert ids int32 [N, k], ascending in each row, and their weights float32 [N, k]."""
+        args = self._args
+        scores = mx.sigmoid(self._arithmetic.product(x.astype(mx.float32), self))
+        choice = limit_to_groups(scores + self.e_score_correction_bias, args.n_group, args.topk_group)
+        ids = best_experts(choice, args.num_experts_per_tok)
+        return ids, expert_weights(scores, ids, args)
+
+
+def limit_to_groups(choice: mx.array, num_groups: int, kept_groups: int) -> mx.array:
+    """Put experts outside the best groups at -inf; a group counts as its two best experts together."""
+    if num_groups == 1:
+        return choice
+    grouped = choice.reshape(choice.shape[0], num_groups, -1)  # [N, groups, experts]
+    group_scores = mx.topk(grouped, 2, axis=-1).sum(axis=-1)
+    order = mx.argsort(-group_scores, axis=-1)
+    rank = mx.argsort(order, axis=-1)
+    return mx.where((rank < kept_groups)[..., None], grouped, -mx.inf).reshape(choice.shape)
+
+
+def best_experts(choice: mx.array, k: int) -> mx.array:
+    """Ids of the k best of each row, ascending, so that their outputs are always added in one order."""
+    return mx.sort(mx.argpartition(-choice, k - 1, axis=-1)[:, :k].astype(mx.int32), axis=-1)
+
+
+def expert_weights(scores: mx.array, ids: mx.array, args: ModelArgs) -> mx.array:
+    """Weights of the chosen experts: their scores without bias, normed, scaled. [N, E], [N, k] -> [N, k]."""
+    weights = mx.take_along_axis(scores, ids, axis=-1)
+    if args.norm_topk_prob:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return weights * args.routed_scaling_factor

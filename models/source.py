@@ -1,0 +1,81 @@
+"""Rows of a Hugging Face checkpoint's tensors, decoded: BF16, F16, F32, and FP8 with block scales.
+
+Owns nothing but names and places. Called by the converter, a block of rows at a time, so that no tensor is
+ever whole in memory.
+"""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from config.errors import CheckpointError
+from streaming.headers import ITEM_BYTES, TensorEntry
+
+_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+FP8 = "F8_E4M3"
+
+
+class Source:
+    """Reads rows; a tensor of any rank is seen as rows of its last dimension."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry], block_shape: tuple[int, int] = (128, 128)) -> None:
+        self.entries = entries
+        self._block_shape = block_shape
+        for name, entry in entries.items():
+            if entry.dtype == FP8 and scale_name(name) not in entries:
+                raise CheckpointError(f"{entry.path}: {name} is FP8 and {scale_name(name)} is missing")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entries[name].shape
+
+    def decoded_dtype(self, name: str) -> str:
+        """The safetensors dtype that `rows` decodes to: FP8 becomes BF16, the others stay."""
+        dtype = self.entries[name].dtype
+        if dtype == FP8:
+            return "BF16"
+        if dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self.entries[name].path}: {name} is {dtype}; only BF16, F16, F32 and FP8 convert"
+            )
+        return dtype
+
+    def rows(self, name: str, start: int, stop: int) -> mx.array:
+        """Rows `start` to `stop`, [stop - start, width], in `decoded_dtype`."""
+        entry = self.entries[name]
+        raw = _read_rows(entry, start, stop)
+        if entry.dtype == FP8:
+            return self._scaled(name, mx.from_fp8(mx.array(raw), mx.float32), start, stop)
+        if entry.dtype == "BF16":
+            return mx.array(raw.view(np.uint16)).view(mx.bfloat16)
+        return mx.array(raw.view({"F16": np.float16, "F32": np.float32}[entry.dtype]))
+
+    def _scaled(self, name: str, values: mx.array, start: int, stop: int) -> mx.array:
+        """FP8 values times their block's scale; the last block of either dimension may be cut short."""
+        height, width = self._block_shape
+        scales = self.entries[scale_name(name)]
+        *lead, num_rows, num_columns = self.shape(name)
+        expected = (-(-num_rows // height), -(-num_columns // width))
+        if lead or scales.shape != expected:
+            raise CheckpointError(
+                f"{scales.path}: {scales.name} is {scales.shape}, not {expected} as {self.shape(name)} needs"
+            )
+        table = self.rows(scales.name, 0, expected[0]).astype(mx.float32)
+        by_row = table[mx.arange(start, stop) // height]  # [rows, blocks across]
+        return (values * mx.repeat(by_row, width, axis=1)[:, :num_columns]).astype(mx.bfloat16)
+
+
+def scale_name(name: str) -> str:
+    return name + "_scale_inv"
+
+
+def _read_rows(entry: TensorEntry, start: int, stop: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    row_bytes = (entry.shape[-1] if entry.shape else 1) * ITEM_BYTES[entry.dtype]
+    num_bytes = (stop - start) * row_bytes
+    try:
+        raw = np.fromfile(entry.path, np.uint8, count=num_bytes, offset=entry.offset + start * row_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{entry.path}: {entry.name}: {error.strerror}") from error
+    if len(raw) != num_bytes:
+        raise CheckpointError(f"{entry.path}: {entry.name} ends early; the file was cut while it was read")
+    return raw.reshape(stop - start, row_bytes)

@@ -1,0 +1,236 @@
+"""The body of a chat completion, and the form in which a chat template takes its messages."""
+
+from typing import Annotated, Any, Literal, Self
+
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from config.errors import RequestError
+from server.api.schema import GenerationRequest
+from server.glm.effort import Effort
+
+
+class Lenient(BaseModel):
+    """Parts of a body in which clients send back whatever they once received."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class TextPart(Lenient):
+    """Content in parts. This model reads text only."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Lenient):
+    """A call that the model made; the arguments are JSON in a string."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(Lenient):
+    """A tool call of an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
+class ReasoningDetail(Lenient):
+    """OpenRouter's form of an earlier thought."""
+
+    text: str | None = None
+
+
+class Message(Lenient):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    reasoning_details: list[ReasoningDetail] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    @property
+    def thought(self) -> str | None:
+        """The reasoning of an earlier turn, in whichever form it came back."""
+        details = "".join(detail.text or "" for detail in self.reasoning_details or [])
+        return self.reasoning_content or self.reasoning or details or None
+
+
+class Function(BaseModel):
+    """What the model is told about a function, keys in the client's order."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: Annotated[str, Field(min_length=1)]
+
+
+class Tool(BaseModel):
+    """A tool that the model may call."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["function"]
+    function: Function
+
+
+class Reasoning(BaseModel):
+    """OpenRouter's `reasoning`."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+    max_tokens: None = None
+
+
+class TemplateOptions(BaseModel):
+    """`chat_template_kwargs`: the template's own switches."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    enable_thinking: bool | None = None
+    clear_thinking: bool | None = None
+    reasoning_effort: Effort | None = None
+
+
+class Thinking(BaseModel):
+    """Z.ai's switch."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["enabled", "disabled"]
+    clear_thinking: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """Only plain text for now."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["text"]
+
+
+class ChatRequest(GenerationRequest):
+    """The body of POST /chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    response_format: ResponseFormat | None = None
+    reasoning: Reasoning | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
+    enable_thinking: bool | None = None
+    thinking: Thinking | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("'top_logprobs' needs 'logprobs' to be true")
+        return self
+
+    @property
+    def hides_reasoning(self) -> bool:
+        """Whether the thought is wanted in the answer."""
+        return self.include_reasoning is False or bool(self.reasoning and self.reasoning.exclude)
+
+    @property
+    def effort(self) -> Effort | None:
+        """How hard to think, from whichever field says so."""
+        options = self.chat_template_kwargs
+        nested = self.reasoning.effort if self.reasoning else None
+        return nested or self.reasoning_effort or (options.reasoning_effort if options else None)
+
+    @property
+    def is_thinking_enabled(self) -> bool | None:
+        """Whether to think at all, from whichever field says so."""
+        switches = [
+            self.reasoning.enabled if self.reasoning else None,
+            self.thinking.type == "enabled" if self.thinking else None,
+            self.enable_thinking,
+            self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None,
+        ]
+        return next((switch for switch in switches if switch is not None), None)
+
+    @property
+    def clears_thinking(self) -> bool:
+        """Whether thoughts of earlier turns are left out; by default they stay.
+
+        Leaving them out rewrites the prompt at each user message, and what was saved of it is lost.
+        """
+        of_thinking = self.thinking.clear_thinking if self.thinking else None
+        of_template = self.chat_template_kwargs.clear_thinking if self.chat_template_kwargs else None
+        return bool(of_thinking or of_template)
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """Tools as the template takes them."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [{**(tool.model_extra or {}), "function": _in_order(tool.function)} for tool in self.tools]
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """Messages as the template takes them."""
+        return [_template_message(index, message) for index, message in enumerate(self.messages)]
+
+
+def _in_order(function: Function) -> dict[str, Any]:
+    return {"name": function.name, **(function.model_extra or {})}
+
+
+def _template_message(index: int, message: Message) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    result: dict[str, Any] = {"role": role, "content": message.text}
+    if message.role == "assistant" and message.thought is not None:
+        result["reasoning_content"] = message.thought
+    if message.role == "tool" and message.tool_call_id:
+        result["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        result["tool_calls"] = [
+            _template_call(f"messages[{index}].tool_calls[{position}]", call)
+            for position, call in enumerate(message.tool_calls)
+        ]
+    return result
+
+
+def _template_call(path: str, call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": _arguments(path, call.function.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _arguments(path: str, arguments: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(arguments, dict):
+        return arguments
+    param = f"{path}.function.arguments"
+    try:
+        value = pydantic_core.from_json(arguments or "{}", allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"{param} is not JSON: {error}", param=param) from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{param} must be a JSON object in a string", param=param)
+    return value

@@ -1,0 +1,111 @@
+"""POST /completions: continues plain text, or scores it (`echo` with `logprobs`)."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.api import shapes
+from server.api.answer import Answer
+from server.api.body import body_of
+from server.api.completion_schema import CompletionRequest
+from server.api.disconnect import while_connected
+from server.api.service import Service
+from server.api.shapes import Envelope
+from server.api.sse import stream
+from server.engine.messages import TokenScore
+
+KIND = "text_completion"
+
+
+def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
+    """The route; usage in streams as for chat."""
+    router = APIRouter()
+    Body = Annotated[CompletionRequest, Depends(body_of(CompletionRequest))]
+
+    @router.post("/completions")
+    async def create_completion(request: Request, body: Body) -> Response:
+        completion = await anyio.to_thread.run_sync(_Completion, service, body)
+        if body.stream:
+            chunks = completion.chunks(always_sends_usage or body.wants_usage_in_stream)
+            return stream(chunks, completion.envelope, KIND, service.keepalive_s)
+        result = await while_connected(request, completion.result())
+        return JSONResponse(result, headers={"X-Generation-Id": completion.envelope.id})
+
+    return router
+
+
+class _Completion:
+    """The completions of all prompts of one body, one after the other."""
+
+    def __init__(self, service: Service, body: CompletionRequest) -> None:
+        service.model_info()
+        self._body = body
+        self._tokenizer = service.dialect.tokenizer
+        self._answers = [self._answer(service, prompt) for prompt in body.prompts]
+        self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
+
+    def _answer(self, service: Service, prompt: str | list[int]) -> Answer:
+        body = self._body
+        token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        command = service.command(body, token_ids, body.max_tokens, body.logprobs or 0)
+        command = replace(command, score_prompt=bool(body.echo) and body.logprobs is not None)
+        return Answer(service.engine, self._tokenizer, command, body.stops, splits_reasoning=False)
+
+    async def result(self) -> dict[str, Any]:
+        """All choices."""
+        choices = [await self._choice(index) for index in range(len(self._answers))]
+        return self.envelope.wrap(KIND, choices=choices, usage=shapes.usage(self._answers))
+
+    async def _choice(self, index: int) -> dict[str, Any]:
+        answer = self._answers[index]
+        deltas = [delta async for delta in answer.deltas()]
+        text = self._echoed(index) + "".join(delta.content for delta in deltas)
+        scores = answer.prompt_scores + [score for delta in deltas for score in delta.scores]
+        offset = 0 if self._body.echo else len(self._prompt_text(index))
+        return shapes.completion_choice(index, text, self._logprobs(scores, offset), answer.reason)
+
+    async def chunks(self, sends_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """The choices in chunks, usage last."""
+        for index in range(len(self._answers)):
+            async with aclosing(self._choice_chunks(index)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        if sends_usage:
+            yield self.envelope.wrap(KIND, choices=[], usage=shapes.usage(self._answers))
+
+    async def _choice_chunks(self, index: int) -> AsyncGenerator[dict[str, Any], None]:
+        answer = self._answers[index]
+        waiting = self._echoed(index)
+        offset = 0 if self._body.echo else len(self._prompt_text(index))
+        num_prompt_scores = 0
+        async with aclosing(answer.deltas()) as deltas:
+            async for delta in deltas:
+                scores = [*answer.prompt_scores[num_prompt_scores:], *delta.scores]
+                num_prompt_scores = len(answer.prompt_scores)
+                if waiting or delta.content or scores:
+                    yield self._chunk(index, waiting + delta.content, self._logprobs(scores, offset))
+                offset += sum(len(self._tokenizer.decode([score.token_id])) for score in scores)
+                waiting = ""
+        yield self._chunk(index, "", None, answer.reason)
+
+    def _chunk(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None = None
+    ) -> dict[str, Any]:
+        return self.envelope.wrap(KIND, choices=[shapes.completion_choice(index, text, logprobs, reason)])
+
+    def _logprobs(self, scores: list[TokenScore], offset: int) -> dict[str, Any] | None:
+        if self._body.logprobs is None:
+            return None
+        return shapes.completion_logprobs(self._tokenizer, scores, offset)
+
+    def _echoed(self, index: int) -> str:
+        return self._prompt_text(index) if self._body.echo else ""
+
+    def _prompt_text(self, index: int) -> str:
+        prompt = self._body.prompts[index]
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)

@@ -1,0 +1,109 @@
+"""From exceptions to wire bodies: the only place that knows both.
+
+The body is OpenRouter's, with an integer code that equals the status; OpenAI's `type` and `param` ride along.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from config.errors import EngineError, RequestError
+from server.engine.messages import Failed, FailureKind
+
+PROVIDER = "glmserve"
+RETRY_AFTER_S = 5
+
+# status, OpenRouter's word, whether trying again can help
+_FAILURES: Mapping[FailureKind, tuple[int, str, bool]] = {
+    "request": (400, "invalid_request", False),
+    "engine": (500, "server", False),
+    "disk": (502, "provider_unavailable", True),
+    "died": (503, "provider_unavailable", True),
+}
+
+log = logging.getLogger(__name__)
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+class GenerationFailed(EngineError):
+    """The engine gave up on a request, or is not there to take it."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        self.status, self.error_type, self.can_retry = _FAILURES[kind]
+        super().__init__(f"{message}; try again" if self.can_retry else message)
+
+    @classmethod
+    def from_event(cls, event: Failed) -> "GenerationFailed":
+        """The exception for an engine's last word on a request."""
+        return cls(event.kind, event.message)
+
+
+def error_object(status: int, message: str, error_type: str, param: str | None = None) -> dict[str, Any]:
+    """The value of `error` in a body or in a stream's chunk."""
+    return {
+        "code": status,
+        "message": message,
+        "type": error_type,
+        "param": param,
+        "metadata": {"error_type": error_type, "provider_name": PROVIDER},
+    }
+
+
+def describe(error: Exception) -> dict[str, Any]:
+    """The error object of any exception; those that nobody raised on purpose say nothing about themselves."""
+    match error:
+        case RequestError():
+            return error_object(error.status, str(error), error.error_type, error.param)
+        case GenerationFailed():
+            return error_object(error.status, str(error), error.error_type)
+        case ValidationError():
+            message, param = _first_fault(error)
+            return error_object(400, message, "invalid_request", param)
+        case ClientGone():
+            return error_object(499, "the client closed the connection", "unmapped")
+        case HTTPException(status_code=404 | 405):
+            return error_object(error.status_code, str(error.detail), "not_found")
+        case HTTPException():
+            return error_object(error.status_code, str(error.detail), "invalid_request")
+        case _:
+            return error_object(500, "the server failed; its log says more", "server")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Let every exception of the app become a body of ours."""
+    for kind in (RequestError, EngineError, ClientGone, ValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _respond)
+
+
+def _respond(request: Request, error: Exception) -> JSONResponse:
+    body = describe(error)
+    return JSONResponse({"error": body}, body["code"], _headers(error))
+
+
+def _headers(error: Exception) -> dict[str, str]:
+    if isinstance(error, GenerationFailed) and error.can_retry:
+        return {"Retry-After": str(RETRY_AFTER_S)}
+    if isinstance(error, HTTPException) and error.headers:
+        return dict(error.headers)
+    return {}
+
+
+def _first_fault(error: ValidationError) -> tuple[str, str | None]:
+    fault = error.errors(include_url=False, include_input=False)[0]
+    param = _path(fault["loc"])
+    return (f"{param}: {fault['msg']}" if param else fault["msg"]), param
+
+
+def _path(location: tuple[int | str, ...]) -> str | None:
+    path = ""
+    for step in location:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return path.removeprefix(".") or None

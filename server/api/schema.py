@@ -1,0 +1,98 @@
+"""What chat completions and completions have in common in their bodies, and the rules for all fields.
+
+Each field is honoured, ignored because nothing is lost by it (`IGNORED`), or refused by name.
+"""
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+# OpenRouter routes and bills by these, OpenAI stores and labels; here they have no meaning.
+IGNORED = frozenset(
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "verbosity",
+        "usage",
+        "transforms",
+        "route",
+        "trace",
+        "cache_control",
+        "debug",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "prediction",
+        "top_a",
+        "deferred_tools",
+        "modalities",
+        "image_config",
+        "plugins",
+        "provider",
+        "models",
+        "session_id",
+        "safety_identifier",
+    ]
+)
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's options of a stream."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    include_usage: bool | None = None
+
+
+class GenerationRequest(BaseModel):
+    """Fields of both kinds of completion. A field that is null counts as absent."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
+    n: int | None = None
+    seed: Seed | None = None
+    temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=2)] | None = None
+    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_the_unknown(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            if name not in IGNORED and value is not None:
+                raise ValueError(f"{name!r} is not supported")
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_several_answers(self) -> Self:
+        if self.n not in (None, 1):
+            raise ValueError(f"'n' can only be 1, not {self.n}")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_usage_in_stream(self) -> bool:
+        """Whether the client asked for the usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the named fields that have a value."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}

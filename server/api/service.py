@@ -1,0 +1,93 @@
+"""What every route needs, made once per app: the engine, the dialect, and the model's name card."""
+
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from config.errors import RequestError
+from server.api.errors import GenerationFailed
+from server.api.schema import GenerationRequest
+from server.engine.interface import Engine
+from server.engine.messages import Generate, ModelInfo, Sampling
+from server.glm.files import SamplingDefaults
+from server.glm.template import ChatTemplate
+from server.glm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a checkpoint writes: its tokens, its conversations, its recommended sampling."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+
+
+@dataclass(frozen=True)
+class Service:
+    """Immutable; shared by all requests."""
+
+    engine: Engine
+    dialect: Dialect
+    model_id: str
+    keepalive_s: float = 5.0
+    started_at: int = field(default_factory=lambda: int(time.time()))
+
+    def model_info(self) -> ModelInfo:
+        """The model, if it answers now."""
+        status = self.engine.status
+        if status.info is None:
+            percent = f" ({status.fraction:.0%})" if status.state == "loading" else ""
+            raise GenerationFailed("died", f"the model is not ready: {status.text}{percent}")
+        return status.info
+
+    def command(
+        self, body: GenerationRequest, prompt: list[int], max_tokens: int | None, num_top_logprobs: int
+    ) -> Generate:
+        """The engine's form of a request, checked against the model."""
+        info = self.model_info()
+        _check_prompt(prompt, info)
+        available = info.context_length - len(prompt)
+        if available < (1 if max_tokens is None else max_tokens):
+            raise context_overflow(info.context_length, len(prompt), max_tokens or 0)
+        return Generate(
+            request_id=f"gen-{int(time.time())}-{secrets.token_hex(10)}",
+            token_ids=tuple(prompt),
+            max_tokens=available if max_tokens is None else max_tokens,
+            sampling=self._sampling(body, info),
+            stop_token_ids=self.dialect.tokenizer.eos_token_ids,
+            num_top_logprobs=num_top_logprobs,
+        )
+
+    def _sampling(self, body: GenerationRequest, info: ModelInfo) -> Sampling:
+        defaults = self.dialect.defaults
+        values = {name: getattr(defaults, name) for name in SamplingDefaults.__dataclass_fields__}
+        values |= body.given("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        values |= body.given("presence_penalty", "frequency_penalty", "seed")
+        return Sampling(**values, logit_bias=_logit_bias(body.logit_bias or {}, info.vocab_size))
+
+
+def context_overflow(context_length: int, num_prompt_tokens: int, max_tokens: int) -> RequestError:
+    """The error whose wording clients search for."""
+    return RequestError(
+        f"This endpoint's maximum context length is {context_length} tokens. However, you requested about "
+        f"{num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} of text input, {max_tokens} in the "
+        "output). Please reduce the length of the messages.",
+        error_type="context_length_exceeded",
+    )
+
+
+def _check_prompt(prompt: list[int], info: ModelInfo) -> None:
+    if not prompt:
+        raise RequestError("the prompt is empty", param="prompt")
+    if (largest := max(prompt)) >= info.vocab_size:
+        message = f"token id {largest} is outside of the vocabulary (0 to {info.vocab_size - 1})"
+        raise RequestError(message, param="prompt")
+
+
+def _logit_bias(bias: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
+            message = f"logit_bias: {key[:40]!r} is not a token id (0 to {vocab_size - 1})"
+            raise RequestError(message, param="logit_bias")
+    return tuple((int(key), value) for key, value in bias.items())

@@ -1,0 +1,56 @@
+"""Server-sent events: what a stream looks like on the wire, whatever it carries.
+
+Comments keep the line alive from a wall-clock timer; there are no `id:` lines and no named events, which
+break clients. Headers and a first comment go out before the engine has said anything.
+"""
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from server.api.errors import GenerationFailed, describe
+from server.api.shapes import Envelope
+
+log = logging.getLogger(__name__)
+
+
+def stream(
+    chunks: AsyncGenerator[dict[str, Any], None], envelope: Envelope, kind: str, keepalive_s: float
+) -> EventSourceResponse:
+    """A response that sends these chunks and then `[DONE]`, or one error chunk in its place."""
+    return EventSourceResponse(
+        _events(chunks, envelope, kind),
+        headers={"X-Generation-Id": envelope.id},
+        sep="\n",
+        ping=keepalive_s,
+        ping_message_factory=_keepalive,
+    )
+
+
+def _keepalive() -> ServerSentEvent:
+    return ServerSentEvent(comment="OPENROUTER PROCESSING")
+
+
+async def _events(
+    chunks: AsyncGenerator[dict[str, Any], None], envelope: Envelope, kind: str
+) -> AsyncGenerator[ServerSentEvent, None]:
+    async with aclosing(chunks):
+        yield _keepalive()
+        try:
+            async for chunk in chunks:
+                yield ServerSentEvent(json.dumps(chunk, ensure_ascii=False))
+            yield ServerSentEvent("[DONE]")
+        except Exception as error:  # the status is sent already, so the error must travel in the stream
+            if not isinstance(error, GenerationFailed):
+                log.exception("%s failed", envelope.id)
+            yield ServerSentEvent(json.dumps(_error_chunk(error, envelope, kind)))
+
+
+def _error_chunk(error: Exception, envelope: Envelope, kind: str) -> dict[str, Any]:
+    text = {"text": ""} if kind == "text_completion" else {"delta": {"content": ""}}
+    choice = {"index": 0, **text, "finish_reason": "error", "native_finish_reason": None}
+    return envelope.wrap(kind, error=describe(error), choices=[choice])

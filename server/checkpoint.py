@@ -1,0 +1,100 @@
+"""Finds the folder of a checkpoint and checks that all of it is there, before anything is loaded.
+
+Called by the command line. Reads headers only; knows nothing of what the tensors mean.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import models
+from config.errors import CheckpointError
+from streaming.headers import read_headers
+
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MODEL_TYPE = "glm_moe_dsa"
+GLM_ID = "z-ai/glm-5.2"
+# Pocket is a toy: it must never answer to the name of the real model unless somebody says so.
+POCKET_ID = "glmserve/pocket"
+POCKET = Path(models.__file__).with_name("pocket")
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A complete checkpoint, the id that clients see by default, and why it was chosen."""
+
+    directory: Path
+    model_id: str
+    remark: str = ""
+
+
+def choose_checkpoint(path_or_repo: str | None) -> FoundCheckpoint:
+    """The checkpoint that the user named, else a GLM in the local Hugging Face cache, else Pocket."""
+    if path_or_repo is not None:
+        directory = find_checkpoint(path_or_repo)
+        return FoundCheckpoint(directory, POCKET_ID if directory.resolve() == POCKET.resolve() else GLM_ID)
+    for directory in _cached_glms():
+        remark = f"no --model given: serving {directory}, found in the Hugging Face cache"
+        return FoundCheckpoint(directory, GLM_ID, remark)
+    remark = (
+        "no --model given and no GLM in the Hugging Face cache: serving Pocket, a small demonstration model. "
+        "For the real one: hf download mlx-community/GLM-5.2-mxfp4, then glmserve --model "
+        "mlx-community/GLM-5.2-mxfp4 --stream-experts"
+    )
+    return FoundCheckpoint(find_checkpoint(str(POCKET)), POCKET_ID, remark)
+
+
+def find_checkpoint(path_or_repo: str) -> Path:
+    """The complete checkpoint that the user means. Never downloads."""
+    path = Path(path_or_repo).expanduser()
+    if not path.exists() and REPO_ID.fullmatch(path_or_repo):
+        path = _find_in_cache(path_or_repo)
+    if not path.is_dir():
+        raise CheckpointError(f"--model {path_or_repo}: there is no such folder")
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"--model {path}: no config.json there, so this is not a checkpoint")
+    read_headers(path)
+    return path
+
+
+def _find_in_cache(repo: str) -> Path:
+    snapshot = _snapshot(_cache_folder() / f"models--{repo.replace('/', '--')}")
+    if snapshot is None:
+        raise CheckpointError(
+            f"--model {repo} is neither a folder nor in the Hugging Face cache; "
+            f"fetch it with `hf download {repo}`"
+        )
+    return snapshot
+
+
+def _cached_glms() -> Iterator[Path]:
+    """Complete checkpoints of our model type, in order of their names."""
+    for folder in sorted(_cache_folder().glob("models--*")):
+        snapshot = _snapshot(folder)
+        if snapshot is not None and _is_glm(snapshot):
+            yield snapshot
+
+
+def _is_glm(snapshot: Path) -> bool:
+    try:
+        config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
+        read_headers(snapshot)
+    except (OSError, ValueError, CheckpointError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
+def _snapshot(folder: Path) -> Path | None:
+    revision = folder / "refs" / "main"
+    snapshot = folder / "snapshots" / (revision.read_text().strip() if revision.exists() else "main")
+    return snapshot if snapshot.is_dir() else None
+
+
+def _cache_folder() -> Path:
+    if hub := os.environ.get("HF_HUB_CACHE"):
+        return Path(hub)
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    return Path(home) / "hub"

@@ -1,0 +1,34 @@
+"""The engine as the HTTP side sees it: small enough to fake in forty lines. Imports no MLX."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from server.engine.messages import Generate, ModelInfo, RequestEvent
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """`info` is set when, and only when, the state is "ready"; `text` says why it is not."""
+
+    state: Literal["loading", "ready", "down"]
+    text: str = ""
+    fraction: float = 0.0
+    info: ModelInfo | None = None
+
+
+class Engine(Protocol):
+    """Turns token ids into token ids."""
+
+    @property
+    def status(self) -> EngineStatus:
+        """Whether requests are answered now."""
+
+    def generate(self, request: Generate) -> AsyncGenerator[RequestEvent, None]:
+        """Events of one request, the last of them Finished or Failed.
+
+        Closing the generator early cancels the request at the engine.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored."""

@@ -1,0 +1,190 @@
+"""What crosses the pipe between the HTTP process and the engine process.
+
+Commands go to the engine, events come back. All of them are small frozen dataclasses of plain Python
+values, so that neither side needs the other's libraries to read them. Owns nothing; used on both sides.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+# Whose fault a failure is. `server/api/errors.py` turns it into a status.
+FailureKind = Literal["request", "engine", "disk", "died"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine process needs to open a model."""
+
+    model_path: Path
+    stream_experts: bool
+    ram_budget_bytes: int
+    max_context: int | None
+    log_level: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The defaults change nothing: the model's own distribution."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+
+
+# Commands
+
+
+@dataclass(frozen=True)
+class Load:
+    """The first command: open this model."""
+
+    config: EngineConfig
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue `token_ids` by up to `max_tokens` tokens; 0 only reads (and scores) the prompt.
+
+    `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
+    log-probabilities of the prompt's own tokens.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_token_ids: frozenset[int] = frozenset()
+    num_top_logprobs: int = 0
+    score_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Forget this request; no further event of it is wanted."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """End after the current step."""
+
+
+Command = Load | Generate | Cancel | Shutdown
+
+
+# Events about the engine
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the HTTP side must know about the model that was opened."""
+
+    vocab_size: int
+    context_length: int
+    memory_lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The model is being opened."""
+
+    fraction: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model answers."""
+
+    info: ModelInfo
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act."""
+
+    message: str
+    is_usage_error: bool
+
+
+# Events about one request
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token, its log-probability under the model's own distribution, and the likeliest alternatives.
+
+    `top` is sorted, likeliest first. The first token of a prompt has no log-probability.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """So many of the prompt's tokens have been read."""
+
+    request_id: str
+    num_prefilled: int
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """Scores of the next part of the prompt, in order; together they cover it once."""
+
+    request_id: str
+    scores: tuple[TokenScore, ...]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token."""
+
+    request_id: str
+    score: TokenScore
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request cost, in tokens. Completion tokens include the stop token."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The request is complete. `stop_token_id` is the token that ended it; it is not sent as a Token."""
+
+    request_id: str
+    reason: FinishReason
+    usage: Usage
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request is over without an answer."""
+
+    request_id: str
+    kind: FailureKind
+    message: str
+
+
+RequestEvent = Progress | PromptScored | Token | Finished | Failed
+EngineEvent = Loading | Ready | LoadFailed
+Event = EngineEvent | RequestEvent

@@ -1,0 +1,36 @@
+"""What the engine asks of a model: the flat forward, logits and caches. Owns nothing."""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from models.attention import Span
+from models.cache import SequenceCache
+from server.engine.messages import EngineConfig, ModelInfo
+
+
+class Model(Protocol):
+    """A language model over flat batches."""
+
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+        """Yield after each layer; return the hidden rows [N, H]."""
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """[M, H] -> [M, V], fp32."""
+
+    def make_cache(self) -> SequenceCache:
+        """An empty cache for a new sequence."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An opened model and what is known about it."""
+
+    model: Model
+    info: ModelInfo
+
+
+ReportProgress = Callable[[float, str], None]
+OpenBackend = Callable[[EngineConfig, ReportProgress], Backend]

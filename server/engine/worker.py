@@ -1,0 +1,64 @@
+"""The engine process: `python -m server.engine.worker FD`, FD one end of a socket pair.
+
+Two threads. The main one opens the model and runs the loop. The other reads commands; when the pipe
+ends, because the HTTP process stopped or died in any way, it ends this process at once, whatever the
+main thread is doing: the memory of a model must not be orphaned.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+from config.errors import UsageError
+from server.engine.backend import open_backend
+from server.engine.loop import EngineLoop
+from server.engine.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Ready
+from server.engine.model import Backend, OpenBackend
+from server.logs import set_up_logging
+
+log = logging.getLogger(__name__)
+
+
+def main(open_model: OpenBackend = open_backend) -> int:
+    """Serve the pipe whose descriptor is the first argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the HTTP process, which then closes the pipe
+    pipe = Connection(int(sys.argv[1]))
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    threading.Thread(target=_read_commands, args=(pipe, inbox), name="commands", daemon=True).start()
+    load = inbox.get()
+    assert isinstance(load, Load), "the first command opens the model"
+    set_up_logging(load.config.log_level)
+    backend = _open(load.config, open_model, pipe.send)
+    if backend is None:
+        return 1
+    pipe.send(Ready(backend.info))
+    EngineLoop(backend, inbox, pipe.send).run()
+    return 0
+
+
+def _open(config: EngineConfig, open_model: OpenBackend, send: Callable[[Event], None]) -> Backend | None:
+    try:
+        return open_model(config, lambda fraction, text: send(Loading(fraction, text)))
+    except UsageError as error:
+        send(LoadFailed(str(error), is_usage_error=True))
+    except Exception as error:  # the process ends here, and the HTTP side says why
+        log.exception("the model could not be opened")
+        send(LoadFailed(f"{type(error).__name__}: {error}", is_usage_error=False))
+    return None
+
+
+def _read_commands(pipe: Connection, inbox: SimpleQueue[Command]) -> None:
+    try:
+        while True:
+            inbox.put(pipe.recv())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

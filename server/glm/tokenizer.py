@@ -1,0 +1,118 @@
+"""Text to token ids and back, for byte-level BPE as every GLM checkpoint has it.
+
+`Tokenizer` is read once from a checkpoint and shared by all requests; `Detokenizer` belongs to one stream
+of text. Ids are never written down in code: tags are looked up by their text.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from config.errors import CheckpointError
+from server.glm.files import read_json
+
+
+class Tokenizer:
+    """The vocabulary of a checkpoint."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, eos_token_ids: frozenset[int]) -> None:
+        self._inner = inner
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        self._bytes = _token_bytes(inner)
+        self._special_ids = frozenset(
+            token_id for token_id, token in inner.get_added_tokens_decoder().items() if token.special
+        )
+        self.eos_token_ids = eos_token_ids
+        self.think_id = self.token_id("<think>")
+        self.end_think_id = self.token_id("</think>")
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token that is exactly this text, if the vocabulary has one."""
+        token_id: int | None = self._inner.token_to_id(text)
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text in which the tags and special tokens are recognised."""
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; none for rows beyond the vocabulary."""
+        return self._bytes.get(token_id, b"")
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is markup that never belongs to an answer. GLM's think and tool tags are not."""
+        return token_id in self._special_ids
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text of some tokens, specials included."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+
+
+class Detokenizer:
+    """Turns a stream of tokens into text; a character split over tokens comes out whole with the last."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes."""
+        if self._tokenizer.is_special(token_id):
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What is left of a character that was never completed."""
+        return self._decoder.decode(b"", final=True)
+
+
+def load_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder."""
+    path = checkpoint / "tokenizer.json"
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception, whatever is wrong with the file
+        raise CheckpointError(f"cannot read the tokenizer {path}: {error}") from error
+    return Tokenizer(inner, _eos_token_ids(checkpoint, inner))
+
+
+def _eos_token_ids(checkpoint: Path, inner: tokenizers.Tokenizer) -> frozenset[int]:
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(checkpoint / name).get("eos_token_id")
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    if not ids:
+        found = (inner.token_to_id(text) for text in ("<|endoftext|>", "<|user|>", "<|observation|>"))
+        ids.update(token_id for token_id in found if token_id is not None)
+    return frozenset(ids)
+
+
+def _token_bytes(inner: tokenizers.Tokenizer) -> dict[int, bytes]:
+    if '"ByteLevel"' not in json.dumps(_decoder_of(inner)):
+        raise CheckpointError("tokenizer.json is not byte-level BPE, as those of GLM are")
+    byte_of = {char: byte for byte, char in _byte_characters().items()}
+    added = {token_id: token.content for token_id, token in inner.get_added_tokens_decoder().items()}
+    table = {token_id: text.encode() for token_id, text in added.items()}
+    for text, token_id in inner.get_vocab(with_added_tokens=False).items():
+        if token_id not in table:
+            table[token_id] = bytes(byte_of[char] for char in text)
+    return table
+
+
+def _decoder_of(inner: tokenizers.Tokenizer) -> Any:
+    state = inner.decoder.__getstate__() if inner.decoder is not None else b"null"
+    return json.loads(state)
+
+
+def _byte_characters() -> dict[int, str]:
+    """Byte-level BPE writes each byte as a printable character: itself, or one from 256 upwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    return characters | {byte: chr(256 + position) for position, byte in enumerate(others)}

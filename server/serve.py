@@ -1,0 +1,116 @@
+"""`glmserve serve`: checks what can be checked at once, then runs HTTP here and the engine beside it."""
+
+import asyncio
+import logging
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from config.errors import UsageError
+from config.settings import Settings
+from server.api.app import make_app
+from server.api.service import Dialect, Service
+from server.checkpoint import FoundCheckpoint, choose_checkpoint
+from server.engine.messages import EngineConfig
+from server.engine.process import EngineProcess
+from server.glm.files import load_sampling_defaults
+from server.glm.template import load_chat_template
+from server.glm.tokenizer import load_tokenizer
+from server.logs import set_up_logging
+
+DRAIN_TIMEOUT_S = 5
+
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until interrupted. Raises UsageError where a person must act first."""
+    set_up_logging(settings.log_level)
+    checkpoint = choose_checkpoint(settings.model)
+    if checkpoint.remark:
+        log.info("%s", checkpoint.remark)
+    with listen(settings.host, settings.port) as listener:
+        dialect = load_dialect(checkpoint.directory)
+        fault = asyncio.run(_Serving(settings, checkpoint, dialect, listener).run())
+    if fault:
+        raise UsageError(fault)
+    return 0
+
+
+def load_dialect(checkpoint: Path) -> Dialect:
+    """How this checkpoint writes."""
+    return Dialect(
+        load_tokenizer(checkpoint), load_chat_template(checkpoint), load_sampling_defaults(checkpoint)
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before minutes are spent on loading."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return _bound(socket.socket(family, kind, protocol), address)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
+        ) from error
+
+
+def _bound(listener: socket.socket, address: Any) -> socket.socket:
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+@dataclass
+class _Serving:
+    """One run: the HTTP server, the engine, and why the run ended."""
+
+    settings: Settings
+    checkpoint: FoundCheckpoint
+    dialect: Dialect
+    listener: socket.socket
+    fault: str | None = None
+    server: uvicorn.Server | None = field(default=None, init=False)
+
+    async def run(self) -> str | None:
+        engine = EngineProcess(
+            make_engine_config(self.settings, self.checkpoint.directory), on_usage_error=self._give_up
+        )
+        model_id = self.settings.served_model_name or self.checkpoint.model_id
+        app = make_app(Service(engine, self.dialect, model_id))
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="off"
+        )
+        self.server = uvicorn.Server(config)
+        engine.start()
+        host, port = self.listener.getsockname()[:2]
+        log.info("listening on http://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", host, port)
+        try:
+            await self.server.serve(sockets=[self.listener])
+        finally:
+            await engine.close()
+        return self.fault
+
+    def _give_up(self, message: str) -> None:
+        assert self.server, "the engine is started after the server is made"
+        self.fault = message
+        self.server.should_exit = True
+
+
+def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
+    """What the engine needs to know of the settings."""
+    return EngineConfig(
+        model_path=directory,
+        stream_experts=settings.stream_experts,
+        ram_budget_bytes=settings.ram_budget,
+        max_context=settings.max_context,
+        log_level=settings.log_level,
+    )

@@ -1,0 +1,299 @@
+"""A pool of threads that read byte ranges into buffers of their own.
+
+Owns the open files, the threads and their buffers. The engine's thread submits reads and waits for them; a
+reader's thread hands the bytes to the read's `deliver`, which must not keep them. It knows no experts and
+no slots.
+
+A read that does not come back in time fails with DiskError and its thread is written off, buffer and all
+(quarantine); another takes its place. If the read returns after all, its thread rejoins when there is room.
+"""
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from config.errors import DiskError
+from streaming.disk import MAX_ALIGNMENT, Disk, DiskFile, aligned_buffer
+from streaming.floats import Bytes
+from streaming.headers import FileStamp
+
+NUM_THREADS = 8
+TIMEOUT_S = 30.0
+
+
+class ReadDropped(DiskError):
+    """The read was never started."""
+
+
+class ReadClass(IntEnum):
+    """Lower goes first."""
+
+    DEMAND = 0
+    LOOKAHEAD = 1
+    SWEEP = 2
+    PREFIX = 3
+
+
+@dataclass(eq=False)
+class Read:
+    """One byte range to be read; it settles once, with its bytes delivered or with an error."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    deliver: Callable[[Bytes], None]
+    read_class: ReadClass = ReadClass.DEMAND
+    error: Exception | None = None
+
+
+class Batch:
+    """Reads submitted together, to be waited for together."""
+
+    def __init__(self, reads: Sequence[Read], lock: threading.RLock) -> None:
+        self.reads = reads
+        self.num_pending = len(reads)
+        self.has_failed = False
+        self.changed = threading.Condition(lock)
+
+
+@dataclass(eq=False)
+class _Task:
+    read: Read
+    batch: Batch
+    order: int
+    started_s: float = 0.0
+
+    def __lt__(self, other: "_Task") -> bool:
+        return (self.read.read_class, self.order) < (other.read.read_class, other.order)
+
+
+class _Worker:
+    def __init__(self, num_bytes: int) -> None:
+        self.buffer = aligned_buffer(num_bytes)
+        self.task: _Task | None = None
+        self.is_quarantined = False
+
+
+@dataclass
+class ReadStatistics:
+    """`busy_s`: time during which any read was outstanding; `device_bytes`: with what alignment adds."""
+
+    num_reads: int = 0
+    payload_bytes: int = 0
+    device_bytes: int = 0
+    busy_s: float = 0.0
+    num_timeouts: int = 0
+
+
+def reserved_bytes(max_read_bytes: int, num_threads: int = NUM_THREADS) -> int:
+    """What the buffers may grow to: each thread's own, and as many again in quarantine."""
+    return 2 * num_threads * _buffer_bytes(max_read_bytes)
+
+
+def _buffer_bytes(max_read_bytes: int) -> int:
+    return -(-max_read_bytes // MAX_ALIGNMENT) * MAX_ALIGNMENT + 2 * MAX_ALIGNMENT
+
+
+class Reader:
+    """Positional reads in parallel, the most urgent class first, first come first served within a class."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        files: Mapping[Path, FileStamp],
+        *,
+        max_read_bytes: int,
+        num_threads: int = NUM_THREADS,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self.statistics = ReadStatistics()
+        self._max_read_bytes = max_read_bytes
+        self._num_threads = num_threads
+        self._timeout_s = timeout_s
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)
+        self._queue: list[_Task] = []
+        self._order = itertools.count()
+        self._workers: list[_Worker] = []
+        self._num_quarantined = 0
+        self._num_outstanding = 0
+        self._busy_since_s = 0.0
+        self._is_closed = False
+        self._files: dict[Path, DiskFile] = {}
+        self._open_files(disk, files)
+        for _ in range(num_threads):
+            self._start_worker()
+
+    def submit(self, reads: Sequence[Read]) -> Batch:
+        """Queues the reads and returns at once."""
+        batch = Batch(reads, self._lock)
+        with self._lock:
+            assert not self._is_closed, "a closed reader was asked to read"
+            if self._num_outstanding == 0:
+                self._busy_since_s = time.monotonic()
+            self._num_outstanding += len(reads)
+            for read in reads:
+                assert read.nbytes <= self._max_read_bytes, "a read is larger than the buffers of the reader"
+                heapq.heappush(self._queue, _Task(read, batch, next(self._order)))
+            self._work.notify(len(reads))
+        return batch
+
+    def wait(self, batch: Batch) -> None:
+        """Returns when every read of the batch has settled; after a failure the unstarted are dropped."""
+        with self._lock:
+            while batch.num_pending:
+                self._give_up_hung_reads()
+                if batch.has_failed:
+                    self._drop(lambda task: task.batch is batch, "dropped after another read had failed")
+                if batch.num_pending:
+                    batch.changed.wait(self._next_timeout_s())
+
+    def close(self) -> None:
+        """Ends the threads. The files stay open while a quarantined thread may still use one of them."""
+        with self._lock:
+            self._is_closed = True
+            self._drop(lambda task: True, "the reader was closed")
+            self._work.notify_all()
+            self._work.wait_for(lambda: not self._workers, self._timeout_s)
+            if not self._workers and not self._num_quarantined:
+                self._close_files()
+
+    # The reader's threads.
+
+    def _start_worker(self) -> None:
+        worker = _Worker(_buffer_bytes(self._max_read_bytes))
+        self._workers.append(worker)
+        threading.Thread(target=self._run, args=(worker,), name="expert-reader", daemon=True).start()
+
+    def _run(self, worker: _Worker) -> None:
+        while (task := self._take(worker)) is not None:
+            error: Exception | None = None
+            try:
+                self._perform(task.read, worker.buffer)
+            except Exception as caught:
+                # The thread's end of the line: whatever happened is told to the one who waits for this read.
+                error = caught
+            with self._lock:
+                worker.task = None
+                if not worker.is_quarantined:
+                    self._settle(task, error)
+                elif not self._readmit(worker):
+                    return
+
+    def _take(self, worker: _Worker) -> _Task | None:
+        with self._lock:
+            self._work.wait_for(lambda: self._queue or self._is_closed)
+            if self._is_closed:
+                self._workers.remove(worker)
+                self._work.notify_all()
+                return None
+            worker.task = heapq.heappop(self._queue)
+            worker.task.started_s = time.monotonic()
+            return worker.task
+
+    def _perform(self, read: Read, buffer: Bytes) -> None:
+        file = self._files[read.path]
+        start = read.offset // file.alignment * file.alignment
+        lead = read.offset - start
+        num_bytes = -(-(lead + read.nbytes) // file.alignment) * file.alignment
+        try:
+            _read_fully(file, buffer[:num_bytes], start, lead + read.nbytes)
+        except OSError as error:
+            raise DiskError(
+                f"{read.path}: reading {read.nbytes} bytes at {read.offset}: {error.strerror or error}"
+            ) from error
+        with self._lock:
+            self.statistics.num_reads += 1
+            self.statistics.payload_bytes += read.nbytes
+            self.statistics.device_bytes += num_bytes
+        read.deliver(buffer[lead : lead + read.nbytes])
+
+    # Under the lock.
+
+    def _settle(self, task: _Task, error: Exception | None) -> None:
+        task.read.error = error
+        task.batch.num_pending -= 1
+        task.batch.has_failed |= error is not None
+        self._num_outstanding -= 1
+        if self._num_outstanding == 0:
+            self.statistics.busy_s += time.monotonic() - self._busy_since_s
+        if error is not None or task.batch.num_pending == 0:
+            task.batch.changed.notify_all()
+
+    def _drop(self, is_dropped: Callable[[_Task], bool], why: str) -> None:
+        dropped = [task for task in self._queue if is_dropped(task)]
+        self._queue = [task for task in self._queue if not is_dropped(task)]
+        heapq.heapify(self._queue)
+        for task in dropped:
+            self._settle(task, ReadDropped(f"{task.read.path}: {why}"))
+
+    def _give_up_hung_reads(self) -> None:
+        now_s = time.monotonic()
+        for worker in list(self._workers):
+            if worker.task is not None and now_s - worker.task.started_s >= self._timeout_s:
+                self._quarantine(worker, worker.task)
+        if not self._workers:
+            self._drop(lambda task: True, f"the disk has not answered {self._num_quarantined} earlier reads")
+
+    def _quarantine(self, worker: _Worker, task: _Task) -> None:
+        worker.is_quarantined = True
+        self._workers.remove(worker)
+        self._num_quarantined += 1
+        self.statistics.num_timeouts += 1
+        # Bounded, so that a dead disk cannot take memory without end: `reserved_bytes` counts on it.
+        if self._num_quarantined <= self._num_threads:
+            self._start_worker()
+        read = task.read
+        self._settle(
+            task,
+            DiskError(
+                f"{read.path}: reading {read.nbytes} bytes at {read.offset}: "
+                f"no answer in {self._timeout_s:g} s"
+            ),
+        )
+
+    def _readmit(self, worker: _Worker) -> bool:
+        """Whether a thread whose hung read came back may go on working."""
+        self._num_quarantined -= 1
+        if self._is_closed or len(self._workers) >= self._num_threads:
+            return False
+        worker.is_quarantined = False
+        self._workers.append(worker)
+        return True
+
+    def _next_timeout_s(self) -> float:
+        starts = [worker.task.started_s for worker in self._workers if worker.task is not None]
+        return max(0.0, min(starts, default=time.monotonic()) + self._timeout_s - time.monotonic())
+
+    def _open_files(self, disk: Disk, files: Mapping[Path, FileStamp]) -> None:
+        try:
+            for path, stamp in files.items():
+                self._files[path] = disk.open(path, stamp)
+        except DiskError:
+            self._close_files()
+            raise
+
+    def _close_files(self) -> None:
+        while self._files:
+            self._files.popitem()[1].close()
+
+
+def _read_fully(file: DiskFile, buffer: Bytes, offset: int, num_needed: int) -> None:
+    """Reads until `num_needed` bytes are there, going on after short reads from the last aligned byte."""
+    done = 0
+    while done < num_needed:
+        try:
+            count = file.read_into(buffer[done:], offset + done)
+        except InterruptedError:
+            continue
+        if done + count >= num_needed:
+            return
+        resume = (done + count) // file.alignment * file.alignment
+        if resume <= done:
+            raise OSError(f"the file ends {num_needed - done - count} bytes early")
+        done = resume

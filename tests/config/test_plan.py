@@ -1,0 +1,81 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.errors import BudgetError
+from config.plan import Geometry, as_dict, make_plan, render_plan
+from config.sizes import parse_size
+
+GB = 10**9
+# GLM-5.2 at 3.5 bits per weight: 75 layers of 256 experts of 15.75 MiB, 89,856 + 5,376 bytes per token.
+GLM = Geometry(
+    trunk_bytes=11 * GB,
+    expert_bytes=(16_515_072,) * 75,
+    num_experts=256,
+    experts_per_token=8,
+    kv_bytes_per_token=89_856,
+    index_key_bytes_per_token=5_376,
+    workspace_bytes=2 * GB,
+    reader_bytes=GB // 8,
+)
+
+
+def test_a_hundred_gigabytes_give_glm_about_sixty_five_slots_a_layer() -> None:
+    plan = make_plan(GLM, 100 * GB, 32_768, physical_bytes=128 * GB)
+    assert plan.lines["KV cache"] == 95_232 * 32_768
+    assert sum(plan.lines.values()) <= 100 * GB
+    assert 100 * GB - sum(plan.lines.values()) < 16_515_072, "less than a slot may be left over"
+    assert 60 <= min(plan.slots_per_layer) <= max(plan.slots_per_layer) <= 70
+
+
+@given(budget=st.integers(0, 500 * GB), max_context=st.integers(1, 200_000))
+def test_the_plan_never_exceeds_the_budget_and_refuses_only_below_the_minimum(
+    budget: int, max_context: int
+) -> None:
+    try:
+        plan = make_plan(GLM, budget, max_context, physical_bytes=500 * GB)
+    except BudgetError:
+        minimum = make_plan(GLM, 500 * GB, max_context, physical_bytes=500 * GB).minimum_budget_bytes
+        assert budget < minimum
+    else:
+        assert sum(plan.lines.values()) <= budget
+        assert min(plan.slots_per_layer) >= 8
+        assert max(plan.slots_per_layer) <= 256
+        assert plan.is_resident == (budget >= plan.resident_bytes)
+
+
+def test_the_refusal_names_a_budget_that_is_then_taken() -> None:
+    with pytest.raises(BudgetError) as refusal:
+        make_plan(GLM, 5 * GB, 4096, physical_bytes=128 * GB)
+    named = str(refusal.value).split("needs ")[1].split()[0]
+    assert min(make_plan(GLM, parse_size(named), 4096, physical_bytes=128 * GB).slots_per_layer) == 8
+
+
+def test_the_minimum_is_exact() -> None:
+    minimum = make_plan(GLM, 100 * GB, 4096, physical_bytes=128 * GB).minimum_budget_bytes
+    assert make_plan(GLM, minimum, 4096, physical_bytes=128 * GB).slots_per_layer == (8,) * 75
+    with pytest.raises(BudgetError):
+        make_plan(GLM, minimum - 1, 4096, physical_bytes=128 * GB)
+
+
+def test_a_budget_above_physical_memory_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"200\.0 GB is above the memory of this machine: 128\.0 GB"):
+        make_plan(GLM, 200 * GB, 4096, physical_bytes=128 * GB)
+
+
+def test_layers_of_different_size_get_the_same_number_of_slots_or_one_more() -> None:
+    geometry = dataclasses.replace(GLM, expert_bytes=(20 * 10**6, 10 * 10**6, 30 * 10**6))
+    plan = make_plan(geometry, 18 * GB, 4096, physical_bytes=128 * GB)
+    assert max(plan.slots_per_layer) - min(plan.slots_per_layer) <= 1
+
+
+def test_the_plan_is_printed_for_people_and_for_programs() -> None:
+    plan = make_plan(GLM, 100 * GB, 32_768, physical_bytes=128 * GB)
+    text = render_plan(plan)
+    assert "trunk" in text
+    assert "11.0 GB" in text
+    assert f"{min(plan.slots_per_layer)} to {max(plan.slots_per_layer)} of 256 experts" in text
+    assert json.loads(json.dumps(as_dict(plan)))["minimum_budget_bytes"] == plan.minimum_budget_bytes

@@ -1,0 +1,95 @@
+"""Where settings come from, and what is said about wrong ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config.errors import BudgetError, UsageError
+from config.settings import Settings, load_settings
+from config.sizes import physical_memory_bytes
+
+
+@pytest.fixture(autouse=True)
+def _no_inherited_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"GLMSERVE_{name.upper()}", raising=False)
+
+
+def test_defaults() -> None:
+    settings = load_settings({})
+    assert (settings.host, settings.port, settings.stream_experts) == ("127.0.0.1", 8080, False)
+    assert settings.ram_budget == int(physical_memory_bytes() * 0.8)
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "glmserve.toml"
+    file.write_text('port = 1\nhost = "a"\nram_budget = "1G"\nstream_experts = true\n')
+    monkeypatch.setenv("GLMSERVE_PORT", "2")
+    monkeypatch.setenv("GLMSERVE_HOST", "b")
+    settings = load_settings({"port": "3"}, file)
+    assert (settings.port, settings.host, settings.ram_budget, settings.stream_experts) == (
+        3,
+        "b",
+        10**9,
+        True,
+    )
+
+
+def test_each_field_can_be_set_by_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "MODEL": "m",
+        "RAM_BUDGET": "2GiB",
+        "STREAM_EXPERTS": "1",
+        "MAX_CONTEXT": "100",
+        "LOG_LEVEL": "error",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(f"GLMSERVE_{name}", value)
+    settings = load_settings({})
+    assert settings.model_dump(include={name.lower() for name in values}) == {
+        "model": "m",
+        "ram_budget": 2 * 2**30,
+        "stream_experts": True,
+        "max_context": 100,
+        "log_level": "error",
+    }
+
+
+def test_a_budget_above_physical_memory_is_refused_with_the_number() -> None:
+    with pytest.raises(BudgetError, match="more than this machine's memory"):
+        load_settings({"ram_budget": str(physical_memory_bytes() + 1)})
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"port": "x"}, "--port"),
+        ({"port": "70000"}, "--port"),
+        ({"ram_budget": "12X"}, "12X.*100G"),
+        ({"ram_budget": "0"}, "--ram-budget"),
+        ({"max_context": "0"}, "--max-context"),
+        ({"log_level": "loud"}, "'debug', 'info'"),
+        ({"no_such": 1}, "unknown setting 'no_such'"),
+    ],
+)
+def test_wrong_values_are_named_in_one_line(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        load_settings(flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "port = ", "prot = 1"])
+def test_a_bad_file_is_named(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "glmserve.toml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UsageError, match=r"glmserve\.toml|prot"):
+        load_settings({}, file)
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings({}).port = 1

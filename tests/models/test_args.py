@@ -1,0 +1,70 @@
+"""The indexer schedule and what config.json must say."""
+
+from typing import Any
+
+import pytest
+
+from config.errors import CheckpointError
+from models.args import ModelArgs, indexer_schedule
+from models.cache import cache_bytes_per_token
+from tests.tiny_glm import TINY
+
+GLM52: dict[str, Any] = TINY | {
+    "num_hidden_layers": 78, "hidden_size": 6144, "q_lora_rank": 2048, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256, "index_head_dim": 128,
+    "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75, "index_topk_freq": 4, "index_skip_topk_offset": 3,
+}  # fmt: skip
+
+
+def full(config: dict[str, Any]) -> list[int]:
+    return [i for i, kind in enumerate(indexer_schedule(config)) if kind == "full"]
+
+
+def test_frequency_and_offset_give_the_21_full_layers_of_glm_5_2() -> None:
+    assert full(GLM52) == [0, 1, 2, *range(6, 75, 4)]
+    assert len(full(GLM52)) == 21
+
+
+def test_without_any_schedule_all_layers_are_full() -> None:
+    assert full(TINY) == list(range(11))
+
+
+def test_an_explicit_list_wins_over_a_pattern_and_a_pattern_over_the_formula() -> None:
+    short = {"num_hidden_layers": 4, "index_topk_freq": 4, "index_skip_topk_offset": 3}
+    assert full(short | {"index_topk_pattern": "FSFS"}) == [0, 2]
+    assert full(short | {"index_topk_pattern": "FSFS", "indexer_types": ["full"] * 4}) == [0, 1, 2, 3]
+
+
+def test_a_shared_layer_before_any_full_one_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="layer 0 is 'shared'"):
+        indexer_schedule({"num_hidden_layers": 2, "indexer_types": ["shared", "full"]})
+
+
+def test_a_schedule_shorter_than_the_model_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="must name 4 layers"):
+        indexer_schedule({"num_hidden_layers": 4, "index_topk_pattern": "FS"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("scoring_func", "softmax"), ("attention_bias", True), ("rope_interleave", False),
+     ("tie_word_embeddings", True), ("hidden_act", "gelu"), ("moe_layer_freq", 2)],
+)  # fmt: skip
+def test_what_would_change_the_numbers_silently_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=field):
+        ModelArgs.from_config(TINY | {field: value})
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(CheckpointError, match="kv_lora_rank"):
+        ModelArgs.from_config({k: v for k, v in TINY.items() if k != "kv_lora_rank"})
+
+
+def test_other_rope_types_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="yarn"):
+        ModelArgs.from_config(TINY | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}})
+
+
+def test_cache_bytes_per_token_are_those_of_the_reference() -> None:
+    args = ModelArgs.from_config(GLM52)
+    assert cache_bytes_per_token(args, itemsize=2) == 89_856 + 5_376

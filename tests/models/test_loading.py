@@ -1,0 +1,233 @@
+"""Every layout opens to the same logits; what does not fit is named; real shapes have the known key list."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file, save_file
+
+from config.errors import CheckpointError
+from models.args import ModelArgs
+from models.arithmetic import CPU, Quantization
+from models.building import infer_quantization
+from models.experts import Experts
+from models.glm_moe_dsa import Model
+from models.linear import Linear
+from models.loading import make_geometry, open_checkpoint, read_config
+from models.names import is_unused, to_model_names
+from tests.checkpoints import open_model, save_packed
+from tests.models.make_golden import GOLDEN, LENGTHS, SEED
+from tests.tiny_glm import SCHEDULES, SHARED, TINY, Array, fuse_experts, make_weights, save_checkpoint, tokens
+from tests.tiny_model import MemoryExperts, logits, make_model
+
+WIDE = SHARED | {  # widths that every packing's groups divide
+    "hidden_size": 128, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 128, "v_head_dim": 32,
+    "intermediate_size": 128, "moe_intermediate_size": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("layout", ["separate", "fused"])
+def test_both_layouts_that_transformers_saves_give_the_reference_logits(
+    schedule: str, layout: str, tmp_path: Path
+) -> None:
+    config = SCHEDULES[schedule]
+    weights = make_weights(config, SEED)
+    saved = weights if layout == "separate" else fuse_experts(weights, config)
+    model = open_model(save_checkpoint(tmp_path, config, saved)).model
+    length = LENGTHS[-1]
+    golden = load_file(GOLDEN)[f"{schedule}.{length}"]
+    assert np.abs(logits(model, tokens(config, length)) - golden).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [
+        *[Quantization(64, bits) for bits in (2, 3, 4, 5, 6, 8)],
+        Quantization(32, 4),
+        Quantization(128, 4),
+        Quantization(32, 4, "mxfp4"),
+        Quantization(16, 4, "nvfp4"),
+        Quantization(32, 8, "mxfp8"),
+    ],
+    ids=str,
+)
+def test_a_packed_checkpoint_computes_what_its_unpacked_values_compute(
+    packing: Quantization, tmp_path: Path
+) -> None:
+    weights = make_weights(WIDE, SEED)
+    packed = open_model(save_packed(tmp_path, WIDE, weights, lambda path: packing)).model
+    plain = make_model(WIDE, unpacked(weights, packing))
+    ids = tokens(WIDE, 30)
+    assert np.abs(logits(packed, ids) - logits(plain, ids)).max() <= 1e-4
+
+
+def unpacked(weights: dict[str, Array], q: Quantization) -> dict[str, Array]:
+    """The values that a packed checkpoint of these weights stands for, in the separate layout."""
+    args = ModelArgs.from_config(WIDE)
+    out = {}
+    for name, w in weights.items():
+        value = mx.array(w)
+        if name.endswith("kv_b_proj.weight"):
+            renamed = to_model_names({name: value}, args)
+            embed_q, unembed_out = [round_trip(part, q) for part in renamed.values()]
+            value = mx.concatenate([embed_q.swapaxes(-1, -2), unembed_out], axis=1).reshape(value.shape)
+        elif w.ndim > 1 and not name.endswith("mlp.gate.weight"):
+            value = round_trip(value, q)
+        elif not name.endswith("mlp.gate.weight") and not name.endswith("e_score_correction_bias"):
+            value = value.astype(mx.bfloat16)
+        out[name] = np.array(value.astype(mx.float32))
+    return out
+
+
+def round_trip(w: mx.array, q: Quantization) -> mx.array:
+    packed = mx.quantize(w.astype(mx.bfloat16), q.group_size, q.bits, q.mode)
+    biases = packed[2].astype(mx.float32) if q.mode == "affine" else None
+    scales = packed[1].astype(mx.float32) if q.mode == "affine" else packed[1]
+    return mx.dequantize(packed[0], scales, biases, q.group_size, q.bits, q.mode, dtype=mx.float32)
+
+
+def test_overrides_missing_from_config_are_inferred_and_may_differ_within_an_expert(tmp_path: Path) -> None:
+    def mixed(path: str) -> Quantization | None:
+        if path.endswith("down_proj"):
+            return Quantization(64, 3)
+        if path.endswith(("q_b_proj", "shared_experts.up_proj")):
+            return Quantization(32, 8)
+        return None if "indexer" in path else Quantization(64, 4)
+
+    weights = make_weights(WIDE, SEED)
+    whole = logits(open_model(save_packed(tmp_path, WIDE, weights, mixed)).model, tokens(WIDE, 30))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "quantization"})
+    )
+    assert np.array_equal(logits(open_model(tmp_path).model, tokens(WIDE, 30)), whole)
+
+
+def test_the_mtp_layer_and_indexers_of_shared_layers_are_left_out(tmp_path: Path) -> None:
+    weights = make_weights(SHARED, SEED)
+    extra = {
+        name.replace("layers.10.", "layers.11."): w for name, w in weights.items() if "layers.10." in name
+    }
+    extra |= {
+        name.replace("layers.6.", "layers.5."): w
+        for name, w in weights.items()
+        if "layers.6.self_attn.ind" in name
+    }
+    model = open_model(save_checkpoint(tmp_path, SHARED, weights | extra)).model
+    golden = load_file(GOLDEN)["shared.32"]
+    assert np.abs(logits(model, tokens(SHARED, 32)) - golden).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, "missing model.norm.weight"),
+        ({"model.layers.2.self_attn.o_proj.bias": (64,)}, "unexpected model.layers.2.self_attn.o_proj.bias"),
+        ({"model.norm.weight": (63,)}, "model.norm.weight is .63,., not .64,."),
+        ({"model.layers.4.mlp.experts.7.up_proj.weight": None}, "experts.7.up_proj.weight is missing"),
+        ({"model.layers.0.self_attn.q_a_proj.weight_scale_inv": (1, 1)}, "glmserve convert"),
+    ],
+)
+def test_missing_unexpected_and_misshapen_tensors_are_named(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    weights: dict[str, Any] = make_weights(SHARED, SEED)
+    for name, shape in change.items():
+        weights.pop(name, None)
+        if shape is not None:
+            weights[name] = np.zeros(shape, np.float32)
+    save_checkpoint(tmp_path, SHARED, weights)
+    with pytest.raises(CheckpointError, match=message):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "glm5_next", "deepseek_v32", None])
+def test_other_models_are_refused_with_what_is_supported(model_type: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(CheckpointError, match=r"glmserve runs GLM-5, 5\.1, 5\.2 and 5\.3"):
+        read_config(tmp_path)
+
+
+def test_fewer_experts_than_the_config_says_are_refused(tmp_path: Path) -> None:
+    weights = make_weights(SHARED | {"n_routed_experts": 4}, SEED)
+    weights |= {n: w for n, w in make_weights(SHARED, SEED).items() if "mlp.gate." in n}
+    save_checkpoint(tmp_path, SHARED, weights)
+    with pytest.raises(CheckpointError, match=r"describes 8 experts.*hold 4"):
+        open_checkpoint(tmp_path)
+
+
+def test_scales_that_fit_no_packing_are_refused() -> None:
+    weight, scales = mx.zeros((8, 9), dtype=mx.uint32), mx.zeros((8, 1))
+    with pytest.raises(CheckpointError, match="no packing of 64 inputs"):
+        infer_quantization("x", weight, scales, 64)
+
+
+# The real shapes: names and shapes only.
+
+REAL: dict[str, Any] = TINY | {
+    "vocab_size": 154880, "hidden_size": 6144, "num_hidden_layers": 78, "intermediate_size": 12288,
+    "moe_intermediate_size": 2048, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75,
+    "n_routed_experts": 256, "num_experts_per_tok": 8, "num_attention_heads": 64, "q_lora_rank": 2048,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
+    "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048,
+    "index_topk_freq": 4, "index_skip_topk_offset": 3,
+}  # fmt: skip
+
+
+def parameters(model: Model) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+
+
+def test_a_uniform_mxfp4_checkpoint_at_the_real_shapes_has_2489_tensors() -> None:
+    """78 x 16 attention and norms, 21 x 8 indexers, 3 x 6 dense, 75 x 14 sparse, 5 around them."""
+    args = ModelArgs.from_config(REAL)
+    no_bank = MemoryExperts(dataclasses.replace(args, first_k_dense_replace=78), {})
+    model = Model(args, CPU, lambda layer: Experts(layer, no_bank, {}, CPU))
+    for _, module in model.named_modules():
+        if isinstance(module, Linear):
+            module.pack(Quantization(32, 4, "mxfp4"))
+    shapes = {name: array.shape for name, array in parameters(model)}
+    trunk = len(shapes) + 1  # the embedding's scales
+    routed = 75 * 3 * 2
+    assert trunk + routed == 2489
+    assert shapes["model.layers.0.self_attn.embed_q.weight"] == (64, 512, 192 // 8)
+    assert shapes["model.layers.77.self_attn.unembed_out.scales"] == (64, 256, 512 // 32)
+    assert "model.layers.77.self_attn.indexer.wk.weight" not in shapes
+    assert shapes["model.layers.74.self_attn.indexer.wq_b.weight"] == (32 * 128, 2048 // 8)
+    assert not any(is_unused(name, args) for name in shapes)
+
+
+def test_the_geometry_counts_what_the_model_holds(tmp_path: Path) -> None:
+    weights = make_weights(WIDE, SEED)
+    opened = open_model(save_packed(tmp_path, WIDE, weights, lambda path: Quantization(64, 4)))
+    geometry = make_geometry(opened.checkpoint, CPU)
+    held = sum(array.nbytes for _, array in parameters(opened.model))
+    assert geometry.trunk_bytes == held
+    banks = [sum(a.nbytes for a in opened.store.bank(layer).values()) for layer in range(3, 11)]
+    assert [8 * nbytes for nbytes in geometry.expert_bytes] == banks
+    cache = opened.model.make_cache()
+    for rows in cache._all():
+        rows.append(mx.zeros((256, rows.state.shape[1])))
+    assert cache.nbytes == 256 * geometry.context_bytes_per_token
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, SHARED, make_weights(SHARED, SEED))
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00002"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_one_file_needs_no_index(tmp_path: Path) -> None:
+    weights = make_weights(SHARED, SEED)
+    save_checkpoint(tmp_path, SHARED, weights)
+    for path in tmp_path.glob("model*"):
+        path.unlink()
+    save_file(weights, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).args.num_hidden_layers == 11

@@ -1,0 +1,149 @@
+"""Streamed experts compute what resident experts compute, bit for bit, whatever the budget."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.arithmetic import CPU, Arithmetic, Quantization
+from models.attention import Span
+from models.building import bank_quantizations
+from models.experts import Experts
+from streaming.store import ExpertStore
+from tests.checkpoints import Opened, greedy, open_model, save_packed
+from tests.models.make_golden import SEED
+from tests.tiny_glm import SHARED, make_weights, tokens
+from tests.tiny_model import logits
+
+CONFIG = SHARED | {"hidden_size": 128, "moe_intermediate_size": 64, "n_routed_experts": 16,
+                   "num_experts_per_tok": 4}  # fmt: skip
+SLOTS = [4, 5, 11, 16]  # the smallest that a token needs, two in the middle, everything
+# The packed form for any number of rows, as on a GPU.
+PACKED_ONLY = Arithmetic("packed", mx.float32, max_packed_rows=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def packing(path: str) -> Quantization:
+        return Quantization(64 if "switch_mlp" in path or "shared" in path else 32, 3)
+
+    narrow = (".embed_q", ".unembed_out", "indexer", "q_b_proj", "o_proj")
+    return save_packed(
+        tmp_path_factory.mktemp("packed"),
+        CONFIG,
+        make_weights(CONFIG, SEED),
+        lambda path: None if any(part in path for part in narrow) else packing(path),
+    )
+
+
+@pytest.fixture(scope="module")
+def resident(folder: Path) -> Opened:
+    return open_model(folder)
+
+
+@pytest.fixture
+def streamed(folder: Path, request: pytest.FixtureRequest) -> Iterator[Opened]:
+    opened = open_model(folder, slots=request.param)
+    yield opened
+    opened.store.check_integrity()
+    opened.store.close()
+
+
+@pytest.mark.parametrize("streamed", SLOTS, indirect=True)
+def test_logits_of_a_prompt_in_chunks_of_any_size_are_the_same_bits(
+    streamed: Opened, resident: Opened
+) -> None:
+    ids = tokens(CONFIG, 60)
+    for chunk in (1, 7, 8, 9, 60):  # to 8 rows each pair by itself, from 9 on each expert with its rows
+        assert np.array_equal(logits(streamed.model, ids, chunk), logits(resident.model, ids, chunk)), chunk
+
+
+@pytest.mark.parametrize("streamed", SLOTS, indirect=True)
+def test_greedy_decoding_gives_the_same_bits(streamed: Opened, resident: Opened) -> None:
+    prompt = tokens(CONFIG, 12)
+    text, rows = greedy(streamed.model, prompt, 25)
+    expected_text, expected_rows = greedy(resident.model, prompt, 25)
+    assert text == expected_text
+    assert mx.array_equal(rows, expected_rows)
+
+
+@pytest.mark.parametrize("streamed", [4], indirect=True)
+def test_the_bytes_read_are_those_of_the_experts_missed(streamed: Opened) -> None:
+    greedy(streamed.model, tokens(CONFIG, 12), 25)
+    counts = streamed.store.statistics()
+    assert counts.misses > counts.hits > 0
+    assert counts.evictions > 0
+    index = streamed.checkpoint.experts
+    assert counts.payload_bytes == counts.misses * index.expert_bytes(index.layers[0])
+
+
+def test_the_test_notices_a_slot_that_is_overwritten_too_early(
+    folder: Path, resident: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plant the fault: forget the lazy output, so that a later group overwrites what it still has to read."""
+    opened = open_model(folder, slots=4)
+    monkeypatch.setattr(Experts, "_remember", lambda self, out: out)
+    ids = tokens(CONFIG, 60)
+    assert not np.array_equal(logits(opened.model, ids, 60), logits(resident.model, ids, 60))
+    opened.store.close()
+
+
+def layer_of(opened: Opened, store: ExpertStore, arithmetic: Arithmetic) -> Experts:
+    layer = 5
+    return Experts(layer, store, bank_quantizations(store.bank(layer), opened.checkpoint.args), arithmetic)
+
+
+@pytest.mark.parametrize("arithmetic", [CPU, PACKED_ONLY], ids=lambda a: a.name)
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sets(st.integers(0, 15), min_size=4, max_size=4), min_size=1, max_size=14),
+    st.sampled_from(SLOTS),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_routing_gives_the_same_bits(
+    resident: Opened, arithmetic: Arithmetic, routing: Sequence[set[int]], slots: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = mx.array(rng.standard_normal((len(routing), 128)).astype(np.float32))
+    ids = mx.array([sorted(row) for row in routing], dtype=mx.int32)
+    weights = mx.array(rng.random((len(routing), 4)).astype(np.float32))
+    store = ExpertStore(resident.checkpoint.experts, slots, float_dtype=mx.float32)
+    try:
+        streamed = layer_of(resident, store, arithmetic)
+        expected = layer_of(resident, resident.store, arithmetic)(x, ids, weights)
+        for _ in range(2):
+            assert mx.array_equal(streamed(x, ids, weights), expected)
+            store.check_integrity()
+    finally:
+        store.close()
+
+
+def test_few_rows_together_equal_each_row_alone(resident: Opened) -> None:
+    """Up to eight sequences in one flat batch: every row computes what it computes by itself."""
+    model, prompts = resident.model, [tokens(CONFIG, n, seed=n) for n in (5, 9, 14, 30, 8, 7, 21, 3)]
+    caches = [model.make_cache() for _ in prompts]
+    alone = [model.make_cache() for _ in prompts]
+    for prompt, together, single in zip(prompts, caches, alone, strict=True):
+        model(mx.array(prompt), [Span(together, 0, len(prompt))])
+        model(mx.array(prompt), [Span(single, 0, len(prompt))])
+    spans = [Span(cache, i, i + 1) for i, cache in enumerate(caches)]
+    batch = model.logits(model(mx.arange(8), spans))
+    for i, cache in enumerate(alone):
+        row = model.logits(model(mx.array([i]), [Span(cache, 0, 1)]))
+        assert mx.array_equal(batch[i], row[0]), f"sequence {i} of the batch"
+
+
+def test_spans_of_several_sequences_share_one_forward(resident: Opened) -> None:
+    """Ragged prompts, some beyond index_topk, as one flat batch; equal to each alone within rounding."""
+    model, prompts = resident.model, [tokens(CONFIG, n, seed=n) for n in (3, 25, 11)]
+    spans, start = [], 0
+    for prompt in prompts:
+        spans.append(Span(model.make_cache(), start, start + len(prompt)))
+        start += len(prompt)
+    together = np.array(model.logits(model(mx.array([t for p in prompts for t in p]), spans)))
+    for span, prompt in zip(spans, prompts, strict=True):
+        assert np.abs(together[span.start : span.stop] - logits(model, prompt)).max() < 1e-5

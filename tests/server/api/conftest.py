@@ -1,0 +1,66 @@
+"""An app over a scripted engine, in process and over a real socket."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from starlette.testclient import TestClient
+
+from server.api.app import make_app
+from server.api.service import Dialect, Service
+from server.glm.files import SamplingDefaults
+from server.glm.template import OUR_TEMPLATE, ChatTemplate
+from server.glm.tokenizer import Tokenizer
+from tests.server.api.scripted import ScriptedEngine
+
+Script = Callable[[str], ScriptedEngine]
+
+
+@pytest.fixture(scope="session")
+def dialect(tokenizer: Tokenizer) -> Dialect:
+    template = ChatTemplate(OUR_TEMPLATE.read_text(encoding="utf-8"), "ours")
+    return Dialect(tokenizer, template, SamplingDefaults(temperature=0.7, top_p=0.9))
+
+
+@pytest.fixture
+def engine(tokenizer: Tokenizer) -> ScriptedEngine:
+    """Thinks "hm", says "Hi Ærø 👋!", ends its turn."""
+    return ScriptedEngine(tokenizer.encode("hm</think>Hi Ærø 👋!<|user|>"))
+
+
+@pytest.fixture
+def service(engine: ScriptedEngine, dialect: Dialect) -> Service:
+    return Service(engine, dialect, "z-ai/glm-5.2", keepalive_s=0.05)
+
+
+@pytest.fixture
+def client(service: Service) -> TestClient:
+    return TestClient(make_app(service))
+
+
+@pytest.fixture
+def base_url(service: Service) -> Iterator[str]:
+    """Where a real server listens."""
+    with running_server(service) as url:
+        yield url
+
+
+@contextmanager
+def running_server(service: Service) -> Iterator[str]:
+    """A server on a thread of its own."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()

@@ -1,0 +1,110 @@
+"""Over a real socket: openai-python as it is, bytes as they travel, and clients that go away."""
+
+import ast
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.server.api.scripted import ScriptedEngine
+
+ROOT = Path(__file__).parents[3]
+HELLO: list[openai.types.chat.ChatCompletionUserMessageParam] = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+def api(base_url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)
+
+
+def test_openai_python_chats(api: openai.OpenAI) -> None:
+    with api:
+        answer = api.chat.completions.create(model="z-ai/glm-5.2", messages=HELLO)
+    assert answer.choices[0].message.content == "Hi Ærø 👋!"
+    assert answer.usage
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_openai_python_streams_a_chat(api: openai.OpenAI) -> None:
+    with api:
+        chunks = list(
+            api.chat.completions.create(
+                model="m", messages=HELLO, stream=True, stream_options={"include_usage": True}
+            )
+        )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "Hi Ærø 👋!"
+    assert chunks[-1].usage
+    assert chunks[-2].choices[0].finish_reason == "stop"
+
+
+def test_openai_python_completes_and_lists_models(api: openai.OpenAI) -> None:
+    with api:
+        answer = api.completions.create(model="m", prompt="hello", max_tokens=2, logprobs=1)
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.choices[0].logprobs
+        assert [model.id for model in api.models.list()] == ["z-ai/glm-5.2"]
+
+
+def test_openai_python_raises_what_the_server_says(api: openai.OpenAI, engine: ScriptedEngine) -> None:
+    with api:
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            api.chat.completions.create(model="m", messages=HELLO, temperature=3)
+        engine.fails_after = 2
+        with pytest.raises(openai.APIError, match="the disk is gone"):
+            list(api.chat.completions.create(model="m", messages=HELLO, stream=True))
+
+
+def test_headers_and_comments_arrive_before_and_between_tokens(base_url: str, engine: ScriptedEngine) -> None:
+    engine.token_s = 0.3
+    body = {"messages": HELLO, "stream": True, "max_tokens": 2}
+    started_at = time.monotonic()
+    with httpx.stream("POST", f"{base_url}/v1/chat/completions", json=body) as response:
+        assert time.monotonic() - started_at < 0.25
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = list(response.iter_lines())
+    comments = [line for line in lines if line.startswith(":")]
+    assert set(comments) == {": OPENROUTER PROCESSING"}
+    assert len(comments) >= 4
+    assert {line.split(":")[0] for line in lines if line} == {"", "data"}
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+def test_a_client_that_hangs_up_cancels_its_request(
+    base_url: str, engine: ScriptedEngine, is_streaming: bool
+) -> None:
+    engine.token_s = 30
+    body = json.dumps({"messages": HELLO, "stream": is_streaming}).encode()
+    port = int(base_url.rpartition(":")[2])
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(head.encode() + body)
+        until(lambda: engine.requests)
+    until(lambda: engine.cancelled)
+    assert engine.cancelled == [engine.requests[0].request_id]
+
+
+def test_a_body_that_is_too_large_gets_an_answer_and_not_a_reset(base_url: str) -> None:
+    response = httpx.post(f"{base_url}/v1/chat/completions", content=b"x" * 10_000_000)
+    assert response.status_code == 413
+
+
+def until(is_true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 3
+    while not is_true():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def test_the_http_side_and_the_dialect_import_no_mlx() -> None:
+    code = (
+        "import sys, server.serve; print(sorted({n.split('.')[0] for n in sys.modules} & {'mlx', 'mlx_lm'}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ast.literal_eval(found.stdout) == []

@@ -1,0 +1,66 @@
+"""The tiny checkpoints of tests/tiny_glm.py as models in memory, without files."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from models.args import ModelArgs
+from models.arithmetic import CPU
+from models.attention import Span
+from models.building import build_model
+from models.cache import SequenceCache
+from models.experts import PROJECTIONS
+from models.glm_moe_dsa import Model
+from models.names import to_model_names, trunk_names
+from tests.tiny_glm import Array
+
+
+class MemoryExperts:
+    """All experts of all layers, resident: the smallest ExpertSource."""
+
+    is_resident = True
+
+    def __init__(self, args: ModelArgs, weights: Mapping[str, Array]) -> None:
+        self._num_experts = args.n_routed_experts
+        self._banks = {layer: self._make_bank(layer, weights) for layer in args.moe_layers}
+
+    def _make_bank(self, layer: int, weights: Mapping[str, Array]) -> dict[str, mx.array]:
+        prefix = f"model.layers.{layer}.mlp.experts."
+        experts = range(self._num_experts)
+        return {
+            f"{p}.weight": mx.array(np.stack([weights[f"{prefix}{e}.{p}.weight"] for e in experts]))
+            for p in PROJECTIONS
+        }
+
+    def num_slots(self, layer: int) -> int:
+        return self._num_experts
+
+    def bank(self, layer: int) -> Mapping[str, mx.array]:
+        return self._banks[layer]
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> NDArray[np.int32]:
+        return np.array(experts, dtype=np.int32)
+
+
+def make_model(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Model:
+    args = ModelArgs.from_config(config)
+    tensors = {name: mx.array(weights[name]) for name in trunk_names(weights, args)}
+    return build_model(args, CPU, MemoryExperts(args, weights), to_model_names(tensors, args))
+
+
+def logits(model: Model, ids: Sequence[int], chunk: int | None = None) -> Array:
+    """Logits [T, V] of a prompt given in chunks (None: at once)."""
+    cache = model.make_cache()
+    size = chunk or len(ids)
+    parts = [run(model, ids[i : i + size], cache) for i in range(0, len(ids), size)]
+    cache.check_integrity()
+    return np.concatenate(parts)
+
+
+def run(model: Model, ids: Sequence[int], cache: SequenceCache) -> Array:
+    """Logits [n, V] of the next n tokens of one sequence."""
+    hidden = model(mx.array(list(ids), dtype=mx.int32), [Span(cache, 0, len(ids))])
+    return np.array(model.logits(hidden))
