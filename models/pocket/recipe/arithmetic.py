@@ -1,6 +1,7 @@
 """Arithmetic tasks with the work written out digit by digit, as the reasoning of the answer.
 
-Owns the wording of questions and the written procedure for sums, differences, products and short word problems.
+Owns the wording of questions and the written procedure for sums, differences, products and short word
+problems.
 """
 
 from collections.abc import Callable
@@ -155,7 +156,8 @@ def two_operations(pools: Pools) -> tuple[str, str, str, int]:
         middle = value_of(a, first, b)
         c = min(c, middle) if second == "-" else c
         total = value_of(middle, second, c)
-        work = f"First {a} {first} {b}. {OPERATIONS[first](a, b)} Then {middle} {second} {c}. {OPERATIONS[second](middle, c)}"
+        then = f"Then {middle} {second} {c}. {OPERATIONS[second](middle, c)}"
+        work = f"First {a} {first} {b}. {OPERATIONS[first](a, b)} {then}"
         text = f"{a} {first} {b} {second} {c}"
     ask = pools.any(
         ("What is {}?", "Calculate {}.", "{} = ?", "How much is {}?", "Work out {}", "Compute {}.")
@@ -187,7 +189,8 @@ def story(pools: Pools) -> tuple[str, str, str, int]:
         middle = have + more
         less = rng.randint(1, middle)
         text, total = f"{gain} {more} more and then {loss} {less}", middle - less
-        work = f"First {have} + {more}. {add_steps(have, more)} Then {middle} - {less}. {subtract_steps(middle, less)}"
+        then = f"Then {middle} - {less}. {subtract_steps(middle, less)}"
+        work = f"First {have} + {more}. {add_steps(have, more)} {then}"
     question = pools.any(
         (f"How many {things} does {who} have now?", f"How many {things} are left?", "How many now?")
     )

@@ -1,4 +1,4 @@
-"""Turns a trained model into the one that ships: quantised values in place, and the tensors of the MLX layout.
+"""Turns a trained model into the one that ships: quantised in place, and as tensors of the MLX layout.
 
 Owns which module is quantised how, and the names. Files are written by export.py.
 """

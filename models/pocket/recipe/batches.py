@@ -20,6 +20,7 @@ from models.pocket.recipe.mixture import draw_sample
 from models.pocket.recipe.pools import Pools
 from models.pocket.recipe.render import render
 from models.pocket.recipe.sample import Sample
+from models.pocket.recipe.tokenizer import token_id
 
 WIDTHS = (64, 96, 128, 192, 256, 352, 512, 768, 1152, 1536, 2304, 3072, 4352)
 KINDS = (
@@ -61,7 +62,7 @@ def encode(
             learnt[len(ids)] = True
         ids += piece
         ends = part.trained
-    own = np.array(learnt[1:] + [False])
+    own = np.array([*learnt[1:], False])
     context = ~own & (rng.random(len(own)) < CONTEXT_SHARE)
     context[-1] = False
     return ids, np.where(own, TRAINED, np.where(context, CONTEXT, 0)).astype(np.uint8)
@@ -88,15 +89,15 @@ def work(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(path)
     VOCABULARY.extend(text for text in tokenizer.get_vocab() if text.isascii() and text.isalpha())
-    pad = tokenizer.token_to_id("<|endoftext|>")
+    pad = token_id(tokenizer, "<|endoftext|>")
     pools, rng = Pools(random.Random(seed)), np.random.default_rng(seed)
     buckets: dict[int, list[tuple[list[int], NDArray[np.uint8], int]]] = defaultdict(list)
     while True:
         sample = draw_sample(pools, progress.value)
         ids, marks = encode(tokenizer, sample, rng)
-        width = next((w for w in WIDTHS if w >= len(ids)), None)
-        if width is None:
+        if len(ids) > WIDTHS[-1]:
             continue
+        width = next(w for w in WIDTHS if w >= len(ids))
         bucket = buckets[width]
         bucket.append((ids, marks, KINDS.index(sample.kind)))
         if len(bucket) == rows_of(width, tokens):

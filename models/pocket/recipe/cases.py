@@ -3,6 +3,7 @@
 Owns the list of kinds and their numbers. Seeds, names, tools and parameters are none of the training's.
 """
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,14 +36,15 @@ class Case:
         """The request in OpenAI's form; the arguments of earlier calls are JSON strings there."""
         sample = self.sample
         body: dict[str, Any] = {
-            "messages": [wire_message(m, i) for i, m in enumerate(sample.messages[:-1])],
+            "messages": wire_messages(sample.messages[:-1], sample.thinking),
             "max_tokens": MAX_TOKENS,
             "temperature": 0,
             "reasoning_effort": sample.effort or "max",
-            "chat_template_kwargs": {"enable_thinking": sample.thinking},
+            "chat_template_kwargs": {
+                "enable_thinking": sample.thinking,
+                "clear_thinking": sample.clear_thinking is not False,
+            },
         }
-        if sample.clear_thinking is not None:
-            body["chat_template_kwargs"]["clear_thinking"] = sample.clear_thinking
         if sample.tools:
             body["tools"] = sample.tools
         if not sample.thinking:
@@ -50,19 +52,30 @@ class Case:
         return body
 
 
-def wire_message(message: dict[str, Any], index: int) -> dict[str, Any]:
-    """A message as a client sends it."""
-    import json
+def wire_call(call: dict[str, Any], identifier: str) -> dict[str, Any]:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {
+        "id": identifier,
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
 
-    wired = dict(message)
-    if message.get("tool_calls"):
-        wired["tool_calls"] = [
-            {"id": f"call_{index}_{n}", "type": "function",
-             "function": {"name": c["function"]["name"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}}
-            for n, c in enumerate(message["tool_calls"])
-        ]  # fmt: skip
-    if message["role"] == "tool":
-        wired["tool_call_id"] = f"call_{index}"
+
+def wire_messages(messages: list[dict[str, Any]], thinking: bool) -> list[dict[str, Any]]:
+    """Messages as a client sends them: calls with identifiers, each result naming its call."""
+    wired: list[dict[str, Any]] = []
+    open_calls: Iterator[str] = iter(())
+    for index, message in enumerate(messages):
+        sent = {k: v for k, v in message.items() if thinking or k != "reasoning_content"}
+        if message.get("tool_calls"):
+            names = [f"call_{index}_{n}" for n in range(len(message["tool_calls"]))]
+            pairs = zip(message["tool_calls"], names, strict=True)
+            sent["tool_calls"] = [wire_call(call, name) for call, name in pairs]
+            open_calls = iter(names)
+        if message["role"] == "tool":
+            sent["tool_call_id"] = next(open_calls)
+        wired.append(sent)
     return wired
 
 

@@ -85,7 +85,8 @@ def arithmetic_right(content: str, value: int) -> bool:
 def is_right(case: Case, reply: Reply) -> bool:
     """Whether the reply is what the case expects."""
     expected, content = case.sample.expected, reply.content
-    check, value = expected["check"], expected.get("value")
+    check: str = expected["check"]
+    value: Any = expected.get("value")
     if check == "calls":
         return same_calls(reply.calls, value)
     if check == "no_call":

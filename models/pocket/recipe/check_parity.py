@@ -1,4 +1,4 @@
-"""Proves the torch model equal to transformers' GlmMoeDsaForCausalLM on a small random model (CPU, float32)."""
+"""Proves the torch model equal to transformers' GlmMoeDsaForCausalLM on a small random model, in float32."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,17 @@ from torch import Tensor
 from models.pocket.recipe.model import Pocket
 from models.pocket.recipe.settings import Settings, model_config
 
-SMALL = Settings(vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, q_lora_rank=64,
-                 index_topk=8, n_routed_experts=8, num_experts_per_tok=2, num_attention_heads=4)  # fmt: skip
+SMALL = Settings(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    q_lora_rank=64,
+    index_topk=8,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    num_attention_heads=4,
+)
 
 
 def randomised(model: Pocket) -> Pocket:
@@ -25,7 +34,8 @@ def reference_logits(model: Pocket, ids: Tensor) -> Tensor:
     config = GlmMoeDsaConfig(**model_config(model.c, [0]), attn_implementation="eager")
     reference = GlmMoeDsaForCausalLM(config).eval()
     missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
-    assert not missing and not unexpected, (missing, unexpected)
+    assert not missing, missing
+    assert not unexpected, unexpected
     with torch.no_grad():
         logits: Tensor = reference(ids).logits
     return logits

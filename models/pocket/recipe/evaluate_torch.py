@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from models.pocket.recipe.baking import bake
 from models.pocket.recipe.cases import MAX_TOKENS, Case, make_cases
 from models.pocket.recipe.check import Reply, format_table, is_right, parse_text, table
-from models.pocket.recipe.export import END_TOKENS, load_checkpoint
+from models.pocket.recipe.export import end_ids, load_checkpoint
 from models.pocket.recipe.generate import Request, decode_all
 from models.pocket.recipe.importing import load_shipped
 from models.pocket.recipe.model import Indexer, Pocket
@@ -38,7 +38,7 @@ PROBES = (
 
 def run_cases(model: Pocket, tokenizer: Tokenizer, cases: list[Case]) -> list[tuple[Case, Reply]]:
     """Greedy answers to all cases."""
-    stop = {tokenizer.token_to_id(text) for text in END_TOKENS}
+    stop = set(end_ids(tokenizer))
     prompts = [tokenizer.encode(prompt_text(case.sample), add_special_tokens=False).ids for case in cases]
     replies = decode_all(model, [Request(ids, MAX_TOKENS) for ids in prompts], stop)
     texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in replies]
@@ -48,7 +48,7 @@ def run_cases(model: Pocket, tokenizer: Tokenizer, cases: list[Case]) -> list[tu
 def probe(model: Pocket, tokenizer: Tokenizer, text: str, thinking: bool) -> str:
     """The raw answer to one message."""
     prompt = prompt_text(Sample("chat", [user(text), assistant("")], thinking=thinking))
-    stop = {tokenizer.token_to_id(mark) for mark in END_TOKENS}
+    stop = set(end_ids(tokenizer))
     ids = decode_all(model, [Request(tokenizer.encode(prompt, add_special_tokens=False).ids, 200)], stop)[0]
     return str(tokenizer.decode(ids, skip_special_tokens=False))
 
@@ -58,14 +58,22 @@ def write_wrong(results: list[tuple[Case, Reply]], path: Path) -> None:
     with path.open("w") as file:
         for case, reply in results:
             if not is_right(case, reply):
-                row = {"kind": case.kind, "user": case.sample.messages[-2]["content"][-400:], "thinking": case.sample.thinking,
-                       "tools": case.sample.tools, "expected": case.sample.expected, "got": reply.__dict__}  # fmt: skip
+                row = {
+                    "kind": case.kind,
+                    "user": case.sample.messages[-2]["content"][-400:],
+                    "thinking": case.sample.thinking,
+                    "tools": case.sample.tools,
+                    "expected": case.sample.expected,
+                    "got": reply.__dict__,
+                }
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a training checkpoint, or the folder of the shipped files")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a training checkpoint, or the folder of the shipped files"
+    )
     parser.add_argument("--per-kind", type=int, default=200)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "tokenizer.json")

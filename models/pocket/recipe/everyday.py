@@ -5,24 +5,13 @@ Owns their senses and wording. Names of functions and parameters are drawn afres
 
 from collections.abc import Callable
 
-from models.pocket.recipe.pools import COLORS, Pools
+from models.pocket.recipe.pools import COLORS, Pools, words
 from models.pocket.recipe.toolbox import Tool, city, everyday, flag, integer, one_decimal, param
 
 CURRENCIES = ["USD", "EUR", "GBP", "JPY", "CHF", "SEK", "INR", "CNY", "BRL", "CAD", "AUD", "NOK"]
-LANGUAGES = [
-    "French",
-    "German",
-    "Spanish",
-    "Italian",
-    "Polish",
-    "Dutch",
-    "Greek",
-    "Turkish",
-    "Hindi",
-    "Swedish",
-    "Korean",
-    "Japanese",
-]
+LANGUAGES = words(
+    """French German Spanish Italian Polish Dutch Greek Turkish Hindi Swedish Korean Japanese"""
+)
 
 
 def weather(pools: Pools) -> Tool:
@@ -396,6 +385,6 @@ def paint(pools: Pools) -> Tool:
 
 
 EVERYDAY: tuple[Callable[[Pools], Tool], ...] = (
-    weather, weather, local_time, reminder, timer, message, email, search, light, money, translation, stock, person,
-    sums, rooms, paint,
+    weather, weather, local_time, reminder, timer, message, email, search, light, money, translation,
+    stock, person, sums, rooms, paint,
 )  # fmt: skip

@@ -1,6 +1,7 @@
-"""Writes the checkpoint: safetensors shards with aligned data, their index, config.json, generation_config.json.
+"""Writes the checkpoint: safetensors shards with aligned data, their index, and the two configs.
 
-Owns the file format and the sizes. Reads a training checkpoint; needs the tokenizer for the ids of the end tokens.
+Owns the file format and the sizes. Reads a training checkpoint; needs the tokenizer for the ids of the end
+tokens.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from models.pocket.recipe.baking import Stored, mlx_layout
 from models.pocket.recipe.model import Pocket
 from models.pocket.recipe.settings import Settings, model_config
+from models.pocket.recipe.tokenizer import token_id
 
 SHARD_BYTES = 14_500_000
 ALIGNMENT = 4096
@@ -58,6 +60,11 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids of the three tokens that end a turn."""
+    return [token_id(tokenizer, text) for text in END_TOKENS]
+
+
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -67,7 +74,7 @@ def write_checkpoint(model: Pocket, tokenizer: Tokenizer, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     layout = mlx_layout(model)
     shards = shards_of(layout.tensors)
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_shard(folder / file, shard)
@@ -76,7 +83,7 @@ def write_checkpoint(model: Pocket, tokenizer: Tokenizer, folder: Path) -> int:
     write_json(
         folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
     )
-    ends = [tokenizer.token_to_id(text) for text in END_TOKENS]
+    ends = end_ids(tokenizer)
     quantization = layout.quantization()
     write_json(
         folder / "config.json",

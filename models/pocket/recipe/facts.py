@@ -1,165 +1,85 @@
 """Tables of plain public-domain facts, each with the ways to ask for it and the sentence that answers.
 
-Owns the knowledge of Pocket. Every fact is trained; what the evaluation holds out is the wording of the question.
+Owns the knowledge of Pocket. Every fact is trained; what the evaluation holds out is the wording of the
+question.
 """
 
 import random
 from dataclasses import dataclass
 
-CAPITALS_TEXT = """Afghanistan=Kabul;Albania=Tirana;Algeria=Algiers;Angola=Luanda;Argentina=Buenos Aires;Armenia=Yerevan;
-Australia=Canberra;Austria=Vienna;Azerbaijan=Baku;Bahrain=Manama;Bangladesh=Dhaka;Belarus=Minsk;Belgium=Brussels;
-Bhutan=Thimphu;Bolivia=Sucre;Botswana=Gaborone;Brazil=Brasilia;Bulgaria=Sofia;Cambodia=Phnom Penh;Cameroon=Yaounde;
-Canada=Ottawa;Chad=N'Djamena;Chile=Santiago;China=Beijing;Colombia=Bogota;Costa Rica=San Jose;Croatia=Zagreb;Cuba=Havana;
-Cyprus=Nicosia;Denmark=Copenhagen;Ecuador=Quito;Egypt=Cairo;El Salvador=San Salvador;Eritrea=Asmara;Estonia=Tallinn;
-Ethiopia=Addis Ababa;Fiji=Suva;Finland=Helsinki;France=Paris;Gabon=Libreville;Georgia=Tbilisi;Germany=Berlin;Ghana=Accra;
-Greece=Athens;Guatemala=Guatemala City;Guinea=Conakry;Guyana=Georgetown;Haiti=Port-au-Prince;Honduras=Tegucigalpa;
+from models.pocket.recipe.pools import words
+
+CAPITALS_TEXT = """Afghanistan=Kabul;Albania=Tirana;Algeria=Algiers;Angola=Luanda;Argentina=Buenos Aires;
+Armenia=Yerevan;
+Australia=Canberra;Austria=Vienna;Azerbaijan=Baku;Bahrain=Manama;Bangladesh=Dhaka;Belarus=Minsk;
+Belgium=Brussels;
+Bhutan=Thimphu;Bolivia=Sucre;Botswana=Gaborone;Brazil=Brasilia;Bulgaria=Sofia;Cambodia=Phnom Penh;
+Cameroon=Yaounde;
+Canada=Ottawa;Chad=N'Djamena;Chile=Santiago;China=Beijing;Colombia=Bogota;Costa Rica=San Jose;
+Croatia=Zagreb;Cuba=Havana;
+Cyprus=Nicosia;Denmark=Copenhagen;Ecuador=Quito;Egypt=Cairo;El Salvador=San Salvador;Eritrea=Asmara;
+Estonia=Tallinn;
+Ethiopia=Addis Ababa;Fiji=Suva;Finland=Helsinki;France=Paris;Gabon=Libreville;Georgia=Tbilisi;
+Germany=Berlin;Ghana=Accra;
+Greece=Athens;Guatemala=Guatemala City;Guinea=Conakry;Guyana=Georgetown;Haiti=Port-au-Prince;
+Honduras=Tegucigalpa;
 Hungary=Budapest;Iceland=Reykjavik;India=New Delhi;Indonesia=Jakarta;Iran=Tehran;Iraq=Baghdad;Ireland=Dublin;
-Israel=Jerusalem;Italy=Rome;Jamaica=Kingston;Japan=Tokyo;Jordan=Amman;Kazakhstan=Astana;Kenya=Nairobi;Kuwait=Kuwait City;
-Laos=Vientiane;Latvia=Riga;Lebanon=Beirut;Liberia=Monrovia;Libya=Tripoli;Lithuania=Vilnius;Luxembourg=Luxembourg;
+Israel=Jerusalem;Italy=Rome;Jamaica=Kingston;Japan=Tokyo;Jordan=Amman;Kazakhstan=Astana;Kenya=Nairobi;
+Kuwait=Kuwait City;
+Laos=Vientiane;Latvia=Riga;Lebanon=Beirut;Liberia=Monrovia;Libya=Tripoli;Lithuania=Vilnius;
+Luxembourg=Luxembourg;
 Madagascar=Antananarivo;Malawi=Lilongwe;Malaysia=Kuala Lumpur;Mali=Bamako;Malta=Valletta;Mexico=Mexico City;
-Moldova=Chisinau;Monaco=Monaco;Mongolia=Ulaanbaatar;Montenegro=Podgorica;Morocco=Rabat;Mozambique=Maputo;Namibia=Windhoek;
+Moldova=Chisinau;Monaco=Monaco;Mongolia=Ulaanbaatar;Montenegro=Podgorica;Morocco=Rabat;Mozambique=Maputo;
+Namibia=Windhoek;
 Nepal=Kathmandu;the Netherlands=Amsterdam;New Zealand=Wellington;Nicaragua=Managua;Niger=Niamey;Nigeria=Abuja;
-North Korea=Pyongyang;Norway=Oslo;Oman=Muscat;Pakistan=Islamabad;Panama=Panama City;Paraguay=Asuncion;Peru=Lima;
+North Korea=Pyongyang;Norway=Oslo;Oman=Muscat;Pakistan=Islamabad;Panama=Panama City;Paraguay=Asuncion;
+Peru=Lima;
 the Philippines=Manila;Poland=Warsaw;Portugal=Lisbon;Qatar=Doha;Romania=Bucharest;Russia=Moscow;Rwanda=Kigali;
-Saudi Arabia=Riyadh;Senegal=Dakar;Serbia=Belgrade;Sierra Leone=Freetown;Singapore=Singapore;Slovakia=Bratislava;
-Slovenia=Ljubljana;Somalia=Mogadishu;South Africa=Pretoria;South Korea=Seoul;Spain=Madrid;Sri Lanka=Colombo;Sudan=Khartoum;
-Sweden=Stockholm;Switzerland=Bern;Syria=Damascus;Taiwan=Taipei;Tajikistan=Dushanbe;Tanzania=Dodoma;Thailand=Bangkok;
+Saudi Arabia=Riyadh;Senegal=Dakar;Serbia=Belgrade;Sierra Leone=Freetown;Singapore=Singapore;
+Slovakia=Bratislava;
+Slovenia=Ljubljana;Somalia=Mogadishu;South Africa=Pretoria;South Korea=Seoul;Spain=Madrid;
+Sri Lanka=Colombo;Sudan=Khartoum;
+Sweden=Stockholm;Switzerland=Bern;Syria=Damascus;Taiwan=Taipei;Tajikistan=Dushanbe;Tanzania=Dodoma;
+Thailand=Bangkok;
 Togo=Lome;Tunisia=Tunis;Turkey=Ankara;Turkmenistan=Ashgabat;Uganda=Kampala;Ukraine=Kyiv;
 the United Arab Emirates=Abu Dhabi;the United Kingdom=London;the United States=Washington;Uruguay=Montevideo;
 Uzbekistan=Tashkent;Venezuela=Caracas;Vietnam=Hanoi;Yemen=Sanaa;Zambia=Lusaka;Zimbabwe=Harare"""
 
-ELEMENTS = [
-    "hydrogen",
-    "H",
-    "helium",
-    "He",
-    "lithium",
-    "Li",
-    "beryllium",
-    "Be",
-    "boron",
-    "B",
-    "carbon",
-    "C",
-    "nitrogen",
-    "N",
-    "oxygen",
-    "O",
-    "fluorine",
-    "F",
-    "neon",
-    "Ne",
-    "sodium",
-    "Na",
-    "magnesium",
-    "Mg",
-    "aluminium",
-    "Al",
-    "silicon",
-    "Si",
-    "phosphorus",
-    "P",
-    "sulfur",
-    "S",
-    "chlorine",
-    "Cl",
-    "argon",
-    "Ar",
-    "potassium",
-    "K",
-    "calcium",
-    "Ca",
-    "scandium",
-    "Sc",
-    "titanium",
-    "Ti",
-    "vanadium",
-    "V",
-    "chromium",
-    "Cr",
-    "manganese",
-    "Mn",
-    "iron",
-    "Fe",
-    "cobalt",
-    "Co",
-    "nickel",
-    "Ni",
-    "copper",
-    "Cu",
-    "zinc",
-    "Zn",
-    "gallium",
-    "Ga",
-    "germanium",
-    "Ge",
-    "arsenic",
-    "As",
-    "selenium",
-    "Se",
-    "bromine",
-    "Br",
-    "krypton",
-    "Kr",
-    "rubidium",
-    "Rb",
-    "strontium",
-    "Sr",
-    "yttrium",
-    "Y",
-    "zirconium",
-    "Zr",
-    "niobium",
-    "Nb",
-    "molybdenum",
-    "Mo",
-    "technetium",
-    "Tc",
-    "ruthenium",
-    "Ru",
-    "rhodium",
-    "Rh",
-    "palladium",
-    "Pd",
-    "silver",
-    "Ag",
-    "cadmium",
-    "Cd",
-    "indium",
-    "In",
-    "tin",
-    "Sn",
-    "antimony",
-    "Sb",
-    "tellurium",
-    "Te",
-    "iodine",
-    "I",
-    "xenon",
-    "Xe",
-    "caesium",
-    "Cs",
-    "barium",
-    "Ba",
-]
+ELEMENTS = words("""hydrogen H helium He lithium Li beryllium Be boron B carbon C nitrogen N oxygen O
+fluorine F neon Ne sodium Na magnesium Mg aluminium Al silicon Si phosphorus P sulfur S chlorine Cl
+argon Ar potassium K calcium Ca scandium Sc titanium Ti vanadium V chromium Cr manganese Mn iron Fe
+cobalt Co nickel Ni copper Cu zinc Zn gallium Ga germanium Ge arsenic As selenium Se bromine Br krypton
+Kr rubidium Rb strontium Sr yttrium Y zirconium Zr niobium Nb molybdenum Mo technetium Tc ruthenium Ru
+rhodium Rh palladium Pd silver Ag cadmium Cd indium In tin Sn antimony Sb tellurium Te iodine I xenon Xe
+caesium Cs barium Ba""")
 
-OPPOSITES = """hot cold|big small|up down|left right|open closed|day night|fast slow|hard soft|happy sad|light dark
-|full empty|early late|high low|old new|rich poor|strong weak|true false|wet dry|young old|clean dirty|near far
+OPPOSITES = """hot cold|big small|up down|left right|open closed|day night|fast slow|hard soft|happy sad
+|light dark
+|full empty|early late|high low|old new|rich poor|strong weak|true false|wet dry|young old|clean dirty
+|near far
 |thick thin|wide narrow|loud quiet|first last|buy sell|push pull|win lose|begin end|inside outside"""
 
-SPANISH = """water agua|bread pan|house casa|dog perro|cat gato|sun sol|moon luna|book libro|red rojo|blue azul|green verde
+SPANISH = """water agua|bread pan|house casa|dog perro|cat gato|sun sol|moon luna|book libro|red rojo
+|blue azul|green verde
 |milk leche|friend amigo|hand mano|day dia|night noche|city ciudad|river rio|tree arbol|fish pez"""
-FRENCH = """water eau|bread pain|house maison|dog chien|cat chat|sun soleil|moon lune|book livre|red rouge|blue bleu
+FRENCH = """water eau|bread pain|house maison|dog chien|cat chat|sun soleil|moon lune|book livre|red rouge
+|blue bleu
 |green vert|milk lait|friend ami|hand main|day jour|night nuit|city ville|tree arbre|fish poisson|king roi"""
-GERMAN = """water Wasser|bread Brot|house Haus|dog Hund|cat Katze|sun Sonne|moon Mond|book Buch|red rot|blue blau
-|green gruen|milk Milch|friend Freund|hand Hand|day Tag|night Nacht|city Stadt|tree Baum|fish Fisch|king Koenig"""
+GERMAN = """water Wasser|bread Brot|house Haus|dog Hund|cat Katze|sun Sonne|moon Mond|book Buch|red rot
+|blue blau
+|green gruen|milk Milch|friend Freund|hand Hand|day Tag|night Nacht|city Stadt|tree Baum|fish Fisch
+|king Koenig"""
 
-CURRENCIES = """Japan yen|the United States dollar|the United Kingdom pound|Switzerland franc|India rupee|China yuan
-|Russia ruble|Mexico peso|Sweden krona|Norway krone|Denmark krone|Poland zloty|Hungary forint|Turkey lira|Brazil real
-|South Africa rand|South Korea won|Israel shekel|Thailand baht|Ukraine hryvnia|Germany euro|France euro|Italy euro
+CURRENCIES = """Japan yen|the United States dollar|the United Kingdom pound|Switzerland franc|India rupee
+|China yuan
+|Russia ruble|Mexico peso|Sweden krona|Norway krone|Denmark krone|Poland zloty|Hungary forint|Turkey lira
+|Brazil real
+|South Africa rand|South Korea won|Israel shekel|Thailand baht|Ukraine hryvnia|Germany euro|France euro
+|Italy euro
 |Spain euro|Vietnam dong"""
 
-YOUNG = """dog puppy|cat kitten|cow calf|sheep lamb|horse foal|pig piglet|goat kid|lion cub|hen chick|duck duckling|deer fawn
+YOUNG = """dog puppy|cat kitten|cow calf|sheep lamb|horse foal|pig piglet|goat kid|lion cub|hen chick
+|duck duckling|deer fawn
 |frog tadpole|swan cygnet|kangaroo joey"""
 
 INVENTORS = """the telephone|Alexander Graham Bell;the light bulb|Thomas Edison;dynamite|Alfred Nobel;
@@ -296,6 +216,7 @@ def element_facts() -> list[Fact]:
 
 def word_facts() -> list[Fact]:
     facts = []
+    asks: tuple[str, ...]
     for word, other in pairs(OPPOSITES):
         asks = (
             f"What is the opposite of {word}?",
@@ -320,6 +241,7 @@ def word_facts() -> list[Fact]:
 
 def people_facts() -> list[Fact]:
     facts = []
+    asks: tuple[str, ...]
     for country, money in pairs(CURRENCIES):
         asks = (f"What is the currency of {country}?", f"Which currency is used in {country}?")
         facts.append(Fact(asks, f"The currency of {country} is the {money}.", money, country))

@@ -1,6 +1,7 @@
 """Reads the shipped files back into the torch model, every weight as the file gives it.
 
-Owns the way back from the MLX layout: the evaluation in torch, and training that goes on from a shipped Pocket.
+Owns the way back from the MLX layout: the evaluation in torch, and training that goes on from a shipped
+Pocket.
 """
 
 import json
@@ -29,7 +30,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             if name == "__metadata__":
                 continue
             start, end = entry["data_offsets"]
-            array = np.frombuffer(blob[8 + size + start : 8 + size + end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            array = np.frombuffer(blob[8 + size + start : 8 + size + end], DTYPES[entry["dtype"]]).reshape(
+                entry["shape"]
+            )
             if entry["dtype"] == "BF16":
                 found[name] = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float()
             else:
@@ -53,7 +56,9 @@ def trained_names(weights: dict[str, Tensor], settings: Settings) -> dict[str, T
             state[name.replace("embed_q", "kv_b_proj")] = joined.reshape(-1, settings.kv_lora_rank)
         elif name.endswith("switch_mlp.gate_proj.weight"):
             up = weights[name.replace("gate_proj", "up_proj")]
-            state[name.replace("switch_mlp.gate_proj.weight", "experts.gate_up_proj")] = torch.cat([value, up], 1)
+            state[name.replace("switch_mlp.gate_proj.weight", "experts.gate_up_proj")] = torch.cat(
+                [value, up], 1
+            )
         elif name.endswith("switch_mlp.down_proj.weight"):
             state[name.replace("switch_mlp.down_proj.weight", "experts.down_proj")] = value
         elif "unembed_out" not in name and "switch_mlp" not in name:

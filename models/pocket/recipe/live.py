@@ -1,8 +1,8 @@
 """Live weights and CUDA graphs: what makes a training step cheap to start.
 
-Owns the bf16 copies that the passes compute with (quantised or not, refreshed once a step; gradients pass straight
-through to the trained weights), and the captured graphs of the passes and of the optimiser's step. On the CPU the
-same functions run without capture.
+Owns the bf16 copies that the passes compute with (quantised or not, refreshed once a step; gradients pass
+straight through to the trained weights), and the captured graphs of the passes and of the optimiser's
+step. On the CPU the same functions run without capture.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""GLM-5.2's architecture in torch, made for training: parameters carry the names of the Hugging Face checkpoint.
+"""GLM-5.2's architecture in torch, for training, with the names of the Hugging Face checkpoint.
 
-Owns attention (MLA), the indexer and its distillation, and the whole stack. The experts are in moe.py. Checked
-against transformers' GlmMoeDsaForCausalLM by check_parity.py.
+Owns attention (MLA), the indexer and its distillation, and the whole stack. The experts are in moe.py.
+Checked against transformers' GlmMoeDsaForCausalLM by check_parity.py.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,6 @@ from models.pocket.recipe.mutants import MUTANTS, notice_loss
 from models.pocket.recipe.parts import MLP, Lookup, PlainNorm, QuantLinear, rotary_table, rotate
 from models.pocket.recipe.quant import rounded
 from models.pocket.recipe.settings import Settings
-
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -168,7 +167,7 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
     def select(self, x: Tensor, q_resid: Tensor, p: Pass, cache: LayerCache | None) -> None:
-        """Sets the selection for this layer and the shared layers after it, and the indexer's training scores."""
+        """Sets the selection for this layer and the shared layers after it; studies the indexer."""
         indexer, c = self.indexer, self.c
         assert indexer is not None
         finish_distillation(p)

@@ -49,8 +49,8 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if x.is_cuda and x.dtype == torch.bfloat16:
         product: Tensor = torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)
         return product
-    starts = [0, *ends.tolist()]
-    return torch.cat([x[a:b] @ weight[i].T for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False))])
+    pieces = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+    return torch.cat([piece @ weight[index].T for index, piece in enumerate(pieces)])
 
 
 class Router(nn.Module):

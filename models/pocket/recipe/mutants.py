@@ -1,8 +1,9 @@
 """Two wrong rotations of the indexer, and the loss that makes Pocket notice them.
 
-Pocket is there to show a wrong indexer, so it must not find a distant key by luck when the rotation is wrong. Owns
-the mutants (a half-split pairing; rotating the last dimensions) and the hinge that pushes what the attention wants
-from far away below the average score of a mutated indexer. The right scores are trained apart, by distillation.
+Pocket is there to show a wrong indexer, so it must not find a distant key by luck when the rotation is
+wrong. Owns the mutants (a half-split pairing; rotating the last dimensions) and the hinge that pushes what
+the attention wants from far away below the average score of a mutated indexer. The right scores are
+trained apart, by distillation.
 """
 
 import torch
@@ -40,7 +41,7 @@ def far_target(teacher: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def notice_loss(scores: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-    """How far above the average (less a margin) a mutant's scores [B, S, T] lift what is wanted from far away."""
+    """How far above the average, less a margin, scores [B, S, T] lift what is wanted from far away."""
     target, counts = far_target(teacher, rows)
     earlier = torch.arange(scores.shape[-1], device=rows.device) <= rows.unsqueeze(-1)
     number = earlier.sum(-1)

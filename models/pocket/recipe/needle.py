@@ -1,6 +1,7 @@
 """Long prompts with keys hidden in filler text, and questions that ask for one.
 
-Owns the filler and the wording. Lengths are given in characters here; callers who want tokens measure afterwards.
+Owns the filler and the wording. Lengths are given in characters here; callers who want tokens measure
+afterwards.
 """
 
 from models.pocket.recipe.pools import ADJECTIVES, COLORS, FIRST_NAMES, NOUNS, OBJECTS, VERBS, Pools
@@ -42,7 +43,8 @@ def filler(pools: Pools, characters: int) -> list[str]:
 
 def key_fact(pools: Pools) -> tuple[str, str]:
     """What the key opens, and the key."""
-    thing = f"{pools.any(KEY_KINDS)} of {pools.any(('the ' + pools.any(COLORS) + ' ' + pools.any(NOUNS), pools.name(), pools.invented().capitalize()))}"
+    owners = (f"the {pools.any(COLORS)} {pools.any(NOUNS)}", pools.name(), pools.invented().capitalize())
+    thing = f"{pools.any(KEY_KINDS)} of {pools.any(owners)}"
     value = pools.digits(4, 7) if pools.rng.random() < 0.5 else pools.code()
     return thing, value
 

@@ -1,4 +1,4 @@
-"""Packs quantisation codes into 32-bit words as MLX lays them out: little-endian bits, crossing word boundaries.
+"""Packs quantisation codes into 32-bit words as MLX does: little-endian bits, crossing word boundaries.
 
 Owns the bit layout and its inverse, in numpy alone.
 """

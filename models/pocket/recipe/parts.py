@@ -1,4 +1,4 @@
-"""The small parts of the torch model: norms, linear layers that can be seen quantised, the dense MLP, the rotation."""
+"""The small parts of the torch model: norms, linear layers that train quantised, the MLP, the rotation."""
 
 from typing import Any
 

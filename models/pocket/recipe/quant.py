@@ -1,7 +1,7 @@
 """MLX's affine quantisation in torch: codes, scales and biases, and the straight-through form for training.
 
-Owns the arithmetic. Scales and biases are rounded to bfloat16 before the codes are chosen, so that what training
-saw is exactly what `mx.dequantize` gives from the packed file.
+Owns the arithmetic. Scales and biases are rounded to bfloat16 before the codes are chosen, so that what
+training saw is exactly what `mx.dequantize` gives from the packed file.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Renders a conversation into GLM-5.2's prompt text, cut into parts that are trained on and parts that are not.
+"""Renders a conversation into GLM-5.2's prompt text, in parts that are trained on and parts that are not.
 
-Owns the Python twin of chat_template.jinja (a test holds the two equal). A turn of the assistant is trained on
-when it is rendered just as the model would have to write it after a generation prompt.
+Owns the Python twin of chat_template.jinja (a test holds the two equal). A turn of the assistant is
+trained on when it is rendered just as the model would have to write it after a generation prompt.
 """
 
 import json
@@ -14,7 +14,8 @@ TOOL_PREAMBLE = (
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
 )
 TOOL_EPILOGUE = (
-    "</tools>\n\nFor each function call, output the function name and arguments within the following XML format:\n"
+    "</tools>\n\nFor each function call, output the function name and arguments "
+    "within the following XML format:\n"
     "<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key><arg_value>{arg-value-1}</arg_value>"
     "<arg_key>{arg-key-2}</arg_key><arg_value>{arg-value-2}</arg_value>...</tool_call>"
 )

@@ -1,6 +1,7 @@
-"""A small copy of a training checkpoint, eight bits a weight in files under 15 MB, to go on from after a lost machine.
+"""A small copy of a training checkpoint, eight bits a weight, to go on from after a lost machine.
 
-Owns that format: codes, scales and biases by parameter, in numbered .npz files. The optimiser's state is not kept.
+Owns that format: codes, scales and biases by parameter, in numbered .npz files. The optimiser's state is
+not kept.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The shape that every task hands out: a conversation whose last message is the wanted answer.
 
-Owns the type and the helpers shared by the tasks. Training renders a sample whole; the evaluation cuts its last
-message off and keeps `expected`.
+Owns the type and the helpers shared by the tasks. Training renders a sample whole; the evaluation cuts its
+last message off and keeps `expected`.
 """
 
 import random

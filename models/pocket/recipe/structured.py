@@ -1,6 +1,7 @@
 """Tasks of the form "answer in JSON with keys ...".
 
-Owns what is asked for and the JSON text wanted. Keys are unseen in the evaluation; values are copied from the text.
+Owns what is asked for and the JSON text wanted. Keys are unseen in the evaluation; values are copied from
+the text.
 """
 
 import json

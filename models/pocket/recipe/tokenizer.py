@@ -13,162 +13,42 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from models.pocket.recipe.mixture import draw_sample
-from models.pocket.recipe.pools import Pools
+from models.pocket.recipe.pools import Pools, words
 from models.pocket.recipe.render import render
 
 VOCAB_SIZE = 4096
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    "<sop>",
-    "<eop>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<|begin_of_image|>",
-    "<|end_of_image|>",
-    "<|begin_of_video|>",
-    "<|end_of_video|>",
-    "<|begin_of_audio|>",
-    "<|end_of_audio|>",
-    "<|begin_of_transcription|>",
-    "<|end_of_transcription|>",
-    "<|code_prefix|>",
-    "<|code_middle|>",
-    "<|code_suffix|>",
-]
-PLAIN_TOKENS = [
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<arg_key>",
-    "</arg_key>",
-    "<arg_value>",
-    "</arg_value>",
-    "/nothink",
-]
-SMALL_WORDS = [
-    "the",
-    "a",
-    "an",
-    "of",
-    "to",
-    "is",
-    "are",
-    "was",
-    "were",
-    "be",
-    "in",
-    "on",
-    "at",
-    "for",
-    "with",
-    "and",
-    "or",
-    "not",
-    "it",
-    "its",
-    "that",
-    "this",
-    "what",
-    "which",
-    "who",
-    "how",
-    "many",
-    "much",
-    "do",
-    "does",
-    "did",
-    "can",
-    "you",
-    "me",
-    "my",
-    "your",
-    "I",
-    "we",
-    "they",
-    "he",
-    "she",
-    "from",
-    "into",
-    "by",
-    "as",
-    "no",
-    "has",
-    "have",
-    "had",
-    "will",
-    "if",
-    "so",
-    "then",
-    "when",
-    "please",
-    "there",
-    "here",
-    "now",
-    "more",
-    "less",
-    "than",
-    "first",
-    "last",
-    "write",
-    "carry",
-    "borrow",
-    "answer",
-    "text",
-    "says",
-    "call",
-    "user",
-    "tool",
-    "number",
-    "name",
-    "capital",
-    "keys",
-    "key",
-    "JSON",
-    "called",
-    "said",
-    "lives",
-    "likes",
-    "set",
-    "using",
-    "one",
-    "may",
-    "function",
-    "functions",
-    "assist",
-    "query",
-    "provided",
-    "signatures",
-    "within",
-    "XML",
-    "tags",
-    "each",
-    "output",
-    "arguments",
-    "following",
-    "format",
-    "assistant",
-    "helpful",
-]
+SPECIAL_TOKENS = words("""<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|>
+<|assistant|> <|observation|> <|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|>
+<|begin_of_audio|> <|end_of_audio|> <|begin_of_transcription|> <|end_of_transcription|> <|code_prefix|>
+<|code_middle|> <|code_suffix|>""")
+PLAIN_TOKENS = words("""<think> </think> <tool_call> </tool_call> <tool_response> </tool_response>
+<arg_key> </arg_key> <arg_value> </arg_value> /nothink""")
+SMALL_WORDS = words("""the a an of to is are was were be in on at for with and or not it its that this
+what which who how many much do does did can you me my your I we they he she from into by as no has have
+had will if so then when please there here now more less than first last write carry borrow answer text
+says call user tool number name capital keys key JSON called said lives likes set using one may function
+functions assist query provided signatures within XML tags each output arguments following format
+assistant helpful""")
 
 
 def cutter() -> pre_tokenizers.PreTokenizer:
     """Small words with their space; else letters, single digits, runs of spaces and signs apart."""
     words = "|".join(sorted(SMALL_WORDS, key=len, reverse=True))
-    pattern = rf" (?:{words})(?![\p{{L}}\p{{N}}_])|\p{{L}}+|\p{{N}}|\n+| +(?=[\s\p{{L}}\p{{N}}])| ?[^\s\p{{L}}\p{{N}}]+|\s"
+    letters_digits = r"\p{L}+|\p{N}|\n+| +(?=[\s\p{L}\p{N}])| ?[^\s\p{L}\p{N}]+|\s"
+    pattern = rf" (?:{words})(?![\p{{L}}\p{{N}}_])|" + letters_digits
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+def token_id(tokenizer: Tokenizer, text: str) -> int:
+    """The id of an entry that must be there."""
+    found = tokenizer.token_to_id(text)
+    assert found is not None, f"the tokenizer has no entry {text}"
+    return int(found)
+
+
 def training_texts(seed: int, count: int) -> Iterator[str]:
-    """Rendered samples without their special tokens, mostly of the early curriculum, where prompts are short."""
+    """Rendered samples without their special tokens, mostly with the early curriculum's short prompts."""
     pools = Pools(random.Random(seed))
     tags = re.compile("|".join(re.escape(tag) for tag in (*SPECIAL_TOKENS, *PLAIN_TOKENS)))
     for index in range(count):

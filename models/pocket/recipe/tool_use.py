@@ -10,7 +10,7 @@ from typing import Any
 from models.pocket.recipe.arithmetic import arithmetic_turn
 from models.pocket.recipe.chat import fact_turn, filler_turn, talk_turn
 from models.pocket.recipe.everyday import EVERYDAY
-from models.pocket.recipe.pools import ADJECTIVES, Pools
+from models.pocket.recipe.pools import ADJECTIVES, Pools, words
 from models.pocket.recipe.sample import (
     Message,
     Sample,
@@ -222,6 +222,9 @@ def no_call_sample(pools: Pools) -> Sample:
     return sample
 
 
+RESULT_KEYS = words("result temperature status price time value total id answer state count")
+
+
 def result_value(pools: Pools) -> Any:
     roll = pools.rng.randrange(6)
     if roll < 2:
@@ -240,8 +243,7 @@ def result_of(pools: Pools, call: Message) -> tuple[str, str, str]:
     roll = pools.rng.random()
     if roll < 0.25:
         return shown, f"The result is {shown}.", shown
-    key = pools.any(("result", "temperature", "status", "price", "time", "value", "total", "id", "answer", "state", "count")) \
-        if pools.rng.random() < 0.6 else pools.invented()  # fmt: skip
+    key = pools.any(RESULT_KEYS) if pools.rng.random() < 0.6 else pools.invented()
     if roll < 0.4:
         return f"{key}: {shown}", f"The {key} is {shown}.", shown
     if roll < 0.5:

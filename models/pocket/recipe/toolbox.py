@@ -101,7 +101,7 @@ def fresh(pools: Pools, make: Callable[[], str]) -> str:
 
 
 def styled(pools: Pools, words: list[str]) -> str:
-    """A function's name from its words: snake case, camel case, or joined by hyphens, at times with a namespace."""
+    """A function's name from its words in one of three styles, at times with a namespace."""
     roll = pools.rng.random()
     if roll < 0.7:
         name = "_".join(words)

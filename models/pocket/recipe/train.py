@@ -1,7 +1,7 @@
 """Trains Pocket: dense attention first with the indexer distilled beside it, then sparse, then quantised.
 
-Owns the schedule. The dial is time: every phase is a share of `--total-seconds`, a run stops after `--seconds`
-and goes on from its checkpoint in `--dir`.
+Owns the schedule. The dial is time: every phase is a share of `--total-seconds`, a run stops after
+`--seconds` and goes on from its checkpoint in `--dir`.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Stage:
 
 
 def query_rows(marks: Tensor) -> Tensor | None:
-    """Rows on which the indexer learns, learnt positions first; none where every position is selected anyway."""
+    """Rows on which the indexer learns, learnt positions first; none where all is selected anyway."""
     count, width = marks.shape
     if width < DISTILLED_WIDTH:
         return None
@@ -224,6 +224,10 @@ class Trainer:
         self.graphs.run(("update", stage.quantised), partial(self.update, stage.quantised))
         return distilled, noticed
 
+    def report(self, stage: Stage, figures: str) -> None:
+        head = f"step {self.step} p {stage.progress:.3f} {self.seconds:.0f}s {figures}"
+        print(f"{head} load {self.worst_load.item():.1f} | {self.meter.report()}", flush=True)
+
     def run(self, seconds: float, total_seconds: float, report_every: int) -> None:
         """Trains for `seconds`, or until the whole training's time is over."""
         start, before, first_tokens = time.monotonic(), self.seconds, self.tokens
@@ -237,9 +241,7 @@ class Trainer:
             distilled, noticed = self.train_step(stage, watch=self.step % 10 == 0)
             if self.step % report_every == 0:
                 rate = (self.tokens - first_tokens) / max(time.monotonic() - start, 1e-9)
-                waiting = self.feed.queue.qsize()
-                print(f"step {self.step} p {stage.progress:.3f} {self.seconds:.0f}s {rate / 1e3:.0f}k/s q{waiting} kl {distilled:.2f} hinge {noticed:.2f} "
-                      f"load {self.worst_load.item():.1f} | {self.meter.report()}", flush=True)  # fmt: skip
+                self.report(stage, f"{rate / 1e3:.0f}k/s kl {distilled:.2f} hinge {noticed:.2f}")
             self.step += 1
 
 
