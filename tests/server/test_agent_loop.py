@@ -1,0 +1,69 @@
+"""An agent's loop against Pocket, which really decides to call: openai-python, unmodified, over a socket."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from server.checkpoint import POCKET
+from tests.server.test_serving import Server, start_server, stop_server
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (POCKET / "config.json").exists(), reason="Pocket is not in this checkout"),
+]
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather for a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "Name of the city"}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    started = start_server()
+    yield started
+    stop_server(started)
+
+
+def take_turn(server: Server, messages: list[Any], is_streaming: bool, **options: Any) -> Any:
+    fields: dict[str, Any] = {
+        "model": "glmserve/pocket",
+        "messages": messages,
+        "tools": [WEATHER],
+        "temperature": 0,
+        "max_tokens": 300,
+    }
+    with server.openai() as api:
+        if not is_streaming:
+            return api.chat.completions.create(**fields, **options).choices[0]
+        with api.chat.completions.stream(**fields, **options) as events:
+            return events.get_final_completion().choices[0]
+
+
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_a_question_a_call_its_result_and_the_answer(server: Server, is_streaming: bool) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]
+    choice = take_turn(server, messages, is_streaming)
+    assert choice.finish_reason == "tool_calls"
+    [call] = choice.message.tool_calls
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Oslo"}
+    result = json.dumps({"city": "Oslo", "temperature": 7, "condition": "rain"})
+    messages += [
+        choice.message.to_dict(),
+        {"role": "tool", "tool_call_id": call.id, "content": result},
+    ]
+    choice = take_turn(server, messages, is_streaming)
+    assert choice.finish_reason == "stop"
+    assert "7" in choice.message.content
+    assert not choice.message.tool_calls
