@@ -74,6 +74,32 @@ class Settings(BaseSettings):
     )
     host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on")
     port: int = _setting(8080, "Network", "PORT", "port to listen on; 0 takes a free one", ge=0, le=65535)
+    api_key: str | None = _setting(
+        None,
+        "Network",
+        "KEY",
+        "key that clients must send; better in the environment or a file",
+        min_length=1,
+    )
+    api_key_file: Path | None = _setting(
+        None, "Network", "FILE", "file of keys, one in a line as KEY or NAME:KEY; read again on SIGHUP"
+    )
+    insecure: bool = _setting(
+        False, "Network", None, "listen beyond this machine without keys, so that anybody there gets in"
+    )
+    allowed_hosts: str = _setting(
+        "",
+        "Network",
+        "NAMES",
+        "names of this machine that clients may use while there are no keys, with commas between them; "
+        "localhost, --host and addresses in numbers always may",
+    )
+    cors_origins: str = _setting(
+        "",
+        "Network",
+        "ORIGINS",
+        "origins whose web pages may call this server, with commas between them; * is any (default none)",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Logging", "LEVEL", "debug, info, warning or error"
     )

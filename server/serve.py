@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import uvicorn
 from config.errors import UsageError
 from config.settings import Settings
 from server.api.app import make_app
+from server.api.keys import LOOPBACK_NAMES, Access, is_loopback, read_keys
 from server.api.names import ModelNames
 from server.api.service import Dialect, Service
 from server.checkpoint import FoundCheckpoint, choose_checkpoint
@@ -30,15 +32,32 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings) -> int:
     """Serve until interrupted. Raises UsageError where a person must act first."""
     set_up_logging(settings.log_level)
+    access = make_access(settings)
     checkpoint = choose_checkpoint(settings.model)
     if checkpoint.remark:
         log.info("%s", checkpoint.remark)
     with listen(settings.host, settings.port) as listener:
         dialect = load_dialect(checkpoint.directory)
-        fault = asyncio.run(_Serving(settings, checkpoint, dialect, listener).run())
+        fault = asyncio.run(_Serving(settings, access, checkpoint, dialect, listener).run())
     if fault:
         raise UsageError(fault)
     return 0
+
+
+def make_access(settings: Settings) -> Access:
+    """Who gets in. Raises UsageError where that would be everybody on the network, by accident."""
+    keys = read_keys(settings.api_key, settings.api_key_file)
+    if keys.is_open and not settings.insecure and not is_loopback(settings.host):
+        raise UsageError(
+            f"--host {settings.host} is reachable from other machines, and there is no key: add "
+            "--api-key-file (or --api-key), or --insecure if everybody there may use this server"
+        )
+    hosts = frozenset([*LOOPBACK_NAMES, settings.host.lower(), *_listed(settings.allowed_hosts.lower())])
+    return Access(keys, None if "*" in hosts else hosts, tuple(_listed(settings.cors_origins)))
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def load_dialect(checkpoint: Path) -> Dialect:
@@ -75,6 +94,7 @@ class _Serving:
     """One run: the HTTP server, the engine, and why the run ended."""
 
     settings: Settings
+    access: Access
     checkpoint: FoundCheckpoint
     dialect: Dialect
     listener: socket.socket
@@ -87,12 +107,13 @@ class _Serving:
         )
         model_id = self.settings.served_model_name or self.checkpoint.model_id
         names = ModelNames(model_id, self.settings.model_policy)
-        app = make_app(Service(engine, self.dialect, names))
+        app = make_app(Service(engine, self.dialect, names), self.access)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="off"
         )
         self.server = uvicorn.Server(config)
         engine.start()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
         host, port = self.listener.getsockname()[:2]
         log.info("listening on http://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", host, port)
         try:
@@ -100,6 +121,13 @@ class _Serving:
         finally:
             await engine.close()
         return self.fault
+
+    def _read_keys_again(self) -> None:
+        try:
+            self.access.keys.replace(read_keys(self.settings.api_key, self.settings.api_key_file))
+            log.info("the keys were read again")
+        except UsageError as error:
+            log.error("the keys stay as they are: %s", error)
 
     def _give_up(self, message: str) -> None:
         assert self.server, "the engine is started after the server is made"

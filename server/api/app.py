@@ -1,12 +1,14 @@
 """The HTTP application. `make_app` is its only entrance; the command line and the tests call it."""
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from server.api.account import account_router
 from server.api.catalogue import health_router, models_router
 from server.api.chat import chat_router
 from server.api.completions import completion_router
 from server.api.errors import install_error_handlers
+from server.api.keys import Access, Guard
 from server.api.service import Service
 from server.api.tokenize import tokenize_router
 
@@ -14,8 +16,27 @@ from server.api.tokenize import tokenize_router
 BASES = ("/api/v1", "/v1", "")
 
 
-def make_app(service: Service) -> FastAPI:
-    """An app over this service. It starts and stops nothing: the engine is the caller's."""
+# What clients of OpenRouter send beside the headers that browsers always allow.
+CORS_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    "HTTP-Referer",
+    "X-OpenRouter-Title",
+    "X-Title",
+    "X-OpenRouter-Categories",
+    "X-OpenRouter-Metadata",
+    "X-OpenRouter-Experimental-Metadata",
+    "X-Provider-API-Keys",
+    "X-Session-Id",
+)
+
+
+def make_app(service: Service, access: Access | None = None) -> FastAPI:
+    """An app over this service, open to all unless told otherwise.
+
+    It starts and stops nothing: the engine is the caller's.
+    """
+    access = access or Access()
     app = FastAPI(title="glmserve", docs_url=None, redoc_url=None)
     for base in BASES:
         is_openrouter = base == "/api/v1"
@@ -26,4 +47,13 @@ def make_app(service: Service) -> FastAPI:
         app.include_router(tokenize_router(service), prefix=base)
     app.include_router(health_router(service))
     install_error_handlers(app)
+    app.add_middleware(Guard, access=access)
+    if access.cors_origins:  # outermost: a browser's preflight carries no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=CORS_HEADERS,
+            expose_headers=["X-Generation-Id", "Retry-After"],
+        )
     return app
