@@ -13,6 +13,7 @@ from server.api import shapes
 from server.api.answer import Answer, Delta
 from server.api.body import body_of
 from server.api.chat_schema import ChatRequest
+from server.api.constraints import grammar_of
 from server.api.disconnect import while_connected
 from server.api.ledger import Caller, Receipt
 from server.api.merge import merge
@@ -55,7 +56,7 @@ class _Chat:
         self._tokenizer = service.dialect.tokenizer
         prompt = self._tokenizer.encode(render(service, body))
         command = service.command(body, prompt, body.limit, body.top_logprobs or 0)
-        command = replace(command, thought=self._thought(prompt))
+        command = replace(command, thought=self._thought(prompt), grammar=grammar_of(service, body))
         self._answers = [self._answer(service, one) for one in shapes.several(command, body.n or 1)]
         self.envelope = Envelope(command.request_id, service.model_id)
         self._receipt = Receipt(command.request_id, service.model_id, caller, bool(body.stream))

@@ -99,7 +99,8 @@ class Function(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    name: Annotated[str, Field(min_length=1)]
+    # the format of calls has no place for blanks or tags in a name
+    name: Annotated[str, Field(pattern=r"^[^\s<>]{1,256}$")]
 
 
 class Tool(BaseModel):
@@ -130,12 +131,43 @@ class Thinking(BaseModel):
     clear_thinking: bool | None = None
 
 
+class JsonSchema(Lenient):
+    """A schema and its name. It is enforced whether `strict` is true or not."""
+
+    name: str | None = None
+    strict: bool | None = None
+    json_schema: Any = Field(default=None, alias="schema")
+
+
 class ResponseFormat(BaseModel):
-    """Only plain text for now."""
+    """What the content must be."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema", "grammar"]
+    json_schema: JsonSchema | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _says_what(self) -> Self:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.json_schema is None):
+            raise ValueError("type 'json_schema' needs 'json_schema.schema'")
+        if self.type == "grammar" and not self.grammar:
+            raise ValueError("type 'grammar' needs 'grammar'")
+        return self
+
+
+class NamedFunction(Lenient):
+    """The name of a tool."""
+
+    name: str
+
+
+class NamedTool(Lenient):
+    """The one tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(GenerationRequest):
@@ -147,7 +179,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning: Reasoning | None = None
@@ -161,6 +193,17 @@ class ChatRequest(GenerationRequest):
     def _asks_for_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs' to be true")
+        return self
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> Self:
+        names = {tool.function.name for tool in self.tools or []}
+        if self.tool_choice == "required" and not names:
+            raise ValueError("'tool_choice' is \"required\", but there are no tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(
+                f"'tool_choice' names {self.tool_choice.function.name[:100]!r}, which no tool is"
+            )
         return self
 
     @property
@@ -218,6 +261,13 @@ class ChatRequest(GenerationRequest):
         if not self.tools or self.tool_choice == "none":
             return None
         return [{**(tool.model_extra or {}), "function": _in_order(tool.function)} for tool in self.tools]
+
+    def forced_functions(self) -> list[dict[str, Any]]:
+        """The functions of which one must be called; none where the model may choose."""
+        functions = [_in_order(tool.function) for tool in self.tools or []]
+        if isinstance(self.tool_choice, NamedTool):
+            return [one for one in functions if one["name"] == self.tool_choice.function.name]
+        return functions if self.tool_choice == "required" else []
 
     def tool_set(self) -> ToolSet | None:
         """Tools as the parser of answers takes them; None where no call may be made."""

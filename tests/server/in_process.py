@@ -1,0 +1,89 @@
+"""The real loop on a thread, over a tiny GLM with random weights: only a grammar makes it write sense."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+
+from server.engine.grammar import Grammars
+from server.engine.interface import EngineStatus
+from server.engine.loop import EngineLoop
+from server.engine.messages import (
+    Cancel,
+    Command,
+    Event,
+    Failed,
+    Finished,
+    Generate,
+    ModelInfo,
+    RequestEvent,
+    Shutdown,
+)
+from server.engine.model import Backend
+from tests.tiny_glm import SHARED, make_weights
+from tests.tiny_model import make_model
+
+VOCAB = 320
+CONTEXT = 4096
+SMALL = SHARED | {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 4,
+    "mlp_layer_types": ["dense"] * 3 + ["sparse"],
+}
+
+
+class LoopEngine:
+    """An `Engine` without a process of its own."""
+
+    def __init__(self) -> None:
+        self.inbox: SimpleQueue[Command] = SimpleQueue()
+        self._requests: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[RequestEvent]]] = {}
+
+    @property
+    def status(self) -> EngineStatus:
+        return EngineStatus("ready", info=ModelInfo(VOCAB, CONTEXT))
+
+    def cancel(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
+        self.inbox.put(Cancel(request_id))
+
+    def send(self, event: Event) -> None:
+        assert isinstance(event, RequestEvent)
+        if found := self._requests.get(event.request_id):
+            loop, queue = found
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    async def generate(self, request: Generate) -> AsyncGenerator[RequestEvent, None]:
+        queue: asyncio.Queue[RequestEvent] = asyncio.Queue()
+        self._requests[request.request_id] = (asyncio.get_running_loop(), queue)
+        self.inbox.put(request)
+        is_over = False
+        try:
+            while not is_over:
+                event = await queue.get()
+                is_over = isinstance(event, Finished | Failed)
+                yield event
+        finally:
+            if is_over:
+                self._requests.pop(request.request_id, None)
+            else:
+                self.cancel(request.request_id)
+
+
+@contextmanager
+def random_engine(tokenizer_folder: Path, seed: int = 3) -> Iterator[LoopEngine]:
+    """A running loop over weights from this seed."""
+    model = make_model(SMALL, make_weights(SMALL, seed))
+    engine = LoopEngine()
+    backend = Backend(model, ModelInfo(VOCAB, CONTEXT))
+    grammars = Grammars(tokenizer_folder / "tokenizer.json", VOCAB)
+    loop = EngineLoop(backend, engine.inbox, engine.send, grammars=grammars)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    try:
+        yield engine
+    finally:
+        engine.inbox.put(Shutdown())
+        thread.join()
