@@ -100,6 +100,9 @@ class Settings(BaseSettings):
         "ORIGINS",
         "origins whose web pages may call this server, with commas between them; * is any (default none)",
     )
+    json_keepalive: bool = _setting(
+        True, "Network", None, "send a blank every 10 s to clients that wait for an answer in one piece"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Logging", "LEVEL", "debug, info, warning or error"
     )

@@ -25,6 +25,7 @@ from server.glm.tokenizer import load_tokenizer
 from server.logs import set_up_logging
 
 DRAIN_TIMEOUT_S = 5
+JSON_KEEPALIVE_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ class _Serving:
         )
         model_id = self.settings.served_model_name or self.checkpoint.model_id
         names = ModelNames(model_id, self.settings.model_policy)
-        app = make_app(Service(engine, self.dialect, names), self.access)
+        patience_s = JSON_KEEPALIVE_S if self.settings.json_keepalive else None
+        app = make_app(Service(engine, self.dialect, names, patience_s=patience_s), self.access)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="off"
         )

@@ -7,19 +7,18 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
 
 from server.api import shapes
 from server.api.answer import Answer, Delta
 from server.api.body import body_of
 from server.api.chat_schema import ChatRequest
 from server.api.constraints import grammar_of
-from server.api.disconnect import while_connected
 from server.api.ledger import Caller, Receipt
 from server.api.merge import merge
 from server.api.service import Service
 from server.api.shapes import Envelope
 from server.api.sse import stream
+from server.api.whole import respond_whole
 from server.engine.messages import Generate, Thought
 from server.glm.answer_parser import AnswerParser, prompt_is_thinking
 from server.glm.effort import template_options
@@ -40,8 +39,7 @@ def chat_router(service: Service, always_sends_usage: bool) -> APIRouter:
         if body.stream:
             chunks = chat.chunks(always_sends_usage or body.wants_usage_in_stream)
             return stream(chunks, chat.envelope, CHUNK, service.keepalive_s, chat.progress)
-        result = await while_connected(request, chat.result())
-        return JSONResponse(result, headers={"X-Generation-Id": chat.envelope.id})
+        return await respond_whole(request, chat.result(), chat.envelope.id, service.patience_s)
 
     return router
 

@@ -7,17 +7,16 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
 
 from server.api import shapes
 from server.api.answer import Answer
 from server.api.body import body_of
 from server.api.completion_schema import CompletionRequest
-from server.api.disconnect import while_connected
 from server.api.ledger import Caller, Receipt
 from server.api.service import Service
 from server.api.shapes import Envelope
 from server.api.sse import stream
+from server.api.whole import respond_whole
 from server.engine.messages import TokenScore
 from server.glm.answer_parser import AnswerParser
 
@@ -36,8 +35,7 @@ def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
         if body.stream:
             chunks = completion.chunks(always_sends_usage or body.wants_usage_in_stream)
             return stream(chunks, completion.envelope, KIND, service.keepalive_s)
-        result = await while_connected(request, completion.result())
-        return JSONResponse(result, headers={"X-Generation-Id": completion.envelope.id})
+        return await respond_whole(request, completion.result(), completion.envelope.id, service.patience_s)
 
     return router
 

@@ -34,6 +34,7 @@ class Service:
     names: ModelNames
     ledger: Ledger = field(default_factory=Ledger)
     keepalive_s: float = 5.0
+    patience_s: float | None = 10.0
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     @property

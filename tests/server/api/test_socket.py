@@ -6,13 +6,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from server.api.service import Service
+from tests.server.api.conftest import running_server
 from tests.server.api.scripted import ScriptedEngine
 
 ROOT = Path(__file__).parents[3]
@@ -62,11 +65,11 @@ def test_openai_python_raises_what_the_server_says(api: openai.OpenAI, engine: S
 
 
 def test_headers_and_comments_arrive_before_and_between_tokens(base_url: str, engine: ScriptedEngine) -> None:
-    engine.token_s = 0.3
+    engine.token_s = 0.8
     body = {"messages": HELLO, "stream": True, "max_tokens": 2}
     started_at = time.monotonic()
     with httpx.stream("POST", f"{base_url}/v1/chat/completions", json=body) as response:
-        assert time.monotonic() - started_at < 0.25
+        assert time.monotonic() - started_at < 0.7
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = list(response.iter_lines())
     comments = [line for line in lines if line.startswith(":")]
@@ -88,6 +91,37 @@ def test_a_client_that_hangs_up_cancels_its_request(
         until(lambda: engine.requests)
     until(lambda: engine.cancelled)
     assert engine.cancelled == [engine.requests[0].request_id]
+
+
+@pytest.fixture
+def impatient_url(service: Service) -> Iterator[str]:
+    with running_server(replace(service, patience_s=0.1)) as url:
+        yield url
+
+
+def test_who_waits_long_for_one_piece_gets_blanks_before_it(
+    impatient_url: str, engine: ScriptedEngine
+) -> None:
+    body = {"messages": HELLO, "max_tokens": 2}
+    response = httpx.post(f"{impatient_url}/v1/chat/completions", json=body)
+    assert response.text.startswith("{"), "a fast answer is JSON from its first byte"
+    engine.token_s = 0.25
+    response = httpx.post(f"{impatient_url}/v1/chat/completions", json=body)
+    assert response.text.startswith("   ")
+    assert response.json()["choices"][0]["finish_reason"] == "length"
+    assert response.headers["x-generation-id"] == response.json()["id"]
+    engine.fails_after = 1
+    response = httpx.post(f"{impatient_url}/v1/chat/completions", json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (200, 502)
+
+
+def test_who_hangs_up_among_the_blanks_cancels_the_request(
+    impatient_url: str, engine: ScriptedEngine
+) -> None:
+    engine.token_s = 30
+    with httpx.stream("POST", f"{impatient_url}/v1/chat/completions", json={"messages": HELLO}) as response:
+        assert next(response.iter_raw()) == b" "
+    until(lambda: engine.cancelled)
 
 
 def test_a_body_that_is_too_large_gets_an_answer_and_not_a_reset(base_url: str) -> None:
