@@ -1,8 +1,8 @@
 """Records the router of the shipped model on held-out conversations, as a trace for cache policies.
 
 Owns the trace file (.npz), which holds the tokens that the model writes: `scores` [tokens, layers, experts],
-the sigmoid scores in 255ths; `bias` [layers, experts]; `sequence` [tokens], which conversation a token belongs
-to. The tokens are those of the right answers, which greedy decoding gives back in nearly all cases.
+the sigmoid scores in 255ths; `bias` [layers, experts]; `sequence` [tokens], the conversation a token is of.
+The tokens are those of the right answers, which greedy decoding gives back in nearly all cases.
 """
 
 import argparse
