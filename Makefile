@@ -2,8 +2,8 @@
 PYTHON ?= python3
 EXTRAS ?= dev,clients
 VENV := .venv
-STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 comma := ,
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .PHONY: help install serve test test-fast lint clean
 

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from models.args import ModelArgs
-from models.arithmetic import CPU, Quantization
+from models.arithmetic import CPU, Arithmetic, Quantization
 from models.attention import Span
 from models.glm_moe_dsa import Model
 from models.loading import Checkpoint, load_model, open_checkpoint
@@ -75,14 +75,14 @@ class Opened:
     model: Model
 
 
-def open_model(directory: Path, slots: int | None = None) -> Opened:
-    """The model of a folder on the CPU; `slots` None: all experts resident, else so many per layer."""
+def open_model(directory: Path, slots: int | None = None, arithmetic: Arithmetic = CPU) -> Opened:
+    """The model of a folder; `slots` None: all experts resident, else so many per layer."""
     checkpoint = open_checkpoint(directory)
     num_slots = checkpoint.args.n_routed_experts if slots is None else slots
-    store = ExpertStore(checkpoint.experts, num_slots, float_dtype=CPU.dtype)
+    store = ExpertStore(checkpoint.experts, num_slots, float_dtype=arithmetic.dtype)
     if slots is None:
         store.load_all()
-    return Opened(checkpoint, store, load_model(checkpoint, CPU, store))
+    return Opened(checkpoint, store, load_model(checkpoint, arithmetic, store))
 
 
 def greedy(model: Model, prompt: list[int], num_tokens: int) -> tuple[list[int], mx.array]:

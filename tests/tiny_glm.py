@@ -55,6 +55,10 @@ TINY: dict[str, Any] = {
 }
 SHARED = TINY | {"index_topk_freq": 4, "index_skip_topk_offset": 3}
 ALL_FULL = dict(TINY)
+# Wide enough to pack, with more experts: for streaming.
+WIDER = SHARED | {
+    "hidden_size": 128, "moe_intermediate_size": 64, "n_routed_experts": 16, "num_experts_per_tok": 4,
+}  # fmt: skip
 SCHEDULES = {"shared": SHARED, "all_full": ALL_FULL}
 
 

@@ -16,11 +16,9 @@ from models.experts import Experts
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, greedy, open_model, save_packed
 from tests.models.make_golden import SEED
-from tests.tiny_glm import SHARED, make_weights, tokens
+from tests.tiny_glm import WIDER, make_weights, tokens
 from tests.tiny_model import logits
 
-CONFIG = SHARED | {"hidden_size": 128, "moe_intermediate_size": 64, "n_routed_experts": 16,
-                   "num_experts_per_tok": 4}  # fmt: skip
 SLOTS = [4, 5, 11, 16]  # the smallest that a token needs, two in the middle, everything
 # The packed form for any number of rows, as on a GPU.
 PACKED_ONLY = Arithmetic("packed", mx.float32, max_packed_rows=None)
@@ -34,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     narrow = (".embed_q", ".unembed_out", "indexer", "q_b_proj", "o_proj")
     return save_packed(
         tmp_path_factory.mktemp("packed"),
-        CONFIG,
-        make_weights(CONFIG, SEED),
+        WIDER,
+        make_weights(WIDER, SEED),
         lambda path: None if any(part in path for part in narrow) else packing(path),
     )
 
@@ -57,14 +55,14 @@ def streamed(folder: Path, request: pytest.FixtureRequest) -> Iterator[Opened]:
 def test_logits_of_a_prompt_in_chunks_of_any_size_are_the_same_bits(
     streamed: Opened, resident: Opened
 ) -> None:
-    ids = tokens(CONFIG, 60)
+    ids = tokens(WIDER, 60)
     for chunk in (1, 7, 8, 9, 60):  # to 8 rows each pair by itself, from 9 on each expert with its rows
         assert np.array_equal(logits(streamed.model, ids, chunk), logits(resident.model, ids, chunk)), chunk
 
 
 @pytest.mark.parametrize("streamed", SLOTS, indirect=True)
 def test_greedy_decoding_gives_the_same_bits(streamed: Opened, resident: Opened) -> None:
-    prompt = tokens(CONFIG, 12)
+    prompt = tokens(WIDER, 12)
     text, rows = greedy(streamed.model, prompt, 25)
     expected_text, expected_rows = greedy(resident.model, prompt, 25)
     assert text == expected_text
@@ -73,7 +71,7 @@ def test_greedy_decoding_gives_the_same_bits(streamed: Opened, resident: Opened)
 
 @pytest.mark.parametrize("streamed", [4], indirect=True)
 def test_the_bytes_read_are_those_of_the_experts_missed(streamed: Opened) -> None:
-    greedy(streamed.model, tokens(CONFIG, 12), 25)
+    greedy(streamed.model, tokens(WIDER, 12), 25)
     counts = streamed.store.statistics()
     assert counts.misses > counts.hits > 0
     assert counts.evictions > 0
@@ -87,7 +85,7 @@ def test_the_test_notices_a_slot_that_is_overwritten_too_early(
     """Plant the fault: forget the lazy output, so that a later group overwrites what it still has to read."""
     opened = open_model(folder, slots=4)
     monkeypatch.setattr(Experts, "_remember", lambda self, out: out)
-    ids = tokens(CONFIG, 60)
+    ids = tokens(WIDER, 60)
     assert not np.array_equal(logits(opened.model, ids, 60), logits(resident.model, ids, 60))
     opened.store.close()
 
@@ -124,7 +122,7 @@ def test_any_routing_gives_the_same_bits(
 
 def test_few_rows_together_equal_each_row_alone(resident: Opened) -> None:
     """Up to eight sequences in one flat batch: every row computes what it computes by itself."""
-    model, prompts = resident.model, [tokens(CONFIG, n, seed=n) for n in (5, 9, 14, 30, 8, 7, 21, 3)]
+    model, prompts = resident.model, [tokens(WIDER, n, seed=n) for n in (5, 9, 14, 30, 8, 7, 21, 3)]
     caches = [model.make_cache() for _ in prompts]
     alone = [model.make_cache() for _ in prompts]
     for prompt, together, single in zip(prompts, caches, alone, strict=True):
@@ -139,7 +137,7 @@ def test_few_rows_together_equal_each_row_alone(resident: Opened) -> None:
 
 def test_spans_of_several_sequences_share_one_forward(resident: Opened) -> None:
     """Ragged prompts, some beyond index_topk, as one flat batch; equal to each alone within rounding."""
-    model, prompts = resident.model, [tokens(CONFIG, n, seed=n) for n in (3, 25, 11)]
+    model, prompts = resident.model, [tokens(WIDER, n, seed=n) for n in (3, 25, 11)]
     spans, start = [], 0
     for prompt in prompts:
         spans.append(Span(model.make_cache(), start, start + len(prompt)))
