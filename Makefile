@@ -5,12 +5,13 @@ VENV := .venv
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: help install serve test test-fast lint clean
+.PHONY: help install serve test test-fast test-long lint clean
 
 help:
 	@echo "make serve      install, then start the server on its default model"
 	@echo "make test       install, then ruff, mypy and every test"
 	@echo "make test-fast  the inner loop: ruff and the quick tests"
+	@echo "make test-long  tests that take minutes each"
 	@echo "make install    a complete $(VENV) and nothing else"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -34,7 +35,10 @@ test: lint
 
 test-fast: install
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pytest -m 'not slow' -x -q
+	$(VENV)/bin/pytest -m 'not slow and not long' -x -q
+
+test-long: install
+	$(VENV)/bin/pytest -m long
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

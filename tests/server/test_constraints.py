@@ -114,9 +114,11 @@ def test_a_named_call_is_made(client: TestClient) -> None:
     assert {check_call(client, seed, named) for seed in range(4)} == {"move"}
 
 
-@pytest.mark.slow
-def test_both_hold_on_500_prompts(client: TestClient) -> None:
-    for seed in range(500):
+@pytest.mark.parametrize(
+    "num_prompts", [pytest.param(15, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)]
+)
+def test_both_hold_on_random_prompts(client: TestClient, num_prompts: int) -> None:
+    for seed in range(100, 100 + num_prompts):
         check_json(client, seed)
         check_call(client, seed)
 

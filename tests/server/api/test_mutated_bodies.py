@@ -86,7 +86,7 @@ def test_150_damaged_bodies(client: TestClient) -> None:
         check(client, number)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_10000_damaged_bodies(client: TestClient) -> None:
     for number in range(150, 10_150):
         check(client, number)
