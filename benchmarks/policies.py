@@ -1,7 +1,6 @@
 """Which expert to give up: hit rate of each policy by cache share. `python -m benchmarks.policies`.
 
-Replays synthetic routings of the published locality, or recorded ones (`--trace FILE.npz` with `experts`
-[tokens, layers, k] and `scores` [tokens, layers, experts]). The store's own policies, candidates that are
+Replays synthetic routings of the published locality, or a recorded one (`--trace FILE.npz`). The store's own policies, candidates that are
 not in the store, and Belady's optimum, which knows the future.
 """
 
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.routing import Routing, make_routing
+from benchmarks.routing import Routing, load_routing, make_routing
 from streaming.policy import DecayedPopularity, LeastRecentlyUsed, Policy
 
 SHARES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.75)
@@ -133,10 +132,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--top", type=int, default=8)
     given = parser.parse_args()
     if given.trace:
-        with np.load(given.trace) as file:
-            print_table(str(given.trace), Routing(file["experts"], file["scores"]))
+        print_table(given.trace.name, load_routing(given.trace, given.top))
         return
     shape = (given.tokens, given.layers, 256, 8)
     print_table("published reuse, flat popularity", make_routing(*shape))

@@ -1,11 +1,13 @@
 """Routings to replay: synthetic ones of the published locality, recorded ones from files.
 
-A routing is int16 `[tokens, layers, k]`; scores, where there are any, float32 `[tokens, layers, experts]`.
+A routing is int16 `[tokens, layers, k]` with the scores by which the router chose, float32 `[tokens, layers,
+experts]`. A recorded trace (.npz) holds `scores` in 255ths, the routers' `bias`, and which tokens were `written`.
 Published for GLM-5.2: 41 % of a token's experts were the previous token's, and popularity is flat (237 of 256
 experts touched in 75 tokens, the top four take 4.3 % of the selections).
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +56,16 @@ def make_routing(
         slow = keep * slow + np.sqrt(1 - keep**2) * rng.standard_normal(shape, np.float32)
         own = rng.standard_normal(shape, np.float32)
         logits[token] = np.sqrt(topic) * lasting + np.sqrt(drift) * slow + np.sqrt(1 - topic - drift) * own
-    scores = (1 / (1 + np.exp(-logits))).astype(np.float32)
-    experts = np.sort(np.argpartition(-scores, k - 1, axis=-1)[..., :k], axis=-1)
-    return Routing(experts.astype(np.int16), scores)
+    return _route((1 / (1 + np.exp(-logits))).astype(np.float32), k)
+
+
+def load_routing(path: Path, k: int) -> Routing:
+    """The written tokens of a recorded trace, one conversation after the other."""
+    with np.load(path) as file:
+        scores = file["scores"].astype(np.float32) / 255 + file["bias"]
+        return _route(scores[file["written"].astype(bool)], k)
+
+
+def _route(scores: NDArray[np.float32], k: int) -> Routing:
+    experts = np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., :k], axis=-1)
+    return Routing(experts.astype(np.int16), scores.astype(np.float32))

@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from models.arithmetic import Arithmetic, Quantization
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Experts of a prompt that are unpacked before their products are evaluated. Left lazy, all experts of a group
+# lie unpacked in memory: 320 MB where one takes 12.
+UNPACKED_EXPERTS = 2
 # More rows together want so many experts of a layer that little is left to guess.
 GUESSED_ROWS = 4
 
@@ -210,10 +213,12 @@ class Experts:
         rows_of = _rows_by_expert(wanted)
         out = mx.zeros_like(x)
         for group in self._groups(np.array(sorted(rows_of))):
-            for expert, slot in zip(group, self._acquire(group), strict=True):
+            for number, (expert, slot) in enumerate(zip(group, self._acquire(group), strict=True), start=1):
                 rows, places = rows_of[expert]
                 y = self._mlp(x[mx.array(rows)], int(slot))
                 out = out.at[mx.array(rows)].add(y * weights[mx.array(rows), mx.array(places), None])
+                if number % UNPACKED_EXPERTS == 0:
+                    mx.eval(out)
             self._remember(out)
         return out
 
