@@ -60,18 +60,13 @@ class Arithmetic:
         """x times the transpose of w. x [..., rows, in], w [..., out, in] -> [..., rows, out]."""
         q = w.quantization
         if not self.is_few(x.shape[-2]):
-            return self.unpacked_product(x, w)
+            dense = w.weight if q is None else self._unpack(w, q)
+            return x @ dense.swapaxes(-1, -2)
         if q is None:
             return self._row_by_row(x, w.weight.swapaxes(-1, -2))
         return mx.quantized_matmul(
             x, w.weight, scales_of(w), w.get("biases"), True, q.group_size, q.bits, q.mode
         )
-
-    def unpacked_product(self, x: mx.array, w: Weight) -> mx.array:
-        """The same with the weight unpacked first, whatever the number of rows."""
-        q = w.quantization
-        dense = w.weight if q is None else self._unpack(w, q)
-        return x @ dense.swapaxes(-1, -2)
 
     def gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         """Each row with the matrix in its own slot. x [..., 1, in], w [slots, out, in], slots [...]."""

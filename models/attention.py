@@ -5,7 +5,7 @@ themselves, and the result is moved out again (`unembed_out`). One form for pref
 set of numbers. Memory is bounded by tiles of queries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -19,8 +19,10 @@ from models.linear import Linear
 from models.rope import Rope
 from models.selection import causal_mask, select, selected_positions
 
-# Elements of the largest intermediate of a tile (64 MiB in float32).
+# Elements of the largest intermediate of a tile (64 MiB in float32), and its rows: keys behind the last row
+# of a tile are never touched, so small tiles save up to half of a long prompt's work.
 TILE_ELEMENTS = 2**24
+TILE_ROWS = 256
 # Rows of one span up to which the selected latents are gathered; more rows use a mask over all keys.
 # Both forms compute the same sums; see docs/measurements.md for the crossover.
 _GATHER_ROWS = 8
@@ -39,17 +41,30 @@ class Span:
         return self.stop - self.start
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Rows start to stop of a span and the keys they attend to, among the first `num_keys`.
+
+    `keys` is a mask bool [rows, num_keys], or positions int32 [rows, k] with `num_keys` standing for
+    nothing, or None where all keys are attended to.
+    """
+
+    start: int
+    stop: int
+    num_keys: int
+    keys: mx.array | None
+
+
 @dataclass
 class FlatBatch:
     """One forward's rows: spans, positions, and the selection that full layers hand to shared ones.
 
-    `selected[i]` belongs to spans[i]: tiles of bool [rows, T] (mask) or int32 [rows, k] (gather), or None
-    while every key may be seen. It lives for one forward only.
+    `selected[i]` belongs to spans[i]; None while every earlier key may be seen. It lives for one forward.
     """
 
     spans: Sequence[Span]
     positions: mx.array  # int32 [N]
-    selected: list[list[mx.array] | None] = field(default_factory=list)
+    selected: list[list[Tile] | None] = field(default_factory=list)
 
 
 def make_batch(spans: Sequence[Span]) -> FlatBatch:
@@ -122,31 +137,25 @@ class Attention(nn.Module):
         for i, (span, store) in enumerate(zip(batch.spans, stores, strict=True)):
             if store.length > k:
                 rows = slice(span.start, span.stop)
-                batch.selected[i] = select_tiled(queries[rows], weights[rows], store.rows(0, store.length), k)
+                batch.selected[i] = select_tiles(queries[rows], weights[rows], store.rows(0, store.length), k)
 
-    def _attend(self, queries: mx.array, keys: mx.array, selected: list[mx.array] | None) -> mx.array:
+    def _attend(self, queries: mx.array, keys: mx.array, selected: list[Tile] | None) -> mx.array:
         """queries [heads, n, latent], keys [T, latent] -> [heads, n, kv_lora]."""
         heads, rows, _ = queries.shape
-        num_keys = keys.shape[0]
-        tile = tile_rows(rows, heads * num_keys)
-        if selected is not None:
-            tile = selected[0].shape[0]
+        tiles = selected if selected is not None else causal_tiles(rows, keys.shape[0], heads)
         outs = []
-        for t, start in enumerate(range(0, rows, tile)):
-            q = queries[:, start : start + tile]
-            if selected is None:
-                visible = causal_mask(num_keys - rows + start, q.shape[1], num_keys)
-                outs.append(self._attend_masked(q, keys, visible))
-            elif selected[t].dtype == mx.bool_:
-                outs.append(self._attend_masked(q, keys, selected[t]))
+        for tile in tiles:
+            q, seen = queries[:, tile.start : tile.stop], keys[: tile.num_keys]
+            if tile.keys is None or tile.keys.dtype == mx.bool_:
+                outs.append(self._attend_masked(q, seen, tile.keys))
             else:
-                outs.append(self._attend_gathered(q, keys, selected[t]))
+                outs.append(self._attend_gathered(q, seen, tile.keys))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
-    def _attend_masked(self, q: mx.array, keys: mx.array, visible: mx.array) -> mx.array:
+    def _attend_masked(self, q: mx.array, keys: mx.array, visible: mx.array | None) -> mx.array:
         """All keys, those not visible [n, T] at -inf."""
         scores = (q * self._args.qk_head_dim**-0.5) @ keys.T  # [heads, n, T]
-        weights = softmax(mx.where(visible, scores, -mx.inf))
+        weights = softmax(scores if visible is None else mx.where(visible, scores, -mx.inf))
         return weights.astype(self._dtype) @ keys[:, : self._args.kv_lora_rank]
 
     def _attend_gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
@@ -165,25 +174,34 @@ def softmax(scores: mx.array) -> mx.array:
     return mx.softmax(scores, axis=-1, precise=True)
 
 
-def tile_rows(rows: int, elements_per_row: int) -> int:
-    """Rows of a tile whose largest intermediate stays within the fixed workspace."""
-    return max(1, min(rows, TILE_ELEMENTS // elements_per_row))
+def cut_tiles(rows: int, num_keys: int, heads: int) -> Iterator[tuple[int, int, int]]:
+    """Cut the last `rows` of num_keys into tiles: start, stop, and the number of keys up to the last row."""
+    height = max(1, min(TILE_ROWS, TILE_ELEMENTS // (heads * num_keys)))
+    for start in range(0, rows, height):
+        stop = min(start + height, rows)
+        yield start, stop, num_keys - rows + stop
 
 
-def select_tiled(queries: mx.array, weights: mx.array, keys: mx.array, k: int) -> list[mx.array]:
-    """Select k keys for each row, in tiles of rows; the rows are the last ones of the keys.
+def causal_tiles(rows: int, num_keys: int, heads: int) -> Iterator[Tile]:
+    """Tiles in which each row sees every key up to itself."""
+    for start, stop, seen in cut_tiles(rows, num_keys, heads):
+        height = stop - start
+        yield Tile(start, stop, seen, None if height == 1 else causal_mask(seen - height, height, seen))
 
-    queries [n, heads, D], weights [n, heads], keys [T, D] -> tiles of bool [rows, T], or of positions
-    int32 [rows, k] where so few rows are asked for that gathering is cheaper.
+
+def select_tiles(queries: mx.array, weights: mx.array, keys: mx.array, k: int) -> list[Tile]:
+    """Select k keys for each row; the rows are the last ones of the keys.
+
+    queries [n, heads, D], weights [n, heads], keys [T, D]. Masks, or positions where so few rows are asked
+    for that gathering is cheaper.
     """
-    rows, num_keys = queries.shape[0], keys.shape[0]
-    gather = rows <= _GATHER_ROWS
-    tile = tile_rows(rows, queries.shape[1] * num_keys)
+    rows, heads, _ = queries.shape
     tiles = []
-    for start in range(0, rows, tile):
-        part = slice(start, start + tile)
-        scores = index_scores(queries[part], weights[part], keys)
-        visible = causal_mask(num_keys - rows + start, scores.shape[0], num_keys)
-        chosen = select(scores, visible, k)
-        tiles.append(selected_positions(chosen, k) if gather else chosen)
+    for start, stop, seen in cut_tiles(rows, keys.shape[0], heads):
+        chosen = causal_mask(seen - (stop - start), stop - start, seen)
+        if seen > k:
+            scores = index_scores(queries[start:stop], weights[start:stop], keys[:seen])
+            chosen = select(scores, chosen, k)
+        is_gathered = rows <= _GATHER_ROWS
+        tiles.append(Tile(start, stop, seen, selected_positions(chosen, k) if is_gathered else chosen))
     return tiles

@@ -208,7 +208,7 @@ class Experts:
         return out.reshape(num_rows, k, -1)
 
     def _by_expert(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
-        """Many rows: each expert unpacked once and multiplied with all the rows that want it."""
+        """Many rows: each expert multiplied once with all the rows that want it."""
         wanted = np.array(ids)
         rows_of = _rows_by_expert(wanted)
         out = mx.zeros_like(x)
@@ -234,12 +234,12 @@ class Experts:
         return product(hidden, "down_proj")[..., 0, :]
 
     def _mlp(self, x: mx.array, slot: int) -> mx.array:
-        """One expert on its rows, [n, H] -> [n, H]; unpacked however few the rows are."""
+        """One expert on its rows, [n, H] -> [n, H]."""
         bank = self._source.bank(self._layer)
 
         def product(rows: mx.array, projection: str) -> mx.array:
             w = BankWeight(bank, projection, self._quantizations[projection], slot)
-            return self._arithmetic.unpacked_product(rows, w)
+            return self._arithmetic.product(rows, w)
 
         return product(nn.silu(product(x, "gate_proj")) * product(x, "up_proj"), "down_proj")
 

@@ -1,0 +1,1 @@
+"""Pocket: the checkpoint files lie beside this module; recipe/ made them."""

@@ -1,0 +1,1 @@
+"""The recipe of Pocket: data generator, tokenizer, training, quantised export and evaluation."""

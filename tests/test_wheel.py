@@ -1,0 +1,48 @@
+"""The built wheel holds our four packages and nothing else, and runs from a folder with other `models`."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # From a copy: setuptools builds in the tree, and leftovers of an older build would come along.
+    folder, tree = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("tree") / "glmserve"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+             "--wheel-dir", str(folder), str(tree)]  # fmt: skip
+    subprocess.run(build, check=True, timeout=300)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_its_top_level_is_ours(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"config", "streaming", "models", "server"}
+    assert "server/glm/chat_template.jinja" in names
+    assert "models/pocket/config.json" in names
+
+
+@pytest.mark.slow
+def test_it_runs_from_a_folder_that_holds_another_models(wheel: Path, tmp_path: Path) -> None:
+    site, foreign = tmp_path / "site", tmp_path / "foreign"
+    zipfile.ZipFile(wheel).extractall(site)
+    (foreign / "models").mkdir(parents=True)
+    (foreign / "models" / "__init__.py").write_text("raise SystemExit('the wrong models was imported')")
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "from server.cli import main; main(['plan', '--model', 'nowhere'])",
+    ]
+    env = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=foreign, env=env, capture_output=True, text=True, timeout=120)
+    assert "there is no such folder" in done.stderr, done.stderr
