@@ -1,7 +1,7 @@
-"""Whether --ram-budget is a ceiling: the real server in a memory cgroup. `python -m benchmarks.ceiling` (root).
+"""Whether --ram-budget is a ceiling: the real server in a memory cgroup (needs root).
 
-The cgroup's hard limit, with swap, is the budget; the checkpoint is at least four times as large and its pages
-are evicted first. Samples rss and mapped files of the process tree every 50 ms while requests run, and prints
+`python -m benchmarks.ceiling`. The cgroup's hard limit, with swap, is the budget; the checkpoint is at least
+four times as large and its pages are evicted first. Samples rss and mapped files of the process tree every 50 ms while requests run, and prints
 the peak, what the kernel charged, the page cache of the expert files, and the ledger beside the rss.
 """
 
@@ -29,9 +29,9 @@ from tests.tiny_tokenizer import build_tokenizer
 CGROUPS = Path("/sys/fs/cgroup/memory")
 SAMPLE_S = 0.05
 PAGE = os.sysconf("SC_PAGE_SIZE")
-# 2.3 GB of experts in five layers: one sweep of them takes a prompt some twenty seconds on two cores.
+# 2.7 GB of experts in six layers: one sweep of them takes a prompt some thirty seconds on two cores.
 LARGE = BENCH | {
-    "num_hidden_layers": 8, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 5,
+    "num_hidden_layers": 9, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 6,
     "n_routed_experts": 256, "moe_intermediate_size": 1024,
 }  # fmt: skip
 
@@ -153,8 +153,11 @@ def run(directory: Path, budget: str, requests: int, prompt_tokens: int, tokens:
                 prompt = rng.integers(20, 4000, prompt_tokens).tolist()
                 body = {"model": "x", "prompt": prompt, "max_tokens": tokens}
                 answer = client.post("/v1/completions", json=body)
-                usage = answer.json().get("usage", answer.text)
-                print(f"request {number}: {answer.status_code} {time.monotonic() - start_s:.1f} s {usage}", flush=True)
+                new = answer.json().get("usage", {}).get("completion_tokens")
+                print(
+                    f"request {number}: {answer.status_code} {time.monotonic() - start_s:.1f} s {new} tokens",
+                    flush=True,
+                )
             stop.set()
             sampler.join()
             after, cached = charged(group), cached_bytes(experts)
@@ -205,9 +208,9 @@ def _report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="written there if it is not")
-    parser.add_argument("--budget", default="600M")
+    parser.add_argument("--budget", default="445M")
     parser.add_argument("--requests", type=int, default=4)
-    parser.add_argument("--prompt-tokens", type=int, default=1000)
+    parser.add_argument("--prompt-tokens", type=int, default=250)
     parser.add_argument("--tokens", type=int, default=16)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,7 +1,7 @@
 """Which expert to give up: hit rate of each policy by cache share. `python -m benchmarks.policies`.
 
-Replays synthetic routings of the published locality, or a recorded one (`--trace FILE.npz`). The store's own policies, candidates that are
-not in the store, and Belady's optimum, which knows the future.
+Replays synthetic routings of the published locality, or a recorded one (`--trace FILE.npz`). The store's own
+policies, candidates that are not in the store, and Belady's optimum, which knows the future.
 """
 
 import argparse
@@ -13,9 +13,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.routing import Routing, load_routing, make_routing
-from streaming.policy import DecayedPopularity, LeastRecentlyUsed, Policy
+from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores
 
 SHARES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.75)
+
+
+class DecayedPopularity:
+    """Recency and popularity: each use counts one, and counts decay by `keep` with every request.
+
+    With a `keep` of 0.5 and below it orders as LRU does; towards 1 it counts uses.
+    """
+
+    def __init__(self, keep: float = 0.9) -> None:
+        self._keep = keep
+        self._value: NDArray[np.float64] = np.zeros(0)
+        self._is_resident: NDArray[np.bool_] = np.zeros(0, bool)
+
+    def observe(self, scores: Scores) -> None:
+        pass
+
+    def use(self, experts: Sequence[int]) -> None:
+        self._grow(max(experts, default=-1) + 1)
+        self._value *= self._keep
+        self._value[list(experts)] += 1
+        self._is_resident[list(experts)] = True
+
+    def victim(self, keep: Container[int]) -> int:
+        candidates = [int(e) for e in np.flatnonzero(self._is_resident) if e not in keep]
+        return min(candidates, key=self._value.__getitem__)
+
+    def forget(self, expert: int) -> None:
+        self._is_resident[expert] = False
+
+    def _grow(self, num_experts: int) -> None:
+        if (missing := num_experts - len(self._value)) > 0:
+            self._value = np.concatenate([self._value, np.zeros(missing)])
+            self._is_resident = np.concatenate([self._is_resident, np.zeros(missing, bool)])
 
 
 class ScoreMean:
@@ -26,10 +59,10 @@ class ScoreMean:
         self._mean: NDArray[np.float32] | None = None
         self._resident: set[int] = set()
 
-    def observe(self, scores: NDArray[np.float32]) -> None:
+    def observe(self, scores: Scores) -> None:
         if self._mean is None:
-            self._mean = scores.copy()
-        self._mean += (1 - self._keep) * (scores - self._mean)
+            self._mean = scores[0].copy()
+        self._mean += (1 - self._keep) * (scores[0] - self._mean)
 
     def use(self, experts: Sequence[int]) -> None:
         self._resident.update(experts)
@@ -53,7 +86,7 @@ class Belady:
         self._token = -1
         self._resident: set[int] = set()
 
-    def observe(self, scores: NDArray[np.float32]) -> None:
+    def observe(self, scores: Scores) -> None:
         self._token += 1
 
     def use(self, experts: Sequence[int]) -> None:
@@ -84,9 +117,8 @@ def _replay(routing: Routing, slots: int, policies: Sequence[Policy], warm: int)
     hits = asked = 0
     for layer, policy in enumerate(policies):
         resident: set[int] = set()
-        observe = getattr(policy, "observe", lambda scores: None)
         for token, row in enumerate(routing.experts[:, layer].tolist()):
-            observe(routing.scores[token, layer])
+            policy.observe(routing.scores[token, layer, None])
             missed = [e for e in row if e not in resident]
             keep = frozenset(row)
             for expert in missed:
@@ -102,8 +134,9 @@ def _replay(routing: Routing, slots: int, policies: Sequence[Policy], warm: int)
     return hits / asked
 
 
-def candidates() -> dict[str, Callable[[], Policy]]:
+def candidates(num_experts: int, k: int) -> dict[str, Callable[[], Policy]]:
     out: dict[str, Callable[[], Policy]] = {"LRU": LeastRecentlyUsed}
+    out["nearness (default)"] = partial(LeastNearlyChosen, num_experts, k)
     for keep in (0.7, 0.8, 0.9, 0.95, 0.98):
         out[f"popularity {keep}"] = partial(DecayedPopularity, keep)
     for keep in (0.5, 0.7, 0.8, 0.9, 0.95):
@@ -119,7 +152,7 @@ def print_table(name: str, routing: Routing, shares: Sequence[float] = SHARES) -
         f"{name}: {routing.experts.shape[0]} tokens, {num_experts} experts top-{k}, reuse {routing.reuse:.2f}"
     )
     print("policy".ljust(18) + "".join(f"{share:>8.0%}" for share in shares))
-    for label, make in candidates().items():
+    for label, make in candidates(num_experts, k).items():
         print(
             label.ljust(18)
             + "".join(f"{100 * count_hits(routing, slots[s], make, warm):8.1f}" for s in shares)

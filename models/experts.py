@@ -72,6 +72,10 @@ class ExpertSource(Protocol):
         """Waits until all experts of the fetch are in their slots."""
         ...
 
+    def observe(self, layer: int, scores: NDArray[np.float32]) -> None:
+        """By what the router chose among all experts, [N, E]."""
+        ...
+
     def expect(self, layer: int, ranks: Sequence[Sequence[int]]) -> None:
         """A guess at what is asked for next, `ranks[0]` likeliest; the same guarantee as for `acquire`."""
         ...
@@ -130,27 +134,33 @@ class Experts:
         x: mx.array,
         ids: mx.array,
         weights: mx.array,
+        scores: mx.array | None = None,
         *,
         guess: mx.array | None = None,
         beside: Sequence[mx.array] = (),
     ) -> mx.array:
         """x [N, H], ids [N, k] ascending, weights float32 [N, k] -> [N, H].
 
-        `guess` int32 [N, k]: the next layer's experts, each row's likeliest first. `beside`: what else may
-        be computed while experts are read.
+        `scores` [N, E]: by what the ids were chosen. `guess` int32 [N, k]: the next layer's experts, each
+        row's likeliest first. `beside`: what else may be computed while experts are read.
         """
         if self._arithmetic.is_few(x.shape[0]):
-            pairs = self._all_pairs(x, ids, guess, beside)
+            pairs = self._all_pairs(x, ids, scores, guess, beside)
             return (pairs * weights[..., None]).sum(axis=1).astype(x.dtype)
-        return self._by_expert(x, ids, weights)
+        return self._by_expert(x, ids, weights, scores)
 
     def _all_pairs(
-        self, x: mx.array, ids: mx.array, guess: mx.array | None, beside: Sequence[mx.array]
+        self,
+        x: mx.array,
+        ids: mx.array,
+        scores: mx.array | None,
+        guess: mx.array | None,
+        beside: Sequence[mx.array],
     ) -> mx.array:
         """Output of each expert for each row that wants it: [N, H], [N, k] -> [N, k, H]."""
         if self._source.is_resident:
             return self._gathered(x[:, None, None, :], ids)
-        wanted, guessed = self._synchronise(ids, guess)
+        wanted, guessed = self._synchronise(ids, scores, guess)
         groups = list(self._groups(np.unique(wanted)))
         if len(groups) > 1:
             return self._pairs_in_groups(x, wanted, groups)
@@ -164,14 +174,16 @@ class Experts:
         return self._remember(self._pairs_as_they_come(x, fetch, slots, is_here, beside))
 
     def _synchronise(
-        self, ids: mx.array, guess: mx.array | None
+        self, ids: mx.array, scores: mx.array | None, guess: mx.array | None
     ) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
-        """The one synchronisation of the layer: the ids, the guess, and an end to all pending products."""
+        """The one synchronisation of the layer: ids, scores and guess, and an end to all pending products."""
         owners = [self] if guess is None or self._next is None else [self, self._next]
-        pending = [owner._pending for owner in owners if owner._pending is not None]
-        mx.eval(ids, *([] if guess is None else [guess]), *pending)
+        pending = [owner._pending for owner in owners]
+        mx.eval(*(array for array in (ids, scores, guess, *pending) if array is not None))
         for owner in owners:
             owner._pending = None
+        if scores is not None:
+            self._source.observe(self._layer, np.array(scores))
         return np.array(ids), None if guess is None else np.array(guess)
 
     def _pairs_as_they_come(
@@ -185,7 +197,7 @@ class Experts:
         """Pairs whose experts are here while the others are read; the result is in the order of the ids."""
         here, there = np.flatnonzero(is_here), np.flatnonzero(~is_here)
         first = [self._pairs(x, slots, here)] if here.size else []
-        mx.async_eval(*first, *beside)  # type: ignore[no-untyped-call]
+        mx.async_eval(*first, *beside)
         self._source.finish(fetch)
         order = np.argsort(np.concatenate([here, there]))
         pairs = mx.concatenate([*first, self._pairs(x, slots, there)])[mx.array(order)]
@@ -207,9 +219,9 @@ class Experts:
             self._remember(out)
         return out.reshape(num_rows, k, -1)
 
-    def _by_expert(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
+    def _by_expert(self, x: mx.array, ids: mx.array, weights: mx.array, scores: mx.array | None) -> mx.array:
         """Many rows: each expert multiplied once with all the rows that want it."""
-        wanted = np.array(ids)
+        wanted, _ = self._synchronise(ids, None if self._source.is_resident else scores, None)
         rows_of = _rows_by_expert(wanted)
         out = mx.zeros_like(x)
         for group in self._groups(np.array(sorted(rows_of))):

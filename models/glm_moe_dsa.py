@@ -45,11 +45,11 @@ class MoeMlp(nn.Module):
 
     def __call__(self, x: mx.array, guess: mx.array | None = None) -> mx.array:
         """x [N, H] -> [N, H]; `guess`: the next layer's experts, as `Router.ranked` gives them."""
-        ids, weights = self.gate(x)
+        ids, weights, choice = self.gate(x)
         if "shared_experts" not in self:
-            return self._experts(x, ids, weights, guess=guess)
+            return self._experts(x, ids, weights, choice, guess=guess)
         shared = self.shared_experts(x)
-        return self._experts(x, ids, weights, guess=guess, beside=(shared,)) + shared
+        return self._experts(x, ids, weights, choice, guess=guess, beside=(shared,)) + shared
 
     def precede(self, following: "MoeMlp") -> None:
         self._experts.precede(following._experts)
@@ -83,7 +83,7 @@ class DecoderLayer(nn.Module):
     def __call__(self, x: mx.array, batch: FlatBatch) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x), batch)
         normed = self.post_attention_layernorm(h)
-        if self._guess_next is not None and self.mlp.wants_guess(h.shape[0]):
+        if isinstance(self.mlp, MoeMlp) and self._guess_next and self.mlp.wants_guess(h.shape[0]):
             return h + self.mlp(normed, self._guess_next(h))
         return h + self.mlp(normed)
 

@@ -21,11 +21,12 @@ class Router(nn.Module):
         self.weight = mx.zeros((args.n_routed_experts, args.hidden_size))
         self.e_score_correction_bias = mx.zeros((args.n_routed_experts,))
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x [N, H] -> expert ids int32 [N, k], ascending in each row, and their weights float32 [N, k]."""
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """x [N, H] -> expert ids int32 [N, k], ascending in each row; their weights float32 [N, k]; and by
+        what they were chosen, float32 [N, E]."""
         scores, choice = self._scores(x)
         ids = best_experts(choice, self._args.num_experts_per_tok)
-        return ids, expert_weights(scores, ids, self._args)
+        return ids, expert_weights(scores, ids, self._args), choice
 
     def ranked(self, x: mx.array) -> mx.array:
         """The same experts, int32 [N, k], the likeliest of each row first."""

@@ -5,7 +5,7 @@ A slot is free, held by a resident expert, or taken: out of the books while byte
 
 from collections.abc import Collection, Container, Sequence
 
-from streaming.policy import Policy
+from streaming.policy import Policy, Scores
 
 
 class Residency:
@@ -30,6 +30,9 @@ class Residency:
 
     def slot(self, expert: int) -> int:
         return self._slot_of[expert]
+
+    def observe(self, scores: Scores) -> None:
+        self._policy.observe(scores)
 
     def use(self, experts: Sequence[int]) -> None:
         """Resident experts were used by one request, ascending."""

@@ -100,6 +100,14 @@ class ExpertStore:
     def num_slots(self, layer: int) -> int:
         return self._layers[layer].books.num_slots
 
+    @property
+    def total_slots(self) -> int:
+        return sum(state.books.num_slots for state in self._layers.values())
+
+    @property
+    def num_resident(self) -> int:
+        return sum(len(state.books) for state in self._layers.values())
+
     def bank(self, layer: int) -> Mapping[str, mx.array]:
         """The layer's live arrays by part name, `[slots, ...]`."""
         return self._layers[layer].bank.arrays
@@ -142,6 +150,10 @@ class ExpertStore:
         assert fetch is self._unfinished, "a fetch is finished once, before another begins"
         self._unfinished = None
         self._wait(fetch.layer, fetch.fills)
+
+    def observe(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
+        """By what the router chose among all experts, `[tokens, experts]`."""
+        self._layers[layer].books.observe(scores)
 
     def expect(self, layer: int, ranks: Sequence[Sequence[int]]) -> None:
         """These experts may be asked for next, `ranks[0]` most likely, an entry for each row.

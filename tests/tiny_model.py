@@ -51,6 +51,9 @@ class MemoryExperts:
     def finish(self, fetch: None) -> None:
         raise AssertionError("resident experts are never fetched")
 
+    def observe(self, layer: int, scores: Array) -> None:
+        raise AssertionError("resident experts need no policy")
+
     def expect(self, layer: int, ranks: Sequence[Sequence[int]]) -> None:
         raise AssertionError("resident experts are never guessed")
 

@@ -6,6 +6,7 @@ from server.api.catalogue import health_router, models_router
 from server.api.chat import chat_router
 from server.api.completions import completion_router
 from server.api.errors import install_error_handlers
+from server.api.metrics import metrics_router
 from server.api.service import Service
 
 # OpenRouter's base path, OpenAI's, and none, as mlx-lm also has it.
@@ -21,5 +22,6 @@ def make_app(service: Service) -> FastAPI:
         app.include_router(completion_router(service, is_openrouter), prefix=base)
         app.include_router(models_router(service), prefix=base)
     app.include_router(health_router(service))
+    app.include_router(metrics_router(service.engine))
     install_error_handlers(app)
     return app

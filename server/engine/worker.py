@@ -19,6 +19,7 @@ from server.engine.backend import open_backend
 from server.engine.loop import EngineLoop
 from server.engine.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Ready
 from server.engine.model import Backend, OpenBackend
+from server.engine.telemetry import Telemetry
 from server.logs import set_up_logging
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def main(open_model: OpenBackend = open_backend) -> int:
     if backend is None:
         return 1
     pipe.send(Ready(backend.info))
-    EngineLoop(backend, inbox, pipe.send).run()
+    EngineLoop(backend, inbox, Telemetry(backend.measure, pipe.send).send).run()
     return 0
 
 

@@ -13,6 +13,7 @@ from models.arithmetic import CPU, Arithmetic, Quantization
 from models.attention import Span
 from models.building import bank_quantizations
 from models.experts import Experts
+from streaming.policy import LeastNearlyChosen
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, greedy, open_model, save_packed
 from tests.models.make_golden import SEED
@@ -124,7 +125,7 @@ def test_the_guess_is_the_next_routers_own_ranking_of_this_layers_state(resident
     h = mx.array(np.random.default_rng(3).standard_normal((2, 128)).astype(np.float32))
     assert resident.model.model.layers[5]._guess_next is not None
     ranked = np.array(resident.model.model.layers[5]._guess_next(h))
-    ids, _ = layer.mlp.gate(layer.post_attention_layernorm(h))
+    ids, _, _ = layer.mlp.gate(layer.post_attention_layernorm(h))
     assert np.array_equal(np.sort(ranked, axis=-1), np.array(ids))
 
 
@@ -158,12 +159,18 @@ def test_any_routing_gives_the_same_bits(
     x = mx.array(rng.standard_normal((len(routing), 128)).astype(np.float32))
     ids = mx.array([sorted(row) for row in routing], dtype=mx.int32)
     weights = mx.array(rng.random((len(routing), 4)).astype(np.float32))
-    store = ExpertStore(resident.checkpoint.experts, slots, float_dtype=mx.float32)
+    scores = mx.array(rng.standard_normal((len(routing), 16)).astype(np.float32))
+    store = ExpertStore(
+        resident.checkpoint.experts,
+        slots,
+        float_dtype=mx.float32,
+        make_policy=lambda: LeastNearlyChosen(16, 4),
+    )
     try:
         streamed = layer_of(resident, store, arithmetic)
         expected = layer_of(resident, resident.store, arithmetic)(x, ids, weights)
         for _ in range(2):
-            assert mx.array_equal(streamed(x, ids, weights), expected)
+            assert mx.array_equal(streamed(x, ids, weights, scores), expected)
             store.check_integrity()
     finally:
         store.close()
