@@ -1,8 +1,9 @@
 """Whether --ram-budget is a ceiling: the real server in a memory cgroup (needs root).
 
 `python -m benchmarks.ceiling`. The cgroup's hard limit, with swap, is the budget; the checkpoint is at least
-four times as large and its pages are evicted first. Samples rss and mapped files of the process tree every 50 ms while requests run, and prints
-the peak, what the kernel charged, the page cache of the expert files, and the ledger beside the rss.
+four times as large and its pages are evicted first. Samples rss and mapped files of the process tree every
+50 ms while requests run, and prints the peak, what the kernel charged, the page cache of the expert files,
+and the ledger beside the rss.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
 The real store, reader and threads on a simulated disk; the model's compute is replaced by sleeping, so that
 compute : I/O is 0.16 : 0.22, as published for the target, and two noisy cores do not matter. Half of a
-layer's compute is trunk, half the shared and the routed experts, one ninth each. Routing has the published locality;
-the predictor has a given recall and precision. Prints seconds per token over the bound, both sides in one
-run, interleaved.
+layer's compute is trunk, half the shared and the routed experts, one ninth each. Routing has the published
+locality; the predictor has a given recall and precision. Prints seconds per token over the bound, both sides
+in one run, interleaved.
 """
 
 import argparse

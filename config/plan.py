@@ -15,8 +15,8 @@ from rich.table import Table
 from config.errors import BudgetError
 from config.sizes import format_size, physical_memory_bytes
 
-# Two processes with everything imported and no model, serving. Measured on Linux: 105 to 110 MB for the engine,
-# 62 MB for HTTP; a tenth of room.
+# Two processes with everything imported and no model, serving. Measured on Linux: 105 to 110 MB for the
+# engine, 62 MB for HTTP; a tenth of room.
 RUNTIME_BYTES = 190 * 10**6
 # The tokenizer's tables: 104 MB for 154,000 tokens.
 VOCABULARY_BYTES_PER_TOKEN = 680

@@ -5,7 +5,7 @@ was not resident was then wanted; below `THRESHOLD` that rank is not read. Predi
 they were read or not, so a rank that is shut opens again when it starts to pay. Knows no bytes.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 
 # A read of which half are wanted moves as many wasted bytes as useful ones. Published: precision of the first
 # rank 95 %, of the seventh 42 %, of the ninth 22 %.
@@ -23,14 +23,14 @@ class Gate:
         self._precision: list[float] = []
         self._open_question: list[tuple[int, int]] = []  # rank, expert
 
-    def choose(self, ranks: Sequence[Sequence[int]], resident: Collection[int]) -> list[int]:
+    def choose(self, ranks: Sequence[Sequence[int]], resident: Container[int]) -> list[int]:
         """The experts to read, likeliest first, out of `ranks[rank][row]`; notes all for `judge`."""
         self._precision += [FIRST_GUESS] * (len(ranks) - len(self._precision))
-        seen = set(resident)
+        seen: set[int] = set()
         self._open_question = []
         for rank, experts in enumerate(ranks):
             for expert in experts:
-                if expert not in seen:
+                if expert not in seen and expert not in resident:
                     seen.add(expert)
                     self._open_question.append((rank, expert))
         return [expert for rank, expert in self._open_question if self._precision[rank] >= THRESHOLD]

@@ -24,10 +24,6 @@ class Residency:
     def __len__(self) -> int:
         return len(self._slot_of)
 
-    def experts(self) -> Collection[int]:
-        """The resident ones."""
-        return self._slot_of.keys()
-
     def slot(self, expert: int) -> int:
         return self._slot_of[expert]
 
@@ -38,9 +34,9 @@ class Residency:
         """Resident experts were used by one request, ascending."""
         self._policy.use(experts)
 
-    def num_free(self, keep: Container[int]) -> int:
-        """How many slots can be taken without giving up an expert in `keep`."""
-        return len(self._free) + sum(expert not in keep for expert in self._slot_of)
+    def num_free(self, keep: Collection[int]) -> int:
+        """How many slots can be taken without giving up an expert in `keep`, each named once."""
+        return len(self._free) + len(self._slot_of) - sum(expert in self._slot_of for expert in keep)
 
     def take(self, keep: Container[int]) -> int:
         """A slot for new bytes, of an expert not in `keep` if none is free."""

@@ -37,6 +37,10 @@ class _Layer:
     ahead: dict[int, Fill] = field(default_factory=dict)  # under way before anybody asked
     fresh: set[int] = field(default_factory=set)  # arrived that way since the layer was last asked
 
+    def __contains__(self, expert: int) -> bool:
+        """Whether it is there or coming."""
+        return expert in self.books or expert in self.ahead
+
 
 class ExpertStore:
     """Hands out slots that hold the experts asked for."""
@@ -163,12 +167,11 @@ class ExpertStore:
         """
         state = self._layers[layer]
         self._land_ahead(layer, state)
-        resident = {*state.books.experts(), *state.ahead}
         keep = frozenset(expert for experts in ranks for expert in experts)
         # Half of what prediction leaves over stays for what it missed.
         room = (state.books.num_slots - len(ranks)) // 2 - len(state.ahead)
         room = min(room, state.books.num_free(keep))
-        for expert in state.gate.choose(ranks, resident)[: max(0, room)]:
+        for expert in state.gate.choose(ranks, state)[: max(0, room)]:
             slot = state.books.take(keep)
             fill = self._filler.make(layer, state.bank, expert, slot, ReadClass.LOOKAHEAD)
             self._filler.submit([fill])
