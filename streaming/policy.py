@@ -77,12 +77,11 @@ class LeastNearlyChosen:
 
     def observe(self, scores: Scores) -> None:
         threshold = np.partition(scores, -self._k, axis=-1)[:, -self._k, None]
-        is_ruled_out = np.isneginf(scores)  # with their group
-        spread = np.where(is_ruled_out, threshold, scores).std(axis=-1, keepdims=True)
-        distance = (scores - threshold) / (NEARNESS_SCALE * spread + 1e-9)
-        near = 1 / (1 + np.exp(-np.clip(distance, -30, 30)))
+        distance = scores - threshold
+        behind = np.minimum(-distance / (NEARNESS_SCALE * _spread(scores, threshold) + 1e-9), 30)
+        near = np.add.reduce(1 / (1 + np.exp(behind)), axis=0) / len(scores)
         keep = NEARNESS_KEEP ** len(scores)
-        self._nearness += (1 - keep) * (near.mean(axis=0) - self._nearness)
+        self._nearness += (1 - keep) * (near - self._nearness)
 
     def use(self, experts: Sequence[int]) -> None:
         self._is_resident[list(experts)] = True
@@ -93,3 +92,15 @@ class LeastNearlyChosen:
 
     def forget(self, expert: int) -> None:
         self._is_resident[expert] = False
+
+
+def _spread(scores: Scores, threshold: Scores) -> Scores:
+    """Standard deviation of each row; an expert ruled out with its group counts as being on the threshold.
+
+    Spelt out in ufuncs: `std` costs 20 microseconds a call, and there is one call a layer and token.
+    """
+    if np.isneginf(scores).any():
+        scores = np.where(np.isneginf(scores), threshold, scores)
+    centred = scores - np.add.reduce(scores, axis=-1, keepdims=True) / scores.shape[-1]
+    variance: Scores = np.add.reduce(centred * centred, axis=-1, keepdims=True) / scores.shape[-1]
+    return np.sqrt(variance)

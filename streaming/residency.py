@@ -18,7 +18,7 @@ class Residency:
         self._slot_of: dict[int, int] = {}
         self._free = list(reversed(range(num_slots)))  # descending, so that the lowest slot is taken first
 
-    def __contains__(self, expert: int) -> bool:
+    def __contains__(self, expert: object) -> bool:
         return expert in self._slot_of
 
     def __len__(self) -> int:

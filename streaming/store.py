@@ -37,7 +37,7 @@ class _Layer:
     ahead: dict[int, Fill] = field(default_factory=dict)  # under way before anybody asked
     fresh: set[int] = field(default_factory=set)  # arrived that way since the layer was last asked
 
-    def __contains__(self, expert: int) -> bool:
+    def __contains__(self, expert: object) -> bool:
         """Whether it is there or coming."""
         return expert in self.books or expert in self.ahead
 

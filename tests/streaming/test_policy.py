@@ -29,7 +29,7 @@ def test_many_rows_count_as_so_many_tokens_and_ruled_out_experts_as_far_off() ->
 
 
 def test_nearness_beats_least_recently_used_and_nobody_beats_belady() -> None:
-    routing = make_routing(150, 2, 64, 8)
-    lru = count_hits(routing, 16, LeastRecentlyUsed, 30)
-    near = count_hits(routing, 16, lambda: LeastNearlyChosen(64, 8), 30)
-    assert lru + 0.01 < near < belady_hits(routing, 16, 30)
+    routing = make_routing(300, 2, 256, 8)
+    lru = count_hits(routing, 64, LeastRecentlyUsed, 75)
+    near = count_hits(routing, 64, lambda: LeastNearlyChosen(256, 8), 75)
+    assert lru + 0.01 < near < belady_hits(routing, 64, 75)
