@@ -1,5 +1,9 @@
 """The routed experts of one layer: gather, multiply, reduce. Called by the MoE block.
 
+With few rows the layer synchronises once, to learn which experts to ask for. In that synchronisation ride a
+guess at the next layer's experts, to be read while this layer computes, and the proof that no product still
+reads a slot. What does not depend on the missing experts is computed while they are read.
+
 Whether the experts are resident or streamed is the business of the `ExpertSource`; no other code of the
 model knows. Outputs of a row's experts are added in ascending expert id in every mode, and a row's product
 with an expert does not depend on the slot that holds it, so any budget gives the same bits.
@@ -7,7 +11,7 @@ with an expert does not depend on the slot that holds it, so any budget gives th
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +21,21 @@ from numpy.typing import NDArray
 from models.arithmetic import Arithmetic, Quantization
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Experts of a prompt that are unpacked before their products are evaluated. Left lazy, all experts of a group
+# lie unpacked in memory: 320 MB where one takes 12.
+UNPACKED_EXPERTS = 2
+# More rows together want so many experts of a layer that little is left to guess.
+GUESSED_ROWS = 4
+
+
+class Fetch(Protocol):
+    """Experts asked for together; those not `is_here` are on their way into their slots."""
+
+    @property
+    def slots(self) -> NDArray[np.int32]: ...
+
+    @property
+    def is_here(self) -> NDArray[np.bool_]: ...
 
 
 class ExpertSource(Protocol):
@@ -33,11 +52,32 @@ class ExpertSource(Protocol):
         """Part name, as in `gate_proj.weight`, -> array [slots, ...]."""
         ...
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `expect` is worth calling."""
+        ...
+
     def acquire(self, layer: int, experts: Sequence[int]) -> NDArray[np.int32]:
         """Slots of these experts (unique, ascending, at most num_slots), resident until the next call.
 
         The caller guarantees that no product which names a slot of this layer is still to be evaluated.
         """
+        ...
+
+    def begin(self, layer: int, experts: Sequence[int]) -> Any:
+        """The same without waiting: a Fetch, to be given to `finish` before the next call."""
+        ...
+
+    def finish(self, fetch: Any) -> None:
+        """Waits until all experts of the fetch are in their slots."""
+        ...
+
+    def observe(self, layer: int, scores: NDArray[np.float32]) -> None:
+        """By what the router chose among all experts, [N, E]."""
+        ...
+
+    def expect(self, layer: int, ranks: Sequence[Sequence[int]]) -> None:
+        """A guess at what is asked for next, `ranks[0]` likeliest; the same guarantee as for `acquire`."""
         ...
 
 
@@ -74,24 +114,99 @@ class Experts:
         self._layer, self._source, self._arithmetic = layer, source, arithmetic
         self._quantizations = quantizations
         self._pending: mx.array | None = None
+        self._next: Experts | None = None
 
-    def __call__(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
-        """x [N, H], ids [N, k] ascending, weights float32 [N, k] -> [N, H]."""
+    def precede(self, following: "Experts") -> None:
+        """The layer whose experts are guessed in this one."""
+        self._next = following
+
+    def wants_guess(self, rows: int) -> bool:
+        """Whether a guess at the next layer's experts would be used."""
+        return (
+            self._next is not None
+            and rows <= GUESSED_ROWS
+            and self._arithmetic.is_few(rows)
+            and self._source.looks_ahead
+        )
+
+    def __call__(
+        self,
+        x: mx.array,
+        ids: mx.array,
+        weights: mx.array,
+        scores: mx.array | None = None,
+        *,
+        guess: mx.array | None = None,
+        beside: Sequence[mx.array] = (),
+    ) -> mx.array:
+        """x [N, H], ids [N, k] ascending, weights float32 [N, k] -> [N, H].
+
+        `scores` [N, E]: by what the ids were chosen. `guess` int32 [N, k]: the next layer's experts, each
+        row's likeliest first. `beside`: what else may be computed while experts are read.
+        """
         if self._arithmetic.is_few(x.shape[0]):
-            pairs = self._all_pairs(x, ids)
+            pairs = self._all_pairs(x, ids, scores, guess, beside)
             return (pairs * weights[..., None]).sum(axis=1).astype(x.dtype)
-        return self._by_expert(x, ids, weights)
+        return self._by_expert(x, ids, weights, scores)
 
-    def _all_pairs(self, x: mx.array, ids: mx.array) -> mx.array:
+    def _all_pairs(
+        self,
+        x: mx.array,
+        ids: mx.array,
+        scores: mx.array | None,
+        guess: mx.array | None,
+        beside: Sequence[mx.array],
+    ) -> mx.array:
         """Output of each expert for each row that wants it: [N, H], [N, k] -> [N, k, H]."""
         if self._source.is_resident:
             return self._gathered(x[:, None, None, :], ids)
-        wanted = np.array(ids)  # the one synchronisation of the layer
+        wanted, guessed = self._synchronise(ids, scores, guess)
         groups = list(self._groups(np.unique(wanted)))
-        if len(groups) == 1:
-            slots = self._acquire(groups[0])[np.searchsorted(groups[0], wanted)]
+        if len(groups) > 1:
+            return self._pairs_in_groups(x, wanted, groups)
+        fetch = self._source.begin(self._layer, groups[0])
+        if guessed is not None and self._next is not None:
+            self._source.expect(self._next._layer, guessed.T.tolist())
+        places = np.searchsorted(groups[0], wanted)
+        slots, is_here = fetch.slots[places], fetch.is_here[places]
+        if is_here.all():
             return self._remember(self._gathered(x[:, None, None, :], mx.array(slots)))
-        return self._pairs_in_groups(x, wanted, groups)
+        return self._remember(self._pairs_as_they_come(x, fetch, slots, is_here, beside))
+
+    def _synchronise(
+        self, ids: mx.array, scores: mx.array | None, guess: mx.array | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
+        """The one synchronisation of the layer: ids, scores and guess, and an end to all pending products."""
+        owners = [self] if guess is None or self._next is None else [self, self._next]
+        pending = [owner._pending for owner in owners]
+        mx.eval(*(array for array in (ids, scores, guess, *pending) if array is not None))
+        for owner in owners:
+            owner._pending = None
+        if scores is not None:
+            self._source.observe(self._layer, np.array(scores))
+        return np.array(ids), None if guess is None else np.array(guess)
+
+    def _pairs_as_they_come(
+        self,
+        x: mx.array,
+        fetch: Fetch,
+        slots: NDArray[np.int32],
+        is_here: NDArray[np.bool_],
+        beside: Sequence[mx.array],
+    ) -> mx.array:
+        """Pairs whose experts are here while the others are read; the result is in the order of the ids."""
+        here, there = np.flatnonzero(is_here), np.flatnonzero(~is_here)
+        first = [self._pairs(x, slots, here)] if here.size else []
+        mx.async_eval(*first, *beside)
+        self._source.finish(fetch)
+        order = np.argsort(np.concatenate([here, there]))
+        pairs = mx.concatenate([*first, self._pairs(x, slots, there)])[mx.array(order)]
+        return pairs.reshape(*slots.shape, -1)
+
+    def _pairs(self, x: mx.array, slots: NDArray[np.int32], pairs: NDArray[np.int64]) -> mx.array:
+        """Outputs [P, H] of numbered (row, expert) pairs, each computed alone."""
+        rows = mx.array(pairs // slots.shape[1])
+        return self._gathered(x[rows, None, :], mx.array(slots.ravel()[pairs]))
 
     def _pairs_in_groups(self, x: mx.array, wanted: NDArray[np.int32], groups: list[list[int]]) -> mx.array:
         """More experts than slots: one group of experts after the other, each pair computed alone."""
@@ -104,16 +219,18 @@ class Experts:
             self._remember(out)
         return out.reshape(num_rows, k, -1)
 
-    def _by_expert(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
+    def _by_expert(self, x: mx.array, ids: mx.array, weights: mx.array, scores: mx.array | None) -> mx.array:
         """Many rows: each expert multiplied once with all the rows that want it."""
-        wanted = np.array(ids)
+        wanted, _ = self._synchronise(ids, None if self._source.is_resident else scores, None)
         rows_of = _rows_by_expert(wanted)
         out = mx.zeros_like(x)
         for group in self._groups(np.array(sorted(rows_of))):
-            for expert, slot in zip(group, self._acquire(group), strict=True):
+            for number, (expert, slot) in enumerate(zip(group, self._acquire(group), strict=True), start=1):
                 rows, places = rows_of[expert]
                 y = self._mlp(x[mx.array(rows)], int(slot))
                 out = out.at[mx.array(rows)].add(y * weights[mx.array(rows), mx.array(places), None])
+                if number % UNPACKED_EXPERTS == 0:
+                    mx.eval(out)
             self._remember(out)
         return out
 

@@ -5,6 +5,7 @@ files; experts come through an `ExpertSource`.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,10 +43,19 @@ class MoeMlp(nn.Module):
             width = args.moe_intermediate_size * args.n_shared_experts
             self.shared_experts = DenseMlp(args.hidden_size, width, arithmetic)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        ids, weights = self.gate(x)
-        out = self._experts(x, ids, weights)
-        return out + self.shared_experts(x) if "shared_experts" in self else out
+    def __call__(self, x: mx.array, guess: mx.array | None = None) -> mx.array:
+        """x [N, H] -> [N, H]; `guess`: the next layer's experts, as `Router.ranked` gives them."""
+        ids, weights, choice = self.gate(x)
+        if "shared_experts" not in self:
+            return self._experts(x, ids, weights, choice, guess=guess)
+        shared = self.shared_experts(x)
+        return self._experts(x, ids, weights, choice, guess=guess, beside=(shared,)) + shared
+
+    def precede(self, following: "MoeMlp") -> None:
+        self._experts.precede(following._experts)
+
+    def wants_guess(self, rows: int) -> bool:
+        return self._experts.wants_guess(rows)
 
 
 class DecoderLayer(nn.Module):
@@ -61,10 +71,21 @@ class DecoderLayer(nn.Module):
         )
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self._guess_next: Callable[[mx.array], mx.array] | None = None
+
+    def precede(self, following: "DecoderLayer") -> None:
+        """Guess the next layer's experts: its own norm and router on this layer's residual state."""
+        if isinstance(self.mlp, MoeMlp) and isinstance(following.mlp, MoeMlp):
+            self.mlp.precede(following.mlp)
+            router, norm = following.mlp.gate, following.post_attention_layernorm
+            self._guess_next = lambda h: router.ranked(norm(h))
 
     def __call__(self, x: mx.array, batch: FlatBatch) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x), batch)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        normed = self.post_attention_layernorm(h)
+        if isinstance(self.mlp, MoeMlp) and self._guess_next and self.mlp.wants_guess(h.shape[0]):
+            return h + self.mlp(normed, self._guess_next(h))
+        return h + self.mlp(normed)
 
 
 class Trunk(nn.Module):
@@ -79,6 +100,8 @@ class Trunk(nn.Module):
             DecoderLayer(args, i, arithmetic, make_experts(i) if i in args.moe_layers else None)
             for i in range(args.num_hidden_layers)
         ]
+        for layer, following in pairwise(self.layers):
+            layer.precede(following)
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
 

@@ -19,6 +19,7 @@ from models.arithmetic import Arithmetic
 from models.attention import TILE_ELEMENTS
 from models.building import build_model
 from models.cache import cache_bytes_per_token
+from models.experts import UNPACKED_EXPERTS
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
 from streaming.banks import slot_bytes
@@ -98,8 +99,8 @@ def load_model(
     return build_model(checkpoint.args, arithmetic, store, to_model_names(tensors, checkpoint.args))
 
 
-def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic) -> Geometry:
-    """What the checkpoint needs in memory when it is computed with this arithmetic."""
+def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: int | None = None) -> Geometry:
+    """What the checkpoint needs in memory when it is computed with this arithmetic, up to this context."""
     args, index = checkpoint.args, checkpoint.experts
     itemsize = arithmetic.dtype.size
     index_keys = args.index_head_dim * len(args.full_layers) * itemsize
@@ -110,8 +111,11 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic) -> Geometry:
         experts_per_token=args.num_experts_per_tok,
         kv_bytes_per_token=cache_bytes_per_token(args, itemsize) - index_keys,
         index_key_bytes_per_token=index_keys,
-        workspace_bytes=_workspace_bytes(checkpoint, arithmetic),
+        workspace_bytes=_workspace_bytes(
+            checkpoint, arithmetic, max_context or checkpoint.args.max_position_embeddings
+        ),
         reader_bytes=reserved_bytes(largest_run_bytes(index)),
+        vocab_size=args.vocab_size,
     )
 
 
@@ -122,17 +126,23 @@ def _kept_bytes(entry: TensorEntry, itemsize: int) -> int:
     return prod(entry.shape) * max(itemsize, ITEM_BYTES[entry.dtype])
 
 
-def _workspace_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic) -> int:
-    """The largest transients of a step over PREFILL_ROWS rows: activations, tiles, one unpacked weight."""
-    args = checkpoint.args
-    heads = args.num_attention_heads
+def _workspace_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: int) -> int:
+    """The largest transients of a step over a prompt's rows: activations, tiles, unpacked weights."""
+    args, is_packed = checkpoint.args, arithmetic.max_packed_rows is None
+    num_rows, heads = min(PREFILL_ROWS, max_context), args.num_attention_heads
     attention = heads * (2 * args.latent_dim + args.kv_lora_rank + args.qk_head_dim + args.v_head_dim)
-    experts = args.num_experts_per_tok * (2 * args.moe_intermediate_size + args.hidden_size)
-    rows = PREFILL_ROWS * (6 * args.hidden_size + max(attention, experts)) * arithmetic.dtype.size
-    tiles = 3 * TILE_ELEMENTS * 4
-    unpacked = 0
-    if arithmetic.max_packed_rows is not None:
-        packed = [entry for name, entry in checkpoint.trunk.items() if name.endswith(".scales")]
-        # A scale stands for at least 16 values, at most 128: 128 is the safe side.
-        unpacked = max((prod(entry.shape) * 128 * 4 for entry in packed), default=0)
-    return rows + tiles + unpacked
+    # All of a row's experts at once, or a few experts with at most all rows each.
+    at_once = args.num_experts_per_tok if is_packed else UNPACKED_EXPERTS
+    experts = at_once * (2 * args.moe_intermediate_size + args.hidden_size)
+    rows = num_rows * (6 * args.hidden_size + max(attention, experts)) * arithmetic.dtype.size
+    tiles = 3 * min(TILE_ELEMENTS, heads * num_rows * max_context) * 4
+    return rows + tiles + (0 if is_packed else _unpacked_bytes(checkpoint))
+
+
+def _unpacked_bytes(checkpoint: Checkpoint) -> int:
+    """The largest weights that lie unpacked at one time: one of the trunk's, or a few experts."""
+    args = checkpoint.args
+    packed = [entry for name, entry in checkpoint.trunk.items() if name.endswith(".scales")]
+    # A scale stands for at least 16 values, at most 128: 128 is the safe side.
+    trunk = max((prod(entry.shape) * 128 * 4 for entry in packed), default=0)
+    return max(trunk, UNPACKED_EXPERTS * 3 * args.hidden_size * args.moe_intermediate_size * 4)

@@ -21,13 +21,22 @@ class Router(nn.Module):
         self.weight = mx.zeros((args.n_routed_experts, args.hidden_size))
         self.e_score_correction_bias = mx.zeros((args.n_routed_experts,))
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x [N, H] -> expert ids int32 [N, k], ascending in each row, and their weights float32 [N, k]."""
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """x [N, H] -> expert ids int32 [N, k], ascending in each row; their weights float32 [N, k]; and by
+        what they were chosen, float32 [N, E]."""
+        scores, choice = self._scores(x)
+        ids = best_experts(choice, self._args.num_experts_per_tok)
+        return ids, expert_weights(scores, ids, self._args), choice
+
+    def ranked(self, x: mx.array) -> mx.array:
+        """The same experts, int32 [N, k], the likeliest of each row first."""
+        _, choice = self._scores(x)
+        return mx.argsort(-choice, axis=-1)[:, : self._args.num_experts_per_tok].astype(mx.int32)
+
+    def _scores(self, x: mx.array) -> tuple[mx.array, mx.array]:
         args = self._args
         scores = mx.sigmoid(self._arithmetic.product(x.astype(mx.float32), self))
-        choice = limit_to_groups(scores + self.e_score_correction_bias, args.n_group, args.topk_group)
-        ids = best_experts(choice, args.num_experts_per_tok)
-        return ids, expert_weights(scores, ids, args)
+        return scores, limit_to_groups(scores + self.e_score_correction_bias, args.n_group, args.topk_group)
 
 
 def limit_to_groups(choice: mx.array, num_groups: int, kept_groups: int) -> mx.array:

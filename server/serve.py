@@ -145,4 +145,5 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         ram_budget_bytes=settings.ram_budget,
         max_context=settings.max_context,
         log_level=settings.log_level,
+        expert_policy=settings.expert_policy,
     )

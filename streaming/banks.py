@@ -31,6 +31,7 @@ class Bank(Protocol):
 
     arrays: Mapping[str, mx.array]
     max_fill: int
+    is_in_place: bool  # slots are filled one by one, while products read others
 
     def begin(self, slots: Sequence[int]) -> None:
         """Prepares to fill these slots, at most `max_fill`."""
@@ -50,12 +51,12 @@ class BankMaker:
 
     def __init__(self, float_dtype: mx.Dtype, *, is_shared: bool | None = None) -> None:
         self._float_name = _FLOAT_NAMES[float_dtype]
-        self._is_shared = shares_memory() if is_shared is None else is_shared
+        self.is_shared = shares_memory() if is_shared is None else is_shared
         self._staging: dict[tuple[Part, ...], list[npt.NDArray[np.generic]]] = {}
 
     def make(self, parts: tuple[Part, ...], num_slots: int) -> Bank:
         kept = tuple(kept_dtype(part, self._float_name) for part in parts)
-        if self._is_shared:
+        if self.is_shared:
             return SharedBank(parts, kept, num_slots)
         if parts not in self._staging:
             self._staging[parts] = [
@@ -85,6 +86,8 @@ def slot_bytes(parts: Sequence[Part], float_dtype: mx.Dtype) -> int:
 
 class SharedBank:
     """Written through views that share MLX's memory."""
+
+    is_in_place = True
 
     def __init__(self, parts: tuple[Part, ...], kept: tuple[str, ...], num_slots: int) -> None:
         self.max_fill = num_slots
@@ -116,6 +119,8 @@ class SharedBank:
 
 class StagedBank:
     """Written into host rows, then scattered into the GPU's arrays. The rows are shared by like layers."""
+
+    is_in_place = False
 
     def __init__(
         self,

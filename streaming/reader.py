@@ -153,6 +153,18 @@ class Reader:
                 if batch.num_pending:
                     batch.changed.wait(self._next_timeout_s())
 
+    def promote(self, batch: Batch, read_class: ReadClass) -> None:
+        """Those of the batch that wait in the queue wait in this class from now on."""
+        with self._lock:
+            for read in batch.reads:
+                read.read_class = read_class
+            heapq.heapify(self._queue)
+
+    def cancel(self, batch: Batch) -> bool:
+        """Drops the reads of the batch that were not started; whether there were any."""
+        with self._lock:
+            return self._drop(lambda task: task.batch is batch, "no longer wanted") > 0
+
     def close(self) -> None:
         """Ends the threads. The files stay open while a quarantined thread may still use one of them."""
         with self._lock:
@@ -225,12 +237,13 @@ class Reader:
         if error is not None or task.batch.num_pending == 0:
             task.batch.changed.notify_all()
 
-    def _drop(self, is_dropped: Callable[[_Task], bool], why: str) -> None:
+    def _drop(self, is_dropped: Callable[[_Task], bool], why: str) -> int:
         dropped = [task for task in self._queue if is_dropped(task)]
         self._queue = [task for task in self._queue if not is_dropped(task)]
         heapq.heapify(self._queue)
         for task in dropped:
             self._settle(task, ReadDropped(f"{task.read.path}: {why}"))
+        return len(dropped)
 
     def _give_up_hung_reads(self) -> None:
         now_s = time.monotonic()

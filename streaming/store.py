@@ -1,15 +1,14 @@
 """The routed experts of all layers: which are resident, in which slot, and how the others get there.
 
-Owns residency, the banks, the policies and the reader. Made and called on one thread, the engine's; MLX
+Owns the banks, the books of their slots and the reader. Made and called on one thread, the engine's; MLX
 arrays are bound to the thread that makes them. The reader's threads touch bytes only, under a ticket.
 
-The caller promises that every gather that names a slot of a layer was evaluated before it calls `acquire`
-for that layer again: a lazy gather reads the slot as it is when it is evaluated.
+The caller promises that every gather that names a slot of a layer was evaluated before it calls `begin`,
+`acquire` or `expect` for that layer again: a lazy gather reads the slot as it is when it is evaluated.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -18,57 +17,29 @@ import numpy.typing as npt
 from config.errors import CheckpointError, DiskError
 from streaming.banks import Bank, BankMaker
 from streaming.disk import DirectDisk, Disk
-from streaming.floats import Bytes
+from streaming.fills import Fetch, Fill, Filler
 from streaming.index import ExpertIndex
+from streaming.lookahead import Gate
 from streaming.policy import LeastRecentlyUsed, Policy
-from streaming.reader import NUM_THREADS, TIMEOUT_S, Read, ReadDropped, Reader
-from streaming.runs import Run, largest_run_bytes, plan_runs
-from streaming.tickets import Ticket, TicketOffice
+from streaming.reader import NUM_THREADS, TIMEOUT_S, ReadClass, ReadDropped
+from streaming.residency import Residency
+from streaming.statistics import StoreStatistics
 
 # Experts that `load_all` asks for in one go: enough to keep every reader busy.
 LOADED_AT_ONCE = 32
 
 
-@dataclass(frozen=True)
-class StoreStatistics:
-    """Counts since start-up. `payload_bytes`: of experts that arrived; `device_bytes`: read for them."""
-
-    hits: int
-    misses: int
-    evictions: int
-    failures: int
-    payload_bytes: int
-    device_bytes: int
-    read_s: float
-    num_reads: int
-    num_timeouts: int
-
-
 @dataclass
 class _Layer:
     bank: Bank
-    policy: Policy
-    slot_of: dict[int, int]
-    expert_of: list[int | None]
-    free: list[int]  # descending, so that the lowest slot is taken first
+    books: Residency
+    gate: Gate = field(default_factory=Gate)
+    ahead: dict[int, Fill] = field(default_factory=dict)  # under way before anybody asked
+    fresh: set[int] = field(default_factory=set)  # arrived that way since the layer was last asked
 
-    @property
-    def num_slots(self) -> int:
-        return len(self.expert_of)
-
-
-@dataclass
-class _Fill:
-    """One missed expert on its way into its slot."""
-
-    expert: int
-    ticket: Ticket
-    reads: Sequence[Read]
-
-    @property
-    def error(self) -> Exception | None:
-        errors = [read.error for read in self.reads if read.error is not None]
-        return min(errors, key=lambda error: isinstance(error, ReadDropped), default=None)
+    def __contains__(self, expert: object) -> bool:
+        """Whether it is there or coming."""
+        return expert in self.books or expert in self.ahead
 
 
 class ExpertStore:
@@ -85,6 +56,7 @@ class ExpertStore:
         num_threads: int = NUM_THREADS,
         timeout_s: float = TIMEOUT_S,
         shares_memory: bool | None = None,
+        looks_ahead: bool = True,
     ) -> None:
         if isinstance(slots_per_layer, int):
             slots_per_layer = dict.fromkeys(index.layers, slots_per_layer)
@@ -92,19 +64,16 @@ class ExpertStore:
         maker = BankMaker(float_dtype, is_shared=shares_memory)
         self._index = index
         self._is_resident = False
+        self._looks_ahead = looks_ahead and maker.is_shared
         self._layers = {
-            layer: _make_layer(maker.make(index.parts(layer), count), make_policy(), count)
+            layer: _Layer(maker.make(index.parts(layer), count), Residency(make_policy(), count))
             for layer, count in num_slots.items()
         }
-        self._tickets = TicketOffice(num_slots)
-        self._hits = self._misses = self._evictions = self._failures = self._payload_bytes = 0
+        self._unfinished: Fetch | None = None
+        self._counts = StoreStatistics()
         try:
-            self._reader = Reader(
-                disk or DirectDisk(),
-                index.stamps,
-                max_read_bytes=largest_run_bytes(index),
-                num_threads=num_threads,
-                timeout_s=timeout_s,
+            self._filler = Filler(
+                index, num_slots, disk or DirectDisk(), num_threads=num_threads, timeout_s=timeout_s
             )
         except DiskError as error:
             raise CheckpointError(str(error)) from error
@@ -114,21 +83,34 @@ class ExpertStore:
         """Whether expert i lies in slot i of every layer, and stays there."""
         return self._is_resident
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `expect` may lead to reads."""
+        return self._looks_ahead and not self._is_resident
+
     def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Makes every expert resident, in the slot of its own number; only for a store that was never used.
 
         `on_progress` hears how many layers are done, of how many.
         """
         for number, (layer, state) in enumerate(self._layers.items(), start=1):
-            assert state.num_slots == self._index.num_experts, "there are fewer slots than experts"
-            assert not state.slot_of, "experts that came one by one lie in slots of other numbers"
-            for first in range(0, state.num_slots, LOADED_AT_ONCE):
-                self.acquire(layer, range(first, min(first + LOADED_AT_ONCE, state.num_slots)))
+            assert state.books.num_slots == self._index.num_experts, "there are fewer slots than experts"
+            assert not len(state.books), "experts that came one by one lie in slots of other numbers"
+            for first in range(0, state.books.num_slots, LOADED_AT_ONCE):
+                self.acquire(layer, range(first, min(first + LOADED_AT_ONCE, state.books.num_slots)))
             on_progress(number, len(self._layers))
         self._is_resident = True
 
     def num_slots(self, layer: int) -> int:
-        return self._layers[layer].num_slots
+        return self._layers[layer].books.num_slots
+
+    @property
+    def total_slots(self) -> int:
+        return sum(state.books.num_slots for state in self._layers.values())
+
+    @property
+    def num_resident(self) -> int:
+        return sum(len(state.books) for state in self._layers.values())
 
     def bank(self, layer: int) -> Mapping[str, mx.array]:
         """The layer's live arrays by part name, `[slots, ...]`."""
@@ -140,26 +122,67 @@ class ExpertStore:
         DiskError names what could not be read; the experts that did arrive stay, and asking again tries
         again.
         """
+        fetch = self.begin(layer, experts)
+        self.finish(fetch)
+        return fetch.slots
+
+    def begin(self, layer: int, experts: Sequence[int]) -> Fetch:
+        """Starts to bring these experts (unique, ascending); what is here can be computed with at once.
+
+        Where a bank is filled by scatter, everything is here when this returns.
+        """
         state = self._layers[layer]
-        assert len(experts) <= state.num_slots, "more experts were asked for at once than the layer has slots"
-        missed = [expert for expert in experts if expert not in state.slot_of]
-        self._hits += len(experts) - len(missed)
-        self._misses += len(missed)
-        if missed:
-            keep = frozenset(experts)
-            for first in range(0, len(missed), state.bank.max_fill):
-                self._load(layer, state, missed[first : first + state.bank.max_fill], keep)
-        state.policy.use(experts)
-        return np.array([state.slot_of[expert] for expert in experts], np.int32)
+        assert len(experts) <= state.books.num_slots, "more experts were asked for than the layer has slots"
+        self._abandon_unfinished()
+        state.gate.judge(experts)
+        joined = self._join_ahead(layer, state, experts)
+        missed = [expert for expert in experts if expert not in state.books and expert not in joined]
+        self._count(state, experts, len(missed), len(joined))
+        fills = [*joined.values(), *self._start_missed(layer, state, missed, frozenset(experts))]
+        slot_of = {fill.expert: fill.slot for fill in fills}
+        is_here = [expert not in slot_of for expert in experts]
+        slots = [slot_of[e] if e in slot_of else state.books.slot(e) for e in experts]
+        state.books.use([expert for expert in experts if expert not in slot_of])
+        fetch = Fetch(layer, np.array(slots, np.int32), np.array(is_here), tuple(fills))
+        self._unfinished = fetch if fills else None
+        return fetch
+
+    def finish(self, fetch: Fetch) -> None:
+        """Returns when every expert of the fetch is in its slot. Raises as `acquire` does."""
+        if not fetch.fills:
+            return
+        assert fetch is self._unfinished, "a fetch is finished once, before another begins"
+        self._unfinished = None
+        self._wait(fetch.layer, fetch.fills)
+
+    def observe(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
+        """By what the router chose among all experts, `[tokens, experts]`."""
+        self._layers[layer].books.observe(scores)
+
+    def expect(self, layer: int, ranks: Sequence[Sequence[int]]) -> None:
+        """These experts may be asked for next, `ranks[0]` most likely, an entry for each row.
+
+        Starts reads that give way to those somebody waits for. Errors are nobody's: who really needs the
+        expert reads it again.
+        """
+        state = self._layers[layer]
+        self._land_ahead(layer, state)
+        keep = frozenset(expert for experts in ranks for expert in experts)
+        # Half of what prediction leaves over stays for what it missed.
+        room = (state.books.num_slots - len(ranks)) // 2 - len(state.ahead)
+        room = min(room, state.books.num_free(keep))
+        for expert in state.gate.choose(ranks, state)[: max(0, room)]:
+            slot = state.books.take(keep)
+            fill = self._filler.make(layer, state.bank, expert, slot, ReadClass.LOOKAHEAD)
+            self._filler.submit([fill])
+            state.ahead[expert] = fill
+            self._counts.ahead_started += 1
 
     def statistics(self) -> StoreStatistics:
-        reads = self._reader.statistics
-        return StoreStatistics(
-            hits=self._hits,
-            misses=self._misses,
-            evictions=self._evictions,
-            failures=self._failures,
-            payload_bytes=self._payload_bytes,
+        reads = self._filler.statistics
+        return replace(
+            self._counts,
+            evictions=sum(state.books.num_evictions for state in self._layers.values()),
             device_bytes=reads.device_bytes,
             read_s=reads.busy_s,
             num_reads=reads.num_reads,
@@ -167,80 +190,103 @@ class ExpertStore:
         )
 
     def check_integrity(self) -> None:
-        """Balances the books: every slot is free or holds one expert, and nobody is writing."""
-        assert self._tickets.num_writers() == 0, "a reader's thread is inside a slot that nobody waits for"
-        for layer, state in self._layers.items():
-            held = {expert: slot for slot, expert in enumerate(state.expert_of) if expert is not None}
-            assert held == state.slot_of, f"layer {layer}: slots and experts disagree"
-            assert sorted([*state.free, *held.values()]) == list(range(state.num_slots)), (
-                f"layer {layer}: a slot is neither free nor held, or both"
-            )
+        """Balances the books; nobody writes into a slot that no fill has taken."""
+        assert self._unfinished is None, "a fetch was begun and not finished"
+        ahead = [fill for state in self._layers.values() for fill in state.ahead.values()]
+        assert ahead or self._filler.num_writers() == 0, "a thread is inside a slot that nobody waits for"
+        for state in self._layers.values():
+            assert not any(expert in state.books for expert in state.ahead), "an expert has two slots"
+            state.books.check([fill.slot for fill in state.ahead.values()])
 
     def close(self) -> None:
-        self._reader.close()
+        self._filler.close()
 
-    def _load(self, layer: int, state: _Layer, missed: Sequence[int], keep: frozenset[int]) -> None:
-        fills = [self._start_fill(layer, state, expert, keep) for expert in missed]
-        state.bank.begin([fill.ticket.slot for fill in fills])
-        self._reader.wait(self._reader.submit([read for fill in fills for read in fill.reads]))
-        arrived = [fill for fill in fills if fill.error is None]
-        for fill in fills:
-            if fill.error is not None:
-                self._tickets.revoke(layer, fill.ticket.slot)
-                state.free.append(fill.ticket.slot)
-        state.free.sort(reverse=True)
-        state.bank.finish([fill.ticket.slot for fill in arrived])
-        for fill in arrived:
-            state.slot_of[fill.expert] = fill.ticket.slot
-            state.expert_of[fill.ticket.slot] = fill.expert
-        state.policy.use([fill.expert for fill in arrived])
-        self._payload_bytes += len(arrived) * self._index.expert_bytes(layer)
-        self._raise_failure(layer, fills)
+    # Reads that somebody waits for.
 
-    def _start_fill(self, layer: int, state: _Layer, expert: int, keep: frozenset[int]) -> _Fill:
-        ticket = self._tickets.issue(layer, self._take_slot(state, keep))
-        runs = plan_runs(self._index.pieces(layer, expert))
-        reads = [
-            Read(run.path, run.offset, run.nbytes, partial(self._commit, state.bank, ticket, run))
-            for run in runs
+    def _start_missed(
+        self, layer: int, state: _Layer, missed: Sequence[int], keep: frozenset[int]
+    ) -> Sequence[Fill]:
+        """Starts the reads of all; waits for them where the bank is filled by scatter."""
+        while state.ahead and state.books.num_free(keep) < len(missed):
+            _, fill = state.ahead.popitem()
+            self._give_up(state, fill)
+        if state.bank.is_in_place:
+            return self._submit(layer, state, missed, keep)
+        for first in range(0, len(missed), state.bank.max_fill):
+            self._wait(layer, self._submit(layer, state, missed[first : first + state.bank.max_fill], keep))
+        return ()
+
+    def _submit(self, layer: int, state: _Layer, missed: Sequence[int], keep: frozenset[int]) -> list[Fill]:
+        fills = [
+            self._filler.make(layer, state.bank, expert, state.books.take(keep), ReadClass.DEMAND)
+            for expert in missed
         ]
-        return _Fill(expert, ticket, reads)
+        state.bank.begin([fill.slot for fill in fills])
+        if fills:
+            self._filler.submit(fills)
+        return fills
 
-    def _take_slot(self, state: _Layer, keep: frozenset[int]) -> int:
-        if state.free:
-            return state.free.pop()
-        expert = state.policy.victim(keep)
-        assert expert not in keep, "the policy gave up an expert that the same request needs"
-        state.policy.forget(expert)
-        slot = state.slot_of.pop(expert)
-        state.expert_of[slot] = None
-        self._evictions += 1
-        return slot
+    def _wait(self, layer: int, fills: Sequence[Fill]) -> None:
+        self._counts.stall_s += self._filler.wait(fills)
+        state = self._layers[layer]
+        for fill in fills:
+            self._land(layer, state, fill)
+        state.bank.finish([fill.slot for fill in fills if fill.error is None])
+        self._raise_failure(layer, [fill for fill in fills if fill.error is not None])
 
-    def _commit(self, bank: Bank, ticket: Ticket, run: Run, raw: Bytes) -> None:
-        """On a reader's thread: puts a run's bytes into the slot, if the slot is still this ticket's."""
-        if self._tickets.enter(ticket):
-            try:
-                for segment in run.segments:
-                    bank.write(
-                        ticket.slot,
-                        segment.part,
-                        segment.start,
-                        raw[segment.at : segment.at + segment.nbytes],
-                    )
-            finally:
-                self._tickets.leave(ticket)
+    def _land(self, layer: int, state: _Layer, fill: Fill) -> None:
+        """Enters a settled fill into the books."""
+        if fill.error is None:
+            state.books.hold(fill.expert, fill.slot)
+            self._counts.payload_bytes += self._index.expert_bytes(layer)
+        else:
+            self._give_up(state, fill)
 
-    def _raise_failure(self, layer: int, fills: Sequence[_Fill]) -> None:
-        failed = [fill for fill in fills if fill.error is not None]
-        self._failures += len(failed)
-        # A read dropped because of another's failure says less than that failure.
+    def _give_up(self, state: _Layer, fill: Fill) -> None:
+        self._filler.void(fill)
+        state.books.release(fill.slot)
+
+    def _abandon_unfinished(self) -> None:
+        """What was computed between `begin` and `finish` failed: its slots are taken back."""
+        if (fetch := self._unfinished) is not None:
+            self._unfinished = None
+            for fill in fetch.fills:
+                self._give_up(self._layers[fetch.layer], fill)
+
+    def _raise_failure(self, layer: int, failed: list[Fill]) -> None:
+        self._counts.failures += len(failed)
         failed.sort(key=lambda fill: isinstance(fill.error, ReadDropped))
         for fill in failed:
             if not isinstance(fill.error, DiskError):
                 raise fill.error or AssertionError("a failed fill without its error")
             raise DiskError(f"layer {layer}, expert {fill.expert}: {fill.error}") from fill.error
 
+    # Reads ahead of anybody's asking.
 
-def _make_layer(bank: Bank, policy: Policy, num_slots: int) -> _Layer:
-    return _Layer(bank, policy, {}, [None] * num_slots, list(reversed(range(num_slots))))
+    def _land_ahead(self, layer: int, state: _Layer) -> None:
+        for expert, fill in [item for item in state.ahead.items() if item[1].is_settled]:
+            del state.ahead[expert]
+            self._land(layer, state, fill)
+            if fill.error is None:
+                state.fresh.add(expert)
+                self._counts.ahead_arrived += 1
+
+    def _join_ahead(self, layer: int, state: _Layer, experts: Sequence[int]) -> dict[int, Fill]:
+        """The wanted ones still under way, hastened; the others are cancelled where that spares a read."""
+        self._land_ahead(layer, state)
+        joined = {}
+        for expert, fill in list(state.ahead.items()):
+            if expert in experts:
+                self._filler.hasten(fill)
+                joined[expert] = state.ahead.pop(expert)
+            elif self._filler.cancel(fill):
+                self._give_up(state, state.ahead.pop(expert))
+        return joined
+
+    def _count(self, state: _Layer, experts: Sequence[int], num_missed: int, num_joined: int) -> None:
+        num_ahead = num_joined + len(state.fresh.intersection(experts))
+        state.fresh.clear()
+        self._counts.misses += num_missed
+        self._counts.ahead_used += num_ahead
+        self._counts.ahead_arrived += num_joined
+        self._counts.hits += len(experts) - num_missed - num_ahead

@@ -6,6 +6,7 @@ slot.
 """
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -21,7 +22,7 @@ class Ticket:
 class TicketOffice:
     """All layers' generations. Any thread may call it; no call waits for longer than one copy in memory."""
 
-    def __init__(self, num_slots: dict[int, int]) -> None:
+    def __init__(self, num_slots: Mapping[int, int]) -> None:
         self._generations = {layer: [0] * count for layer, count in num_slots.items()}
         self._writers = {layer: [0] * count for layer, count in num_slots.items()}
         self._changed = threading.Condition()

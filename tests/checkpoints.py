@@ -13,6 +13,7 @@ from models.attention import Span
 from models.glm_moe_dsa import Model
 from models.loading import Checkpoint, load_model, open_checkpoint
 from models.names import split_kv_b
+from streaming.disk import Disk
 from streaming.store import ExpertStore
 from tests.tiny_glm import Array, save_config
 
@@ -75,11 +76,20 @@ class Opened:
     model: Model
 
 
-def open_model(directory: Path, slots: int | None = None, arithmetic: Arithmetic = CPU) -> Opened:
+def open_model(
+    directory: Path,
+    slots: int | None = None,
+    arithmetic: Arithmetic = CPU,
+    *,
+    looks_ahead: bool = True,
+    disk: Disk | None = None,
+) -> Opened:
     """The model of a folder; `slots` None: all experts resident, else so many per layer."""
     checkpoint = open_checkpoint(directory)
     num_slots = checkpoint.args.n_routed_experts if slots is None else slots
-    store = ExpertStore(checkpoint.experts, num_slots, float_dtype=arithmetic.dtype)
+    store = ExpertStore(
+        checkpoint.experts, num_slots, float_dtype=arithmetic.dtype, looks_ahead=looks_ahead, disk=disk
+    )
     if slots is None:
         store.load_all()
     return Opened(checkpoint, store, load_model(checkpoint, arithmetic, store))

@@ -22,6 +22,7 @@ class MemoryExperts:
     """All experts of all layers, resident: the smallest ExpertSource."""
 
     is_resident = True
+    looks_ahead = False
 
     def __init__(self, args: ModelArgs, weights: Mapping[str, Array]) -> None:
         self._num_experts = args.n_routed_experts
@@ -43,6 +44,18 @@ class MemoryExperts:
 
     def acquire(self, layer: int, experts: Sequence[int]) -> NDArray[np.int32]:
         return np.array(experts, dtype=np.int32)
+
+    def begin(self, layer: int, experts: Sequence[int]) -> None:
+        raise AssertionError("resident experts are never fetched")
+
+    def finish(self, fetch: None) -> None:
+        raise AssertionError("resident experts are never fetched")
+
+    def observe(self, layer: int, scores: Array) -> None:
+        raise AssertionError("resident experts need no policy")
+
+    def expect(self, layer: int, ranks: Sequence[Sequence[int]]) -> None:
+        raise AssertionError("resident experts are never guessed")
 
 
 def make_model(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Model:

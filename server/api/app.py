@@ -9,6 +9,7 @@ from server.api.chat import chat_router
 from server.api.completions import completion_router
 from server.api.errors import install_error_handlers
 from server.api.keys import Access, Guard
+from server.api.metrics import metrics_router
 from server.api.service import Service
 from server.api.tokenize import tokenize_router
 
@@ -46,6 +47,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(account_router(service), prefix=base)
         app.include_router(tokenize_router(service), prefix=base)
     app.include_router(health_router(service))
+    app.include_router(metrics_router(service.engine))
     install_error_handlers(app)
     app.add_middleware(Guard, access=access)
     if access.cors_origins:  # outermost: a browser's preflight carries no key

@@ -1,5 +1,9 @@
 """Opens the model for the engine: the one place where server/ meets models/ and streaming/."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
 import mlx.core as mx
 
 from config.errors import UsageError
@@ -9,6 +13,8 @@ from models.arithmetic import Arithmetic, choose_arithmetic
 from models.loading import Checkpoint, load_model, make_geometry, open_checkpoint
 from server.engine.messages import EngineConfig, ModelInfo
 from server.engine.model import Backend, ReportProgress
+from server.engine.telemetry import measure_store
+from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
@@ -22,7 +28,12 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     plan = plan_memory(checkpoint, arithmetic, config)
     mx.set_cache_limit(plan.cache_limit_bytes)
     slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
-    store = ExpertStore(checkpoint.experts, slots, float_dtype=arithmetic.dtype)
+    store = ExpertStore(
+        checkpoint.experts,
+        slots,
+        float_dtype=arithmetic.dtype,
+        make_policy=_policy_maker(config.expert_policy, checkpoint),
+    )
     if not config.stream_experts:
         store.load_all(lambda done, total: report(0.9 * done / total, f"experts of layer {done} of {total}"))
     model = load_model(
@@ -32,7 +43,15 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         lambda done, total: report(0.9 + 0.1 * done / total, f"trunk, file {done} of {total}"),
     )
     lines = tuple(render_plan(plan).splitlines())
-    return Backend(model, ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines))
+    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
+    return Backend(model, info, measure_store(store, plan))
+
+
+def _policy_maker(name: Literal["nearness", "lru"], checkpoint: Checkpoint) -> Callable[[], Policy]:
+    args = checkpoint.args
+    if name == "lru":
+        return LeastRecentlyUsed
+    return partial(LeastNearlyChosen, args.n_routed_experts, args.num_experts_per_tok)
 
 
 def plan_memory(checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineConfig) -> MemoryPlan:
@@ -45,7 +64,7 @@ def plan_memory(checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineCo
     if config.max_context is not None and config.max_context > longest:
         raise UsageError(f"--max-context {config.max_context} is more than the model's {longest}")
     context = config.max_context or min(longest, DEFAULT_CONTEXT)
-    plan = make_plan(make_geometry(checkpoint, arithmetic), config.ram_budget_bytes, context)
+    plan = make_plan(make_geometry(checkpoint, arithmetic, context), config.ram_budget_bytes, context)
     if not config.stream_experts and not plan.is_resident:
         raise UsageError(
             f"the whole model needs {format_size(plan.resident_bytes)}, more than --ram-budget "

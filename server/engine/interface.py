@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from server.engine.messages import Generate, ModelInfo, RequestEvent
+from server.engine.messages import Generate, ModelInfo, RequestEvent, Stats
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class EngineStatus:
     text: str = ""
     fraction: float = 0.0
     info: ModelInfo | None = None
+    stats: Stats | None = None
 
 
 class Engine(Protocol):

@@ -23,6 +23,7 @@ class EngineConfig:
     ram_budget_bytes: int
     max_context: int | None
     log_level: str
+    expert_policy: Literal["nearness", "lru"] = "nearness"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,13 @@ class LoadFailed:
     is_usage_error: bool
 
 
+@dataclass(frozen=True)
+class Stats:
+    """What the engine counted since it was started; the names are those of `telemetry.measure_store`."""
+
+    values: dict[str, float]
+
+
 # Events about one request
 
 
@@ -197,5 +205,5 @@ class Failed:
 
 
 RequestEvent = Progress | PromptScored | Token | Finished | Failed
-EngineEvent = Loading | Ready | LoadFailed
+EngineEvent = Loading | Ready | LoadFailed | Stats
 Event = EngineEvent | RequestEvent

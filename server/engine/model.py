@@ -1,6 +1,6 @@
 """What the engine asks of a model: the flat forward, logits and caches. Owns nothing."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,7 @@ class Backend:
 
     model: Model
     info: ModelInfo
+    measure: Callable[[], Mapping[str, float]] = dict
 
 
 ReportProgress = Callable[[float, str], None]

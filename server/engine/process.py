@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,6 +35,7 @@ from server.engine.messages import (
     Ready,
     RequestEvent,
     Shutdown,
+    Stats,
 )
 
 MAX_STARTS_IN_A_ROW = 5
@@ -127,6 +129,8 @@ class EngineProcess:
                 self._num_failed_starts = 0
                 self._status = EngineStatus("ready", info=info)
                 log.info("ready: context %d tokens", info.context_length)
+            case Stats():
+                self._status = replace(self._status, stats=event)
             case LoadFailed(message, is_usage_error):
                 self._status = EngineStatus("down", message)
                 if is_usage_error:

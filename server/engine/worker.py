@@ -20,6 +20,7 @@ from server.engine.grammar import Grammars
 from server.engine.loop import EngineLoop
 from server.engine.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Ready
 from server.engine.model import Backend, OpenBackend
+from server.engine.telemetry import Telemetry
 from server.logs import set_up_logging
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ def main(open_model: OpenBackend = open_backend) -> int:
         return 1
     pipe.send(Ready(backend.info))
     grammars = Grammars(load.config.model_path / "tokenizer.json", backend.info.vocab_size)
-    EngineLoop(backend, inbox, pipe.send, grammars=grammars).run()
+    send = Telemetry(backend.measure, pipe.send).send
+    EngineLoop(backend, inbox, send, grammars=grammars).run()
     return 0
 
 

@@ -155,19 +155,19 @@ def head_weights_lose_their_sign(patch: pytest.MonkeyPatch) -> None:
 def bias_in_expert_weights(patch: pytest.MonkeyPatch) -> None:
     right = models.router.expert_weights
 
-    def call(self: Router, x: mx.array) -> tuple[mx.array, mx.array]:
+    def call(self: Router, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         scores = mx.sigmoid(x @ self.weight.T) + self.e_score_correction_bias
         ids = models.router.best_experts(scores, self._args.num_experts_per_tok)
-        return ids, right(scores, ids, self._args)
+        return ids, right(scores, ids, self._args), scores
 
     patch.setattr(Router, "__call__", call)
 
 
 def no_bias_in_choice(patch: pytest.MonkeyPatch) -> None:
-    def call(self: Router, x: mx.array) -> tuple[mx.array, mx.array]:
+    def call(self: Router, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         scores = mx.sigmoid(x @ self.weight.T)
         ids = models.router.best_experts(scores, self._args.num_experts_per_tok)
-        return ids, models.router.expert_weights(scores, ids, self._args)
+        return ids, models.router.expert_weights(scores, ids, self._args), scores
 
     patch.setattr(Router, "__call__", call)
 

@@ -13,6 +13,7 @@ from models.arithmetic import CPU, Arithmetic, Quantization
 from models.attention import Span
 from models.building import bank_quantizations
 from models.experts import Experts
+from streaming.policy import LeastNearlyChosen
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, greedy, open_model, save_packed
 from tests.models.make_golden import SEED
@@ -76,7 +77,54 @@ def test_the_bytes_read_are_those_of_the_experts_missed(streamed: Opened) -> Non
     assert counts.misses > counts.hits > 0
     assert counts.evictions > 0
     index = streamed.checkpoint.experts
-    assert counts.payload_bytes == counts.misses * index.expert_bytes(index.layers[0])
+    expert_bytes = index.expert_bytes(index.layers[0])
+    assert counts.payload_bytes == (counts.misses + counts.ahead_arrived) * expert_bytes
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+@pytest.mark.parametrize("slots", [5, 9])
+def test_looking_ahead_changes_no_bit(folder: Path, resident: Opened, slots: int, looks_ahead: bool) -> None:
+    opened = open_model(folder, slots, looks_ahead=looks_ahead)
+    prompt = tokens(WIDER, 12)
+    text, rows = greedy(opened.model, prompt, 40)
+    expected_text, expected_rows = greedy(resident.model, prompt, 40)
+    assert text == expected_text
+    assert mx.array_equal(rows, expected_rows)
+    counts = opened.store.statistics()
+    assert (counts.ahead_started > 0) == (looks_ahead and slots > WIDER["num_experts_per_tok"] + 1)
+    opened.store.check_integrity()
+    opened.store.close()
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_a_sparse_layer_synchronises_once_for_each_token(
+    folder: Path, looks_ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_model(folder, 9, looks_ahead=looks_ahead)
+    greedy(opened.model, tokens(WIDER, 12), 1)
+    cache, evals, reads = opened.model.make_cache(), mx.eval, []
+    mx.eval(opened.model(mx.array([3]), [Span(cache, 0, 1)]))
+
+    def counted(*arrays: mx.array) -> None:
+        reads.append(len(arrays))
+        evals(*arrays)
+
+    monkeypatch.setattr(mx, "eval", counted)
+    hidden = opened.model(mx.array([4]), [Span(cache, 0, 1)])
+    assert len(reads) == len(opened.checkpoint.args.moe_layers)
+    monkeypatch.undo()
+    mx.eval(hidden)
+    opened.store.close()
+
+
+def test_the_guess_is_the_next_routers_own_ranking_of_this_layers_state(resident: Opened) -> None:
+    """Where a layer adds nothing to the residual, the guess must be what the next layer then asks for."""
+    layer = resident.model.model.layers[6]
+    h = mx.array(np.random.default_rng(3).standard_normal((2, 128)).astype(np.float32))
+    assert resident.model.model.layers[5]._guess_next is not None
+    ranked = np.array(resident.model.model.layers[5]._guess_next(h))
+    ids, _, _ = layer.mlp.gate(layer.post_attention_layernorm(h))
+    assert np.array_equal(np.sort(ranked, axis=-1), np.array(ids))
 
 
 def test_the_test_notices_a_slot_that_is_overwritten_too_early(
@@ -109,12 +157,18 @@ def test_any_routing_gives_the_same_bits(
     x = mx.array(rng.standard_normal((len(routing), 128)).astype(np.float32))
     ids = mx.array([sorted(row) for row in routing], dtype=mx.int32)
     weights = mx.array(rng.random((len(routing), 4)).astype(np.float32))
-    store = ExpertStore(resident.checkpoint.experts, slots, float_dtype=mx.float32)
+    scores = mx.array(rng.standard_normal((len(routing), 16)).astype(np.float32))
+    store = ExpertStore(
+        resident.checkpoint.experts,
+        slots,
+        float_dtype=mx.float32,
+        make_policy=lambda: LeastNearlyChosen(16, 4),
+    )
     try:
         streamed = layer_of(resident, store, arithmetic)
         expected = layer_of(resident, resident.store, arithmetic)(x, ids, weights)
         for _ in range(2):
-            assert mx.array_equal(streamed(x, ids, weights), expected)
+            assert mx.array_equal(streamed(x, ids, weights, scores), expected)
             store.check_integrity()
     finally:
         store.close()

@@ -1,0 +1,182 @@
+"""Which expert to give up: hit rate of each policy by cache share. `python -m benchmarks.policies`.
+
+Replays synthetic routings of the published locality, or a recorded one (`--trace FILE.npz`). The store's own
+policies, candidates that are not in the store, and Belady's optimum, which knows the future.
+"""
+
+import argparse
+from collections.abc import Callable, Container, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.routing import Routing, load_routing, make_routing
+from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores
+
+SHARES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.75)
+
+
+class DecayedPopularity:
+    """Recency and popularity: each use counts one, and counts decay by `keep` with every request.
+
+    With a `keep` of 0.5 and below it orders as LRU does; towards 1 it counts uses.
+    """
+
+    def __init__(self, keep: float = 0.9) -> None:
+        self._keep = keep
+        self._value: NDArray[np.float64] = np.zeros(0)
+        self._is_resident: NDArray[np.bool_] = np.zeros(0, bool)
+
+    def observe(self, scores: Scores) -> None:
+        pass
+
+    def use(self, experts: Sequence[int]) -> None:
+        self._grow(max(experts, default=-1) + 1)
+        self._value *= self._keep
+        self._value[list(experts)] += 1
+        self._is_resident[list(experts)] = True
+
+    def victim(self, keep: Container[int]) -> int:
+        candidates = [int(e) for e in np.flatnonzero(self._is_resident) if e not in keep]
+        return min(candidates, key=self._value.__getitem__)
+
+    def forget(self, expert: int) -> None:
+        self._is_resident[expert] = False
+
+    def _grow(self, num_experts: int) -> None:
+        if (missing := num_experts - len(self._value)) > 0:
+            self._value = np.concatenate([self._value, np.zeros(missing)])
+            self._is_resident = np.concatenate([self._is_resident, np.zeros(missing, bool)])
+
+
+class ScoreMean:
+    """A decayed mean of the router's score of every expert, selected or not; the lowest goes."""
+
+    def __init__(self, keep: float) -> None:
+        self._keep = keep
+        self._mean: NDArray[np.float32] | None = None
+        self._resident: set[int] = set()
+
+    def observe(self, scores: Scores) -> None:
+        if self._mean is None:
+            self._mean = scores[0].copy()
+        self._mean += (1 - self._keep) * (scores[0] - self._mean)
+
+    def use(self, experts: Sequence[int]) -> None:
+        self._resident.update(experts)
+
+    def victim(self, keep: Container[int]) -> int:
+        assert self._mean is not None, "scores come before the first request"
+        return min((e for e in self._resident if e not in keep), key=self._mean.__getitem__)
+
+    def forget(self, expert: int) -> None:
+        self._resident.remove(expert)
+
+
+class Belady:
+    """The expert whose next use lies farthest ahead goes."""
+
+    def __init__(self, experts: NDArray[np.int16], num_experts: int) -> None:  # [T, k] of one layer
+        self._next = np.full((len(experts) + 1, num_experts), len(experts) + 1)
+        for token in range(len(experts) - 1, -1, -1):
+            self._next[token] = self._next[token + 1]
+            self._next[token, experts[token]] = token
+        self._token = -1
+        self._resident: set[int] = set()
+
+    def observe(self, scores: Scores) -> None:
+        self._token += 1
+
+    def use(self, experts: Sequence[int]) -> None:
+        self._resident.update(experts)
+
+    def victim(self, keep: Container[int]) -> int:
+        row = self._next[self._token + 1]
+        return max((e for e in self._resident if e not in keep), key=row.__getitem__)
+
+    def forget(self, expert: int) -> None:
+        self._resident.remove(expert)
+
+
+def count_hits(routing: Routing, slots: int, make_policy: Callable[[], Policy], warm: int = 0) -> float:
+    """Hit rate after the first `warm` tokens."""
+    num_layers = routing.experts.shape[1]
+    policies = [make_policy() for _ in range(num_layers)]
+    return _replay(routing, slots, policies, warm)
+
+
+def belady_hits(routing: Routing, slots: int, warm: int = 0) -> float:
+    num_experts = routing.scores.shape[-1]
+    policies = [Belady(routing.experts[:, layer], num_experts) for layer in range(routing.experts.shape[1])]
+    return _replay(routing, slots, policies, warm)
+
+
+def _replay(routing: Routing, slots: int, policies: Sequence[Policy], warm: int) -> float:
+    hits = asked = 0
+    for layer, policy in enumerate(policies):
+        resident: set[int] = set()
+        for token, row in enumerate(routing.experts[:, layer].tolist()):
+            policy.observe(routing.scores[token, layer, None])
+            missed = [e for e in row if e not in resident]
+            keep = frozenset(row)
+            for expert in missed:
+                if len(resident) == slots:
+                    victim = policy.victim(keep)
+                    policy.forget(victim)
+                    resident.remove(victim)
+                resident.add(expert)
+            policy.use(row)
+            if token >= warm:
+                hits += len(row) - len(missed)
+                asked += len(row)
+    return hits / asked
+
+
+def candidates(num_experts: int, k: int) -> dict[str, Callable[[], Policy]]:
+    out: dict[str, Callable[[], Policy]] = {"LRU": LeastRecentlyUsed}
+    out["nearness (default)"] = partial(LeastNearlyChosen, num_experts, k)
+    for keep in (0.7, 0.8, 0.9, 0.95, 0.98):
+        out[f"popularity {keep}"] = partial(DecayedPopularity, keep)
+    for keep in (0.5, 0.7, 0.8, 0.9, 0.95):
+        out[f"score mean {keep}"] = partial(ScoreMean, keep)
+    return out
+
+
+def print_table(name: str, routing: Routing, shares: Sequence[float] = SHARES) -> None:
+    num_experts, k = routing.scores.shape[-1], routing.experts.shape[-1]
+    warm = routing.experts.shape[0] // 4
+    slots = {share: max(k, round(share * num_experts)) for share in shares}
+    print(
+        f"{name}: {routing.experts.shape[0]} tokens, {num_experts} experts top-{k}, reuse {routing.reuse:.2f}"
+    )
+    print("policy".ljust(18) + "".join(f"{share:>8.0%}" for share in shares))
+    for label, make in candidates(num_experts, k).items():
+        print(
+            label.ljust(18)
+            + "".join(f"{100 * count_hits(routing, slots[s], make, warm):8.1f}" for s in shares)
+        )
+    print("Belady".ljust(18) + "".join(f"{100 * belady_hits(routing, slots[s], warm):8.1f}" for s in shares))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--top", type=int, default=8)
+    given = parser.parse_args()
+    if given.trace:
+        print_table(given.trace.name, load_routing(given.trace, given.top))
+        return
+    shape = (given.tokens, given.layers, 256, 8)
+    print_table("published reuse, flat popularity", make_routing(*shape))
+    print_table(
+        "the same reuse, slower drift and topics",
+        make_routing(*shape, topic=0.12, drift=0.75, drift_tokens=8),
+    )
+
+
+if __name__ == "__main__":
+    main()

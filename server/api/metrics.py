@@ -1,0 +1,75 @@
+"""GET /metrics for Prometheus: the engine's last counts, as it sent them. Holds nothing of its own."""
+
+from collections.abc import Iterable
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.engine.interface import Engine
+
+# Name in the engine's counts -> name for Prometheus (without the suffix _total), and what it means.
+COUNTERS = {
+    "hits": ("expert_hits", "experts asked for that lay in memory"),
+    "misses": ("expert_misses", "experts that a request had to wait for"),
+    "evictions": ("expert_evictions", "experts given up for others"),
+    "failures": ("expert_failures", "experts that could not be read"),
+    "payload_bytes": ("expert_bytes", "bytes of the experts that arrived"),
+    "device_bytes": ("device_bytes", "bytes read from the disk, with what alignment adds"),
+    "read_s": ("read_seconds", "time during which any read was outstanding"),
+    "stall_s": ("stall_seconds", "time that the model waited for reads"),
+    "num_reads": ("reads", "reads of the disk"),
+    "num_timeouts": ("read_timeouts", "reads that did not come back in time"),
+    "ahead_started": ("lookahead_experts", "experts read because the next layer was expected to want them"),
+    "ahead_used": ("lookahead_used", "those of them that it did want"),
+}
+GAUGES = {
+    "slots": ("expert_slots", "experts that fit in memory"),
+    "resident_experts": ("resident_experts", "experts in memory now"),
+    "ahead_recall": ("lookahead_recall", "share of the absent experts that lookahead had begun to read"),
+    "ahead_precision": ("lookahead_precision", "share of the experts read ahead that were wanted"),
+    "budget_bytes": ("ram_budget_bytes", "--ram-budget"),
+}
+PREFIX = "glmserve_"
+
+
+def metrics_router(engine: Engine) -> APIRouter:
+    """The route; without a model it answers with `glmserve_ready 0` and nothing else."""
+    router = APIRouter()
+    registry = CollectorRegistry()
+    registry.register(_EngineCollector(engine))
+
+    @router.get("/metrics")
+    def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._engine.status
+        ready = status.state == "ready"
+        yield GaugeMetricFamily(f"{PREFIX}ready", "1 while requests are answered", value=float(ready))
+        values = status.stats.values if status.stats else {}
+        for key, (name, text) in COUNTERS.items():
+            if key in values:
+                yield CounterMetricFamily(PREFIX + name, text, value=values[key])
+        for key, (name, text) in GAUGES.items():
+            if key in values:
+                yield GaugeMetricFamily(PREFIX + name, text, value=values[key])
+        for kind in ("planned", "used"):
+            yield from _ledger(kind, values)
+
+
+def _ledger(kind: str, values: dict[str, float]) -> Iterable[Metric]:
+    lines = {key.removeprefix(f"{kind}."): v for key, v in values.items() if key.startswith(f"{kind}.")}
+    if lines:
+        family = GaugeMetricFamily(f"{PREFIX}memory_{kind}_bytes", f"the ledger, {kind}", labels=["line"])
+        for line, value in lines.items():
+            family.add_metric([line], value)
+        yield family

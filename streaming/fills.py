@@ -1,0 +1,138 @@
+"""Experts on their way from disk into a slot.
+
+`Filler` owns the reader and the tickets and is called on the store's thread; the reader's threads deliver
+bytes, under a ticket. It keeps no books: which slots are free is the caller's business.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from streaming.banks import Bank
+from streaming.disk import Disk
+from streaming.floats import Bytes
+from streaming.index import ExpertIndex
+from streaming.reader import Batch, Read, ReadClass, ReadDropped, Reader
+from streaming.runs import Run, largest_run_bytes, plan_runs
+from streaming.tickets import Ticket, TicketOffice
+
+
+@dataclass(eq=False)
+class Fill:
+    """One missed expert; `batch` is set once its reads are submitted."""
+
+    expert: int
+    ticket: Ticket
+    reads: Sequence[Read]
+    batch: Batch | None = None
+
+    @property
+    def slot(self) -> int:
+        return self.ticket.slot
+
+    @property
+    def is_settled(self) -> bool:
+        return self.batch is not None and self.batch.num_pending == 0
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the expert did not arrive; a read dropped after another's failure says less than that one."""
+        errors = [read.error for read in self.reads if read.error is not None]
+        return min(errors, key=lambda error: isinstance(error, ReadDropped), default=None)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Experts asked for together: where each will lie, and which of them are there already.
+
+    `fills` are still on their way; their slots may be named in products once `finish` has returned.
+    """
+
+    layer: int
+    slots: npt.NDArray[np.int32]
+    is_here: npt.NDArray[np.bool_]
+    fills: Sequence[Fill] = ()
+
+
+class Filler:
+    """Starts, hastens, awaits and gives up fills."""
+
+    def __init__(
+        self,
+        index: ExpertIndex,
+        num_slots: Mapping[int, int],
+        disk: Disk,
+        *,
+        num_threads: int,
+        timeout_s: float,
+    ) -> None:
+        self._index = index
+        self._tickets = TicketOffice(num_slots)
+        self._reader = Reader(
+            disk,
+            index.stamps,
+            max_read_bytes=largest_run_bytes(index),
+            num_threads=num_threads,
+            timeout_s=timeout_s,
+        )
+        self.statistics = self._reader.statistics
+
+    def make(self, layer: int, bank: Bank, expert: int, slot: int, read_class: ReadClass) -> Fill:
+        """A fill with its reads, not yet submitted; whoever wrote into the slot before is out of it."""
+        ticket = self._tickets.issue(layer, slot)
+        reads = [
+            Read(run.path, run.offset, run.nbytes, partial(self._commit, bank, ticket, run), read_class)
+            for run in plan_runs(self._index.pieces(layer, expert))
+        ]
+        return Fill(expert, ticket, reads)
+
+    def submit(self, fills: Sequence[Fill]) -> None:
+        """Starts the reads of fills that will be waited for together."""
+        batch = self._reader.submit([read for fill in fills for read in fill.reads])
+        for fill in fills:
+            fill.batch = batch
+
+    def hasten(self, fill: Fill) -> None:
+        """Somebody waits for it now."""
+        assert fill.batch is not None, "only a submitted fill can be hastened"
+        self._reader.promote(fill.batch, ReadClass.DEMAND)
+
+    def cancel(self, fill: Fill) -> bool:
+        """Drops what was not started; whether that was anything, so that the expert cannot arrive."""
+        assert fill.batch is not None, "only a submitted fill can be cancelled"
+        return self._reader.cancel(fill.batch)
+
+    def wait(self, fills: Sequence[Fill]) -> float:
+        """Returns once all are settled, the seconds that took."""
+        start_s = time.monotonic()
+        for batch in dict.fromkeys(fill.batch for fill in fills):
+            assert batch is not None, "a fill is waited for once its reads are submitted"
+            self._reader.wait(batch)
+        return time.monotonic() - start_s
+
+    def void(self, fill: Fill) -> None:
+        """Nobody wants it any more: when this returns its slot can be given to another."""
+        self.cancel(fill)
+        self._tickets.revoke(fill.ticket.layer, fill.slot)
+
+    def num_writers(self) -> int:
+        return self._tickets.num_writers()
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _commit(self, bank: Bank, ticket: Ticket, run: Run, raw: Bytes) -> None:
+        """On a reader's thread: puts a run's bytes into the slot, if the slot is still this ticket's."""
+        if not self._tickets.enter(ticket):
+            return
+        try:
+            for segment in run.segments:
+                bank.write(
+                    ticket.slot, segment.part, segment.start, raw[segment.at : segment.at + segment.nbytes]
+                )
+        finally:
+            self._tickets.leave(ticket)

@@ -1,0 +1,64 @@
+"""Which expert lies in which slot of one layer. Owned by the store, called on its thread.
+
+A slot is free, held by a resident expert, or taken: out of the books while bytes are on their way into it.
+"""
+
+from collections.abc import Collection, Container, Sequence
+
+from streaming.policy import Policy, Scores
+
+
+class Residency:
+    """One layer's books."""
+
+    def __init__(self, policy: Policy, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.num_evictions = 0
+        self._policy = policy
+        self._slot_of: dict[int, int] = {}
+        self._free = list(reversed(range(num_slots)))  # descending, so that the lowest slot is taken first
+
+    def __contains__(self, expert: object) -> bool:
+        return expert in self._slot_of
+
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
+    def slot(self, expert: int) -> int:
+        return self._slot_of[expert]
+
+    def observe(self, scores: Scores) -> None:
+        self._policy.observe(scores)
+
+    def use(self, experts: Sequence[int]) -> None:
+        """Resident experts were used by one request, ascending."""
+        self._policy.use(experts)
+
+    def num_free(self, keep: Collection[int]) -> int:
+        """How many slots can be taken without giving up an expert in `keep`, each named once."""
+        return len(self._free) + len(self._slot_of) - sum(expert in self._slot_of for expert in keep)
+
+    def take(self, keep: Container[int]) -> int:
+        """A slot for new bytes, of an expert not in `keep` if none is free."""
+        if self._free:
+            return self._free.pop()
+        expert = self._policy.victim(keep)
+        assert expert not in keep, "the policy gave up an expert that the same request needs"
+        self._policy.forget(expert)
+        self.num_evictions += 1
+        return self._slot_of.pop(expert)
+
+    def hold(self, expert: int, slot: int) -> None:
+        """The bytes have arrived in a slot that was taken."""
+        self._slot_of[expert] = slot
+        self._policy.use((expert,))
+
+    def release(self, slot: int) -> None:
+        """They have not."""
+        self._free.append(slot)
+        self._free.sort(reverse=True)
+
+    def check(self, taken: Sequence[int]) -> None:
+        """Every slot is free, held or taken, and only one of them."""
+        slots = sorted([*self._free, *self._slot_of.values(), *taken])
+        assert slots == list(range(self.num_slots)), "a slot is neither free, held nor taken, or two of them"

@@ -1,0 +1,45 @@
+"""What the store counts. Written on the engine's thread, copied out for whoever asks."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class StoreStatistics:
+    """Counts since start-up.
+
+    Every expert asked for is a hit (it lay there), was read ahead (`ahead_used`: it lay there or was under
+    way because of a prediction), or a miss. `payload_bytes`: of experts that arrived, ahead or not;
+    `device_bytes`: read for them, with what alignment adds. `read_s`: time during which any read was
+    outstanding; `stall_s`: time that the engine waited for reads.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    failures: int = 0
+    payload_bytes: int = 0
+    device_bytes: int = 0
+    read_s: float = 0.0
+    stall_s: float = 0.0
+    num_reads: int = 0
+    num_timeouts: int = 0
+    ahead_started: int = 0
+    ahead_arrived: int = 0
+    ahead_used: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that nobody had to read."""
+        asked = self.hits + self.ahead_used + self.misses
+        return self.hits / asked if asked else 0.0
+
+    @property
+    def ahead_recall(self) -> float:
+        """Share of the experts that were not there which lookahead had begun to read."""
+        wanted = self.ahead_used + self.misses
+        return self.ahead_used / wanted if wanted else 0.0
+
+    @property
+    def ahead_precision(self) -> float:
+        """Share of the experts read ahead that were wanted then."""
+        return self.ahead_used / self.ahead_started if self.ahead_started else 0.0

@@ -1,0 +1,35 @@
+import numpy as np
+
+from benchmarks.policies import belady_hits, count_hits
+from benchmarks.routing import make_routing
+from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed
+
+
+def test_the_expert_that_came_least_near_goes_though_it_was_used_last() -> None:
+    policy = LeastNearlyChosen(num_experts=5, k=2)
+    policy.use([0, 1, 2])
+    for _ in range(30):
+        policy.observe(np.array([[0.9, 0.8, 0.1, 0.75, 0.0]], np.float32))
+    policy.use([2])
+    assert policy.victim(()) == 2
+    assert policy.victim({2}) == 1
+    policy.forget(2)
+    assert policy.victim({0}) == 1
+
+
+def test_many_rows_count_as_so_many_tokens_and_ruled_out_experts_as_far_off() -> None:
+    together, single = LeastNearlyChosen(4, 1), LeastNearlyChosen(4, 1)
+    row = np.array([0.9, 0.1, 0.5, 0.0], np.float32)
+    together.observe(np.stack([row] * 10))
+    for _ in range(10):
+        single.observe(row[None])
+    np.testing.assert_allclose(together._nearness, single._nearness)
+    together.observe(np.array([[0.9, -np.inf, 0.5, -np.inf]], np.float32))
+    assert np.isfinite(together._nearness).all()
+
+
+def test_nearness_beats_least_recently_used_and_nobody_beats_belady() -> None:
+    routing = make_routing(300, 2, 256, 8)
+    lru = count_hits(routing, 64, LeastRecentlyUsed, 75)
+    near = count_hits(routing, 64, lambda: LeastNearlyChosen(256, 8), 75)
+    assert lru + 0.01 < near < belady_hits(routing, 64, 75)
