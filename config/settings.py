@@ -72,11 +72,12 @@ class Settings(BaseSettings):
         "ceiling of the memory used: 100G (G = 10^9 bytes), 96GiB (GiB = 2^30) or 80%% of physical memory",
         gt=0,
     )
-    expert_policy: Literal["nearness", "lru"] = _setting(
-        "nearness",
+    expert_policy: Literal["lru", "nearness"] = _setting(
+        "lru",
         "Memory",
         "NAME",
-        "which expert gives up its place: nearness (the one that came least near to being chosen) or lru",
+        "which expert gives up its place: lru (the one used longest ago) or nearness (experimental: the one "
+        "that came least near to being chosen)",
     )
     host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on")
     port: int = _setting(8080, "Network", "PORT", "port to listen on; 0 takes a free one", ge=0, le=65535)

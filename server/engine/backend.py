@@ -47,7 +47,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     return Backend(model, info, measure_store(store, plan))
 
 
-def _policy_maker(name: Literal["nearness", "lru"], checkpoint: Checkpoint) -> Callable[[], Policy]:
+def _policy_maker(name: Literal["lru", "nearness"], checkpoint: Checkpoint) -> Callable[[], Policy]:
     args = checkpoint.args
     if name == "lru":
         return LeastRecentlyUsed
