@@ -6,6 +6,8 @@ from typing import Any
 
 from config.errors import CheckpointError
 
+# GLM-5, 5.1, 5.2 and 5.3. Relatives that share much of the name compute something else.
+MODEL_TYPE = "glm_moe_dsa"
 FULL, SHARED = "full", "shared"
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from config.errors import CheckpointError
 from config.plan import Geometry
-from models.args import ModelArgs
+from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
 from models.attention import TILE_ELEMENTS
 from models.building import build_model
@@ -29,8 +29,6 @@ from streaming.reader import reserved_bytes
 from streaming.runs import largest_run_bytes
 from streaming.store import ExpertStore
 
-# GLM-5, 5.1, 5.2 and 5.3. Relatives that share much of the name compute something else.
-MODEL_TYPE = "glm_moe_dsa"
 # Rows of a prompt that go through the layers together. The workspace of the plan is sized for them.
 PREFILL_ROWS = 2048
 _FLOATS = ("BF16", "F16", "F32")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import models
 from config.errors import CheckpointError
+from models.args import MODEL_TYPE
 from streaming.headers import read_headers
 
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-MODEL_TYPE = "glm_moe_dsa"
 GLM_ID = "z-ai/glm-5.2"
 # Pocket is a toy: it must never answer to the name of the real model unless somebody says so.
 POCKET_ID = "glmserve/pocket"

@@ -6,9 +6,8 @@ One sequence runs at a time, first come, first served.
 from collections import deque
 from dataclasses import dataclass
 
+from models.loading import PREFILL_ROWS
 from server.engine.sequence import Sequence
-
-PREFILL_ROWS = 2048
 
 
 @dataclass(frozen=True)
