@@ -221,6 +221,20 @@ def arithmetic_turn(pools: Pools, thinking: bool) -> tuple[str, str, str, int]:
     return story(pools) if roll < 0.94 else comparison(pools)
 
 
+def drill_sample(pools: Pools) -> Sample:
+    """A sum at sight, without thinking: most are differences, half of those below zero. Training only."""
+    rng = pools.rng
+    sample = with_settings(Sample("arithmetic", []), rng, 0.0)
+    op = rng.choices("+-*", (3, 6, 1))[0]
+    a, b = operands(pools, op, simple=True)
+    if op == "-" and rng.random() < 0.5:
+        a, b = min(a, b), max(a, b)
+    answer = f"{a} {op} {b} = {value_of(a, op, b)}."
+    sample.messages = [*maybe_system(pools, 0.2), user(wording(pools, a, op, b)), assistant(answer)]
+    sample.expected = {"check": "number", "value": value_of(a, op, b)}
+    return sample
+
+
 def arithmetic_sample(pools: Pools) -> Sample:
     """A single question of arithmetic."""
     sample = with_settings(Sample("arithmetic", []), pools.rng, 0.75)

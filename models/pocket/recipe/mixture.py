@@ -5,12 +5,12 @@ Owns the shares and the curriculum of lengths. `progress` runs from 0 to 1 over 
 
 from collections.abc import Callable
 
-from models.pocket.recipe.arithmetic import arithmetic_sample
+from models.pocket.recipe.arithmetic import arithmetic_sample, drill_sample
 from models.pocket.recipe.chat import echo_sample, fact_sample, talk_sample, turns_sample
 from models.pocket.recipe.needle import needle_sample
 from models.pocket.recipe.pools import Pools
 from models.pocket.recipe.sample import Sample
-from models.pocket.recipe.structured import json_sample
+from models.pocket.recipe.structured import json_drill, json_sample
 from models.pocket.recipe.tool_use import agent_sample, call_sample, no_call_sample, result_sample
 
 CHARACTERS_PER_TOKEN = 2.72
@@ -19,15 +19,17 @@ ECHO_UNTIL = 0.25
 
 SHORT_TASKS: tuple[tuple[Callable[[Pools], Sample], float], ...] = (
     (talk_sample, 0.04),
-    (fact_sample, 0.07),
-    (arithmetic_sample, 0.28),
+    (fact_sample, 0.06),
+    (arithmetic_sample, 0.24),
+    (drill_sample, 0.10),
     (json_sample, 0.14),
+    (json_drill, 0.08),
     (call_sample, 0.22),
-    (no_call_sample, 0.09),
-    (result_sample, 0.08),
+    (no_call_sample, 0.08),
+    (result_sample, 0.07),
     (agent_sample, 0.04),
-    (turns_sample, 0.07),
-    (echo_sample, 0.08),
+    (turns_sample, 0.06),
+    (echo_sample, 0.06),
 )
 
 

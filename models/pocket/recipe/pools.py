@@ -136,7 +136,11 @@ class Pools:
         return str(self.rng.randint(10 ** (length - 1), 10**length - 1))
 
     def code(self) -> str:
-        """A code such as `KX-4821`, `blorf77`, `a9f3c2` or `tmp_4_zen`."""
+        """A code such as `KX-4821`, `blorf77`, `a9f3c2` or `tmp_4_zen`; never digits alone."""
+        code = self._any_code()
+        return self.code() if code.isdigit() else code
+
+    def _any_code(self) -> str:
         rng = self.rng
         letters = "ABCDEFGHJKLMNPQRSTUVWXYZ"
         roll = rng.randrange(5)

@@ -1,7 +1,8 @@
 """Trains Pocket: dense attention first with the indexer distilled beside it, then sparse, then quantised.
 
 Owns the schedule. The dial is time: every phase is a share of `--total-seconds`, a run stops after
-`--seconds` and goes on from its checkpoint in `--dir`.
+`--seconds` and goes on from its checkpoint in `--dir`. A run without one may begin with shipped weights
+(`--from`), late in the schedule (`--start`), where the learning rate is low and the training quantised.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.pocket.recipe.batches import CONTEXT, KINDS, TRAINED, Batch, Feed, rows_of
+from models.pocket.recipe.importing import load_shipped
 from models.pocket.recipe.live import Graphs, LiveWeights
 from models.pocket.recipe.model import Pocket
 from models.pocket.recipe.moe import Router
@@ -149,10 +151,14 @@ class Trainer:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
+    def begin(self, shipped: Path, seconds: float) -> None:
+        """Starts with the shipped weights, as if `seconds` of the training were over."""
+        self.model.load_state_dict(load_shipped(shipped, "cpu", self.model.c).state_dict())
+        self.seconds = seconds
+        self.live.refresh(False)
+
     def resume(self) -> None:
-        """Goes on from the checkpoint if there is one."""
-        if not self.checkpoint.exists():
-            return
+        """Goes on from the checkpoint."""
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         warm = "optimizer" in state
@@ -250,6 +256,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--total-seconds", type=float, default=1000)
     parser.add_argument("--dir", type=Path, default=Path("pocket-run"))
+    parser.add_argument("--from", dest="shipped", type=Path, help="a folder of shipped files to begin with")
+    parser.add_argument("--start", type=float, default=0.0, help="share of the schedule to begin at")
     parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "tokenizer.json")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens in a micro-batch")
@@ -264,7 +272,10 @@ def main() -> None:
         Settings(hidden_size=64, n_routed_experts=8, num_experts_per_tok=2) if args.small else Settings()
     )
     trainer = Trainer(settings, feed, args.dir, args.device, args.muon_lr, args.adam_lr)
-    trainer.resume()
+    if trainer.checkpoint.exists():
+        trainer.resume()
+    elif args.shipped:
+        trainer.begin(args.shipped, args.start * args.total_seconds)
     trainer.run(args.seconds, args.total_seconds, args.report_every)
     feed.close()
     trainer.save()

@@ -1,6 +1,11 @@
 """The training code, where torch is installed: parity with transformers, and decoding with a cache."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+
+import models.pocket
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.reference, pytest.mark.slow]
@@ -28,3 +33,22 @@ def test_decoding_with_a_cache_gives_what_whole_passes_give() -> None:
                 hidden, _ = model.hidden(torch.tensor([ids]), sparse=True)
             assert model.logits(hidden)[0, -1].argmax().item() == token
             ids.append(token)
+
+
+def test_training_goes_on_from_exported_weights(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from models.pocket.recipe.baking import bake
+    from models.pocket.recipe.check_parity import SMALL, randomised
+    from models.pocket.recipe.export import write_checkpoint
+    from models.pocket.recipe.importing import load_shipped
+    from models.pocket.recipe.model import Pocket
+
+    torch.manual_seed(2)
+    settings = replace(SMALL, intermediate_size=128, moe_intermediate_size=64)
+    model = randomised(Pocket(settings)).eval()
+    tokenizer = Tokenizer.from_file(str(Path(models.pocket.__file__).parent / "tokenizer.json"))
+    write_checkpoint(model, tokenizer, tmp_path)
+    bake(model)
+    read = load_shipped(tmp_path, "cpu", settings).state_dict()
+    assert all(torch.allclose(read[name], value, atol=1e-6) for name, value in model.state_dict().items())
