@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from models.glm_moe_dsa import Model
+from server.engine.limits import Limits
 from server.engine.loop import EngineLoop
 from server.engine.messages import (
     Command,
@@ -19,7 +20,6 @@ from server.engine.messages import (
     Token,
 )
 from server.engine.model import Backend
-from server.engine.scheduler import Scheduler
 from tests.tiny_glm import SHARED, make_weights
 from tests.tiny_model import logits, make_model
 
@@ -41,7 +41,7 @@ def run(model: Model, request: Generate, rows: int) -> list[Event]:
         if isinstance(event, Finished):
             inbox.put(Shutdown())
 
-    EngineLoop(Backend(model, ModelInfo(64, 4096)), inbox, send, Scheduler(rows)).run()
+    EngineLoop(Backend(model, ModelInfo(64, 4096), limits=Limits(pass_rows=rows)), inbox, send).run()
     return events
 
 

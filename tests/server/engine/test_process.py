@@ -98,7 +98,7 @@ def test_the_death_of_the_engine_fails_what_is_in_flight_and_it_is_started_again
             running = asyncio.ensure_future(collect(engine, Generate("a", (1,), 3, GREEDY)))
             await asyncio.sleep(0.1)
             os.kill(pid, signal.SIGKILL)
-            [event] = await asyncio.wait_for(running, 10)
+            *_, event = await asyncio.wait_for(running, 10)
             assert isinstance(event, Failed)
             assert (event.kind, event.message) == ("died", "the engine process ended (signal 9)")
             assert engine.status.state == "down"

@@ -1,0 +1,47 @@
+"""Divides time between decode steps and passes over prompts. Owned by the engine's loop.
+
+Decode steps get at least their share of the wall time while both want it, and between two of them a pass
+computes for at most so many undisturbed steps' time as leaves one step in every floor(1 / share): with a
+share of 0.3 no gap between tokens is longer than three undisturbed steps and one layer of the pass.
+"""
+
+# Weight of a new measurement in the running mean of a step's time.
+FRESHNESS = 0.25
+
+
+class Pace:
+    """Times are those that the loop measures; a step is undisturbed if it ran while no prompt was read."""
+
+    def __init__(self, decode_share: float) -> None:
+        self._share = decode_share
+        self._max_gap_steps = int(1 / decode_share) - 1 if decode_share else float("inf")
+        self._step_s: dict[int, float] = {}  # by width
+        self._decode_s = self._pass_s = self._since_step_s = 0.0
+
+    def begin(self) -> None:
+        """From now on both want the time; nobody owes the other anything."""
+        self._decode_s = self._pass_s = self._since_step_s = 0.0
+
+    def note_step(self, seconds: float, width: int, *, is_disturbed: bool) -> None:
+        """A decode step took so long."""
+        self._since_step_s = 0.0
+        if is_disturbed:
+            self._decode_s += seconds
+            self._step_s.setdefault(width, seconds)
+        else:
+            mean = self._step_s.get(width, seconds)
+            self._step_s[width] = mean + FRESHNESS * (seconds - mean)
+
+    def note_layer(self, seconds: float) -> None:
+        """A layer of a pass took so long, while somebody wanted to decode."""
+        self._pass_s += seconds
+        self._since_step_s += seconds
+
+    def is_step_due(self, width: int) -> bool:
+        """Whether a decode step of so many rows goes before the next layer."""
+        if self._decode_s < self._share * (self._decode_s + self._pass_s):
+            return True
+        step_s = self._step_s.get(width)
+        if step_s is None:
+            return True
+        return self._since_step_s > 0 and self._since_step_s >= self._max_gap_steps * step_s
