@@ -146,4 +146,7 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         max_context=settings.max_context,
         log_level=settings.log_level,
         expert_policy=settings.expert_policy,
+        decode_share=settings.decode_share,
+        max_inflight_per_agent=settings.max_inflight_per_agent,
+        batch_width=settings.batch_width,
     )

@@ -188,7 +188,6 @@ class EngineLoop:
             else:
                 parts = self._scheduler.board_short(large.num_rows // OVERTAKEN)
         if not self._passes:
-            self._pace.begin()
             parts = self._scheduler.board(self._limits.pass_rows)
         if parts:
             for one in self._passes:

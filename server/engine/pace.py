@@ -18,17 +18,14 @@ class Pace:
         self._step_s: dict[int, float] = {}  # by width
         self._decode_s = self._pass_s = self._since_step_s = 0.0
 
-    def begin(self) -> None:
-        """From now on both want the time; nobody owes the other anything."""
-        self._decode_s = self._pass_s = self._since_step_s = 0.0
-
     def note_step(self, seconds: float, width: int, *, is_disturbed: bool) -> None:
         """A decode step took so long."""
         self._since_step_s = 0.0
         if is_disturbed:
             self._decode_s += seconds
             self._step_s.setdefault(width, seconds)
-        else:
+        else:  # nobody owes the other anything
+            self._decode_s = self._pass_s = 0.0
             mean = self._step_s.get(width, seconds)
             self._step_s[width] = mean + FRESHNESS * (seconds - mean)
 

@@ -41,12 +41,12 @@ class Telemetry:
         self._send_on(event)
 
     def _log(self, request_id: str, values: Mapping[str, float]) -> None:
-        """One sequence runs at a time, so what was counted since the last one ended is this one's."""
+        """Steps are shared, so what is told is what all have cost since a request ended last."""
         change = {name: value - self._before[name] for name, value in values.items()}
         self._before = values
         asked = change["hits"] + change["ahead_used"] + change["misses"]
         log.info(
-            "%s: %.1f %% of %d experts in memory, %s read in %.2f s, waited %.2f s",
+            "%s ended; since the last end: %.1f %% of %d experts in memory, %s read in %.2f s, waited %.2f s",
             request_id,
             100 * change["hits"] / max(1, asked),
             asked,
