@@ -102,6 +102,26 @@ class Settings(BaseSettings):
         "measured to be fastest)",
         ge=1,
     )
+    max_queue: int = _setting(
+        64,
+        "Scheduling",
+        "REQUESTS",
+        "requests that may wait in line; more are refused with 503 and the time to come back",
+        ge=1,
+    )
+    queue_timeout: float = _setting(
+        600.0, "Scheduling", "SECONDS", "a request that has not started by then is refused with 503", gt=0
+    )
+    request_timeout: float = _setting(
+        7200.0, "Scheduling", "SECONDS", "a request that is not complete by then is ended with an error", gt=0
+    )
+    step_timeout: float = _setting(
+        120.0,
+        "Scheduling",
+        "SECONDS",
+        "the engine is ended and started again when a layer or a step takes so long",
+        gt=0,
+    )
     host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on")
     port: int = _setting(8080, "Network", "PORT", "port to listen on; 0 takes a free one", ge=0, le=65535)
     api_key: str | None = _setting(

@@ -30,6 +30,12 @@ GAUGES = {
     "ahead_recall": ("lookahead_recall", "share of the absent experts that lookahead had begun to read"),
     "ahead_precision": ("lookahead_precision", "share of the experts read ahead that were wanted"),
     "budget_bytes": ("ram_budget_bytes", "--ram-budget"),
+    "running": ("requests_running", "requests that are worked on"),
+    "waiting": ("requests_waiting", "requests in line at the engine"),
+    "agents": ("agents", "agents that have requests here"),
+    "kv_tokens": ("kv_tokens", "tokens whose KV is held or set aside"),
+    "kv_capacity": ("kv_tokens_capacity", "tokens whose KV fits"),
+    "batch_width": ("batch_width", "answers that go forward in one step, at most"),
 }
 PREFIX = "glmserve_"
 

@@ -45,7 +45,10 @@ log = logging.getLogger(__name__)
 
 
 class EngineLoop:
-    """Serves commands until Shutdown. `beat` is called before each layer and each step."""
+    """Serves commands until Shutdown.
+
+    `beat` is called before each layer and each step, and, with True, before the loop waits for commands.
+    """
 
     def __init__(
         self,
@@ -55,7 +58,7 @@ class EngineLoop:
         *,
         grammars: Grammars | None = None,
         prefixes: Prefixes | None = None,
-        beat: Callable[[], None] = lambda: None,
+        beat: Callable[[bool], None] = lambda is_idle: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._model, self._info, self._limits = backend.model, backend.info, backend.limits
@@ -75,8 +78,8 @@ class EngineLoop:
         """Step until told to stop."""
         self._take_commands(wait=True)
         while not self._is_stopping:
-            self._beat()
             self._step()
+            self._beat(self._scheduler.is_idle)
             self._take_commands(wait=self._scheduler.is_idle)
         for one in self._passes:
             one.abandon()
@@ -161,9 +164,12 @@ class EngineLoop:
         for one in [one for one in self._passes if not one.is_wanted]:
             self._give_up(one)
         for sequence in self._scheduler.cancelled:
+            self._prefixes.save(sequence)
             self._scheduler.retire(sequence)
-        for sequence in self._scheduler.preempt():
-            log.info("request %s gives its place in the KV to others", sequence.request.request_id)
+        while victim := self._scheduler.find_victim():
+            log.info("request %s gives its place in the KV to others", victim.request.request_id)
+            self._prefixes.save(victim)
+            self._scheduler.suspend(victim)
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
@@ -246,7 +252,7 @@ class EngineLoop:
             hidden = one.advance()
             if hidden is not None:
                 return hidden
-            self._beat()
+            self._beat(False)
             self._take_commands()
             if self._is_stopping or not one.is_wanted:
                 one.abandon()

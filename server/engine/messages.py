@@ -14,7 +14,7 @@ FinishReason = Literal["stop", "length"]
 Priority = Literal["interactive", "background"]
 
 # Whose fault a failure is. `server/api/errors.py` turns it into a status.
-FailureKind = Literal["request", "engine", "disk", "died"]
+FailureKind = Literal["request", "engine", "disk", "died", "busy", "timeout"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,11 @@ class LoadFailed:
 
 
 @dataclass(frozen=True)
+class Heartbeat:
+    """The engine's loop has come to another layer or step. Sent now and then while there is work."""
+
+
+@dataclass(frozen=True)
 class Stats:
     """What the engine counted since it was started; the names are those of `telemetry.measure_store`."""
 
@@ -213,13 +218,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request is over without an answer."""
+    """The request is over without an answer. `retry_after_s`: when trying again is worth while, if known."""
 
     request_id: str
     kind: FailureKind
     message: str
+    retry_after_s: int | None = None
 
 
 RequestEvent = Started | Progress | PromptScored | Token | Finished | Failed
-EngineEvent = Loading | Ready | LoadFailed | Stats
+EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Stats
 Event = EngineEvent | RequestEvent

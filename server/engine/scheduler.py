@@ -167,18 +167,17 @@ class Scheduler:
         self._turn_steps += 1
         return self._turn
 
-    def preempt(self) -> list[Sequence]:
-        """Take caches away, the youngest first, until the KV of the others fits."""
-        taken: list[Sequence] = []
-        while self.num_kv_tokens > self._limits.kv_tokens and len(self._running) > 1:
-            victim = next((item for item in reversed(self._running) if item not in self._in_pass), None)
-            if victim is None:
-                break
-            self._running.remove(victim)
-            victim.cache = None
-            self._waiting.insert(0, victim)
-            taken.append(victim)
-        return taken
+    def find_victim(self) -> Sequence | None:
+        """The youngest outside a pass, where the running have outgrown the KV."""
+        if self.num_kv_tokens <= self._limits.kv_tokens or len(self._running) < 2:
+            return None
+        return next((item for item in reversed(self._running) if item not in self._in_pass), None)
+
+    def suspend(self, sequence: Sequence) -> None:
+        """Take the cache away; the sequence waits and will read all its tokens again."""
+        self._running.remove(sequence)
+        sequence.cache = None
+        self._waiting.insert(0, sequence)
 
     def charge(self, parts: list[Part], seconds: float) -> None:
         """Divide the time of a step between those who had a part in it, by rows."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ def config(kind: str) -> EngineConfig:
 
 
 @asynccontextmanager
-async def engine_of(kind: str, **options: Callable[[str], None]) -> AsyncIterator[EngineProcess]:
+async def engine_of(kind: str, **options: Any) -> AsyncIterator[EngineProcess]:
     engine = EngineProcess(config(kind), worker="tests.server.engine.fake_worker", **options)
     engine.start()
     try:
