@@ -1,6 +1,6 @@
 """An engine process over the counting model.
 
-The model path says how: busy, slow, broken, unusable, mortal, freezing, else well.
+The model path says how: busy, slow, broken, unusable, mortal, roomy, freezing, else well.
 """
 
 import os
@@ -45,6 +45,8 @@ def open_fake(config: EngineConfig, report: ReportProgress) -> Backend:
         case "mortal":
             threading.Timer(0.05, os._exit, [3]).start()
             return make_backend()
+        case "roomy":
+            return make_backend(context_length=2000)
         case "freezing":
             return make_backend(FreezingModel())
         case _:

@@ -25,7 +25,7 @@ def model(world: World) -> TimedModel:
 
 
 def test_seven_agents_behind_one_with_fifty_requests(world: World, model: TimedModel) -> None:
-    """The bound: what has begun (two prompts), then all first requests and one more pair, stretched by decode."""
+    """The bound: the two prompts that have begun, all first requests, one more pair, stretched by decode."""
     world.at(0, *(ask(f"hog{i}", 100, 20, agent="hog") for i in range(50)))
     world.at(0.5, *(ask(f"small{i}", 100, 20) for i in range(7)))
     world.run(model, limits=Limits(agent_inflight=2))
