@@ -35,6 +35,7 @@ from server.engine.prefixes import NoPrefixes, Prefixes
 from server.engine.sampling import start_sampling
 from server.engine.scheduler import Part, Scheduler
 from server.engine.sequence import Sequence
+from server.engine.width import Width
 
 # A second pass may run between the layers of one that has at least so many times its rows.
 OVERTAKEN = 8
@@ -70,6 +71,9 @@ class EngineLoop:
         self._answers = Answers(
             self._model, self._scheduler, self._prefixes, send, max_rows=self._limits.decode_rows
         )
+        self._width = Width(
+            self._limits.decode_rows, self._limits.batch_width, adapts=self._limits.is_streaming
+        )
         self._passes: list[Pass] = []
         self._num_layers = 0  # known when the first pass is through
         self._is_stopping = False
@@ -97,7 +101,8 @@ class EngineLoop:
             "agents": self._scheduler.shares.num_agents,
             "kv_tokens": self._scheduler.num_kv_tokens,
             "kv_capacity": self._limits.kv_tokens,
-            "batch_width": self._width,
+            "batch_width": self._width.chosen,
+            **{f"decode_rate.{width}": rate for width, rate in self._width.rates.items()},
         }
 
     # commands
@@ -149,15 +154,11 @@ class EngineLoop:
         self._clear_away()
         self._admit()
         self._start_pass()
-        batch = self._scheduler.decode_batch(self._width)
+        batch = self._scheduler.decode_batch(self._width.choose)
         if batch and not (self._passes and not self._pace.is_step_due(len(batch))):
             self._decode(batch)
         elif self._passes:
             self._advance(min(self._passes, key=lambda one: one.turn_s), is_contended=bool(batch))
-
-    @property
-    def _width(self) -> int:
-        return self._limits.batch_width or self._limits.decode_rows
 
     def _clear_away(self) -> None:
         """Who is not wanted any more gives up its place, and who has outgrown the KV waits again."""
@@ -245,6 +246,8 @@ class EngineLoop:
         seconds = self._clock() - started_s
         self._scheduler.charge(step.parts, seconds)
         self._pace.note_step(seconds, len(batch), is_disturbed=bool(self._passes))
+        if not self._passes:
+            self._width.note(len(batch), seconds)
 
     def _run_through(self, one: Pass) -> mx.array | None:
         """All layers at a stretch; None where nobody wants the result any more."""

@@ -153,9 +153,10 @@ class Scheduler:
         """The pass of these parts is over or given up."""
         self._in_pass -= {part.sequence for part in parts}
 
-    def decode_batch(self, width: int) -> list[Sequence]:
-        """Who decodes in the next step: all, or those whose turn it is."""
+    def decode_batch(self, choose_width: Callable[[int], int]) -> list[Sequence]:
+        """Who decodes in the next step: all, or those whose turn it is where fewer are chosen."""
         decoding = [item for item in self._running if item.is_decoding and item not in self._in_pass]
+        width = choose_width(len(decoding))
         if len(decoding) <= width:
             return decoding
         here = set(decoding)
