@@ -77,7 +77,14 @@ class Answers:
             self._score_prompt(sequence, hidden)
         num_read, num_prompt = sequence.num_tokens - sequence.num_unread, sequence.num_prompt_tokens
         self._send(Progress(sequence.request.request_id, min(num_read, num_prompt), num_prompt))
-        self._prefixes.save(sequence)
+        self.save(sequence)
+
+    def save(self, sequence: Sequence) -> None:
+        """Offer the rows of a cache to those who keep prefixes. A request does not fail for that."""
+        try:
+            self._prefixes.save(sequence)
+        except Exception:  # nothing was kept: the next one reads its prompt
+            log.exception("the prefix of request %s", sequence.request.request_id)
 
     def _hand_out(self, complete: list[tuple[Sequence, int]], hidden: mx.array) -> None:
         for sequence, _ in complete:
@@ -136,7 +143,7 @@ class Answers:
     def _finish(self, sequence: Sequence) -> None:
         reason = sequence.finish_reason()
         assert reason, "only a complete sequence is finished"
-        self._prefixes.save(sequence)
+        self.save(sequence)
         self._scheduler.retire(sequence)
         stop_token_id = sequence.generated[-1] if reason == "stop" else None
         self._send(Finished(sequence.request.request_id, reason, sequence.usage, stop_token_id))

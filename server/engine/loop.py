@@ -39,7 +39,8 @@ from server.engine.width import Width
 
 # A second pass may run between the layers of one that has at least so many times its rows.
 OVERTAKEN = 8
-# Prompts that come before this part of a pass's layers is done make it start again, with all of them.
+# Prompts that come before this part of a pass's layers is done make it start again with all of them. No more
+# than that is lost, however many come one after the other.
 RESTART = 0.1
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class EngineLoop:
         )
         self._passes: list[Pass] = []
         self._num_layers = 0  # known when the first pass is through
+        self._num_lost_layers = 0  # of passes that were started again since one was through
         self._is_stopping = False
 
     def run(self) -> None:
@@ -165,11 +167,11 @@ class EngineLoop:
         for one in [one for one in self._passes if not one.is_wanted]:
             self._give_up(one)
         for sequence in self._scheduler.cancelled:
-            self._prefixes.save(sequence)
+            self._answers.save(sequence)
             self._scheduler.retire(sequence)
         while victim := self._scheduler.find_victim():
             log.info("request %s gives its place in the KV to others", victim.request.request_id)
-            self._prefixes.save(victim)
+            self._answers.save(victim)
             self._scheduler.suspend(victim)
 
     def _admit(self) -> None:
@@ -190,7 +192,9 @@ class EngineLoop:
         if self._passes:
             [large] = self._passes
             has_room = large.num_rows < self._limits.pass_rows
-            if has_room and large.num_layers_done < RESTART * self._num_layers:
+            num_lost = self._num_lost_layers + large.num_layers_done
+            if has_room and num_lost < RESTART * self._num_layers:
+                self._num_lost_layers = num_lost
                 self._give_up(large)
             else:
                 parts = self._scheduler.board_short(large.num_rows // OVERTAKEN)
@@ -228,7 +232,7 @@ class EngineLoop:
             self._passes.remove(one)
             self._scheduler.leave_pass(one.parts)
             self._scheduler.note_pass(one.num_rows, one.seconds)
-            self._num_layers = one.num_layers_done
+            self._num_layers, self._num_lost_layers = one.num_layers_done, 0
             self._answers.hand_out(one, hidden)
 
     def _decode(self, batch: list[Sequence]) -> None:

@@ -74,14 +74,28 @@ def test_prompts_that_come_in_the_first_layers_make_the_pass_start_again_with_al
     assert world.tokens_of("a") == world.tokens_of("b") == answer(100, 1)
 
 
-@pytest.mark.parametrize("rows", [400, 2000])
-def test_steps_run_between_the_layers_of_a_pass(world: World, model: TimedModel, rows: int) -> None:
+def test_a_flood_of_prompts_does_not_make_a_pass_start_again_for_ever(
+    world: World, model: TimedModel
+) -> None:
+    model.num_layers = 30
+    world.at(0, ask("first", 100, 1))
+    world.at(100, *(ask(f"a{i}", 100, 1) for i in range(2)))
+    for i in range(20):
+        world.at(100.01 + 0.25 * i, ask(f"b{i}", 9, 1))
+    world.run(model, limits=Limits(pass_rows=1000))
+    assert sum(rows >= 200 for rows in model.forwards) <= 4, "three layers are lost, no more"
+
+
+@pytest.mark.parametrize(("rows", "length"), [(50, 1000), (400, 16_000), (2000, 16_000)])
+def test_steps_run_between_the_layers_of_a_pass(
+    world: World, model: TimedModel, rows: int, length: int
+) -> None:
     """The issue's bounds: gap <= 3 steps + a layer, rate >= 0.3, and the newcomer waits <= 1.6 x alone."""
     agents = [f"agent{i}" for i in range(4)]
-    world.at(0, *(ask(name, 20, 1000) for name in agents))
-    world.at(10, ask("long", 16_000, 1))
+    world.at(0, *(ask(name, 20, 250 + length // 20) for name in agents))
+    world.at(10, ask("long", length, 1))
     world.run(model, limits=Limits(pass_rows=rows, kv_tokens=100_000))
-    layer_s, alone_s = row_cost(rows), 16_000 * 0.001 * 10
+    layer_s, alone_s = row_cost(rows), length * 0.001 * 10
     [end_s] = world.times_of("long")
     for name in agents:
         times = [time_s for time_s in world.times_of(name) if 9 < time_s < end_s]
@@ -123,6 +137,16 @@ def test_a_short_prompt_behind_a_long_one_in_parts_is_in_its_next_part(
     world.run(model, limits=Limits(pass_rows=160))
     [first_s] = world.times_of("short")
     assert first_s <= 2 * 1.6 + 1e-9, "within two parts of the long one"
+
+
+def test_a_short_prompt_that_waits_with_a_long_one_needs_no_pass_of_its_own(
+    world: World, model: TimedModel
+) -> None:
+    """Where experts are read from disk, a pass of its own would read them all once more."""
+    world.at(0, ask("long", 1600, 1, agent="same"), ask("short", 20, 1, agent="same"))
+    world.run(model, limits=Limits(pass_rows=160))
+    assert model.forwards == [160] * 10 + [20]
+    assert world.times_of("short")[0] == pytest.approx(1.6)
 
 
 def test_short_prompts_for_ever_do_not_stop_a_long_one(world: World, model: TimedModel) -> None:

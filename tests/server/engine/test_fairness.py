@@ -53,10 +53,10 @@ def test_an_agent_has_no_more_in_flight_than_it_may(world: World, model: TimedMo
 
 
 def test_the_measure_is_time_and_not_requests(world: World, model: TimedModel) -> None:
-    """One asks for prompts of 1000 tokens, the other for prompts of 100, both without end."""
+    """One asks for prompts of 1000 tokens, the other of 100, and there is room for one at a time."""
     world.at(0, *(ask(f"long{i}", 1000, 1, agent="long") for i in range(30)))
     world.at(0, *(ask(f"short{i}", 100, 1, agent="short") for i in range(300)))
-    world.run(model, limits=Limits(pass_rows=100, agent_inflight=1))
+    world.run(model, limits=Limits(kv_tokens=1100, agent_inflight=1))
     in_time = [
         event.request_id for time_s, event in world.events if isinstance(event, Finished) and time_s < 200
     ]

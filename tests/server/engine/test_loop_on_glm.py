@@ -73,6 +73,15 @@ PROMPTS = {
 }
 
 
+# Greedy ones and seeded ones side by side.
+SAMPLINGS = {
+    name: Sampling(0.9, top_p=0.9, top_k=20, repetition_penalty=1.2, frequency_penalty=0.3, seed=i)
+    if i % 2
+    else Sampling(temperature=0)
+    for i, name in enumerate(PROMPTS)
+}
+
+
 def serve(backend: Backend, arrivals: dict[str, int]) -> dict[str, list[TokenScore]]:
     """Each agent's answer of 12 tokens; an agent comes when so many tokens of all have been handed out."""
     inbox: SimpleQueue[Command] = SimpleQueue()
@@ -83,7 +92,7 @@ def serve(backend: Backend, arrivals: dict[str, int]) -> dict[str, list[TokenSco
         num_tokens = sum(map(len, answers.values()))
         for name in [name for name, after in coming.items() if after <= num_tokens]:
             del coming[name]
-            inbox.put(Generate(name, PROMPTS[name], 12, Sampling(temperature=0), num_top_logprobs=2))
+            inbox.put(Generate(name, PROMPTS[name], 12, SAMPLINGS[name], num_top_logprobs=2))
 
     def send(event: Event) -> None:
         if isinstance(event, Token):
