@@ -15,7 +15,7 @@ from server.engine.messages import Generate
 from server.engine.passes import Pass
 from server.engine.sampling import start_sampling
 from server.engine.scheduler import Part
-from streaming.store import Fetch
+from streaming.fills import Fetch
 from tests.checkpoints import Opened, open_model, save_packed
 from tests.server.engine.test_loop_on_glm import PROMPTS
 from tests.tiny_glm import WIDER, make_weights
