@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -33,6 +33,7 @@ from server.engine.blas import with_fast_blas
 from server.engine.limits import Limits
 from server.engine.loop import EngineLoop
 from server.engine.messages import (
+    Cancel,
     Command,
     Event,
     Failed,
@@ -70,17 +71,20 @@ def serve(
     opened: Opened,
     limits: Limits,
     requests: list[Generate],
-    later: Callable[[str, int], list[Generate]] = lambda name, count: [],
+    later: Callable[[str, int], Sequence[Generate | Cancel]] = lambda name, count: [],
 ) -> Served:
-    """Serve requests, and those that `later` adds after a token: its request, and its number of tokens."""
+    """Serve requests, and what `later` adds or cancels after a token: its request, and its number there."""
     inbox: SimpleQueue[Command] = SimpleQueue()
     served, unfinished = Served(), set[str]()
 
-    def ask(new: list[Generate]) -> None:
-        for request in new:
-            served.asked_at[request.request_id] = time.monotonic()
-            unfinished.add(request.request_id)
-            inbox.put(request)
+    def ask(new: Sequence[Generate | Cancel]) -> None:
+        for command in new:
+            if isinstance(command, Cancel):
+                unfinished.discard(command.request_id)
+            else:
+                served.asked_at[command.request_id] = time.monotonic()
+                unfinished.add(command.request_id)
+            inbox.put(command)
 
     def send(event: Event) -> None:
         if isinstance(event, Token):
@@ -201,10 +205,10 @@ def open_tiny(folder: Path, sweep_s: float) -> tuple[Opened, SimulatedDisk]:
     return open_model(folder, slots, disk=disk), disk
 
 
-def bench_prompts(console: Console, sweep_s: float) -> None:
+def bench_prompts(console: Console, sweep_s: float, length: int) -> None:
     names = [f"p{i}" for i in range(4)]
-    requests = [ask(name, prompt(i, 4096, 64), 1) for i, name in enumerate(names)]
-    limits = Limits(pass_rows=4 * 4096, kv_tokens=NEVER)
+    requests = [ask(name, prompt(i, length, 64), 1) for i, name in enumerate(names)]
+    limits = Limits(pass_rows=4 * length, kv_tokens=NEVER)
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("one after the other", "at once"):
@@ -217,17 +221,19 @@ def bench_prompts(console: Console, sweep_s: float) -> None:
             console.print(f"{kind}: {seconds[kind]:.1f} s, {disk.num_bytes / 1e6:.1f} MB read")
     ratio = seconds["at once"] / seconds["one after the other"]
     console.print(
-        f"four prompts of 4,096 tokens at once / one after the other: {ratio:.2f} (wanted: at most 0.4)"
+        f"four prompts of {length} tokens at once / one after the other: {ratio:.2f} (wanted: at most 0.4)"
     )
 
 
-def bench_mixed(console: Console, sweep_s: float) -> None:
-    agents = [ask(f"a{i}", prompt(i, 32, 64), 400) for i in range(4)]
-    long, short = ask("long", prompt(8, 16_384, 64), 1), ask("short", prompt(9, 200, 64), 1)
+def bench_mixed(console: Console, sweep_s: float, length: int) -> None:
+    agents = [ask(f"a{i}", prompt(i, 32, 64), 4000) for i in range(4)]
+    long, short = ask("long", prompt(8, length, 64), 1), ask("short", prompt(9, 200, 64), 1)
     limits = Limits(kv_tokens=NEVER, batch_width=4, is_streaming=True)
 
-    def later(name: str, count: int) -> list[Generate]:
-        return [long, short] if (name, count) == ("a0", 40) else []
+    def later(name: str, count: int) -> Sequence[Generate | Cancel]:
+        if name == "long":
+            return [Cancel(agent.request_id) for agent in agents]
+        return [long, short] if (name, count) == ("a0", 20) else []
 
     with tempfile.TemporaryDirectory() as folder:
         opened, _ = open_tiny(Path(folder), sweep_s)
@@ -241,14 +247,15 @@ def bench_mixed(console: Console, sweep_s: float) -> None:
     gaps_before = [b - a for a, b in pairwise(times) if b < start]
     during = [(b - a) for a, b in pairwise(times) if a > start and b < end]
     step_s = sorted(gaps_before)[len(gaps_before) // 2]
-    layer_s = alone_s / (8 * opened.checkpoint.args.num_hidden_layers)
+    num_parts = -(-length // limits.pass_rows)
+    layer_s = alone_s / (num_parts * opened.checkpoint.args.num_hidden_layers)
     console.print(f"undisturbed step {step_s * 1e3:.1f} ms; a layer part about {layer_s * 1e3:.0f} ms")
     console.print(f"longest gap {max(during):.2f} s; 3 steps and a part: {3 * step_s + layer_s:.2f} s")
     rate = (len(during) / (end - start)) * step_s
     console.print(f"rate while the prompt is read: {rate:.2f} of undisturbed (wanted: at least 0.30)")
     ttft = served.first_s("long") / alone_s
     console.print(
-        f"first token of the 16,384: {served.first_s('long'):.1f} s, {ttft:.2f} x alone (at most 1.6)"
+        f"first token of the {length}: {served.first_s('long'):.1f} s, {ttft:.2f} x alone (at most 1.6)"
     )
     console.print(f"first token of the 200 behind it: {served.first_s('short'):.2f} s")
 
@@ -260,6 +267,7 @@ def main() -> None:
     parser.add_argument("part", choices=("decode", "prompts", "mixed"))
     parser.add_argument("--tokens", type=int, default=24, help="decode: tokens of each answer")
     parser.add_argument("--sweep-s", type=float, default=6.0, help="seconds of disk for all absent experts")
+    parser.add_argument("--length", type=int, help="tokens of a prompt (default 4096, mixed 16384)")
     given = parser.parse_args()
     environment = with_fast_blas(os.environ)
     if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD") and "GLMSERVE_BLAS" not in os.environ:
@@ -270,9 +278,9 @@ def main() -> None:
         case "decode":
             bench_decode(console, given.tokens)
         case "prompts":
-            bench_prompts(console, given.sweep_s)
+            bench_prompts(console, given.sweep_s, given.length or 4096)
         case "mixed":
-            bench_mixed(console, given.sweep_s)
+            bench_mixed(console, given.sweep_s, given.length or 16_384)
 
 
 if __name__ == "__main__":

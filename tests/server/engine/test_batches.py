@@ -104,6 +104,23 @@ def test_steps_run_between_the_layers_of_a_pass(
     assert end_s - 10 <= 1.6 * alone_s
 
 
+@pytest.mark.parametrize(("slower", "rate"), [(1.2, 0.3), (5, 0.3 * 1.25 / 5)])
+def test_steps_that_a_pass_slows_down_keep_their_rate_but_not_at_any_price(
+    world: World, model: TimedModel, slower: float, rate: float
+) -> None:
+    def cost(rows: int) -> float:
+        return row_cost(rows) * (slower if rows <= 8 and world.now_s > 10.2 else 1)
+
+    model.cost = cost
+    world.at(0, ask("a", 20, 500))
+    world.at(10, ask("long", 2000, 1))
+    world.run(model, limits=Limits(pass_rows=400))
+    [end_s] = world.times_of("long")
+    times = [time_s for time_s in world.times_of("a") if 10 < time_s < end_s]
+    assert len(times) * STEP_S / (end_s - 10) >= rate * 0.97
+    assert end_s - 10 <= 1.6 * 20 + 2 * slower * STEP_S
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_the_share_of_decode_is_what_was_asked_for(world: World, model: TimedModel, share: float) -> None:
     world.at(0, ask("a", 20, 1100))
