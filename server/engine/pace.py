@@ -5,7 +5,7 @@ computes for at most so many undisturbed steps' time as leaves one step in every
 share of 0.3 no gap between tokens is longer than three undisturbed steps and one layer of the pass.
 
 A step among the layers of a pass is slower than one alone. What agents feel is their rate, so a step counts
-as what it would have taken undisturbed, down to a part that leaves the pass enough.
+as what it would have taken undisturbed, as long as that leaves the pass enough.
 """
 
 # Weight of a new measurement in the running mean of a step's time.
@@ -22,8 +22,8 @@ class Pace:
         every = int(1 / decode_share)
         self._max_gap_steps = every - 1
         self._step_s: dict[int, float] = {}  # by width
-        self._most_slower = min(MOST_SLOWER, (1 + decode_share) / (2 * decode_share))
-        self._most_share = max(decode_share * self._most_slower, 1 / every if every > 1 else 0.0)
+        most_slower = min(MOST_SLOWER, (1 + decode_share) / (2 * decode_share))
+        self._most_share = max(decode_share * most_slower, 1 / every if every > 1 else 0.0)
         self._decode_s = self._used_s = self._wall_s = self._since_step_s = 0.0
 
     def note_step(self, seconds: float, width: int, *, is_disturbed: bool) -> None:
@@ -31,7 +31,7 @@ class Pace:
         self._since_step_s = 0.0
         if is_disturbed:
             undisturbed_s = self._step_s.setdefault(width, seconds)
-            self._decode_s += max(min(seconds, undisturbed_s), seconds / self._most_slower)
+            self._decode_s += min(seconds, undisturbed_s)
             self._used_s += seconds
             self._wall_s += seconds
         else:  # nobody owes the other anything
