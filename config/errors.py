@@ -6,7 +6,8 @@
     │   └── BudgetError       the memory budget does not fit; the message names the one that would
     ├── RequestError          one client asked for something wrong; becomes a 4xx
     └── EngineError           the server failed a request; becomes a 5xx
-        └── DiskError         bytes that a request needed could not be read
+        ├── DiskError         bytes that a request needed could not be read
+        └── BusyError         too many wait already; says when to come back
 
 Each message says what is wrong and what would have been right. The mapping to wire bodies is in
 `server/api/errors.py`, and only there.
@@ -56,3 +57,11 @@ class EngineError(GlmserveError):
 
 class DiskError(EngineError):
     """Bytes that a request needed could not be read from disk."""
+
+
+class BusyError(EngineError):
+    """Too many requests wait already. `retry_after_s`: when it is worth trying again, in seconds."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -79,6 +79,49 @@ class Settings(BaseSettings):
         "which expert gives up its place: lru (the one used longest ago) or nearness (experimental: the one "
         "that came least near to being chosen)",
     )
+    decode_share: float = _setting(
+        0.3,
+        "Scheduling",
+        "SHARE",
+        "share of the time that answers under way get while a prompt is read, 0.05 to 0.95",
+        ge=0.05,
+        le=0.95,
+    )
+    max_inflight_per_agent: int = _setting(
+        8,
+        "Scheduling",
+        "REQUESTS",
+        "requests of one agent that are worked on at once; the others wait in line",
+        ge=1,
+    )
+    batch_width: int | None = _setting(
+        None,
+        "Scheduling",
+        "ROWS",
+        "answers that go forward in one step (default: all that run, or with --stream-experts what is "
+        "measured to be fastest)",
+        ge=1,
+    )
+    max_queue: int = _setting(
+        64,
+        "Scheduling",
+        "REQUESTS",
+        "requests that may wait in line; more are refused with 503 and the time to come back",
+        ge=1,
+    )
+    queue_timeout: float = _setting(
+        600.0, "Scheduling", "SECONDS", "a request that has not started by then is refused with 503", gt=0
+    )
+    request_timeout: float = _setting(
+        7200.0, "Scheduling", "SECONDS", "a request that is not complete by then is ended with an error", gt=0
+    )
+    step_timeout: float = _setting(
+        120.0,
+        "Scheduling",
+        "SECONDS",
+        "the engine is ended and started again when a layer or a step takes so long",
+        gt=0,
+    )
     host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on")
     port: int = _setting(8080, "Network", "PORT", "port to listen on; 0 takes a free one", ge=0, le=65535)
     api_key: str | None = _setting(

@@ -18,7 +18,7 @@ from server.api.names import ModelNames
 from server.api.service import Dialect, Service
 from server.checkpoint import FoundCheckpoint, choose_checkpoint
 from server.engine.messages import EngineConfig
-from server.engine.process import EngineProcess
+from server.engine.process import Deadlines, EngineProcess
 from server.glm.files import load_sampling_defaults
 from server.glm.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
@@ -103,8 +103,12 @@ class _Serving:
     server: uvicorn.Server | None = field(default=None, init=False)
 
     async def run(self) -> str | None:
+        settings = self.settings
         engine = EngineProcess(
-            make_engine_config(self.settings, self.checkpoint.directory), on_usage_error=self._give_up
+            make_engine_config(settings, self.checkpoint.directory),
+            on_usage_error=self._give_up,
+            deadlines=Deadlines(settings.queue_timeout, settings.request_timeout, settings.step_timeout),
+            max_queue=settings.max_queue,
         )
         model_id = self.settings.served_model_name or self.checkpoint.model_id
         names = ModelNames(model_id, self.settings.model_policy)
@@ -146,4 +150,7 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         max_context=settings.max_context,
         log_level=settings.log_level,
         expert_policy=settings.expert_policy,
+        decode_share=settings.decode_share,
+        max_inflight_per_agent=settings.max_inflight_per_agent,
+        batch_width=settings.batch_width,
     )

@@ -55,9 +55,11 @@ class _Chat:
         prompt = self._tokenizer.encode(render(service, body))
         command = service.command(body, prompt, body.limit, body.top_logprobs or 0)
         command = replace(command, thought=self._thought(prompt), grammar=grammar_of(service, body))
+        command = replace(command, agent=caller.agent)
         self._answers = [self._answer(service, one) for one in shapes.several(command, body.n or 1)]
         self.envelope = Envelope(command.request_id, service.model_id)
         self._receipt = Receipt(command.request_id, service.model_id, caller, bool(body.stream))
+        service.engine.reserve()
 
     def _thought(self, prompt: list[int]) -> Thought | None:
         end_id = self._tokenizer.end_think_id

@@ -49,15 +49,18 @@ class _Completion:
         self._body = body
         self._num_each = body.n or 1
         self._tokenizer = service.dialect.tokenizer
+        self._agent = caller.agent
         self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
         self._receipt = Receipt(self.envelope.id, service.model_id, caller, bool(body.stream))
+        service.engine.reserve()
 
     def _make_answers(self, service: Service, prompt: str | list[int]) -> list[Answer]:
         body = self._body
         token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         command = service.command(body, token_ids, body.max_tokens, body.logprobs or 0)
         command = replace(command, score_prompt=bool(body.echo) and body.logprobs is not None)
+        command = replace(command, agent=self._agent)
         return [
             Answer(service.engine, AnswerParser(self._tokenizer, token_ids, is_active=False), one, body.stops)
             for one in shapes.several(command, self._num_each)

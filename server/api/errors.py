@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from config.errors import EngineError, RequestError
+from config.errors import BusyError, EngineError, RequestError
 from server.engine.messages import Failed, FailureKind
 
 PROVIDER = "glmserve"
@@ -24,6 +24,8 @@ _FAILURES: Mapping[FailureKind, tuple[int, str, bool]] = {
     "engine": (500, "server", False),
     "disk": (502, "provider_unavailable", True),
     "died": (503, "provider_unavailable", True),
+    "busy": (503, "provider_overloaded", True),
+    "timeout": (408, "timeout", False),
 }
 
 log = logging.getLogger(__name__)
@@ -36,14 +38,15 @@ class ClientGone(Exception):
 class GenerationFailed(EngineError):
     """The engine gave up on a request, or is not there to take it."""
 
-    def __init__(self, kind: FailureKind, message: str) -> None:
+    def __init__(self, kind: FailureKind, message: str, retry_after_s: int | None = None) -> None:
         self.status, self.error_type, self.can_retry = _FAILURES[kind]
+        self.retry_after_s = retry_after_s or RETRY_AFTER_S
         super().__init__(f"{message}; try again" if self.can_retry else message)
 
     @classmethod
     def from_event(cls, event: Failed) -> "GenerationFailed":
         """The exception for an engine's last word on a request."""
-        return cls(event.kind, event.message)
+        return cls(event.kind, event.message, event.retry_after_s)
 
 
 def error_object(status: int, message: str, error_type: str, param: str | None = None) -> dict[str, Any]:
@@ -64,6 +67,8 @@ def describe(error: Exception) -> dict[str, Any]:
             return error_object(error.status, str(error), error.error_type, error.param)
         case GenerationFailed():
             return error_object(error.status, str(error), error.error_type)
+        case BusyError():
+            return error_object(503, str(error), "provider_overloaded")
         case ValidationError():
             message, param = _first_fault(error)
             return error_object(400, message, "invalid_request", param)
@@ -92,7 +97,9 @@ def _headers(error: Exception) -> dict[str, str]:
     if isinstance(error, GenerationFailed):
         if not error.can_retry:
             return {"x-should-retry": "false"}
-        return {"x-should-retry": "true", "Retry-After": str(RETRY_AFTER_S)}
+        return {"x-should-retry": "true", "Retry-After": str(error.retry_after_s)}
+    if isinstance(error, BusyError):
+        return {"x-should-retry": "true", "Retry-After": str(error.retry_after_s)}
     if isinstance(error, HTTPException) and error.headers:
         return dict(error.headers)
     return {}

@@ -3,6 +3,7 @@
 Owned by the service; written by the routes when an answer ends, read by /generation and by whoever watches.
 """
 
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -25,6 +26,14 @@ class Caller:
     user: str | None = None
     user_agent: str | None = None
     referer: str | None = None
+    key: str | None = None
+    title: str | None = None
+
+    @property
+    def agent(self) -> str:
+        """Who shares the engine's time with others: by session, else by user, key or title."""
+        named = {"session": self.session_id, "user": self.user, "key": self.key, "title": self.title}
+        return next((f"{kind} {name}" for kind, name in named.items() if name), "")
 
     @classmethod
     def of(cls, headers: Mapping[str, str], session_id: str | None, user: str | None) -> "Caller":
@@ -34,6 +43,8 @@ class Caller:
             user=user,
             user_agent=_header(headers, "user-agent"),
             referer=_header(headers, "http-referer"),
+            key=_digest(headers.get("authorization") or headers.get("x-api-key")),
+            title=_header(headers, "x-openrouter-title") or _header(headers, "x-title"),
         )
 
 
@@ -131,3 +142,8 @@ class Ledger:
 def _header(headers: Mapping[str, str], name: str) -> str | None:
     value = headers.get(name)
     return value[:MAX_HEADER] if value else None
+
+
+def _digest(key: str | None) -> str | None:
+    """Tells keys apart without keeping them."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16] if key else None

@@ -30,6 +30,12 @@ GAUGES = {
     "ahead_recall": ("lookahead_recall", "share of the absent experts that lookahead had begun to read"),
     "ahead_precision": ("lookahead_precision", "share of the experts read ahead that were wanted"),
     "budget_bytes": ("ram_budget_bytes", "--ram-budget"),
+    "running": ("requests_running", "requests that are worked on"),
+    "waiting": ("requests_waiting", "requests in line at the engine"),
+    "agents": ("agents", "agents that have requests here"),
+    "kv_tokens": ("kv_tokens", "tokens whose KV is held or set aside"),
+    "kv_capacity": ("kv_tokens_capacity", "tokens whose KV fits"),
+    "batch_width": ("batch_width", "answers that go forward in one step, at most"),
 }
 PREFIX = "glmserve_"
 
@@ -62,6 +68,7 @@ class _EngineCollector(Collector):
         for key, (name, text) in GAUGES.items():
             if key in values:
                 yield GaugeMetricFamily(PREFIX + name, text, value=values[key])
+        yield from _rates(values)
         for kind in ("planned", "used"):
             yield from _ledger(kind, values)
 
@@ -72,4 +79,16 @@ def _ledger(kind: str, values: dict[str, float]) -> Iterable[Metric]:
         family = GaugeMetricFamily(f"{PREFIX}memory_{kind}_bytes", f"the ledger, {kind}", labels=["line"])
         for line, value in lines.items():
             family.add_metric([line], value)
+        yield family
+
+
+def _rates(values: dict[str, float]) -> Iterable[Metric]:
+    rates = {
+        key.removeprefix("decode_rate."): v for key, v in values.items() if key.startswith("decode_rate.")
+    }
+    if rates:
+        text = "what was measured of the widths that were tried, undisturbed"
+        family = GaugeMetricFamily(f"{PREFIX}decode_tokens_per_second", text, labels=["batch_width"])
+        for width, rate in rates.items():
+            family.add_metric([width], rate)
         yield family

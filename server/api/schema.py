@@ -12,7 +12,6 @@ IGNORED = frozenset(
     [
         "metadata",
         "store",
-        "service_tier",
         "verbosity",
         "usage",
         "transforms",
@@ -58,6 +57,7 @@ class GenerationRequest(BaseModel):
     model: str | None = None
     models: Annotated[list[str], Field(max_length=64)] | None = None
     user: str | None = None
+    service_tier: str | None = None  # "flex" gives way to others, the rest is one and the same
     session_id: Annotated[str, StringConstraints(max_length=256)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

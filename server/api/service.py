@@ -67,6 +67,7 @@ class Service:
             sampling=self._sampling(body, info),
             stop_token_ids=self.dialect.tokenizer.eos_token_ids,
             num_top_logprobs=num_top_logprobs,
+            priority="background" if body.service_tier == "flex" else "interactive",
         )
 
     def _sampling(self, body: GenerationRequest, info: ModelInfo) -> Sampling:

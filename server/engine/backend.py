@@ -10,7 +10,8 @@ from config.errors import UsageError
 from config.plan import MemoryPlan, make_plan, render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
-from models.loading import Checkpoint, load_model, make_geometry, open_checkpoint
+from models.loading import PREFILL_ROWS, Checkpoint, load_model, make_geometry, open_checkpoint
+from server.engine.limits import MAX_RUNNING, Limits
 from server.engine.messages import EngineConfig, ModelInfo
 from server.engine.model import Backend, ReportProgress
 from server.engine.telemetry import measure_store
@@ -44,7 +45,19 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     )
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
-    return Backend(model, info, measure_store(store, plan))
+    return Backend(model, info, measure_store(store, plan), _make_limits(plan, arithmetic, config))
+
+
+def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
+    return Limits(
+        pass_rows=PREFILL_ROWS,
+        decode_rows=arithmetic.max_packed_rows or MAX_RUNNING,
+        kv_tokens=plan.max_context,
+        agent_inflight=config.max_inflight_per_agent,
+        decode_share=config.decode_share,
+        batch_width=config.batch_width,
+        is_streaming=not plan.is_resident,
+    )
 
 
 def _policy_maker(name: Literal["lru", "nearness"], checkpoint: Checkpoint) -> Callable[[], Policy]:

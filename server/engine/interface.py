@@ -25,6 +25,9 @@ class Engine(Protocol):
     def status(self) -> EngineStatus:
         """Whether requests are answered now."""
 
+    def reserve(self) -> None:
+        """Keep a place for a request that is about to be generated. Raises BusyError where none is left."""
+
     def generate(self, request: Generate) -> AsyncGenerator[RequestEvent, None]:
         """Events of one request, the last of them Finished or Failed.
 

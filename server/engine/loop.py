@@ -1,18 +1,20 @@
 """The engine's loop: take commands, choose, run one step, hand out tokens.
 
-Runs on the thread that opened the model, the only one that touches MLX. Commands arrive in a queue that
-another thread fills; events leave through `send`.
+A step is a decode step of all that decode, or one layer of a pass over prompts. At most two passes are under
+way: a large one, and one over short prompts that came later and would wait too long. Runs on the thread that
+opened the model, the only one that touches MLX. Commands arrive in a queue that another thread fills; events
+leave through `send`.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from queue import SimpleQueue
+from time import monotonic
 
 import mlx.core as mx
 
-from config.errors import DiskError, EngineError, RequestError
-from models.attention import Span
+from config.errors import RequestError
+from server.engine.answers import Answers, kind_of
 from server.engine.constraint import Constraint
 from server.engine.grammar import Grammars
 from server.engine.messages import (
@@ -20,55 +22,92 @@ from server.engine.messages import (
     Command,
     Event,
     Failed,
-    FailureKind,
     Finished,
     Generate,
-    Progress,
-    PromptScored,
     Shutdown,
-    Token,
-    TokenScore,
+    Started,
     Usage,
 )
 from server.engine.model import Backend
-from server.engine.sampling import draw, score_tokens, start_sampling
-from server.engine.scheduler import Decode, Prefill, Scheduler
+from server.engine.pace import Pace
+from server.engine.passes import Pass
+from server.engine.prefixes import NoPrefixes, Prefixes
+from server.engine.sampling import start_sampling
+from server.engine.scheduler import Part, Scheduler
 from server.engine.sequence import Sequence
+from server.engine.width import Width
 
-# Rows whose logits are held at once while a prompt is scored: 64 x 154,880 x 4 bytes = 40 MB.
-SCORED_ROWS = 64
+# A second pass may run between the layers of one that has at least so many times its rows.
+OVERTAKEN = 8
+# Prompts that come before this part of a pass's layers is done make it start again with all of them. No more
+# than that is lost, however many come one after the other.
+RESTART = 0.1
 
 log = logging.getLogger(__name__)
 
 
-class Cancelled(Exception):
-    """The sequence of the current step is no longer wanted."""
-
-
 class EngineLoop:
-    """Serves commands until Shutdown."""
+    """Serves commands until Shutdown.
+
+    `beat` is called before each layer and each step, and, with True, before the loop waits for commands.
+    """
 
     def __init__(
         self,
         backend: Backend,
         inbox: SimpleQueue[Command],
         send: Callable[[Event], None],
-        scheduler: Scheduler | None = None,
+        *,
         grammars: Grammars | None = None,
+        prefixes: Prefixes | None = None,
+        beat: Callable[[bool], None] = lambda is_idle: None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._model = backend.model
-        self._info = backend.info
-        self._inbox = inbox
-        self._send = send
-        self._scheduler = scheduler or Scheduler()
+        self._model, self._info, self._limits = backend.model, backend.info, backend.limits
+        self._inbox, self._send, self._beat, self._clock = inbox, send, beat, clock
         self._grammars = grammars
+        self._prefixes = prefixes or NoPrefixes()
+        self._scheduler = Scheduler(self._limits, clock)
+        self._pace = Pace(self._limits.decode_share)
+        self._answers = Answers(
+            self._model, self._scheduler, self._prefixes, send, max_rows=self._limits.decode_rows
+        )
+        self._width = Width(
+            self._limits.decode_rows, self._limits.batch_width, adapts=self._limits.is_streaming
+        )
+        self._passes: list[Pass] = []
+        self._num_layers = 0  # known when the first pass is through
+        self._num_lost_layers = 0  # of passes that were started again since one was through
         self._is_stopping = False
 
     def run(self) -> None:
         """Step until told to stop."""
+        self._take_commands(wait=True)
         while not self._is_stopping:
-            self._take_commands(wait=self._scheduler.is_idle)
             self._step()
+            self._beat(self._scheduler.is_idle)
+            self._take_commands(wait=self._scheduler.is_idle)
+        for one in self._passes:
+            one.abandon()
+
+    def check_integrity(self) -> None:
+        """The books balance, and whoever reads is in a pass that is under way."""
+        self._scheduler.check_integrity()
+        assert len(self._passes) <= 2
+
+    def measure(self) -> dict[str, float]:
+        """Who is here now, for /metrics."""
+        return {
+            "running": self._scheduler.num_running,
+            "waiting": self._scheduler.num_waiting,
+            "agents": self._scheduler.shares.num_agents,
+            "kv_tokens": self._scheduler.num_kv_tokens,
+            "kv_capacity": self._limits.kv_tokens,
+            "batch_width": self._width.chosen,
+            **{f"decode_rate.{width}": rate for width, rate in self._width.rates.items()},
+        }
+
+    # commands
 
     def _take_commands(self, wait: bool = False) -> None:
         while wait or not self._inbox.empty():
@@ -78,7 +117,7 @@ class EngineLoop:
     def _obey(self, command: Command) -> None:
         match command:
             case Generate():
-                self._admit(command)
+                self._receive(command)
             case Cancel(request_id):
                 self._scheduler.cancel(request_id)
             case Shutdown():
@@ -86,10 +125,11 @@ class EngineLoop:
             case _:
                 raise AssertionError(f"the loop was sent {command!r}")
 
-    def _admit(self, request: Generate) -> None:
+    def _receive(self, request: Generate) -> None:
         num_tokens = len(request.token_ids) + request.max_tokens
-        if not request.token_ids or num_tokens > self._info.context_length:
-            message = f"{num_tokens} tokens do not fit a context of {self._info.context_length}"
+        most = min(self._info.context_length, self._limits.kv_tokens)
+        if not request.token_ids or num_tokens > most:
+            message = f"{num_tokens} tokens do not fit a context of {most}"
             self._send(Failed(request.request_id, "request", message))
             return
         if request.max_tokens == 0 and not request.score_prompt:
@@ -98,10 +138,10 @@ class EngineLoop:
         try:
             constraint = self._make_constraint(request)
         except Exception as error:  # a grammar that cannot be followed ends its own request only
-            self._send(Failed(request.request_id, _kind(error), str(error)))
+            self._send(Failed(request.request_id, kind_of(error), str(error)))
             return
         sampler = start_sampling(request.sampling, request.token_ids, self._info.vocab_size)
-        self._scheduler.add(Sequence(request, self._model.make_cache(), sampler, constraint))
+        self._scheduler.add(Sequence(request, sampler, constraint))
 
     def _make_constraint(self, request: Generate) -> Constraint:
         if not request.grammar:
@@ -110,106 +150,135 @@ class EngineLoop:
             raise RequestError("this engine was started without grammars")
         return Constraint(request, self._grammars.make_matcher(request.grammar, request.stop_token_ids))
 
+    # choosing
+
     def _step(self) -> None:
-        work = self._scheduler.choose()
-        if work is None:
+        self._clear_away()
+        self._admit()
+        self._start_pass()
+        batch = self._scheduler.decode_batch(self._width.choose)
+        if batch and not (self._passes and not self._pace.is_step_due(len(batch))):
+            self._decode(batch)
+        elif self._passes:
+            self._advance(min(self._passes, key=lambda one: one.turn_s), is_contended=bool(batch))
+
+    def _clear_away(self) -> None:
+        """Who is not wanted any more gives up its place, and who has outgrown the KV waits again."""
+        for one in [one for one in self._passes if not one.is_wanted]:
+            self._give_up(one)
+        for sequence in self._scheduler.cancelled:
+            self._answers.save(sequence)
+            self._scheduler.retire(sequence)
+        while victim := self._scheduler.find_victim():
+            log.info("request %s gives its place in the KV to others", victim.request.request_id)
+            self._answers.save(victim)
+            self._scheduler.suspend(victim)
+
+    def _admit(self) -> None:
+        for sequence in self._scheduler.admit():
+            sequence.cache = self._model.make_cache()
+            try:
+                if not sequence.request.score_prompt:  # scores need the hidden rows of the whole prompt
+                    self._prefixes.restore(sequence)
+            except Exception:  # what was saved is of no use: the prompt is read
+                log.exception("the saved prefix of request %s", sequence.request.request_id)
+                sequence.cache, sequence.num_cached_tokens = self._model.make_cache(), 0
+            self._send(Started(sequence.request.request_id))
+
+    def _start_pass(self) -> None:
+        if len(self._passes) > 1 or not self._scheduler.has_readers:
             return
+        parts: list[Part] = []
+        if self._passes:
+            [large] = self._passes
+            has_room = large.num_rows < self._limits.pass_rows
+            num_lost = self._num_lost_layers + large.num_layers_done
+            if has_room and num_lost < RESTART * self._num_layers:
+                self._num_lost_layers = num_lost
+                self._give_up(large)
+            else:
+                parts = self._scheduler.board_short(large.num_rows // OVERTAKEN)
+        if not self._passes:
+            parts = self._scheduler.board(self._limits.pass_rows)
+        if parts:
+            for one in self._passes:
+                one.turn_s = 0.0
+            self._passes.insert(0, Pass(self._model, parts))
+
+    def _give_up(self, one: Pass) -> None:
+        one.abandon()
+        self._passes.remove(one)
+        self._scheduler.leave_pass(one.parts)
+
+    # running
+
+    def _advance(self, one: Pass, *, is_contended: bool) -> None:
+        started_s = self._clock()
         try:
-            match work:
-                case Prefill(sequence, num_rows):
-                    self._prefill(sequence, num_rows)
-                case Decode(sequence):
-                    self._decode(sequence)
-        except Cancelled:
-            self._scheduler.retire(work.sequence)
-        except Exception as error:  # a request ends here: its client is told, the others go on
-            log.exception("request %s failed", work.sequence.request.request_id)
-            self._fail(work.sequence, error)
+            hidden = one.advance()
+            if hidden is not None:
+                mx.eval(hidden)
+        except Exception as error:  # some request's part of it failed
+            self._give_up(one)
+            self._take_apart(one, error)
+            return
+        seconds = self._clock() - started_s
+        one.seconds += seconds
+        one.turn_s += seconds
+        self._scheduler.charge(one.parts, seconds)
+        if is_contended:
+            self._pace.note_layer(seconds)
+        if hidden is not None:
+            self._passes.remove(one)
+            self._scheduler.leave_pass(one.parts)
+            self._scheduler.note_pass(one.num_rows, one.seconds)
+            self._num_layers, self._num_lost_layers = one.num_layers_done, 0
+            self._answers.hand_out(one, hidden)
 
-    def _prefill(self, sequence: Sequence, num_rows: int) -> None:
-        start = sequence.cache.length
-        token_ids = sequence.request.token_ids[start : start + num_rows]
-        hidden = self._forward(sequence, token_ids)
-        if sequence.request.score_prompt:
-            self._score_prompt(sequence, start, hidden)
-        request_id = sequence.request.request_id
-        self._send(Progress(request_id, start + num_rows, sequence.num_prompt_tokens))
-        if sequence.num_unread:
-            mx.eval(hidden)
-        elif sequence.request.max_tokens:
-            self._sample(sequence, hidden[-1:])
-        else:
-            self._finish(sequence)
-
-    def _decode(self, sequence: Sequence) -> None:
-        self._sample(sequence, self._forward(sequence, (sequence.generated[-1],)))
-
-    def _forward(self, sequence: Sequence, token_ids: tuple[int, ...]) -> mx.array:  # [N, H]
-        layers = self._model.forward(mx.array(token_ids), [Span(sequence.cache, 0, len(token_ids))])
-        written: list[mx.array] = []
+    def _decode(self, batch: list[Sequence]) -> None:
+        started_s = self._clock()
+        step = Pass(self._model, [Part(sequence, 1) for sequence in batch])
         try:
-            while True:
-                written += sequence.cache.states(next(layers))
-                self._take_commands()
-                if sequence.is_cancelled or self._is_stopping:
-                    raise Cancelled
-        except StopIteration as end:
-            hidden: mx.array = end.value
-            # index keys that nothing has read yet would otherwise stay pending, step after step
-            mx.async_eval(hidden, *written)  # type: ignore[no-untyped-call]
-            return hidden
-        finally:
-            layers.close()
+            hidden = self._run_through(step)
+        except Exception as error:  # some request's part of it failed
+            step.abandon()
+            self._take_apart(step, error)
+            return
+        if hidden is None:
+            return
+        self._answers.hand_out(step, hidden)
+        seconds = self._clock() - started_s
+        self._scheduler.charge(step.parts, seconds)
+        self._pace.note_step(seconds, len(batch), is_disturbed=bool(self._passes))
+        if not self._passes:
+            self._width.note(len(batch), seconds)
 
-    def _score_prompt(self, sequence: Sequence, start: int, hidden: mx.array) -> None:
-        """Row i of `hidden` predicts prompt token start + i + 1; the last row of all predicts none."""
-        request = sequence.request
-        targets = request.token_ids[start + 1 : start + 1 + hidden.shape[0]]
-        scores = [TokenScore(request.token_ids[0], None)] if start == 0 else []
-        for first in range(0, len(targets), SCORED_ROWS):
-            part = targets[first : first + SCORED_ROWS]
-            logits = self._model.logits(hidden[first : first + len(part)])
-            scores += score_tokens(logits, mx.array(part), request.num_top_logprobs)
-        _check_finite(scores)
-        self._send(PromptScored(request.request_id, tuple(scores)))
+    def _run_through(self, one: Pass) -> mx.array | None:
+        """All layers at a stretch; None where nobody wants the result any more."""
+        while True:
+            hidden = one.advance()
+            if hidden is not None:
+                return hidden
+            self._beat(False)
+            self._take_commands()
+            if self._is_stopping or not one.is_wanted:
+                one.abandon()
+                return None
 
-    def _sample(self, sequence: Sequence, hidden: mx.array) -> None:  # [1, H]
-        request = sequence.request
-        logits = self._model.logits(hidden)
-        token, sequence.sampler = draw(
-            sequence.constraint.apply(logits[0]), request.sampling, sequence.sampler
-        )
-        [score] = score_tokens(logits, token[None], request.num_top_logprobs)
-        _check_finite([score])
-        sequence.generated.append(score.token_id)
-        sequence.constraint.accept(score.token_id)
-        if score.token_id not in request.stop_token_ids:
-            self._send(Token(request.request_id, score))
-        if sequence.finish_reason():
-            self._finish(sequence)
-
-    def _finish(self, sequence: Sequence) -> None:
-        reason = sequence.finish_reason()
-        assert reason, "only a complete sequence is finished"
-        stop_token_id = sequence.generated[-1] if reason == "stop" else None
-        self._scheduler.retire(sequence)
-        self._send(Finished(sequence.request.request_id, reason, sequence.usage, stop_token_id))
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        self._scheduler.retire(sequence)
-        self._send(Failed(sequence.request.request_id, _kind(error), str(error) or type(error).__name__))
-
-
-def _kind(error: Exception) -> FailureKind:
-    match error:
-        case RequestError():
-            return "request"
-        case DiskError():
-            return "disk"
-        case _:
-            return "engine"
-
-
-def _check_finite(scores: list[TokenScore]) -> None:
-    if any(score.logprob is not None and math.isnan(score.logprob) for score in scores):
-        raise EngineError("the model computed NaN; its weights are damaged or its arithmetic overflowed")
+    def _take_apart(self, failed: Pass, error: Exception) -> None:
+        """Run the parts of a failed pass one by one, so that only those fail that would fail alone."""
+        if len(failed.parts) == 1:
+            self._answers.fail(failed.parts[0].sequence, error)
+            return
+        log.warning("a step of %d requests failed, each is tried alone: %s", len(failed.parts), error)
+        for part in failed.parts:
+            if part.sequence.is_cancelled:
+                continue
+            alone = Pass(self._model, [part])
+            try:
+                hidden = self._run_through(alone)
+            except Exception as own_error:  # this request ends, the others go on
+                self._answers.fail(part.sequence, own_error)
+                continue
+            if hidden is not None:
+                self._answers.hand_out(alone, hidden)

@@ -10,8 +10,11 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 
+# Background requests run when nobody else wants to, or when they have waited long.
+Priority = Literal["interactive", "background"]
+
 # Whose fault a failure is. `server/api/errors.py` turns it into a status.
-FailureKind = Literal["request", "engine", "disk", "died"]
+FailureKind = Literal["request", "engine", "disk", "died", "busy", "timeout"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class EngineConfig:
     max_context: int | None
     log_level: str
     expert_policy: Literal["lru", "nearness"] = "lru"
+    decode_share: float = 0.3
+    max_inflight_per_agent: int = 8
+    batch_width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ class Generate:
 
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
     log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
-    the end of the `thought`, or from its start where there is none.
+    the end of the `thought`, or from its start where there is none. `agent` is who asks: agents share the
+    engine's time evenly, whatever the number of their requests.
     """
 
     request_id: str
@@ -77,6 +84,8 @@ class Generate:
     score_prompt: bool = False
     thought: Thought | None = None
     grammar: str = ""
+    agent: str = ""
+    priority: Priority = "interactive"
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,11 @@ class LoadFailed:
 
 
 @dataclass(frozen=True)
+class Heartbeat:
+    """The engine's loop has come to another layer or step. Sent now and then while there is work."""
+
+
+@dataclass(frozen=True)
 class Stats:
     """What the engine counted since it was started; the names are those of `telemetry.measure_store`."""
 
@@ -149,6 +163,13 @@ class TokenScore:
     token_id: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request waits no more: it has a place and a cache. May come again after a preemption."""
+
+    request_id: str
 
 
 @dataclass(frozen=True)
@@ -197,13 +218,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request is over without an answer."""
+    """The request is over without an answer. `retry_after_s`: when trying again is worth while, if known."""
 
     request_id: str
     kind: FailureKind
     message: str
+    retry_after_s: int | None = None
 
 
-RequestEvent = Progress | PromptScored | Token | Finished | Failed
-EngineEvent = Loading | Ready | LoadFailed | Stats
+RequestEvent = Started | Progress | PromptScored | Token | Finished | Failed
+EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Stats
 Event = EngineEvent | RequestEvent

@@ -1,13 +1,14 @@
 """What the engine asks of a model: the flat forward, logits and caches. Owns nothing."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import mlx.core as mx
 
 from models.attention import Span
 from models.cache import SequenceCache
+from server.engine.limits import Limits
 from server.engine.messages import EngineConfig, ModelInfo
 
 
@@ -31,6 +32,7 @@ class Backend:
     model: Model
     info: ModelInfo
     measure: Callable[[], Mapping[str, float]] = dict
+    limits: Limits = field(default_factory=Limits)
 
 
 ReportProgress = Callable[[float, str], None]

@@ -10,13 +10,22 @@ from server.engine.sampling import SamplerState
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt, the tokens that followed, and the cache that holds them."""
+    """A prompt, the tokens that followed, and the cache that holds them.
+
+    Without a cache it waits. With one it reads until a single token is left to compute, which is the last
+    one drawn; from then on it decodes. One whose cache was taken away waits again and reads all its tokens.
+    """
 
     request: Generate
-    cache: SequenceCache
     sampler: SamplerState
     constraint: Constraint
+    arrived_s: float = 0.0
+    served_s: float = 0.0  # when it last had a part in a step
+    cache: SequenceCache | None = None
     generated: list[int] = field(default_factory=list)
+    num_scored: int = 0  # prompt tokens whose scores were sent
+    num_cached_tokens: int = 0  # prompt tokens that came from a saved prefix
+    promised_tokens: int = 0  # room in the KV that was set aside when it was admitted
     is_cancelled: bool = False
 
     @property
@@ -25,14 +34,35 @@ class Sequence:
         return len(self.request.token_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """Length of prompt and answer so far."""
+        return self.num_prompt_tokens + len(self.generated)
+
+    @property
     def num_unread(self) -> int:
-        """Prompt tokens that are not in the cache yet."""
-        return max(0, self.num_prompt_tokens - self.cache.length)
+        """Tokens that are not in the cache yet."""
+        return self.num_tokens - (self.cache.length if self.cache else 0)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the token drawn last has to be computed."""
+        return bool(self.generated) and self.num_unread == 1
+
+    @property
+    def kv_tokens(self) -> int:
+        """Room in the KV that it takes or was promised, the next token included."""
+        return max(self.num_tokens + 1, self.promised_tokens)
 
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(self.num_prompt_tokens, len(self.generated))
+        return Usage(self.num_prompt_tokens, len(self.generated), self.num_cached_tokens)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Tokens start to stop of prompt and answer together."""
+        num_prompt = self.num_prompt_tokens
+        answer = self.generated[max(0, start - num_prompt) : max(0, stop - num_prompt)]
+        return [*self.request.token_ids[start:stop], *answer]
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence is complete, or None while it is not."""

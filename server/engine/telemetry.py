@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 
 from config.plan import MemoryPlan
 from config.sizes import format_size
-from server.engine.messages import Event, Failed, Finished, Stats
+from server.engine.messages import Event, Failed, Finished, Heartbeat, Stats
 from streaming.store import ExpertStore
 
 INTERVAL_S = 5.0
+HEARTBEAT_S = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -21,32 +22,53 @@ Measure = Callable[[], Mapping[str, float]]
 
 
 class Telemetry:
-    """Passes events on, with a Stats event where one is due."""
+    """Passes events on, with a Stats event where one is due, and says that the loop is alive."""
 
     def __init__(self, measure: Measure, send: Callable[[Event], None]) -> None:
         self._measure, self._send_on = measure, send
+        self._measure_loop: Measure = dict
         self._before: Mapping[str, float] = measure()
-        self._sent_s = time.monotonic()
+        self._sent: Mapping[str, float] = {}
+        self._stats_s = self._alive_s = time.monotonic()
         if self._before:
             send(Stats(dict(self._before)))
 
+    def watch(self, measure_loop: Measure) -> None:
+        """The loop's own counts are told as well, from now on."""
+        self._measure_loop = measure_loop
+
     def send(self, event: Event) -> None:
-        is_last = isinstance(event, Finished | Failed)
-        if self._before and (is_last or time.monotonic() - self._sent_s > INTERVAL_S):
-            values = self._measure()
-            self._sent_s = time.monotonic()
-            self._send_on(Stats(dict(values)))
-            if isinstance(event, Finished | Failed):
+        if isinstance(event, Finished | Failed):
+            values = self._send_stats()
+            if self._before:
                 self._log(event.request_id, values)
         self._send_on(event)
 
+    def beat(self, is_idle: bool) -> None:
+        """The loop has come to another layer or step, or to its rest."""
+        now_s = time.monotonic()
+        if is_idle or now_s - self._stats_s > INTERVAL_S:
+            self._send_stats()
+        if now_s - self._alive_s > HEARTBEAT_S:
+            self._alive_s = now_s
+            self._send_on(Heartbeat())
+
+    def _send_stats(self) -> Mapping[str, float]:
+        self._stats_s = time.monotonic()
+        values = self._measure()
+        told = {**values, **self._measure_loop()}
+        if told != self._sent:
+            self._sent = told
+            self._send_on(Stats(told))
+        return values
+
     def _log(self, request_id: str, values: Mapping[str, float]) -> None:
-        """One sequence runs at a time, so what was counted since the last one ended is this one's."""
+        """Steps are shared, so what is told is what all have cost since a request ended last."""
         change = {name: value - self._before[name] for name, value in values.items()}
         self._before = values
         asked = change["hits"] + change["ahead_used"] + change["misses"]
         log.info(
-            "%s: %.1f %% of %d experts in memory, %s read in %.2f s, waited %.2f s",
+            "%s ended; since the last end: %.1f %% of %d experts in memory, %s read in %.2f s, waited %.2f s",
             request_id,
             100 * change["hits"] / max(1, asked),
             asked,

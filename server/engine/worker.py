@@ -40,8 +40,10 @@ def main(open_model: OpenBackend = open_backend) -> int:
         return 1
     pipe.send(Ready(backend.info))
     grammars = Grammars(load.config.model_path / "tokenizer.json", backend.info.vocab_size)
-    send = Telemetry(backend.measure, pipe.send).send
-    EngineLoop(backend, inbox, send, grammars=grammars).run()
+    telemetry = Telemetry(backend.measure, pipe.send)
+    loop = EngineLoop(backend, inbox, telemetry.send, grammars=grammars, beat=telemetry.beat)
+    telemetry.watch(loop.measure)
+    loop.run()
     return 0
 
 

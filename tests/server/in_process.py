@@ -45,6 +45,9 @@ class LoopEngine:
     def status(self) -> EngineStatus:
         return EngineStatus("ready", info=ModelInfo(VOCAB, CONTEXT))
 
+    def reserve(self) -> None:
+        """There is always a place."""
+
     def cancel(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
         self.inbox.put(Cancel(request_id))

@@ -44,6 +44,9 @@ class ScriptedEngine:
             return EngineStatus("ready", info=ModelInfo(self.vocab_size, self.context_length))
         return EngineStatus("loading", "opening the model", 0.25)
 
+    def reserve(self) -> None:
+        """There is always a place."""
+
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
 

@@ -174,7 +174,7 @@ def test_what_is_not_supported_is_refused_by_name(client: TestClient, field: str
     assert field in error["message"]
 
 
-@pytest.mark.parametrize("field", ["metadata", "provider", "transforms", "trace", "plugins", "service_tier"])
+@pytest.mark.parametrize("field", ["metadata", "provider", "transforms", "trace", "plugins"])
 def test_fields_without_a_meaning_here_are_ignored(client: TestClient, field: str) -> None:
     assert client.post(CHAT, json={"messages": [USER], field: {"x": 1}}).status_code == 200
 

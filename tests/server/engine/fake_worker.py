@@ -1,12 +1,33 @@
-"""An engine process over the counting model. The model path says how: busy, broken, unusable, else well."""
+"""An engine process over the counting model.
 
+The model path says how: busy, slow, broken, unusable, mortal, roomy, freezing, else well.
+"""
+
+import os
 import sys
+import threading
+import time
+from collections.abc import Generator, Sequence
+
+import mlx.core as mx
 
 from config.errors import CheckpointError
+from models.attention import Span
 from server.engine.messages import EngineConfig
 from server.engine.model import Backend, ReportProgress
 from server.engine.worker import main
 from tests.server.engine.fakes import CountingModel, make_backend
+
+FATAL_TOKEN = 13
+
+
+class FreezingModel(CountingModel):
+    """Never comes back from a step over the fatal token."""
+
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+        if FATAL_TOKEN in tokens.tolist():  # type: ignore[operator]
+            time.sleep(1000)
+        return super().forward(tokens, spans)
 
 
 def open_fake(config: EngineConfig, report: ReportProgress) -> Backend:
@@ -19,6 +40,15 @@ def open_fake(config: EngineConfig, report: ReportProgress) -> Backend:
             raise RuntimeError("out of memory")
         case "busy":
             return make_backend(CountingModel(layer_s=30))
+        case "slow":
+            return make_backend(CountingModel(layer_s=0.02), agent_inflight=1)
+        case "mortal":
+            threading.Timer(0.05, os._exit, [3]).start()
+            return make_backend()
+        case "roomy":
+            return make_backend(context_length=2000)
+        case "freezing":
+            return make_backend(FreezingModel())
         case _:
             return make_backend(CountingModel(layer_s=0.001))
 

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
 from models.attention import Span
 from models.cache import SequenceCache
+from server.engine.limits import Limits
 from server.engine.messages import ModelInfo
 from server.engine.model import Backend
 
@@ -27,6 +29,9 @@ class FakeCache(SequenceCache):
 
     def states(self, layer: int) -> list[mx.array]:
         return []
+
+    def trim(self, length: int) -> None:
+        del self.tokens[length:]
 
 
 @dataclass
@@ -66,6 +71,9 @@ class CountingModel:
         return FakeCache()
 
 
-def make_backend(model: CountingModel | None = None, context_length: int = 64) -> Backend:
-    """A backend over the counting model."""
-    return Backend(model or CountingModel(), ModelInfo(VOCAB, context_length))
+def make_backend(
+    model: CountingModel | None = None, context_length: int = 64, rows: int = 2048, **limits: Any
+) -> Backend:
+    """A backend over the counting model; passes over prompts take at most `rows` rows."""
+    info = ModelInfo(VOCAB, context_length)
+    return Backend(model or CountingModel(), info, limits=Limits(pass_rows=rows, **limits))

@@ -17,11 +17,11 @@ from server.engine.messages import (
     PromptScored,
     Sampling,
     Shutdown,
+    Started,
     Token,
     TokenScore,
 )
-from server.engine.scheduler import Scheduler
-from tests.server.engine.fakes import VOCAB, CountingModel, make_backend
+from tests.server.engine.fakes import NUM_LAYERS, VOCAB, CountingModel, make_backend
 
 GREEDY = Sampling(temperature=0)
 
@@ -42,7 +42,7 @@ def run(*commands: Command, model: CountingModel | None = None, rows: int = 2048
 
     for command in commands:
         inbox.put(command)
-    EngineLoop(make_backend(model), inbox, send, Scheduler(rows)).run()
+    EngineLoop(make_backend(model, rows=rows), inbox, send).run()
     return events
 
 
@@ -118,7 +118,7 @@ def test_a_cancelled_request_ends_within_one_step(cancel_after: type[Event]) -> 
 
     inbox.put(Generate("a", tuple(range(10)), 20, GREEDY))
     inbox.put(Generate("b", (1,), 2, GREEDY))
-    EngineLoop(make_backend(model), inbox, send, Scheduler(4)).run()
+    EngineLoop(make_backend(model, rows=4), inbox, send).run()
     assert [item.request_id for item in events if isinstance(item, Finished)] == ["b"]
     assert len(tokens_of(events, "a")) <= 1
     assert len(model.forwards) <= 4 + 2
@@ -127,21 +127,36 @@ def test_a_cancelled_request_ends_within_one_step(cancel_after: type[Event]) -> 
 def test_a_cancel_takes_effect_between_layers() -> None:
     inbox: SimpleQueue[Command] = SimpleQueue()
     model = CountingModel()
-    model.on_layer = lambda: inbox.put(Cancel("a") if model.num_layers_run == 1 else Shutdown())
+
+    def on_layer() -> None:
+        if model.num_layers_run == 1:
+            inbox.put(Cancel("a"))
+            inbox.put(Generate("b", (1, 2, 3), 5, GREEDY))
+        else:
+            inbox.put(Shutdown())
+
+    model.on_layer = on_layer
     inbox.put(Generate("a", (1, 2, 3), 5, GREEDY))
-    inbox.put(Generate("b", (1, 2, 3), 5, GREEDY))
     events: list[Event] = []
     EngineLoop(make_backend(model), inbox, events.append).run()
     assert model.num_layers_run == 2, "one layer of a, one of b"
-    assert events == []
+    assert events == [Started("a"), Started("b")]
 
 
-def test_a_shutdown_takes_effect_between_layers() -> None:
+@pytest.mark.parametrize("num_layers", [1, NUM_LAYERS + 1])
+def test_a_shutdown_takes_effect_between_layers(num_layers: int) -> None:
+    """In the pass over the prompt, and in a decode step."""
     inbox: SimpleQueue[Command] = SimpleQueue()
-    model = CountingModel(on_layer=lambda: inbox.put(Shutdown()))
+    model = CountingModel()
+
+    def on_layer() -> None:
+        if model.num_layers_run == num_layers:
+            inbox.put(Shutdown())
+
+    model.on_layer = on_layer
     inbox.put(Generate("a", (1, 2, 3), 5, GREEDY))
     EngineLoop(make_backend(model), inbox, lambda event: None).run()
-    assert model.num_layers_run == 1
+    assert model.num_layers_run == num_layers
 
 
 def test_a_request_that_waits_can_be_cancelled() -> None:

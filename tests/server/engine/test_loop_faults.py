@@ -1,4 +1,4 @@
-"""A disk that goes wrong in the middle of a request: that request is told, the next one is right."""
+"""A disk that goes wrong in the middle of a request: that request is told, the other one is right."""
 
 import threading
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ from tests.tiny_glm import SHARED, make_weights
 CONFIG = SHARED | {"hidden_size": 128, "moe_intermediate_size": 64}
 PROMPT = (5, 9, 33, 21, 60, 7, 12)
 NUM_TOKENS = 10
+ORDER = ("first", "second")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def expected(folder: Path) -> list[int]:
 
 
 class _Served:
-    """The loop over a streamed model, two requests one after the other, a fault during the first."""
+    """The loop over a streamed model, two requests, a fault that lasts until the first has failed."""
 
     def __init__(self, folder: Path) -> None:
         self.disk, checkpoint = FaultyDisk(), open_checkpoint(folder)
@@ -59,10 +60,12 @@ class _Served:
         )
         self.backend = Backend(load_model(checkpoint, CPU, self.store), ModelInfo(64, 4096))
 
-    def run(self, fault: Fault, after_tokens: int) -> list[Event]:
+    def run(self, fault: Fault, after_tokens: int, *, together: bool = False) -> list[Event]:
         inbox: SimpleQueue[Command] = SimpleQueue()
-        for request_id in ("first", "second"):
-            inbox.put(Generate(request_id, PROMPT, NUM_TOKENS, Sampling(temperature=0)))
+        first, second = (Generate(name, PROMPT, NUM_TOKENS, Sampling(temperature=0)) for name in ORDER)
+        inbox.put(first)
+        if together:
+            inbox.put(second)
         events: list[Event] = []
 
         def send(event: Event) -> None:
@@ -72,6 +75,8 @@ class _Served:
                 self.disk.fault = fault
             if isinstance(event, Failed):
                 self.disk.fault = None
+                if not together:
+                    inbox.put(second)
             if isinstance(event, Failed | Finished) and event.request_id == "second":
                 inbox.put(Shutdown())
 
@@ -101,12 +106,15 @@ def check(served: _Served, events: list[Event], expected: list[int], message: st
     served.store.check_integrity()
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("after_tokens", [1, 4])
-def test_an_io_error(served: _Served, expected: list[int], after_tokens: int) -> None:
+def test_an_io_error(served: _Served, expected: list[int], after_tokens: int, together: bool) -> None:
+    """Together, each is tried alone when their step has failed, and by the second try the disk is well."""
+
     def fail(number: int, buffer: Bytes, offset: int) -> int | None:
         raise OSError(5, "Input/output error")
 
-    check(served, served.run(fail, after_tokens), expected, "Input/output error")
+    check(served, served.run(fail, after_tokens, together=together), expected, "Input/output error")
 
 
 def test_a_shard_that_ends_early(served: _Served, expected: list[int]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ def config(kind: str) -> EngineConfig:
 
 
 @asynccontextmanager
-async def engine_of(kind: str, **options: Callable[[str], None]) -> AsyncIterator[EngineProcess]:
+async def engine_of(kind: str, **options: Any) -> AsyncIterator[EngineProcess]:
     engine = EngineProcess(config(kind), worker="tests.server.engine.fake_worker", **options)
     engine.start()
     try:
@@ -98,7 +99,7 @@ def test_the_death_of_the_engine_fails_what_is_in_flight_and_it_is_started_again
             running = asyncio.ensure_future(collect(engine, Generate("a", (1,), 3, GREEDY)))
             await asyncio.sleep(0.1)
             os.kill(pid, signal.SIGKILL)
-            [event] = await asyncio.wait_for(running, 10)
+            *_, event = await asyncio.wait_for(running, 10)
             assert isinstance(event, Failed)
             assert (event.kind, event.message) == ("died", "the engine process ended (signal 9)")
             assert engine.status.state == "down"

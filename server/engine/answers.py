@@ -1,0 +1,183 @@
+"""From hidden rows to events: scores prompts, draws tokens, finishes sequences. Called by the engine's loop.
+
+Rows of a step are drawn together and read from the device at once; what goes wrong with one sequence
+(its grammar, its numbers) ends that sequence alone.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+
+from config.errors import DiskError, EngineError, RequestError
+from server.engine.messages import (
+    Event,
+    Failed,
+    FailureKind,
+    Finished,
+    Progress,
+    PromptScored,
+    Token,
+    TokenScore,
+)
+from server.engine.model import Model
+from server.engine.passes import Pass
+from server.engine.prefixes import Prefixes
+from server.engine.sampling import SamplerState, draw, score_tokens
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+
+# Rows whose logits are held at once while a prompt is scored: 64 x 154,880 x 4 bytes = 40 MB.
+SCORED_ROWS = 64
+
+log = logging.getLogger(__name__)
+
+
+class Answers:
+    """Hands out what complete passes have computed."""
+
+    def __init__(
+        self,
+        model: Model,
+        scheduler: Scheduler,
+        prefixes: Prefixes,
+        send: Callable[[Event], None],
+        max_rows: int,
+    ) -> None:
+        self._model, self._scheduler, self._prefixes, self._send = model, scheduler, prefixes, send
+        self._max_rows = max_rows
+
+    def hand_out(self, done: Pass, hidden: mx.array) -> None:  # [N, H]
+        """Scores and progress of prompts, and the next token of those whose last row was in the pass."""
+        complete: list[tuple[Sequence, int]] = []
+        for index, part in enumerate(done.parts):
+            sequence, (start, stop) = part.sequence, done.rows_of(index)
+            if sequence.is_cancelled:
+                continue
+            try:
+                if done.is_reading:
+                    self._report(sequence, hidden[start:stop])
+            except Exception as error:  # damaged numbers: this request ends
+                self.fail(sequence, error)
+                continue
+            if sequence.num_unread == 0:
+                complete.append((sequence, stop - 1))
+        self._hand_out(complete, hidden)
+
+    def fail(self, sequence: Sequence, error: Exception) -> None:
+        """End one request; its client is told, the others go on."""
+        log.error("request %s failed", sequence.request.request_id, exc_info=error)
+        self._scheduler.retire(sequence)
+        message = str(error) or type(error).__name__
+        self._send(Failed(sequence.request.request_id, kind_of(error), message))
+
+    def _report(self, sequence: Sequence, hidden: mx.array) -> None:  # [n, H]
+        if sequence.request.score_prompt:
+            self._score_prompt(sequence, hidden)
+        num_read, num_prompt = sequence.num_tokens - sequence.num_unread, sequence.num_prompt_tokens
+        self._send(Progress(sequence.request.request_id, min(num_read, num_prompt), num_prompt))
+        self.save(sequence)
+
+    def save(self, sequence: Sequence) -> None:
+        """Offer the rows of a cache to those who keep prefixes. A request does not fail for that."""
+        try:
+            self._prefixes.save(sequence)
+        except Exception:  # nothing was kept: the next one reads its prompt
+            log.exception("the prefix of request %s", sequence.request.request_id)
+
+    def _hand_out(self, complete: list[tuple[Sequence, int]], hidden: mx.array) -> None:
+        for sequence, _ in complete:
+            if sequence.request.max_tokens == 0:
+                self._finish(sequence)
+        drawing = [item for item in complete if item[0].request.max_tokens]
+        for first in range(0, len(drawing), self._max_rows):
+            group = drawing[first : first + self._max_rows]
+            rows = mx.array([row for _, row in group])
+            self._sample([sequence for sequence, _ in group], self._model.logits(hidden[rows]))
+
+    def _sample(self, sequences: list[Sequence], logits: mx.array) -> None:  # [M, V]
+        drawn = list(self._draw(sequences, logits))
+        if not drawn:
+            return
+        if len(drawn) < len(sequences):
+            logits = logits[mx.array([row for row, _, _ in drawn])]
+        num_top = max(sequences[row].request.num_top_logprobs for row, _, _ in drawn)
+        try:
+            scores = score_tokens(logits, mx.stack([token for _, token, _ in drawn]), num_top)
+        except Exception as error:  # the device gave up on the step
+            for row, _, _ in drawn:
+                self.fail(sequences[row], error)
+            return
+        for (row, _, state), score in zip(drawn, scores, strict=True):
+            sequence = sequences[row]
+            try:
+                self._accept(sequence, state, score)
+            except Exception as error:  # damaged numbers, or a grammar that went wrong: this request ends
+                self.fail(sequence, error)
+
+    def _draw(
+        self, sequences: list[Sequence], logits: mx.array
+    ) -> Iterator[tuple[int, mx.array, SamplerState]]:
+        for row, sequence in enumerate(sequences):
+            try:
+                allowed = sequence.constraint.apply(logits[row])
+                token, state = draw(allowed, sequence.request.sampling, sequence.sampler)
+            except Exception as error:  # a grammar that went wrong: this request ends
+                self.fail(sequence, error)
+            else:
+                yield row, token, state
+
+    def _accept(self, sequence: Sequence, state: SamplerState, score: TokenScore) -> None:
+        request = sequence.request
+        _check_finite([score])
+        sequence.sampler = state
+        sequence.generated.append(score.token_id)
+        sequence.constraint.accept(score.token_id)
+        if score.token_id not in request.stop_token_ids:
+            top = score.top[: request.num_top_logprobs]
+            self._send(Token(request.request_id, TokenScore(score.token_id, score.logprob, top)))
+        if sequence.finish_reason():
+            self._finish(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        reason = sequence.finish_reason()
+        assert reason, "only a complete sequence is finished"
+        self.save(sequence)
+        self._scheduler.retire(sequence)
+        stop_token_id = sequence.generated[-1] if reason == "stop" else None
+        self._send(Finished(sequence.request.request_id, reason, sequence.usage, stop_token_id))
+
+    def _score_prompt(self, sequence: Sequence, hidden: mx.array) -> None:
+        """The last rows of the cache were just computed; row i predicts token i + 1, the last one none.
+
+        Tokens that were scored before the cache was taken away are not scored again.
+        """
+        request, prompt = sequence.request, sequence.request.token_ids
+        first = sequence.num_tokens - sequence.num_unread - hidden.shape[0]
+        scores = [TokenScore(prompt[0], None)] if sequence.num_scored == 0 else []
+        for start in range(max(first, sequence.num_scored - 1, 0), first + hidden.shape[0], SCORED_ROWS):
+            targets = prompt[start + 1 : min(start + SCORED_ROWS, first + hidden.shape[0]) + 1]
+            if targets:
+                logits = self._model.logits(hidden[start - first : start - first + len(targets)])
+                scores += score_tokens(logits, mx.array(targets), request.num_top_logprobs)
+        _check_finite(scores)
+        sequence.num_scored += len(scores)
+        if scores:
+            self._send(PromptScored(request.request_id, tuple(scores)))
+
+
+def kind_of(error: Exception) -> FailureKind:
+    """Whose fault an error is."""
+    match error:
+        case RequestError():
+            return "request"
+        case DiskError():
+            return "disk"
+        case _:
+            return "engine"
+
+
+def _check_finite(scores: list[TokenScore]) -> None:
+    if any(score.logprob is not None and math.isnan(score.logprob) for score in scores):
+        raise EngineError("the model computed NaN; its weights are damaged or its arithmetic overflowed")

@@ -1,0 +1,23 @@
+"""How much the engine takes on at once. Made by the backend from the plan and the settings; owns nothing."""
+
+from dataclasses import dataclass
+
+# Sequences whose caches are in memory at once, whatever the room for KV; if they decode, they take turns.
+MAX_RUNNING = 32
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rows are those of a flat batch; `kv_tokens` is the sum of the lengths of all caches.
+
+    `decode_share`: the share of wall time that decode steps get while a prompt is read. `batch_width`: rows
+    of a decode step; None takes all that run, or what is measured to be fastest where experts are streamed.
+    """
+
+    pass_rows: int = 2048
+    decode_rows: int = 8
+    kv_tokens: int = 32_768
+    agent_inflight: int = 8
+    decode_share: float = 0.3
+    batch_width: int | None = None
+    is_streaming: bool = False

@@ -1,0 +1,56 @@
+"""Divides time between decode steps and passes over prompts. Owned by the engine's loop.
+
+Decode steps get at least their share of the wall time while both want it, and between two of them a pass
+computes for at most so many undisturbed steps' time as leaves one step in every floor(1 / share): with a
+share of 0.3 no gap between tokens is longer than three undisturbed steps and one layer of the pass.
+
+A step among the layers of a pass is slower than one alone. What agents feel is their rate, so a step counts
+as what it would have taken undisturbed, as long as that leaves the pass enough.
+"""
+
+# Weight of a new measurement in the running mean of a step's time.
+FRESHNESS = 0.25
+# How much slower than undisturbed steps may be at the cost of the pass: 0.3 x 1.25 leaves it 1 / 1.6.
+MOST_SLOWER = 1.25
+
+
+class Pace:
+    """Times are those that the loop measures; a step is undisturbed if it ran while no prompt was read."""
+
+    def __init__(self, decode_share: float) -> None:
+        self._share = decode_share
+        every = int(1 / decode_share)
+        self._max_gap_steps = every - 1
+        self._step_s: dict[int, float] = {}  # by width
+        most_slower = min(MOST_SLOWER, (1 + decode_share) / (2 * decode_share))
+        self._most_share = max(decode_share * most_slower, 1 / every if every > 1 else 0.0)
+        self._decode_s = self._used_s = self._wall_s = self._since_step_s = 0.0
+
+    def note_step(self, seconds: float, width: int, *, is_disturbed: bool) -> None:
+        """A decode step took so long."""
+        self._since_step_s = 0.0
+        if is_disturbed:
+            undisturbed_s = self._step_s.setdefault(width, seconds)
+            self._decode_s += min(seconds, undisturbed_s)
+            self._used_s += seconds
+            self._wall_s += seconds
+        else:  # nobody owes the other anything
+            self._decode_s = self._used_s = self._wall_s = 0.0
+            mean = self._step_s.get(width, seconds)
+            self._step_s[width] = mean + FRESHNESS * (seconds - mean)
+
+    def note_layer(self, seconds: float) -> None:
+        """A layer of a pass took so long, while somebody wanted to decode."""
+        self._wall_s += seconds
+        self._since_step_s += seconds
+
+    def is_step_due(self, width: int) -> bool:
+        """Whether a decode step of so many rows goes before the next layer."""
+        if self._used_s > self._most_share * self._wall_s:
+            return False
+        if self._decode_s < self._share * self._wall_s:
+            return True
+        step_s = self._step_s.get(width)
+        if step_s is None:
+            return True
+        return self._since_step_s > 0 and self._since_step_s >= self._max_gap_steps * step_s

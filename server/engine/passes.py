@@ -1,0 +1,76 @@
+"""One forward over parts of several sequences, layer by layer. Made and advanced by the engine's loop.
+
+Between two layers other forwards may run. Whoever does not go on with a pass abandons it: then the caches
+are what they were before.
+"""
+
+from collections.abc import Sequence as Rows
+
+import mlx.core as mx
+
+from models.attention import Span
+from models.cache import SequenceCache
+from server.engine.model import Model
+from server.engine.scheduler import Part
+
+
+class Pass:
+    """The parts' rows stand in the batch one after the other, in the order given."""
+
+    def __init__(self, model: Model, parts: Rows[Part]) -> None:
+        self.parts = list(parts)
+        self.num_layers_done = 0
+        self.seconds = 0.0  # spent on it, by the loop's clock
+        self.turn_s = 0.0  # of them, since it shares the time with another pass
+        self.is_reading = not all(part.sequence.is_decoding for part in parts)
+        self._caches = [_cache_of(part) for part in parts]
+        self._starts = [cache.length for cache in self._caches]
+        self._written: list[mx.array] = []
+        tokens: list[int] = []
+        spans: list[Span] = []
+        for part, cache, start in zip(parts, self._caches, self._starts, strict=True):
+            spans.append(Span(cache, len(tokens), len(tokens) + part.num_rows))
+            tokens += part.sequence.tokens(start, start + part.num_rows)
+        self._spans = spans
+        self._layers = model.forward(mx.array(tokens), spans)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole batch."""
+        return self._spans[-1].stop
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody waits for it still."""
+        return not all(part.sequence.is_cancelled for part in self.parts)
+
+    def advance(self) -> mx.array | None:  # [N, H]
+        """One more layer; the hidden rows after the last one."""
+        try:
+            layer = next(self._layers)
+        except StopIteration as end:
+            hidden: mx.array = end.value
+            # index keys that nothing has read yet would otherwise stay pending, step after step
+            mx.async_eval(hidden, *self._written)  # type: ignore[no-untyped-call]
+            return hidden
+        self.num_layers_done += 1
+        for cache in self._caches:
+            self._written += cache.states(layer)
+        return None
+
+    def rows_of(self, index: int) -> tuple[int, int]:
+        """Where the rows of a part start and stop."""
+        span = self._spans[index]
+        return span.start, span.stop
+
+    def abandon(self) -> None:
+        """Forget what the layers so far have written."""
+        self._layers.close()
+        for cache, start in zip(self._caches, self._starts, strict=True):
+            cache.trim(start)
+
+
+def _cache_of(part: Part) -> SequenceCache:
+    cache = part.sequence.cache
+    assert cache is not None, "only sequences that run have parts"
+    return cache

@@ -1,0 +1,81 @@
+"""What a decode batch reads of the experts: once those that its rows want and that are not there."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from models.attention import Span
+from models.glm_moe_dsa import Model
+from server.engine import sequence
+from server.engine.constraint import Constraint
+from server.engine.messages import Generate
+from server.engine.passes import Pass
+from server.engine.sampling import start_sampling
+from server.engine.scheduler import Part
+from streaming.fills import Fetch
+from tests.checkpoints import Opened, open_model, save_packed
+from tests.server.engine.test_loop_on_glm import PROMPTS
+from tests.tiny_glm import WIDER, make_weights
+
+# Eight rows of four experts each never want more than 32.
+CONFIG, SLOTS = WIDER | {"n_routed_experts": 48}, 32
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Opened]:
+    folder = save_packed(tmp_path, CONFIG, make_weights(CONFIG, 3), lambda path: None)
+    opened = open_model(folder, slots=SLOTS, looks_ahead=False)
+    with closing(opened.store):
+        yield opened
+
+
+@pytest.mark.parametrize("width", [1, 2, 8])
+def test_each_expert_is_asked_for_once_and_the_bytes_are_those_of_the_misses(
+    opened: Opened, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, index = opened.store, opened.checkpoint.experts
+    parts = [Part(make_decoding(opened.model, prompt), 1) for prompt in list(PROMPTS.values())[:width]]
+    asked: list[tuple[int, list[int]]] = []
+    absent_bytes: list[int] = []
+    begin = store.begin
+
+    def record(layer: int, experts: Sequence[int]) -> Fetch:
+        asked.append((layer, list(experts)))
+        absent_bytes.extend(index.expert_bytes(layer) for e in experts if e not in store._layers[layer])
+        return begin(layer, experts)
+
+    monkeypatch.setattr(store, "begin", record)
+    num_missed = 0
+    for _ in range(8):
+        asked.clear()
+        absent_bytes.clear()
+        before = store.statistics()
+        step(opened.model, parts)
+        after = store.statistics()
+        assert [layer for layer, _ in asked] == list(index.layers), "each layer asks once"
+        assert all(experts == sorted(set(experts)) for _, experts in asked), "for each expert once"
+        assert all(4 <= len(experts) <= 4 * width for _, experts in asked)
+        assert after.misses - before.misses == len(absent_bytes)
+        assert after.payload_bytes - before.payload_bytes == sum(absent_bytes)
+        num_missed += len(absent_bytes)
+    assert num_missed, "the test means nothing where everything is there"
+
+
+def make_decoding(model: Model, prompt: tuple[int, ...]) -> sequence.Sequence:
+    """A sequence whose prompt has been read, and that has its first token."""
+    request, cache = Generate("a", prompt, 50), model.make_cache()
+    hidden = model(mx.array(prompt), [Span(cache, 0, len(prompt))])
+    sampler = start_sampling(request.sampling, prompt, 64)
+    first = int(model.logits(hidden[-1:]).argmax())
+    return sequence.Sequence(request, sampler, Constraint(request, None), cache=cache, generated=[first])
+
+
+def step(model: Model, parts: list[Part]) -> None:
+    one = Pass(model, parts)
+    while (hidden := one.advance()) is None:
+        pass
+    for row, part in enumerate(parts):
+        part.sequence.generated.append(int(model.logits(hidden[row : row + 1]).argmax()))
