@@ -18,14 +18,19 @@ from tokenizers import Tokenizer
 from models.pocket.recipe.cases import Case, make_cases
 from models.pocket.recipe.check import Reply, format_table, is_right, parse_message, table
 
-REPORT_SECONDS = 20.0
+REPORT_SECONDS, LOADING_TRIES = 20.0, 60
 Results = list[tuple[Case, Reply]]
 
 
-def ask(client: httpx.Client, model: str, case: Case) -> Reply:
-    """One case's answer; an error of the server is an empty answer."""
+def ask(client: httpx.Client, model: str, case: Case, pause: float = 2.0) -> Reply:
+    """One case's answer; an error of the server is an empty answer, one that still loads is waited for."""
     try:
         response = client.post("/chat/completions", json={"model": model, **case.body})
+        for _ in range(LOADING_TRIES):
+            if response.status_code != 503:
+                break
+            time.sleep(pause)
+            response = client.post("/chat/completions", json={"model": model, **case.body})
     except httpx.HTTPError as error:
         print(f"{case.kind}: {type(error).__name__} {error}", flush=True)
         return Reply()

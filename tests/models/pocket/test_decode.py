@@ -1,5 +1,6 @@
 """What is read off Pocket in this process: greedy answers, the router while it decodes, sums of counts."""
 
+import httpx
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from tokenizers import Tokenizer
 from models.attention import Span
 from models.glm_moe_dsa import Model
 from models.pocket.recipe.cases import make_cases
-from models.pocket.recipe.check import parse_text
+from models.pocket.recipe.check import Reply, parse_text
 from models.pocket.recipe.decode import end_ids, greedy, open_pocket
-from models.pocket.recipe.evaluate import share_of
+from models.pocket.recipe.evaluate import ask, share_of
 from models.pocket.recipe.render import prompt_text
 from models.pocket.recipe.report import added, markdown
 from models.pocket.recipe.router_trace import chosen, record, statistics
@@ -90,6 +91,19 @@ def test_shards_share_all_cases_and_each_has_every_kind() -> None:
     shards = [share_of(cases, f"{i}/3") for i in range(3)]
     assert sorted(map(id, cases)) == sorted(id(case) for shard in shards for case in shard)
     assert all(len({case.kind for case in shard}) == len({case.kind for case in cases}) for shard in shards)
+
+
+def test_a_server_that_still_loads_is_waited_for_and_an_error_is_an_empty_answer() -> None:
+    case = next(make_cases(1, lambda text: len(text) // 3))
+    message = {"role": "assistant", "content": "3", "reasoning_content": "So 3."}
+    statuses = iter([503, 503, 200, 500])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(next(statuses), json={"choices": [{"message": message}]})
+
+    with httpx.Client(base_url="http://x/v1", transport=httpx.MockTransport(answer)) as client:
+        assert ask(client, "m", case, pause=0) == Reply("So 3.", "3")
+        assert ask(client, "m", case, pause=0) == Reply()
 
 
 def test_counts_are_added_and_a_missed_row_is_bold() -> None:
