@@ -90,8 +90,10 @@ def fitted_needle(pools: Pools, length: int, count_tokens: CountTokens) -> Sampl
         characters = int(characters * length * 0.965 / tokens)
 
 
-def make_cases(per_kind: int, count_tokens: CountTokens, seed: int = EVALUATION_SEED) -> Iterator[Case]:
-    """`per_kind` cases of every kind."""
+def make_cases(
+    per_kind: int, count_tokens: CountTokens, seed: int = EVALUATION_SEED, needles: int | None = None
+) -> Iterator[Case]:
+    """`per_kind` cases of every kind; of each length's needles another number where `needles` says so."""
     makers: dict[str, Callable[[Pools], Sample]] = {
         "arithmetic": arithmetic_sample,
         "facts": fact_sample,
@@ -106,6 +108,13 @@ def make_cases(per_kind: int, count_tokens: CountTokens, seed: int = EVALUATION_
         for _ in range(per_kind):
             yield Case(kind, maker(pools))
     for length in NEEDLE_LENGTHS:
-        pools = Pools(random.Random(f"{seed} needle {length}"), held_out=True)
-        for _ in range(per_kind):
-            yield Case(f"needle_{length}", fitted_needle(pools, length, count_tokens))
+        yield from make_needles(length, per_kind if needles is None else needles, count_tokens, seed)
+
+
+def make_needles(
+    length: int, count: int, count_tokens: CountTokens, seed: int = EVALUATION_SEED
+) -> Iterator[Case]:
+    """Needles in prompts of `length` tokens."""
+    pools = Pools(random.Random(f"{seed} needle {length}"), held_out=True)
+    for _ in range(count):
+        yield Case(f"needle_{length}", fitted_needle(pools, length, count_tokens))
