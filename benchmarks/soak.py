@@ -51,7 +51,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass
 class Record:
-    """One entry for each request: tokens so far, resident bytes, seconds a token by the wall and by the CPU."""
+    """For each request: tokens so far, resident bytes, seconds a token by the wall and by the CPU."""
 
     tokens: list[int] = field(default_factory=list)
     rss: list[int] = field(default_factory=list)
@@ -130,7 +130,8 @@ def report(record: Record) -> bool:
         part = record.tenth(number)
         print(
             f"tokens to {record.tokens[part][-1]:7}: rss {median(record.rss[part]) / 1e6:7.2f} MB, "
-            f"{1000 * median(record.wall_s[part]):.3f} ms a token, {1000 * median(record.cpu_s[part]):.3f} of the CPU"
+            f"{1000 * median(record.wall_s[part]):.3f} ms a token, "
+            f"{1000 * median(record.cpu_s[part]):.3f} of the CPU"
         )
     wall, cpu = (
         median(values[record.tenth(9)]) / median(values[record.tenth(0)])
