@@ -72,6 +72,12 @@ class Settings(BaseSettings):
         "ceiling of the memory used: 100G (G = 10^9 bytes), 96GiB (GiB = 2^30) or 80%% of physical memory",
         gt=0,
     )
+    mirror: Path | None = _setting(
+        None,
+        "Memory",
+        "DIR",
+        "a second copy of the checkpoint, on another SSD: experts are read from both at the same time",
+    )
     expert_policy: Literal["lru", "nearness"] = _setting(
         "lru",
         "Memory",

@@ -6,6 +6,7 @@ files; experts come through an `ExpertSource`.
 
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -115,10 +116,18 @@ class Model(nn.Module):
         self.args, self.arithmetic = args, arithmetic
         self.model = Trunk(args, arithmetic, make_experts)
         self.lm_head = Linear(args.hidden_size, args.vocab_size, arithmetic)
+        self._caches: WeakSet[SequenceCache] = WeakSet()
 
     def make_cache(self) -> SequenceCache:
         """An empty cache for one sequence."""
-        return SequenceCache(self.args, self.arithmetic.dtype)
+        cache = SequenceCache(self.args, self.arithmetic.dtype)
+        self._caches.add(cache)
+        return cache
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all caches that are still somebody's."""
+        return sum(cache.nbytes for cache in self._caches)
 
     def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
         """One pass over all layers, pausing after each; the value returned is the hidden state [N, H].

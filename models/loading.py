@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from config.errors import CheckpointError
 from config.plan import Geometry
@@ -97,6 +98,11 @@ def load_model(
     return build_model(checkpoint.args, arithmetic, store, to_model_names(tensors, checkpoint.args))
 
 
+def trunk_bytes(model: Model) -> int:
+    """Memory of the trunk that was loaded."""
+    return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
+
+
 def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: int | None = None) -> Geometry:
     """What the checkpoint needs in memory when it is computed with this arithmetic, up to this context."""
     args, index = checkpoint.args, checkpoint.experts
@@ -112,7 +118,7 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
         workspace_bytes=_workspace_bytes(
             checkpoint, arithmetic, max_context or checkpoint.args.max_position_embeddings
         ),
-        reader_bytes=reserved_bytes(largest_run_bytes(index)),
+        reader_thread_bytes=reserved_bytes(largest_run_bytes(index)),
         vocab_size=args.vocab_size,
     )
 

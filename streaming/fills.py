@@ -81,6 +81,11 @@ class Filler:
         )
         self.statistics = self._reader.statistics
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of the reader's buffers."""
+        return self._reader.memory_bytes
+
     def make(self, layer: int, bank: Bank, expert: int, slot: int, read_class: ReadClass) -> Fill:
         """A fill with its reads, not yet submitted; whoever wrote into the slot before is out of it."""
         ticket = self._tickets.issue(layer, slot)

@@ -4,8 +4,9 @@ Owns the open files, the threads and their buffers. The engine's thread submits 
 reader's thread hands the bytes to the read's `deliver`, which must not keep them. It knows no experts and
 no slots.
 
-A read that does not come back in time fails with DiskError and its thread is written off, buffer and all
-(quarantine); another takes its place. If the read returns after all, its thread rejoins when there is room.
+A read that does not come back in time fails with DiskError, or is asked for again where there is another
+disk; its thread is written off, buffer and all (quarantine), and another takes its place. If the read returns
+after all, its bytes go nowhere and its thread rejoins when there is room.
 """
 
 import heapq
@@ -24,6 +25,9 @@ from streaming.headers import FileStamp
 
 NUM_THREADS = 8
 TIMEOUT_S = 30.0
+# Of every so many threads one may hang and be replaced; after that a dying disk has fewer threads, not more
+# memory.
+THREADS_PER_SPARE = 4
 
 
 class ReadDropped(DiskError):
@@ -76,6 +80,8 @@ class _Worker:
     def __init__(self, num_bytes: int) -> None:
         self.buffer = aligned_buffer(num_bytes)
         self.task: _Task | None = None
+        self.thread = 0
+        self.is_delivering = False
         self.is_quarantined = False
 
 
@@ -90,13 +96,20 @@ class ReadStatistics:
     num_timeouts: int = 0
 
 
-def reserved_bytes(max_read_bytes: int, num_threads: int = NUM_THREADS) -> int:
-    """What the buffers may grow to: each thread's own, and as many again in quarantine."""
-    return 2 * num_threads * _buffer_bytes(max_read_bytes)
+def reserved_bytes(max_read_bytes: int) -> int:
+    """What one thread may take: its buffer, and its share of those in quarantine."""
+    return -(-buffer_bytes(max_read_bytes) * (THREADS_PER_SPARE + 1) // THREADS_PER_SPARE)
 
 
-def _buffer_bytes(max_read_bytes: int) -> int:
+def buffer_bytes(max_read_bytes: int) -> int:
+    """One thread's buffer: room for the largest read wherever it starts."""
     return -(-max_read_bytes // MAX_ALIGNMENT) * MAX_ALIGNMENT + 2 * MAX_ALIGNMENT
+
+
+def aligned_range(alignment: int, offset: int, nbytes: int) -> tuple[int, int]:
+    """Start and length of the aligned read that covers `nbytes` at `offset`."""
+    start = offset // alignment * alignment
+    return start, -(-(offset - start + nbytes) // alignment) * alignment
 
 
 class Reader:
@@ -128,6 +141,13 @@ class Reader:
         self._open_files(disk, files)
         for _ in range(num_threads):
             self._start_worker()
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the buffers take at most, those in quarantine too."""
+        with self._lock:
+            num_buffers = len(self._workers) + self._num_quarantined
+        return num_buffers * buffer_bytes(self._max_read_bytes)
 
     def submit(self, reads: Sequence[Read]) -> Batch:
         """Queues the reads and returns at once."""
@@ -178,20 +198,22 @@ class Reader:
     # The reader's threads.
 
     def _start_worker(self) -> None:
-        worker = _Worker(_buffer_bytes(self._max_read_bytes))
+        worker = _Worker(buffer_bytes(self._max_read_bytes))
         self._workers.append(worker)
         threading.Thread(target=self._run, args=(worker,), name="expert-reader", daemon=True).start()
 
     def _run(self, worker: _Worker) -> None:
+        worker.thread = threading.get_ident()
         while (task := self._take(worker)) is not None:
             error: Exception | None = None
             try:
-                self._perform(task.read, worker.buffer)
+                self._perform(task.read, worker)
             except Exception as caught:
                 # The thread's end of the line: whatever happened is told to the one who waits for this read.
                 error = caught
             with self._lock:
                 worker.task = None
+                worker.is_delivering = False
                 if not worker.is_quarantined:
                     self._settle(task, error)
                 elif not self._readmit(worker):
@@ -208,11 +230,10 @@ class Reader:
             worker.task.started_s = time.monotonic()
             return worker.task
 
-    def _perform(self, read: Read, buffer: Bytes) -> None:
-        file = self._files[read.path]
-        start = read.offset // file.alignment * file.alignment
+    def _perform(self, read: Read, worker: _Worker) -> None:
+        buffer, file = worker.buffer, self._files[read.path]
+        start, num_bytes = aligned_range(file.alignment, read.offset, read.nbytes)
         lead = read.offset - start
-        num_bytes = -(-(lead + read.nbytes) // file.alignment) * file.alignment
         try:
             _read_fully(file, buffer[:num_bytes], start, lead + read.nbytes)
         except OSError as error:
@@ -220,9 +241,12 @@ class Reader:
                 f"{read.path}: reading {read.nbytes} bytes at {read.offset}: {error.strerror or error}"
             ) from error
         with self._lock:
+            self.statistics.device_bytes += num_bytes
+            if worker.is_quarantined:
+                return  # the read was settled, or is with another disk, which may have delivered already
+            worker.is_delivering = True
             self.statistics.num_reads += 1
             self.statistics.payload_bytes += read.nbytes
-            self.statistics.device_bytes += num_bytes
         read.deliver(buffer[lead : lead + read.nbytes])
 
     # Under the lock.
@@ -259,9 +283,14 @@ class Reader:
         self._num_quarantined += 1
         self.statistics.num_timeouts += 1
         # Bounded, so that a dead disk cannot take memory without end: `reserved_bytes` counts on it.
-        if self._num_quarantined <= self._num_threads:
+        if self._num_quarantined <= max(1, self._num_threads // THREADS_PER_SPARE):
             self._start_worker()
         read = task.read
+        # Bytes that are being delivered could arrive a second time.
+        if not worker.is_delivering and self._files[read.path].give_up(worker.thread):
+            heapq.heappush(self._queue, _Task(read, task.batch, task.order))
+            self._work.notify()
+            return
         self._settle(
             task,
             DiskError(

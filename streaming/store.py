@@ -109,6 +109,17 @@ class ExpertStore:
         return sum(state.books.num_slots for state in self._layers.values())
 
     @property
+    def slot_bytes(self) -> int:
+        """Memory of all slots."""
+        banks = (state.bank.arrays for state in self._layers.values())
+        return sum(array.nbytes for arrays in banks for array in arrays.values())
+
+    @property
+    def reader_bytes(self) -> int:
+        """Memory of the reader's buffers."""
+        return self._filler.memory_bytes
+
+    @property
     def num_resident(self) -> int:
         return sum(len(state.books) for state in self._layers.values())
 

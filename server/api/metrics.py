@@ -30,6 +30,8 @@ GAUGES = {
     "ahead_recall": ("lookahead_recall", "share of the absent experts that lookahead had begun to read"),
     "ahead_precision": ("lookahead_precision", "share of the experts read ahead that were wanted"),
     "budget_bytes": ("ram_budget_bytes", "--ram-budget"),
+    "probe_bytes_per_s": ("probe_bytes_per_second", "rate at which the disk read experts at start-up"),
+    "probe_depth": ("probe_depth", "reads at a time that this takes: the reader's threads"),
 }
 PREFIX = "glmserve_"
 

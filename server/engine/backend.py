@@ -1,24 +1,33 @@
 """Opens the model for the engine: the one place where server/ meets models/ and streaming/."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
 
-from config.errors import UsageError
+from config.errors import CheckpointError, DiskError, UsageError
 from config.plan import MemoryPlan, make_plan, render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
-from models.loading import Checkpoint, load_model, make_geometry, open_checkpoint
+from models.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.messages import EngineConfig, ModelInfo
 from server.engine.model import Backend, ReportProgress
 from server.engine.telemetry import measure_store
+from server.engine.use import MemoryUse
+from streaming.disk import DirectDisk, Disk
+from streaming.mirror import MirroredDisk, find_copies
 from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
+from streaming.probe import DiskProbe, probe_disk
+from streaming.reader import NUM_THREADS
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
 DEFAULT_CONTEXT = 32_768
+
+log = logging.getLogger(__name__)
 
 
 def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
@@ -28,11 +37,15 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     plan = plan_memory(checkpoint, arithmetic, config)
     mx.set_cache_limit(plan.cache_limit_bytes)
     slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
+    disk = _open_disk(checkpoint, config.mirror)
+    probe = _probe(disk, checkpoint, plan.reader_threads) if config.stream_experts else None
     store = ExpertStore(
         checkpoint.experts,
         slots,
         float_dtype=arithmetic.dtype,
         make_policy=_policy_maker(config.expert_policy, checkpoint),
+        disk=disk,
+        num_threads=probe.depth if probe else NUM_THREADS,
     )
     if not config.stream_experts:
         store.load_all(lambda done, total: report(0.9 * done / total, f"experts of layer {done} of {total}"))
@@ -44,7 +57,25 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     )
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
-    return Backend(model, info, measure_store(store, plan))
+    use = MemoryUse(store, trunk_bytes(model), lambda: model.cache_bytes)
+    return Backend(model, info, measure_store(store, plan, use, probe))
+
+
+def _open_disk(checkpoint: Checkpoint, mirror: Path | None) -> Disk:
+    if mirror is None:
+        return DirectDisk()
+    copies = find_copies(checkpoint.directory, mirror, checkpoint.experts.stamps)
+    return MirroredDisk(checkpoint.directory, mirror, copies, DirectDisk(), DirectDisk())
+
+
+def _probe(disk: Disk, checkpoint: Checkpoint, max_depth: int) -> DiskProbe:
+    try:
+        probe = probe_disk(disk, checkpoint.experts, max_depth)
+    except DiskError as error:
+        raise CheckpointError(str(error)) from error
+    rates = ", ".join(f"{rate / 1e9:.2f} GB/s with {depth}" for depth, rate in probe.rates.items())
+    log.info("the disk reads experts at %s; using %d threads", rates, probe.depth)
+    return probe
 
 
 def _policy_maker(name: Literal["lru", "nearness"], checkpoint: Checkpoint) -> Callable[[], Policy]:

@@ -19,7 +19,7 @@ GLM = Geometry(
     kv_bytes_per_token=89_856,
     index_key_bytes_per_token=5_376,
     workspace_bytes=2 * GB,
-    reader_bytes=GB // 8,
+    reader_thread_bytes=GB // 100,
 )
 
 
@@ -79,3 +79,11 @@ def test_the_plan_is_printed_for_people_and_for_programs() -> None:
     assert "11.0 GB" in text
     assert f"{min(plan.slots_per_layer)} to {max(plan.slots_per_layer)} of 256 experts" in text
     assert json.loads(json.dumps(as_dict(plan)))["minimum_budget_bytes"] == plan.minimum_budget_bytes
+
+
+def test_a_large_budget_has_room_for_more_reader_threads_and_the_smallest_for_some() -> None:
+    large = make_plan(GLM, 100 * GB, 4096, physical_bytes=128 * GB)
+    small = make_plan(GLM, large.minimum_budget_bytes, 4096, physical_bytes=128 * GB)
+    assert small.reader_threads == 8 < large.reader_threads <= 32
+    for plan in (small, large):
+        assert plan.lines["reader buffers"] == plan.reader_threads * GLM.reader_thread_bytes
