@@ -24,6 +24,8 @@ class DecayedPopularity:
     With a `keep` of 0.5 and below it orders as LRU does; towards 1 it counts uses.
     """
 
+    watches_scores = False
+
     def __init__(self, keep: float = 0.9) -> None:
         self._keep = keep
         self._value: NDArray[np.float64] = np.zeros(0)
@@ -54,6 +56,8 @@ class DecayedPopularity:
 class ScoreMean:
     """A decayed mean of the router's score of every expert, selected or not; the lowest goes."""
 
+    watches_scores = True
+
     def __init__(self, keep: float) -> None:
         self._keep = keep
         self._mean: NDArray[np.float32] | None = None
@@ -77,6 +81,8 @@ class ScoreMean:
 
 class Belady:
     """The expert whose next use lies farthest ahead goes."""
+
+    watches_scores = True  # one call for each token
 
     def __init__(self, experts: NDArray[np.int16], num_experts: int) -> None:  # [T, k] of one layer
         self._next = np.full((len(experts) + 1, num_experts), len(experts) + 1)

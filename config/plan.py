@@ -20,9 +20,12 @@ from config.sizes import format_size, physical_memory_bytes
 RUNTIME_BYTES = 190 * 10**6
 # The tokenizer's tables: 104 MB for 154,000 tokens.
 VOCABULARY_BYTES_PER_TOKEN = 680
+# Tokens by which a sequence's cache grows: growth in proportion would take up to a quarter more than the
+# context needs. To copy all rows once in so many tokens is little beside reading them for each token.
+KV_STEP = 256
 # MLX keeps freed buffers for reuse, by default without bound (published: 15.1 GB resident for a 10 GB
-# target). What a step may reuse of its own and the last step's transients is worth half the workspace, within
-# these bounds.
+# target). A quarter of the workspace, within these bounds, holds what decode reuses; a prompt's largest
+# transients are allocated again in each layer, which takes milliseconds beside its seconds.
 MIN_CACHE_BYTES = 32 * 10**6
 MAX_CACHE_BYTES = 10**9
 # Threads that every reader can have, and how many more there is memory for: they get this share of what the
@@ -141,10 +144,10 @@ def render_plan(plan: MemoryPlan) -> str:
 
 
 def _fixed_lines(geometry: Geometry, max_context: int) -> dict[str, int]:
-    cache = min(max(geometry.workspace_bytes // 2, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
+    cache = min(max(geometry.workspace_bytes // 4, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
     return {
         "trunk": geometry.trunk_bytes,
-        "KV cache": geometry.context_bytes_per_token * max_context,
+        "KV cache": geometry.context_bytes_per_token * -(-max_context // KV_STEP) * KV_STEP,
         "workspace": geometry.workspace_bytes,
         "reader buffers": MIN_READER_THREADS * geometry.reader_thread_bytes,
         "MLX buffer cache": cache,

@@ -18,6 +18,8 @@ Scores = npt.NDArray[np.float32]  # [tokens, experts]
 class Policy(Protocol):
     """Follows which experts are resident: in through `use`, out through `forget`."""
 
+    watches_scores: bool  # or `observe` need not be called
+
     def observe(self, scores: Scores) -> None:
         """By what the router chose this layer's experts, all of them, a row for each token."""
         ...
@@ -37,6 +39,8 @@ class Policy(Protocol):
 
 class LeastRecentlyUsed:
     """The expert unused for longest goes; of one request's experts the lowest id is the oldest."""
+
+    watches_scores = False
 
     def observe(self, scores: Scores) -> None:
         pass
@@ -69,6 +73,8 @@ class LeastNearlyChosen:
     far off; a policy that sees only choices cannot tell them apart. Not the default: its two constants were
     picked on the traces that `benchmarks.policies` replays, and no trace was held back to check them.
     """
+
+    watches_scores = True
 
     def __init__(self, num_experts: int, k: int) -> None:
         self._k = k

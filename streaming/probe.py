@@ -30,6 +30,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Rate:
+    num_bytes: int
+    seconds: float
+
+    @property
+    def per_s(self) -> float:
+        return self.num_bytes / self.seconds
+
+
+@dataclass(frozen=True)
 class DiskProbe:
     """`bytes_per_s` of each depth that was tried, and the depth to read with."""
 
@@ -58,13 +68,20 @@ def probe_disk(
     with opened(disk, index) as files:
         runs = _fresh_runs(index)
         buffers = [aligned_buffer(buffer_bytes(largest_run_bytes(index))) for _ in range(depths[-1])]
-        rates = {}
-        for depth in depths:
-            some = _limited(runs, total // len(depths), time.monotonic() + limit_s / len(depths))
-            rates[depth] = read_bare(files, some, buffers[:depth], timeout_s)
+        # Up and down again: what else the disk does at the moment should not decide.
+        order = [*depths, *reversed(depths)]
+        tries: dict[int, list[Rate]] = {depth: [] for depth in depths}
+        for depth in order:
+            some = _limited(runs, total // len(order), time.monotonic() + limit_s / len(order))
+            tries[depth].append(read_bare(files, some, buffers[:depth], timeout_s))
+    rates = {depth: _mean(tried) for depth, tried in tries.items()}
+    return DiskProbe(choose_depth(rates), rates)
+
+
+def choose_depth(rates: Mapping[int, float]) -> int:
+    """The smallest depth whose rate is good enough. `rates` by depth, ascending."""
     best = max(rates.values())
-    depth = next(depth for depth, rate in rates.items() if rate >= GOOD_ENOUGH * best)
-    return DiskProbe(depth, rates)
+    return next(depth for depth, rate in rates.items() if rate >= GOOD_ENOUGH * best)
 
 
 @contextmanager
@@ -80,10 +97,14 @@ def opened(disk: Disk, index: ExpertIndex) -> Iterator[Mapping[str, DiskFile]]:
             file.close()
 
 
+def _mean(rates: Sequence[Rate]) -> float:
+    return sum(rate.num_bytes for rate in rates) / sum(rate.seconds for rate in rates)
+
+
 def read_bare(
     files: Mapping[str, DiskFile], runs: Iterator[Run], buffers: Sequence[Bytes], timeout_s: float = TIMEOUT_S
-) -> float:
-    """Bytes a second of a thread for each buffer; the bytes are those asked for, without alignment."""
+) -> Rate:
+    """Reads with a thread for each buffer; the bytes are those asked for, without alignment."""
     crew = _Crew(files, runs)
     threads = [threading.Thread(target=crew.work, args=(buffer,), daemon=True) for buffer in buffers]
     start_s = time.monotonic()
@@ -95,7 +116,7 @@ def read_bare(
             raise DiskError(f"reading experts: no answer in {timeout_s:g} s")
     if crew.errors:
         raise crew.errors[0]
-    return crew.num_bytes / (time.monotonic() - start_s)
+    return Rate(crew.num_bytes, time.monotonic() - start_s)
 
 
 class _Crew:

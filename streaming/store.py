@@ -83,10 +83,13 @@ class ExpertStore:
         """Whether expert i lies in slot i of every layer, and stays there."""
         return self._is_resident
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether `expect` may lead to reads."""
-        return self._looks_ahead and not self._is_resident
+    def watches_scores(self, layer: int) -> bool:
+        """Whether anybody wants to know by what the layer's router chose."""
+        return self._layers[layer].books.watches_scores
+
+    def looks_ahead(self, layer: int) -> bool:
+        """Whether `expect` may lead to reads: there are experts that are not there."""
+        return self._looks_ahead and len(self._layers[layer].books) < self._index.num_experts
 
     def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Makes every expert resident, in the slot of its own number; only for a store that was never used.
