@@ -119,8 +119,9 @@ def rate(checkpoint: Checkpoint, blocks: int, experts_per_block: int, depth: int
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     print(
         f"rate at depth {depth}: engine {overall['engine'] / 1e9:.2f} GB/s, probe "
-        f"{overall['probe'] / 1e9:.2f}, of all bytes {overall['engine'] / overall['probe']:.2f}; block by block {middle:.2f}, quartiles "
-        f"[{low:.2f} {high:.2f}], range [{min(ratios):.2f} {max(ratios):.2f}] of {len(ratios)} blocks"
+        f"{overall['probe'] / 1e9:.2f}, of all bytes {overall['engine'] / overall['probe']:.2f}; "
+        f"block by block {middle:.2f}, quartiles [{low:.2f} {high:.2f}], range "
+        f"[{min(ratios):.2f} {max(ratios):.2f}] of {len(ratios)} blocks"
     )
     counts = store.statistics()
     expected = counts.misses * index.expert_bytes(index.layers[0])

@@ -13,6 +13,7 @@ from config.plan import MemoryPlan, make_plan, render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
 from models.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
+from server.engine.apple import wire
 from server.engine.messages import EngineConfig, ModelInfo
 from server.engine.model import Backend, ReportProgress
 from server.engine.telemetry import measure_store
@@ -55,6 +56,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         store,
         lambda done, total: report(0.9 + 0.1 * done / total, f"trunk, file {done} of {total}"),
     )
+    wire(plan.lines["trunk"] + plan.lines["experts"])
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
     use = MemoryUse(store, trunk_bytes(model), lambda: model.cache_bytes)

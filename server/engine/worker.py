@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from config.errors import UsageError
+from server.engine.apple import with_activity
 from server.engine.backend import open_backend
 from server.engine.grammar import Grammars
 from server.engine.loop import EngineLoop
@@ -40,7 +41,7 @@ def main(open_model: OpenBackend = open_backend) -> int:
         return 1
     pipe.send(Ready(backend.info))
     grammars = Grammars(load.config.model_path / "tokenizer.json", backend.info.vocab_size)
-    send = Telemetry(backend.measure, pipe.send).send
+    send = with_activity(Telemetry(backend.measure, pipe.send).send)
     EngineLoop(backend, inbox, send, grammars=grammars).run()
     return 0
 
