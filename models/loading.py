@@ -4,7 +4,7 @@ Everything about expert bytes is the business of `streaming/`; here the trunk is
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,7 +24,7 @@ from models.experts import UNPACKED_EXPERTS
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
 from streaming.banks import slot_bytes
-from streaming.headers import ITEM_BYTES, TensorEntry, read_headers
+from streaming.headers import ITEM_BYTES, FileStamp, TensorEntry, read_headers
 from streaming.index import ExpertIndex
 from streaming.reader import reserved_bytes
 from streaming.runs import largest_run_bytes
@@ -90,12 +90,23 @@ def load_model(
     paths = sorted({entry.path for entry in checkpoint.trunk.values()})
     tensors: dict[str, mx.array] = {}
     for done, path in enumerate(paths, start=1):
-        lazy: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-        part = {name: lazy[name] for name, entry in checkpoint.trunk.items() if entry.path == path}
-        mx.eval(part)
-        tensors |= part
+        tensors |= _read_tensors(path, [entry for entry in checkpoint.trunk.values() if entry.path == path])
         on_progress(done, len(paths))
     return build_model(checkpoint.args, arithmetic, store, to_model_names(tensors, checkpoint.args))
+
+
+def _read_tensors(path: Path, entries: Sequence[TensorEntry]) -> dict[str, mx.array]:
+    """Some tensors of a file; CheckpointError where it cannot be read or is not the one whose header was."""
+    try:
+        lazy: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+        tensors = {entry.name: lazy[entry.name] for entry in entries}
+        mx.eval(tensors)
+        stamp = FileStamp.from_path(path)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path}: {entries[0].name} and others cannot be read: {error}") from error
+    if stamp != entries[0].stamp:
+        raise CheckpointError(f"{path} was replaced or changed while it was loaded; start the server again")
+    return tensors
 
 
 def trunk_bytes(model: Model) -> int:
