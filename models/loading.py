@@ -17,7 +17,7 @@ from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
-from models.attention import TILE_ELEMENTS
+from models.attention import TILE_ELEMENTS, TILE_ROWS
 from models.building import build_model
 from models.cache import cache_bytes_per_token
 from models.experts import UNPACKED_EXPERTS
@@ -142,22 +142,34 @@ def _kept_bytes(entry: TensorEntry, itemsize: int) -> int:
 
 
 def _workspace_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: int) -> int:
-    """The largest transients of a step over a prompt's rows: activations, tiles, unpacked weights."""
+    """The largest transients of a step over a prompt's rows: activations, and beside them the larger of what
+    attention and what experts take, with the weights that lie unpacked meanwhile."""
     args, is_packed = checkpoint.args, arithmetic.max_packed_rows is None
     num_rows, heads = min(PREFILL_ROWS, max_context), args.num_attention_heads
     attention = heads * (2 * args.latent_dim + args.kv_lora_rank + args.qk_head_dim + args.v_head_dim)
     # All of a row's experts at once, or a few experts with at most all rows each.
     at_once = args.num_experts_per_tok if is_packed else UNPACKED_EXPERTS
     experts = at_once * (2 * args.moe_intermediate_size + args.hidden_size)
-    rows = num_rows * (6 * args.hidden_size + max(attention, experts)) * arithmetic.dtype.size
-    tiles = 3 * min(TILE_ELEMENTS, heads * num_rows * max_context) * 4
-    return rows + tiles + (0 if is_packed else _unpacked_bytes(checkpoint))
+    unpacked = (0, 0) if is_packed else _unpacked_bytes(checkpoint)
+    tiles = 3 * _tile_elements(args, num_rows, max_context) * 4
+    row_bytes = num_rows * arithmetic.dtype.size
+    return row_bytes * 6 * args.hidden_size + max(
+        row_bytes * attention + tiles + unpacked[0], row_bytes * experts + unpacked[1]
+    )
 
 
-def _unpacked_bytes(checkpoint: Checkpoint) -> int:
-    """The largest weights that lie unpacked at one time: one of the trunk's, or a few experts."""
+def _tile_elements(args: ModelArgs, num_rows: int, max_context: int) -> int:
+    """Of the largest tile: scores of attention, or of the indexer where it selects."""
+    heads = args.num_attention_heads
+    height = max(1, min(TILE_ROWS, num_rows, TILE_ELEMENTS // (heads * max_context)))
+    widest = max(heads, args.index_n_heads) if max_context > args.index_topk else heads
+    return widest * height * max_context
+
+
+def _unpacked_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """The largest weights that lie unpacked at one time: one of the trunk's; a few experts."""
     args = checkpoint.args
     packed = [entry for name, entry in checkpoint.trunk.items() if name.endswith(".scales")]
     # A scale stands for at least 16 values, at most 128: 128 is the safe side.
     trunk = max((prod(entry.shape) * 128 * 4 for entry in packed), default=0)
-    return max(trunk, UNPACKED_EXPERTS * 3 * args.hidden_size * args.moe_intermediate_size * 4)
+    return trunk, UNPACKED_EXPERTS * 3 * args.hidden_size * args.moe_intermediate_size * 4
