@@ -79,6 +79,7 @@ def replay(
     layer_s: float,
     predict: Predict | None,
     bytes_per_s: float,
+    reach: int = 1,
     wraps: bool = False,
 ) -> Run:
     disk = SimulatedDisk(bytes_per_s, latency_s=1e-4)
@@ -88,7 +89,7 @@ def replay(
     for token, rows in enumerate(routing.experts):
         if token == warm:
             before, start_s = store.statistics(), time.monotonic()
-        _token(store, index.layers, rows, token, layer_s, predict, wraps)
+        _token(store, index.layers, rows, token, layer_s, predict, reach, wraps)
     wall_s = time.monotonic() - (start_s or 0.0)
     assert before is not None, "the warm-up is shorter than the run"
     after = store.statistics()
@@ -115,16 +116,18 @@ def _token(
     token: int,
     layer_s: float,
     predict: Predict | None,
+    reach: int,
     wraps: bool,
 ) -> None:
+    """One token; its layers predict the next `reach` ones, and with `wraps` the next token's first ones."""
     routed_s = layer_s * (1 - TRUNK_SHARE - SHARED_SHARE) / rows.shape[1]
     for number, layer in enumerate(layers):
         _compute(layer_s * TRUNK_SHARE)
         fetch = store.begin(layer, [int(e) for e in rows[number]])
-        if predict is not None and number + 1 < len(layers):
-            store.expect(layers[number + 1], predict(token, number + 1))
-        elif wraps and predict is not None:
-            store.expect(layers[0], predict(token + 1, 0))
+        for ahead in range(number + 1, number + 1 + reach):
+            tokens_on, target = divmod(ahead, len(layers))
+            if predict is not None and (wraps or not tokens_on):
+                store.expect(layers[target], predict(token + tokens_on, target))
         _compute(layer_s * SHARED_SHARE + routed_s * int(fetch.is_here.sum()))
         store.finish(fetch)
         _compute(routed_s * int((~fetch.is_here).sum()))
@@ -160,16 +163,19 @@ def _report(index: ExpertIndex, given: argparse.Namespace) -> None:
         f"{slots} of {index.num_experts} slots, reuse {routing.reuse:.2f}, {misses:.2f} misses a layer, disk "
         f"{bytes_per_s / 1e6:.0f} MB/s; a layer: {1000 * layer_s:.1f} ms compute, {given.io_ms:.1f} ms disk"
     )
-    cases: dict[str, Predict | None] = {
-        "no lookahead": None,
-        "recall .75, precision .80": make_predictor(routing, 0.75, 0.80),
-        "perfect": make_predictor(routing, 1.0, 1.0),
-        "perfect, first layer too": make_predictor(routing, 1.0, 1.0),
+    perfect = make_predictor(routing, 1.0, 1.0)
+    cases: dict[str, tuple[Predict | None, int, bool]] = {
+        "no lookahead": (None, 1, False),
+        "recall .75, precision .80": (make_predictor(routing, 0.75, 0.80), 1, False),
+        "perfect": (perfect, 1, False),
+        "perfect, first layer too": (perfect, 1, True),
+        "perfect, two layers on": (perfect, 2, False),
+        "perfect, two on, first too": (perfect, 2, True),
     }
     runs: dict[str, list[Run]] = {name: [] for name in cases}
     for _ in range(given.rounds):
-        for name, predict in cases.items():
-            runs[name].append(replay(index, routing, slots, layer_s, predict, bytes_per_s, "too" in name))
+        for name, (predict, reach, wraps) in cases.items():
+            runs[name].append(replay(index, routing, slots, layer_s, predict, bytes_per_s, reach, wraps))
     for name, done in runs.items():
         sums, maxima = [run.over_sum for run in done], [run.over_max for run in done]
         print(

@@ -16,7 +16,7 @@ from streaming.banks import Bank
 from streaming.disk import Disk
 from streaming.floats import Bytes
 from streaming.index import ExpertIndex
-from streaming.reader import Batch, Read, ReadClass, ReadDropped, Reader
+from streaming.reader import Batch, Read, ReadClass, ReadDropped, Reader, ReadStatistics
 from streaming.runs import Run, largest_run_bytes, plan_runs
 from streaming.tickets import Ticket, TicketOffice
 
@@ -79,7 +79,10 @@ class Filler:
             num_threads=num_threads,
             timeout_s=timeout_s,
         )
-        self.statistics = self._reader.statistics
+
+    @property
+    def statistics(self) -> ReadStatistics:
+        return self._reader.statistics
 
     @property
     def memory_bytes(self) -> int:

@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -124,7 +124,7 @@ class Reader:
         num_threads: int = NUM_THREADS,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self.statistics = ReadStatistics()
+        self._statistics = ReadStatistics()
         self._max_read_bytes = max_read_bytes
         self._num_threads = num_threads
         self._timeout_s = timeout_s
@@ -141,6 +141,13 @@ class Reader:
         self._open_files(disk, files)
         for _ in range(num_threads):
             self._start_worker()
+
+    @property
+    def statistics(self) -> ReadStatistics:
+        """The counts now."""
+        with self._lock:
+            since_s = time.monotonic() - self._busy_since_s if self._num_outstanding else 0.0
+            return replace(self._statistics, busy_s=self._statistics.busy_s + since_s)
 
     @property
     def memory_bytes(self) -> int:
@@ -241,12 +248,12 @@ class Reader:
                 f"{read.path}: reading {read.nbytes} bytes at {read.offset}: {error.strerror or error}"
             ) from error
         with self._lock:
-            self.statistics.device_bytes += num_bytes
+            self._statistics.device_bytes += num_bytes
             if worker.is_quarantined:
                 return  # the read was settled, or is with another disk, which may have delivered already
             worker.is_delivering = True
-            self.statistics.num_reads += 1
-            self.statistics.payload_bytes += read.nbytes
+            self._statistics.num_reads += 1
+            self._statistics.payload_bytes += read.nbytes
         read.deliver(buffer[lead : lead + read.nbytes])
 
     # Under the lock.
@@ -257,7 +264,7 @@ class Reader:
         task.batch.has_failed |= error is not None
         self._num_outstanding -= 1
         if self._num_outstanding == 0:
-            self.statistics.busy_s += time.monotonic() - self._busy_since_s
+            self._statistics.busy_s += time.monotonic() - self._busy_since_s
         if error is not None or task.batch.num_pending == 0:
             task.batch.changed.notify_all()
 
@@ -281,7 +288,7 @@ class Reader:
         worker.is_quarantined = True
         self._workers.remove(worker)
         self._num_quarantined += 1
-        self.statistics.num_timeouts += 1
+        self._statistics.num_timeouts += 1
         # Bounded, so that a dead disk cannot take memory without end: `reserved_bytes` counts on it.
         if self._num_quarantined <= max(1, self._num_threads // THREADS_PER_SPARE):
             self._start_worker()
