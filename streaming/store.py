@@ -33,7 +33,7 @@ LOADED_AT_ONCE = 32
 class _Layer:
     bank: Bank
     books: Residency
-    gate: Gate = field(default_factory=Gate)
+    gates: dict[int, Gate] = field(default_factory=dict)  # by how many layers before it was guessed
     ahead: dict[int, Fill] = field(default_factory=dict)  # under way before anybody asked
     fresh: set[int] = field(default_factory=set)  # arrived that way since the layer was last asked
 
@@ -148,7 +148,8 @@ class ExpertStore:
         state = self._layers[layer]
         assert len(experts) <= state.books.num_slots, "more experts were asked for than the layer has slots"
         self._abandon_unfinished()
-        state.gate.judge(experts)
+        for gate in state.gates.values():
+            gate.judge(experts)
         joined = self._join_ahead(layer, state, experts)
         missed = [expert for expert in experts if expert not in state.books and expert not in joined]
         self._count(state, experts, len(missed), len(joined))
@@ -173,9 +174,10 @@ class ExpertStore:
         """By what the router chose among all experts, `[tokens, experts]`."""
         self._layers[layer].books.observe(scores)
 
-    def expect(self, layer: int, ranks: Sequence[Sequence[int]]) -> None:
+    def expect(self, layer: int, ranks: Sequence[Sequence[int]], distance: int = 1) -> None:
         """These experts may be asked for next, `ranks[0]` most likely, an entry for each row.
 
+        `distance`: how many layers earlier that was guessed; guesses are judged by it.
         Starts reads that give way to those somebody waits for. Errors are nobody's: who really needs the
         expert reads it again.
         """
@@ -185,7 +187,8 @@ class ExpertStore:
         # Half of what prediction leaves over stays for what it missed.
         room = (state.books.num_slots - len(ranks)) // 2 - len(state.ahead)
         room = min(room, state.books.num_free(keep))
-        for expert in state.gate.choose(ranks, state)[: max(0, room)]:
+        gate = state.gates.setdefault(distance, Gate())
+        for expert in gate.choose(ranks, state)[: max(0, room)]:
             slot = state.books.take(keep)
             fill = self._filler.make(layer, state.bank, expert, slot, ReadClass.LOOKAHEAD)
             self._filler.submit([fill])
