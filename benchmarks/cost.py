@@ -22,6 +22,7 @@ from models.arithmetic import CPU
 from models.attention import Span
 from models.loading import Checkpoint, load_model, open_checkpoint
 from streaming.disk import DirectDisk, aligned_buffer
+from streaming.policy import LeastNearlyChosen
 from streaming.probe import Rate, opened, read_bare
 from streaming.reader import NUM_THREADS, buffer_bytes
 from streaming.runs import largest_run_bytes, plan_runs
@@ -29,7 +30,14 @@ from streaming.store import ExpertStore
 
 
 def make_store(checkpoint: Checkpoint, slots: int, depth: int = NUM_THREADS) -> ExpertStore:
-    return ExpertStore(checkpoint.experts, slots, float_dtype=CPU.dtype, num_threads=depth)
+    args = checkpoint.args
+    return ExpertStore(
+        checkpoint.experts,
+        slots,
+        float_dtype=CPU.dtype,
+        make_policy=lambda: LeastNearlyChosen(args.n_routed_experts, args.num_experts_per_tok),
+        num_threads=depth,
+    )
 
 
 def all_hits(checkpoint: Checkpoint, num_tokens: int) -> None:
@@ -71,12 +79,13 @@ def _decoder(checkpoint: Checkpoint, store: ExpertStore) -> Callable[[int], None
 
 def bookkeeping(checkpoint: Checkpoint, rounds: int) -> None:
     args, rng = checkpoint.args, np.random.default_rng(0)
-    store = make_store(checkpoint, args.n_routed_experts)
+    here = args.n_routed_experts - 1  # or there would be nothing to look ahead for
+    store = make_store(checkpoint, here)
     layer = checkpoint.experts.layers[0]
-    store.acquire(layer, range(args.n_routed_experts))
+    store.acquire(layer, range(here))
     seconds = []
     for _ in range(rounds):
-        experts = sorted(rng.choice(args.n_routed_experts, args.num_experts_per_tok, replace=False).tolist())
+        experts = sorted(rng.choice(here, args.num_experts_per_tok, replace=False).tolist())
         scores = rng.standard_normal((1, args.n_routed_experts)).astype(np.float32)
         start_s = time.perf_counter()
         if store.watches_scores(layer):

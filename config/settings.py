@@ -79,11 +79,11 @@ class Settings(BaseSettings):
         "a second copy of the checkpoint, on another SSD: experts are read from both at the same time",
     )
     expert_policy: Literal["lru", "nearness"] = _setting(
-        "lru",
+        "nearness",
         "Memory",
         "NAME",
-        "which expert gives up its place: lru (the one used longest ago) or nearness (experimental: the one "
-        "that came least near to being chosen)",
+        "which expert gives up its place: nearness (the one that lately came least near to being chosen) or "
+        "lru (the one used longest ago)",
     )
     host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on")
     port: int = _setting(8080, "Network", "PORT", "port to listen on; 0 takes a free one", ge=0, le=65535)

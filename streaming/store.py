@@ -84,8 +84,9 @@ class ExpertStore:
         return self._is_resident
 
     def watches_scores(self, layer: int) -> bool:
-        """Whether anybody wants to know by what the layer's router chose."""
-        return self._layers[layer].books.watches_scores
+        """Whether the policy wants the router's scores; not where every expert has a slot of its own."""
+        books = self._layers[layer].books
+        return books.watches_scores and books.num_slots < self._index.num_experts
 
     def looks_ahead(self, layer: int) -> bool:
         """Whether `expect` may lead to reads: there are experts that are not there."""

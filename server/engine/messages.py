@@ -23,7 +23,7 @@ class EngineConfig:
     ram_budget_bytes: int
     max_context: int | None
     log_level: str
-    expert_policy: Literal["lru", "nearness"] = "lru"
+    expert_policy: Literal["lru", "nearness"] = "nearness"
     mirror: Path | None = None
 
 
