@@ -47,7 +47,7 @@ class Geometry:
     kv_bytes_per_token: int  # latents and rotary keys, all layers
     index_key_bytes_per_token: int  # the indexers' keys, full layers only
     workspace_bytes: int  # the largest transients of one step, from the model's tile sizes
-    reader_thread_bytes: int  # what the buffers may grow to, for each thread of the reader
+    reader_buffer_bytes: int  # one buffer of the reader
     vocab_size: int = 0
 
     @property
@@ -76,16 +76,25 @@ class MemoryPlan:
 
 
 def make_plan(
-    geometry: Geometry, budget_bytes: int, max_context: int, *, physical_bytes: int | None = None
+    geometry: Geometry,
+    budget_bytes: int,
+    max_context: int,
+    *,
+    reader_threads: int | None = None,
+    physical_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done."""
+    """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done.
+
+    `reader_threads`: how many the disk needs, once that is known; of the first plan's at most.
+    """
     fixed = _fixed_lines(geometry, max_context)
     per_slot = sum(geometry.expert_bytes)
     minimum = sum(fixed.values()) + per_slot * geometry.experts_per_token
     _check_budget(geometry, budget_bytes, max_context, minimum, physical_bytes or physical_memory_bytes())
     resident = sum(fixed.values()) + per_slot * geometry.num_experts
-    threads = _reader_threads(geometry, budget_bytes - (resident if budget_bytes >= resident else minimum))
-    fixed["reader buffers"] = threads * geometry.reader_thread_bytes
+    spare = budget_bytes - (resident if budget_bytes >= resident else minimum)
+    threads = reader_threads or _reader_threads(geometry, spare)
+    fixed["reader buffers"] = reader_buffers(threads) * geometry.reader_buffer_bytes
     slots = _divide(geometry, budget_bytes - sum(fixed.values()))
     experts = sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
     return MemoryPlan(
@@ -101,9 +110,18 @@ def make_plan(
     )
 
 
+def reader_buffers(threads: int) -> int:
+    """Each thread's own, and those that may be with reads which do not come back.
+
+    After a quarter of the threads has been replaced, a dying disk has fewer threads, not more memory.
+    """
+    return threads + max(1, threads // 4)
+
+
 def _reader_threads(geometry: Geometry, spare: int) -> int:
-    more = int(spare * READER_SHARE) // geometry.reader_thread_bytes if geometry.reader_thread_bytes else 0
-    return min(MIN_READER_THREADS + more, MAX_READER_THREADS)
+    room = reader_buffers(MIN_READER_THREADS) * geometry.reader_buffer_bytes + int(spare * READER_SHARE)
+    some = range(MIN_READER_THREADS, MAX_READER_THREADS + 1)
+    return max(n for n in some if reader_buffers(n) * geometry.reader_buffer_bytes <= room)
 
 
 def as_dict(plan: MemoryPlan) -> dict[str, object]:
@@ -149,7 +167,7 @@ def _fixed_lines(geometry: Geometry, max_context: int) -> dict[str, int]:
         "trunk": geometry.trunk_bytes,
         "KV cache": geometry.context_bytes_per_token * -(-max_context // KV_STEP) * KV_STEP,
         "workspace": geometry.workspace_bytes,
-        "reader buffers": MIN_READER_THREADS * geometry.reader_thread_bytes,
+        "reader buffers": reader_buffers(MIN_READER_THREADS) * geometry.reader_buffer_bytes,
         "MLX buffer cache": cache,
         "Python and libraries": RUNTIME_BYTES + VOCABULARY_BYTES_PER_TOKEN * geometry.vocab_size,
     }

@@ -26,7 +26,7 @@ from models.names import to_model_names, trunk_names
 from streaming.banks import slot_bytes
 from streaming.headers import ITEM_BYTES, FileStamp, TensorEntry, read_headers
 from streaming.index import ExpertIndex
-from streaming.reader import reserved_bytes
+from streaming.reader import buffer_bytes
 from streaming.runs import largest_run_bytes
 from streaming.store import ExpertStore
 
@@ -129,7 +129,7 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
         workspace_bytes=_workspace_bytes(
             checkpoint, arithmetic, max_context or checkpoint.args.max_position_embeddings
         ),
-        reader_thread_bytes=reserved_bytes(largest_run_bytes(index)),
+        reader_buffer_bytes=buffer_bytes(largest_run_bytes(index)),
         vocab_size=args.vocab_size,
     )
 

@@ -19,15 +19,13 @@ from enum import IntEnum
 from pathlib import Path
 
 from config.errors import DiskError
+from config.plan import reader_buffers
 from streaming.disk import MAX_ALIGNMENT, Disk, DiskFile, aligned_buffer
 from streaming.floats import Bytes
 from streaming.headers import FileStamp
 
 NUM_THREADS = 8
 TIMEOUT_S = 30.0
-# Of every so many threads one may hang and be replaced; after that a dying disk has fewer threads, not more
-# memory.
-THREADS_PER_SPARE = 4
 
 
 class ReadDropped(DiskError):
@@ -94,11 +92,6 @@ class ReadStatistics:
     device_bytes: int = 0
     busy_s: float = 0.0
     num_timeouts: int = 0
-
-
-def reserved_bytes(max_read_bytes: int) -> int:
-    """What one thread may take: its buffer, and its share of those in quarantine."""
-    return -(-buffer_bytes(max_read_bytes) * (THREADS_PER_SPARE + 1) // THREADS_PER_SPARE)
 
 
 def buffer_bytes(max_read_bytes: int) -> int:
@@ -289,8 +282,7 @@ class Reader:
         self._workers.remove(worker)
         self._num_quarantined += 1
         self._statistics.num_timeouts += 1
-        # Bounded, so that a dead disk cannot take memory without end: `reserved_bytes` counts on it.
-        if self._num_quarantined <= max(1, self._num_threads // THREADS_PER_SPARE):
+        if self._num_quarantined <= reader_buffers(self._num_threads) - self._num_threads:
             self._start_worker()
         read = task.read
         # Bytes that are being delivered could arrive a second time.

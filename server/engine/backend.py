@@ -36,10 +36,12 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     report(0.0, "reading headers")
     checkpoint, arithmetic = open_checkpoint(config.model_path), choose_arithmetic()
     plan = plan_memory(checkpoint, arithmetic, config)
-    mx.set_cache_limit(plan.cache_limit_bytes)
-    slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
     disk = _open_disk(checkpoint, config.mirror)
     probe = _probe(disk, checkpoint, plan.reader_threads) if config.stream_experts else None
+    if probe:
+        plan = plan_memory(checkpoint, arithmetic, config, probe.depth)
+    mx.set_cache_limit(plan.cache_limit_bytes)
+    slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
     store = ExpertStore(
         checkpoint.experts,
         slots,
@@ -87,8 +89,10 @@ def _policy_maker(name: Literal["lru", "nearness"], checkpoint: Checkpoint) -> C
     return partial(LeastNearlyChosen, args.n_routed_experts, args.num_experts_per_tok)
 
 
-def plan_memory(checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineConfig) -> MemoryPlan:
-    """The plan that the engine obeys and that `glmserve plan` prints.
+def plan_memory(
+    checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineConfig, reader_threads: int | None = None
+) -> MemoryPlan:
+    """The plan that the engine obeys and that `glmserve plan` prints, before the disk's probe has a say.
 
     Raises UsageError where a person must choose: a context that the model has not, a budget that is too
     small, or experts that do not all fit while streaming is off.
@@ -97,7 +101,8 @@ def plan_memory(checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineCo
     if config.max_context is not None and config.max_context > longest:
         raise UsageError(f"--max-context {config.max_context} is more than the model's {longest}")
     context = config.max_context or min(longest, DEFAULT_CONTEXT)
-    plan = make_plan(make_geometry(checkpoint, arithmetic, context), config.ram_budget_bytes, context)
+    geometry = make_geometry(checkpoint, arithmetic, context)
+    plan = make_plan(geometry, config.ram_budget_bytes, context, reader_threads=reader_threads)
     if not config.stream_experts and not plan.is_resident:
         raise UsageError(
             f"the whole model needs {format_size(plan.resident_bytes)}, more than --ram-budget "

@@ -2,8 +2,8 @@
 
 Each figure is the largest seen so far, under the name of its line. MLX knows how much it holds, and the most
 that it held since it was asked last; what of that is neither trunk nor slots nor a sequence's cache is
-workspace. What the process has resident beyond MLX and the reader's buffers is Python with its libraries, of
-both processes: the engine's parent serves HTTP.
+workspace. What is resident beyond that most and the reader's buffers is Python with its libraries, of both
+processes: the engine's parent serves HTTP. (That most, because the allocator keeps what was freed.)
 """
 
 import os
@@ -35,11 +35,14 @@ class MemoryUse:
         buffers, freed = self._store.reader_bytes, mx.get_cache_memory()
         lines = {"trunk": trunk, "experts": slots, "KV cache": kv, "reader buffers": buffers}
         lines["MLX buffer cache"] = freed
-        lines["workspace"] = max(0, mx.get_peak_memory() - trunk - slots - max(kv, self._kv_before))
+        peak = mx.get_peak_memory()
+        lines["workspace"] = max(0, peak - trunk - slots - max(kv, self._kv_before))
         self._kv_before = kv
         mx.reset_peak_memory()
         if resident := _resident_bytes():
-            lines["Python and libraries"] = max(0, resident - mx.get_active_memory() - freed - buffers)
+            lines["Python and libraries"] = max(
+                0, resident - max(mx.get_active_memory() + freed, peak) - buffers
+            )
         return lines
 
 
