@@ -125,12 +125,18 @@ class Experts:
 
     def wants_guess(self, rows: int) -> bool:
         """Whether a guess at the next layer's experts would be used."""
-        return (
-            self._next is not None
-            and rows <= GUESSED_ROWS
-            and self._arithmetic.is_few(rows)
-            and self._source.looks_ahead(self._next._layer)
-        )
+        return self._next is not None and self._next.can_be_guessed(rows)
+
+    def can_be_guessed(self, rows: int) -> bool:
+        """Whether a guess at this layer's experts would be used."""
+        is_decode = rows <= GUESSED_ROWS and self._arithmetic.is_few(rows)
+        return is_decode and self._source.looks_ahead(self._layer)
+
+    def anticipate(self, guess: mx.array) -> None:
+        """Starts to read what is guessed, int32 [N, k]: for the first sparse layer, which none precedes."""
+        mx.eval(*(array for array in (guess, self._pending) if array is not None))
+        self._pending = None
+        self._source.expect(self._layer, np.array(guess).T.tolist())
 
     def __call__(
         self,
