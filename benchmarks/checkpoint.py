@@ -1,7 +1,8 @@
 """Random checkpoints of the benchmarks' geometry, written at the speed of the disk.
 
 Every matrix is 4 bit in groups of 64, its packed words drawn at random; scales and biases are such that its
-values have the usual variance. `python -m benchmarks.checkpoint DIR` writes one.
+values have the usual variance. Experts of 8 bits, where asked for, have values sixteen times as large.
+`python -m benchmarks.checkpoint DIR` writes one.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import numpy as np
 
 from tests.tiny_glm import SHARED, tensor_shapes
 
-GROUP, BITS = 64, 4
+GROUP = 64
 # Hidden 1024, 16 layers (3 dense), 64 experts top-8; an expert is 1.05 MiB.
 BENCH: dict[str, Any] = SHARED | {
     "vocab_size": 4096, "hidden_size": 1024, "num_hidden_layers": 16, "intermediate_size": 2048,
@@ -27,7 +28,9 @@ BENCH: dict[str, Any] = SHARED | {
 _ITEM_BYTES = {"U32": 4, "BF16": 2, "F32": 4}
 
 
-def write_checkpoint(directory: Path, config: dict[str, Any] = BENCH, seed: int = 0) -> Path:
+def write_checkpoint(
+    directory: Path, config: dict[str, Any] = BENCH, seed: int = 0, expert_bits: int = 4
+) -> Path:
     """Writes config.json and one file for the trunk and one for each sparse layer."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -39,10 +42,10 @@ def write_checkpoint(directory: Path, config: dict[str, Any] = BENCH, seed: int 
     for layer in range(config["first_k_dense_replace"], config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}.mlp.switch_mlp."
         of = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
-        tensors = [t for p, s in of.items() for t in _packed(f"{prefix}{p}", (experts, *s))]
+        tensors = [t for p, s in of.items() for t in _packed(f"{prefix}{p}", (experts, *s), expert_bits)]
         _write_file(directory / f"model-{layer:05}.safetensors", tensors, rng)
     (directory / "config.json").write_text(
-        json.dumps(config | {"quantization": {"group_size": GROUP, "bits": BITS}})
+        json.dumps(config | {"quantization": {"group_size": GROUP, "bits": 4}})
     )
     return directory
 
@@ -58,9 +61,9 @@ def _tensors(name: str, shape: tuple[int, ...]) -> Iterator[_Tensor]:
         yield name, "F32" if ".gate." in name else "BF16", shape
 
 
-def _packed(path: str, shape: tuple[int, ...]) -> Iterator[_Tensor]:
+def _packed(path: str, shape: tuple[int, ...], bits: int = 4) -> Iterator[_Tensor]:
     *lead, width = shape
-    yield f"{path}.weight", "U32", (*lead, width * BITS // 32)
+    yield f"{path}.weight", "U32", (*lead, width * bits // 32)
     yield f"{path}.scales", "BF16", (*lead, width // GROUP)
     yield f"{path}.biases", "BF16", (*lead, width // GROUP)
 

@@ -3,16 +3,15 @@
 All hits: decode with every expert in a slot of the store, synchronising at each layer, against resident
 decode, interleaved token by token. Bookkeeping: `begin`, `observe` and `expect` of a layer whose experts are
 all there. Bytes: payload against the experts that were missed, device against payload. Rate: the store's
-reads against bare reads of the same pieces with as many threads, in interleaved blocks.
+reads against the start-up probe's, of the same pieces with as many threads, in interleaved blocks.
 """
 
 import argparse
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from statistics import median
 
 import mlx.core as mx
@@ -23,20 +22,21 @@ from models.arithmetic import CPU
 from models.attention import Span
 from models.loading import Checkpoint, load_model, open_checkpoint
 from streaming.disk import DirectDisk, aligned_buffer
-from streaming.index import ExpertIndex
 from streaming.policy import LeastNearlyChosen
-from streaming.reader import NUM_THREADS
-from streaming.runs import Run, largest_run_bytes, plan_runs
+from streaming.probe import Rate, opened, read_bare
+from streaming.reader import NUM_THREADS, buffer_bytes
+from streaming.runs import largest_run_bytes, plan_runs
 from streaming.store import ExpertStore
 
 
-def make_store(checkpoint: Checkpoint, slots: int) -> ExpertStore:
+def make_store(checkpoint: Checkpoint, slots: int, depth: int = NUM_THREADS) -> ExpertStore:
     args = checkpoint.args
     return ExpertStore(
         checkpoint.experts,
         slots,
         float_dtype=CPU.dtype,
         make_policy=lambda: LeastNearlyChosen(args.n_routed_experts, args.num_experts_per_tok),
+        num_threads=depth,
     )
 
 
@@ -79,15 +79,17 @@ def _decoder(checkpoint: Checkpoint, store: ExpertStore) -> Callable[[int], None
 
 def bookkeeping(checkpoint: Checkpoint, rounds: int) -> None:
     args, rng = checkpoint.args, np.random.default_rng(0)
-    store = make_store(checkpoint, args.n_routed_experts)
+    here = args.n_routed_experts - 1  # or there would be nothing to look ahead for
+    store = make_store(checkpoint, here)
     layer = checkpoint.experts.layers[0]
-    store.acquire(layer, range(args.n_routed_experts))
+    store.acquire(layer, range(here))
     seconds = []
     for _ in range(rounds):
-        experts = sorted(rng.choice(args.n_routed_experts, args.num_experts_per_tok, replace=False).tolist())
+        experts = sorted(rng.choice(here, args.num_experts_per_tok, replace=False).tolist())
         scores = rng.standard_normal((1, args.n_routed_experts)).astype(np.float32)
         start_s = time.perf_counter()
-        store.observe(layer, scores)
+        if store.watches_scores(layer):
+            store.observe(layer, scores)
         store.expect(layer, [[expert] for expert in experts])
         store.finish(store.begin(layer, experts))
         seconds.append(time.perf_counter() - start_s)
@@ -99,32 +101,39 @@ def bookkeeping(checkpoint: Checkpoint, rounds: int) -> None:
     store.close()
 
 
-def rate(checkpoint: Checkpoint, blocks: int, experts_per_block: int) -> None:
-    """GB/s over the time that reads are outstanding, store and bare threads in turn, fresh experts each."""
+def rate(checkpoint: Checkpoint, blocks: int, experts_per_block: int, depth: int) -> None:
+    """GB/s over the time that reads are outstanding: store and bare threads read the same experts in turn.
+
+    Who goes first alternates, so that a disk that remembers helps both.
+    """
     index, rng = checkpoint.experts, np.random.default_rng(1)
-    store = make_store(checkpoint, experts_per_block)
-    order = [(layer, e) for layer in index.layers for e in range(index.num_experts)]
-    ratios, engine, probe = [], [], []
-    for _ in range(blocks):
-        layer = int(rng.choice(index.layers))
-        ids = rng.choice(index.num_experts, experts_per_block, replace=False)
-        before = store.statistics()
-        missing = [int(e) for e in np.sort(ids)]
-        store.acquire(layer, missing)
-        after = store.statistics()
-        num_bytes, seconds = after.device_bytes - before.device_bytes, after.read_s - before.read_s
-        others = [order[i] for i in rng.choice(len(order), experts_per_block, replace=False)]
-        runs = [run for where in others for run in plan_runs(index.pieces(*where))]
-        probe.append(_bare(index, runs) / 1e9)
-        if num_bytes:
-            engine.append(num_bytes / seconds / 1e9)
-            ratios.append(engine[-1] / probe[-1])
+    store = make_store(checkpoint, experts_per_block, depth)
+    buffers = [aligned_buffer(buffer_bytes(largest_run_bytes(index))) for _ in range(depth)]
+    rates: dict[str, list[Rate]] = {"engine": [], "probe": []}
+    with opened(DirectDisk(), index) as files:
+        for block in range(blocks):
+            layer = index.layers[block % len(index.layers)]
+            missing = _absent(store, layer, index.num_experts, rng)[:experts_per_block]
+            runs = [run for expert in missing for run in plan_runs(index.pieces(layer, expert))]
+            sides: dict[str, Callable[[], Rate]] = {
+                "engine": partial(_engine, store, layer, sorted(missing)),
+                "probe": partial(read_bare, files, iter(runs), buffers),
+            }
+            for name in sorted(sides, reverse=bool(block % 2)):
+                rates[name].append(sides[name]())
+    ratios = [e.per_s / p.per_s for e, p in zip(rates["engine"], rates["probe"], strict=True)]
+    overall = {
+        name: sum(r.num_bytes for r in some) / sum(r.seconds for r in some) for name, some in rates.items()
+    }
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    print(
+        f"rate at depth {depth}: engine {overall['engine'] / 1e9:.2f} GB/s, probe "
+        f"{overall['probe'] / 1e9:.2f}, of all bytes {overall['engine'] / overall['probe']:.2f}; "
+        f"block by block {middle:.2f}, quartiles [{low:.2f} {high:.2f}], range "
+        f"[{min(ratios):.2f} {max(ratios):.2f}] of {len(ratios)} blocks"
+    )
     counts = store.statistics()
     expected = counts.misses * index.expert_bytes(index.layers[0])
-    print(
-        f"rate: engine {median(engine):.2f} GB/s, probe {median(probe):.2f} GB/s, ratio median "
-        f"{median(ratios):.2f} [{min(ratios):.2f} {max(ratios):.2f}] of {len(ratios)} blocks"
-    )
     print(
         f"bytes: payload {counts.payload_bytes}, of the experts missed {expected}, "
         f"device / payload {counts.device_bytes / counts.payload_bytes:.4f}"
@@ -132,47 +141,29 @@ def rate(checkpoint: Checkpoint, blocks: int, experts_per_block: int) -> None:
     store.close()
 
 
-def _bare(index: ExpertIndex, runs: list[Run], depth: int = NUM_THREADS) -> float:
-    """Bytes a second of plain threads that read and forget."""
-    disk = DirectDisk()
-    files = {path: disk.open(path, stamp) for path, stamp in index.stamps.items()}
-    queue: SimpleQueue[Run] = SimpleQueue()
-    for run in runs:
-        queue.put(run)
-    buffers = [aligned_buffer(largest_run_bytes(index) + 2 * 16384) for _ in range(depth)]
+def _absent(store: ExpertStore, layer: int, num_experts: int, rng: np.random.Generator) -> list[int]:
+    books = store._layers[layer].books
+    return [int(e) for e in rng.permutation(num_experts) if int(e) not in books]
 
-    def work(number: int) -> None:
-        while True:
-            try:
-                run = queue.get_nowait()
-            except Empty:
-                return
-            file = files[run.path]
-            start = run.offset // file.alignment * file.alignment
-            end = -(-(run.offset + run.nbytes) // file.alignment) * file.alignment
-            file.read_into(buffers[number][: end - start], start)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(depth)]
-    start_s = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds = time.perf_counter() - start_s
-    for file in files.values():
-        file.close()
-    return sum(run.nbytes for run in runs) / seconds
+def _engine(store: ExpertStore, layer: int, experts: Sequence[int]) -> Rate:
+    before = store.statistics()
+    store.acquire(layer, experts)
+    after = store.statistics()
+    return Rate(after.payload_bytes - before.payload_bytes, after.read_s - before.read_s)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--depth", type=int, default=NUM_THREADS)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = open_checkpoint(given.checkpoint or write_checkpoint(Path(scratch) / "bench"))
         bookkeeping(checkpoint, 2000)
-        rate(checkpoint, 12, 16)
+        rate(checkpoint, given.blocks, 24, given.depth)
         all_hits(checkpoint, given.tokens)
 
 

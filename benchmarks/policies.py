@@ -24,6 +24,8 @@ class DecayedPopularity:
     With a `keep` of 0.5 and below it orders as LRU does; towards 1 it counts uses.
     """
 
+    watches_scores = False
+
     def __init__(self, keep: float = 0.9) -> None:
         self._keep = keep
         self._value: NDArray[np.float64] = np.zeros(0)
@@ -54,6 +56,8 @@ class DecayedPopularity:
 class ScoreMean:
     """A decayed mean of the router's score of every expert, selected or not; the lowest goes."""
 
+    watches_scores = True
+
     def __init__(self, keep: float) -> None:
         self._keep = keep
         self._mean: NDArray[np.float32] | None = None
@@ -77,6 +81,8 @@ class ScoreMean:
 
 class Belady:
     """The expert whose next use lies farthest ahead goes."""
+
+    watches_scores = True  # one call for each token
 
     def __init__(self, experts: NDArray[np.int16], num_experts: int) -> None:  # [T, k] of one layer
         self._next = np.full((len(experts) + 1, num_experts), len(experts) + 1)
@@ -136,7 +142,7 @@ def _replay(routing: Routing, slots: int, policies: Sequence[Policy], warm: int)
 
 def candidates(num_experts: int, k: int) -> dict[str, Callable[[], Policy]]:
     out: dict[str, Callable[[], Policy]] = {"LRU": LeastRecentlyUsed}
-    out["nearness (default)"] = partial(LeastNearlyChosen, num_experts, k)
+    out["nearness"] = partial(LeastNearlyChosen, num_experts, k)
     for keep in (0.7, 0.8, 0.9, 0.95, 0.98):
         out[f"popularity {keep}"] = partial(DecayedPopularity, keep)
     for keep in (0.5, 0.7, 0.8, 0.9, 0.95):
@@ -160,13 +166,59 @@ def print_table(name: str, routing: Routing, shares: Sequence[float] = SHARES) -
     print("Belady".ljust(18) + "".join(f"{100 * belady_hits(routing, slots[s], warm):8.1f}" for s in shares))
 
 
+def hold_out(names: Sequence[str], routings: Sequence[Routing]) -> None:
+    """Picks each family's constants on one routing and shows what they do on the others, against LRU."""
+    hits = {name: _mean_hits(routing) for name, routing in zip(names, routings, strict=True)}
+    print(
+        f"mean hit rate at {', '.join(f'{share:.0%}' for share in TUNED_SHARES)} of the experts, against LRU"
+    )
+    for tuned_on in names:
+        for family in FAMILIES:
+            _, best = max((rate, label) for label, rate in hits[tuned_on].items() if label.startswith(family))
+            gains = "".join(
+                f"{100 * (hits[name][best] - hits[name]['LRU']):+7.2f} on {name}" for name in names
+            )
+            print(f"tuned on {tuned_on.ljust(13)} {best.ljust(18)}{gains}")
+
+
+def _mean_hits(routing: Routing) -> dict[str, float]:
+    num_experts, k = routing.scores.shape[-1], routing.experts.shape[-1]
+    slots = [max(k, round(share * num_experts)) for share in TUNED_SHARES]
+    warm = routing.experts.shape[0] // 8
+    return {
+        label: float(np.mean([count_hits(routing, count, make, warm) for count in slots]))
+        for label, make in families(num_experts, k).items()
+    }
+
+
+FAMILIES = ("nearness", "popularity", "score mean")
+TUNED_SHARES = (0.15, 0.25, 0.5)
+
+
+def families(num_experts: int, k: int) -> dict[str, Callable[[], Policy]]:
+    out = {name: make for name, make in candidates(num_experts, k).items() if name != "nearness"}
+    for keep in (0.8, 0.9, 0.95):
+        for scale in (0.25, 0.5, 1.0):
+            out[f"nearness {keep} {scale}"] = partial(
+                LeastNearlyChosen, num_experts, k, keep=keep, scale=scale
+            )
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hold-out", type=Path, nargs="+", metavar="FILE", help="recorded traces")
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--top", type=int, default=8)
     given = parser.parse_args()
+    if given.hold_out:
+        routings = [load_routing(path, given.top) for path in given.hold_out]
+        shape = (given.tokens, given.layers, 256, 8)
+        synthetic = [make_routing(*shape), make_routing(*shape, topic=0.12, drift=0.75, drift_tokens=8)]
+        hold_out([*(path.stem for path in given.hold_out), "synthetic", "slow"], [*routings, *synthetic])
+        return
     if given.trace:
         print_table(given.trace.name, load_routing(given.trace, given.top))
         return

@@ -1,8 +1,8 @@
 """Routings to replay: synthetic ones of the published locality, recorded ones from files.
 
 A routing is int16 `[tokens, layers, k]` with the scores by which the router chose, float32 `[tokens, layers,
-experts]`. A recorded trace (.npz) holds `scores` in 255ths, the routers' `bias`, and which tokens were
-`written`.
+experts]`. A recorded trace (.npz) holds the `scores` of the tokens that the model wrote, in 255ths, and the
+routers' `bias`.
 Published for GLM-5.2: 41 % of a token's experts were the previous token's, and popularity is flat (237 of 256
 experts touched in 75 tokens, the top four take 4.3 % of the selections).
 """
@@ -64,7 +64,7 @@ def load_routing(path: Path, k: int) -> Routing:
     """The written tokens of a recorded trace, one conversation after the other."""
     with np.load(path) as file:
         scores = file["scores"].astype(np.float32) / 255 + file["bias"]
-        return _route(scores[file["written"].astype(bool)], k)
+        return _route(scores, k)
 
 
 def _route(scores: NDArray[np.float32], k: int) -> Routing:

@@ -10,7 +10,7 @@ in one run, interleaved.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -77,7 +77,7 @@ def replay(
     routing: Routing,
     slots: int,
     layer_s: float,
-    predict: Predict | None,
+    predictors: Sequence[Predict],
     bytes_per_s: float,
     wraps: bool = False,
 ) -> Run:
@@ -88,7 +88,7 @@ def replay(
     for token, rows in enumerate(routing.experts):
         if token == warm:
             before, start_s = store.statistics(), time.monotonic()
-        _token(store, index.layers, rows, token, layer_s, predict, wraps)
+        _token(store, index.layers, rows, token, layer_s, predictors, wraps)
     wall_s = time.monotonic() - (start_s or 0.0)
     assert before is not None, "the warm-up is shorter than the run"
     after = store.statistics()
@@ -114,17 +114,18 @@ def _token(
     rows: NDArray[np.int16],
     token: int,
     layer_s: float,
-    predict: Predict | None,
+    predictors: Sequence[Predict],
     wraps: bool,
 ) -> None:
+    """One token. A predictor for each distance; with `wraps` they know the next token's first layers too."""
     routed_s = layer_s * (1 - TRUNK_SHARE - SHARED_SHARE) / rows.shape[1]
     for number, layer in enumerate(layers):
         _compute(layer_s * TRUNK_SHARE)
         fetch = store.begin(layer, [int(e) for e in rows[number]])
-        if predict is not None and number + 1 < len(layers):
-            store.expect(layers[number + 1], predict(token, number + 1))
-        elif wraps and predict is not None:
-            store.expect(layers[0], predict(token + 1, 0))
+        for distance, predict in enumerate(predictors, start=1):
+            tokens_on, target = divmod(number + distance, len(layers))
+            if wraps or not tokens_on:
+                store.expect(layers[target], predict(token + tokens_on, target), distance)
         _compute(layer_s * SHARED_SHARE + routed_s * int(fetch.is_here.sum()))
         store.finish(fetch)
         _compute(routed_s * int((~fetch.is_here).sum()))
@@ -160,16 +161,22 @@ def _report(index: ExpertIndex, given: argparse.Namespace) -> None:
         f"{slots} of {index.num_experts} slots, reuse {routing.reuse:.2f}, {misses:.2f} misses a layer, disk "
         f"{bytes_per_s / 1e6:.0f} MB/s; a layer: {1000 * layer_s:.1f} ms compute, {given.io_ms:.1f} ms disk"
     )
-    cases: dict[str, Predict | None] = {
-        "no lookahead": None,
-        "recall .75, precision .80": make_predictor(routing, 0.75, 0.80),
-        "perfect": make_predictor(routing, 1.0, 1.0),
-        "perfect, first layer too": make_predictor(routing, 1.0, 1.0),
+    perfect = make_predictor(routing, 1.0, 1.0)
+    near, far = make_predictor(routing, 0.75, 0.80), make_predictor(routing, 0.65, 0.65, seed=1)
+    cases: dict[str, tuple[list[Predict], bool]] = {
+        "no lookahead": ([], False),
+        "recall .75, precision .80": ([near], False),
+        "the same, first layer too": ([near], True),
+        "and .65 / .65 two layers on": ([near, far], True),
+        "perfect": ([perfect], False),
+        "perfect, first layer too": ([perfect], True),
+        "perfect, two layers on": ([perfect, perfect], False),
+        "perfect, two on, first too": ([perfect, perfect], True),
     }
     runs: dict[str, list[Run]] = {name: [] for name in cases}
     for _ in range(given.rounds):
-        for name, predict in cases.items():
-            runs[name].append(replay(index, routing, slots, layer_s, predict, bytes_per_s, "too" in name))
+        for name, (predictors, wraps) in cases.items():
+            runs[name].append(replay(index, routing, slots, layer_s, predictors, bytes_per_s, wraps))
     for name, done in runs.items():
         sums, maxima = [run.over_sum for run in done], [run.over_max for run in done]
         print(

@@ -78,6 +78,9 @@ class _SimulatedFile:
         time.sleep(max(0.0, service.end_s - time.monotonic()))
         return count
 
+    def give_up(self, thread: int) -> bool:
+        return False
+
     def close(self) -> None:
         if self._inner:
             self._inner.close()

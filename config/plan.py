@@ -20,11 +20,20 @@ from config.sizes import format_size, physical_memory_bytes
 RUNTIME_BYTES = 190 * 10**6
 # The tokenizer's tables: 104 MB for 154,000 tokens.
 VOCABULARY_BYTES_PER_TOKEN = 680
+# Tokens by which a sequence's cache grows: growth in proportion would take up to a quarter more than the
+# context needs. To copy all rows once in so many tokens is little beside reading them for each token.
+KV_STEP = 256
 # MLX keeps freed buffers for reuse, by default without bound (published: 15.1 GB resident for a 10 GB
-# target). What a step may reuse of its own and the last step's transients is worth half the workspace, within
-# these bounds.
+# target). A quarter of the workspace, within these bounds, holds what decode reuses; a prompt's largest
+# transients are allocated again in each layer, which takes milliseconds beside its seconds.
 MIN_CACHE_BYTES = 32 * 10**6
 MAX_CACHE_BYTES = 10**9
+# Threads that every reader can have, and how many more there is memory for: they get this share of what the
+# budget has beyond the minimum. Published: up to 17 reads at a time gain on a fast SSD; 32 is what the probe
+# tries.
+MIN_READER_THREADS = 8
+MAX_READER_THREADS = 32
+READER_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Geometry:
     kv_bytes_per_token: int  # latents and rotary keys, all layers
     index_key_bytes_per_token: int  # the indexers' keys, full layers only
     workspace_bytes: int  # the largest transients of one step, from the model's tile sizes
-    reader_bytes: int  # what the readers' buffers may grow to
+    reader_buffer_bytes: int  # one buffer of the reader
     vocab_size: int = 0
 
     @property
@@ -58,6 +67,7 @@ class MemoryPlan:
     slots_per_layer: tuple[int, ...]
     num_experts: int
     cache_limit_bytes: int
+    reader_threads: int  # at most; the disk's probe decides
 
     @property
     def is_resident(self) -> bool:
@@ -66,25 +76,52 @@ class MemoryPlan:
 
 
 def make_plan(
-    geometry: Geometry, budget_bytes: int, max_context: int, *, physical_bytes: int | None = None
+    geometry: Geometry,
+    budget_bytes: int,
+    max_context: int,
+    *,
+    reader_threads: int | None = None,
+    physical_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done."""
+    """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done.
+
+    `reader_threads`: how many the disk needs, once that is known; of the first plan's at most.
+    """
     fixed = _fixed_lines(geometry, max_context)
     per_slot = sum(geometry.expert_bytes)
     minimum = sum(fixed.values()) + per_slot * geometry.experts_per_token
     _check_budget(geometry, budget_bytes, max_context, minimum, physical_bytes or physical_memory_bytes())
+    resident = sum(fixed.values()) + per_slot * geometry.num_experts
+    spare = budget_bytes - (resident if budget_bytes >= resident else minimum)
+    threads = reader_threads or _reader_threads(geometry, spare)
+    fixed["reader buffers"] = reader_buffers(threads) * geometry.reader_buffer_bytes
     slots = _divide(geometry, budget_bytes - sum(fixed.values()))
     experts = sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
     return MemoryPlan(
         budget_bytes=budget_bytes,
         minimum_budget_bytes=minimum,
-        resident_bytes=sum(fixed.values()) + per_slot * geometry.num_experts,
+        resident_bytes=resident,
         max_context=max_context,
         lines={**fixed, "experts": experts},
         slots_per_layer=slots,
         num_experts=geometry.num_experts,
         cache_limit_bytes=fixed["MLX buffer cache"],
+        reader_threads=threads,
     )
+
+
+def reader_buffers(threads: int) -> int:
+    """Each thread's own, and those that may be with reads which do not come back.
+
+    After a quarter of the threads has been replaced, a dying disk has fewer threads, not more memory.
+    """
+    return threads + max(1, threads // 4)
+
+
+def _reader_threads(geometry: Geometry, spare: int) -> int:
+    room = reader_buffers(MIN_READER_THREADS) * geometry.reader_buffer_bytes + int(spare * READER_SHARE)
+    some = range(MIN_READER_THREADS, MAX_READER_THREADS + 1)
+    return max(n for n in some if reader_buffers(n) * geometry.reader_buffer_bytes <= room)
 
 
 def as_dict(plan: MemoryPlan) -> dict[str, object]:
@@ -125,12 +162,12 @@ def render_plan(plan: MemoryPlan) -> str:
 
 
 def _fixed_lines(geometry: Geometry, max_context: int) -> dict[str, int]:
-    cache = min(max(geometry.workspace_bytes // 2, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
+    cache = min(max(geometry.workspace_bytes // 4, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
     return {
         "trunk": geometry.trunk_bytes,
-        "KV cache": geometry.context_bytes_per_token * max_context,
+        "KV cache": geometry.context_bytes_per_token * -(-max_context // KV_STEP) * KV_STEP,
         "workspace": geometry.workspace_bytes,
-        "reader buffers": geometry.reader_bytes,
+        "reader buffers": reader_buffers(MIN_READER_THREADS) * geometry.reader_buffer_bytes,
         "MLX buffer cache": cache,
         "Python and libraries": RUNTIME_BYTES + VOCABULARY_BYTES_PER_TOKEN * geometry.vocab_size,
     }

@@ -72,12 +72,18 @@ class Settings(BaseSettings):
         "ceiling of the memory used: 100G (G = 10^9 bytes), 96GiB (GiB = 2^30) or 80%% of physical memory",
         gt=0,
     )
+    mirror: Path | None = _setting(
+        None,
+        "Memory",
+        "DIR",
+        "a second copy of the checkpoint, on another SSD: experts are read from both at the same time",
+    )
     expert_policy: Literal["lru", "nearness"] = _setting(
-        "lru",
+        "nearness",
         "Memory",
         "NAME",
-        "which expert gives up its place: lru (the one used longest ago) or nearness (experimental: the one "
-        "that came least near to being chosen)",
+        "which expert gives up its place: nearness (the one that lately came least near to being chosen) or "
+        "lru (the one used longest ago)",
     )
     decode_share: float = _setting(
         0.3,

@@ -6,11 +6,8 @@ one row of index keys. Shared layers keep no index keys: they reuse a selection 
 
 import mlx.core as mx
 
+from config.plan import KV_STEP
 from models.args import ModelArgs
-
-# Rows by which a buffer grows at least. Growth is by a quarter, so that appending one row at a time copies
-# each row a bounded number of times while the transient stays well under twice the size.
-_STEP = 256
 
 
 class RowCache:
@@ -49,8 +46,7 @@ class RowCache:
         capacity, width = self._buffer.shape
         if rows <= capacity:
             return
-        grown = max(rows, capacity + capacity // 4)
-        grown = -(-grown // _STEP) * _STEP
+        grown = -(-rows // KV_STEP) * KV_STEP
         extra = mx.zeros((grown - capacity, width), dtype=self._buffer.dtype)
         self._buffer = mx.concatenate([self._buffer, extra])
 

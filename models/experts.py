@@ -52,8 +52,11 @@ class ExpertSource(Protocol):
         """Part name, as in `gate_proj.weight`, -> array [slots, ...]."""
         ...
 
-    @property
-    def looks_ahead(self) -> bool:
+    def watches_scores(self, layer: int) -> bool:
+        """Whether `observe` is worth calling."""
+        ...
+
+    def looks_ahead(self, layer: int) -> bool:
         """Whether `expect` is worth calling."""
         ...
 
@@ -122,12 +125,18 @@ class Experts:
 
     def wants_guess(self, rows: int) -> bool:
         """Whether a guess at the next layer's experts would be used."""
-        return (
-            self._next is not None
-            and rows <= GUESSED_ROWS
-            and self._arithmetic.is_few(rows)
-            and self._source.looks_ahead
-        )
+        return self._next is not None and self._next.can_be_guessed(rows)
+
+    def can_be_guessed(self, rows: int) -> bool:
+        """Whether a guess at this layer's experts would be used."""
+        is_decode = rows <= GUESSED_ROWS and self._arithmetic.is_few(rows)
+        return is_decode and self._source.looks_ahead(self._layer)
+
+    def anticipate(self, guess: mx.array) -> None:
+        """Starts to read what is guessed, int32 [N, k]: for the first sparse layer, which none precedes."""
+        mx.eval(*(array for array in (guess, self._pending) if array is not None))
+        self._pending = None
+        self._source.expect(self._layer, np.array(guess).T.tolist())
 
     def __call__(
         self,
@@ -161,22 +170,30 @@ class Experts:
         if self._source.is_resident:
             return self._gathered(x[:, None, None, :], ids)
         wanted, guessed = self._synchronise(ids, scores, guess)
-        groups = list(self._groups(np.unique(wanted)))
+        # One row's experts are unique and ascending as they are.
+        groups = list(self._groups(wanted[0] if len(wanted) == 1 else np.unique(wanted)))
         if len(groups) > 1:
             return self._pairs_in_groups(x, wanted, groups)
         fetch = self._source.begin(self._layer, groups[0])
         if guessed is not None and self._next is not None:
             self._source.expect(self._next._layer, guessed.T.tolist())
-        places = np.searchsorted(groups[0], wanted)
-        slots, is_here = fetch.slots[places], fetch.is_here[places]
+        slots, is_here = fetch.slots[None], fetch.is_here[None]
+        if len(wanted) > 1:
+            places = np.searchsorted(groups[0], wanted)
+            slots, is_here = fetch.slots[places], fetch.is_here[places]
         if is_here.all():
-            return self._remember(self._gathered(x[:, None, None, :], mx.array(slots)))
+            pairs = self._gathered(x[:, None, None, :], mx.array(slots))
+            # Computed while the next layer's graph is built.
+            mx.async_eval(pairs, *beside)
+            return self._remember(pairs)
         return self._remember(self._pairs_as_they_come(x, fetch, slots, is_here, beside))
 
     def _synchronise(
         self, ids: mx.array, scores: mx.array | None, guess: mx.array | None
     ) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
         """The one synchronisation of the layer: ids, scores and guess, and an end to all pending products."""
+        if scores is not None and not self._source.watches_scores(self._layer):
+            scores = None
         owners = [self] if guess is None or self._next is None else [self, self._next]
         pending = [owner._pending for owner in owners]
         mx.eval(*(array for array in (ids, scores, guess, *pending) if array is not None))
@@ -259,7 +276,7 @@ class Experts:
         """The experts in ascending id, in groups that fit the slots."""
         slots = self._source.num_slots(self._layer)
         for start in range(0, len(experts), slots):
-            yield [int(e) for e in experts[start : start + slots]]
+            yield experts[start : start + slots].tolist()
 
     def _acquire(self, group: list[int]) -> NDArray[np.int32]:
         """Slots of the group; before, whatever may still read a slot of this bank is evaluated."""

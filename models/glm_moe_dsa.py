@@ -6,6 +6,7 @@ files; experts come through an `ExpertSource`.
 
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,6 +58,11 @@ class MoeMlp(nn.Module):
     def wants_guess(self, rows: int) -> bool:
         return self._experts.wants_guess(rows)
 
+    def anticipate(self, guess: Callable[[], mx.array], rows: int) -> None:
+        """Starts to read this layer's experts, where a guess at them is worth its synchronisation."""
+        if self._experts.can_be_guessed(rows):
+            self._experts.anticipate(guess())
+
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
@@ -72,19 +78,27 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._guess_next: Callable[[mx.array], mx.array] | None = None
+        self._first_sparse: Callable[[], MoeMlp] | None = None
 
     def precede(self, following: "DecoderLayer") -> None:
         """Guess the next layer's experts: its own norm and router on this layer's residual state."""
-        if isinstance(self.mlp, MoeMlp) and isinstance(following.mlp, MoeMlp):
-            self.mlp.precede(following.mlp)
-            router, norm = following.mlp.gate, following.post_attention_layernorm
-            self._guess_next = lambda h: router.ranked(norm(h))
+        if not isinstance(sparse := following.mlp, MoeMlp):
+            return
+        router, norm = sparse.gate, following.post_attention_layernorm
+        self._guess_next = lambda h: router.ranked(norm(h))
+        if isinstance(self.mlp, MoeMlp):
+            self.mlp.precede(sparse)
+        else:
+            self._first_sparse = lambda: sparse  # not its module's child
 
     def __call__(self, x: mx.array, batch: FlatBatch) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x), batch)
         normed = self.post_attention_layernorm(h)
-        if isinstance(self.mlp, MoeMlp) and self._guess_next and self.mlp.wants_guess(h.shape[0]):
-            return h + self.mlp(normed, self._guess_next(h))
+        guess = self._guess_next
+        if isinstance(self.mlp, MoeMlp) and guess and self.mlp.wants_guess(h.shape[0]):
+            return h + self.mlp(normed, guess(h))
+        if self._first_sparse and guess:
+            self._first_sparse().anticipate(lambda: guess(h), h.shape[0])
         return h + self.mlp(normed)
 
 
@@ -115,10 +129,18 @@ class Model(nn.Module):
         self.args, self.arithmetic = args, arithmetic
         self.model = Trunk(args, arithmetic, make_experts)
         self.lm_head = Linear(args.hidden_size, args.vocab_size, arithmetic)
+        self._caches: WeakSet[SequenceCache] = WeakSet()
 
     def make_cache(self) -> SequenceCache:
         """An empty cache for one sequence."""
-        return SequenceCache(self.args, self.arithmetic.dtype)
+        cache = SequenceCache(self.args, self.arithmetic.dtype)
+        self._caches.add(cache)
+        return cache
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all caches that are still somebody's."""
+        return sum(cache.nbytes for cache in self._caches)
 
     def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
         """One pass over all layers, pausing after each; the value returned is the hidden state [N, H].

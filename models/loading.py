@@ -4,28 +4,29 @@ Everything about expert bytes is the business of `streaming/`; here the trunk is
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
-from models.attention import TILE_ELEMENTS
+from models.attention import TILE_ELEMENTS, TILE_ROWS
 from models.building import build_model
 from models.cache import cache_bytes_per_token
 from models.experts import UNPACKED_EXPERTS
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
 from streaming.banks import slot_bytes
-from streaming.headers import ITEM_BYTES, TensorEntry, read_headers
+from streaming.headers import ITEM_BYTES, FileStamp, TensorEntry, read_headers
 from streaming.index import ExpertIndex
-from streaming.reader import reserved_bytes
+from streaming.reader import buffer_bytes
 from streaming.runs import largest_run_bytes
 from streaming.store import ExpertStore
 
@@ -89,12 +90,28 @@ def load_model(
     paths = sorted({entry.path for entry in checkpoint.trunk.values()})
     tensors: dict[str, mx.array] = {}
     for done, path in enumerate(paths, start=1):
-        lazy: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-        part = {name: lazy[name] for name, entry in checkpoint.trunk.items() if entry.path == path}
-        mx.eval(part)
-        tensors |= part
+        tensors |= _read_tensors(path, [entry for entry in checkpoint.trunk.values() if entry.path == path])
         on_progress(done, len(paths))
     return build_model(checkpoint.args, arithmetic, store, to_model_names(tensors, checkpoint.args))
+
+
+def _read_tensors(path: Path, entries: Sequence[TensorEntry]) -> dict[str, mx.array]:
+    """Some tensors of a file; CheckpointError where it cannot be read or is not the one whose header was."""
+    try:
+        lazy: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+        tensors = {entry.name: lazy[entry.name] for entry in entries}
+        mx.eval(tensors)
+        stamp = FileStamp.from_path(path)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path}: {entries[0].name} and others cannot be read: {error}") from error
+    if stamp != entries[0].stamp:
+        raise CheckpointError(f"{path} was replaced or changed while it was loaded; start the server again")
+    return tensors
+
+
+def trunk_bytes(model: Model) -> int:
+    """Memory of the trunk that was loaded."""
+    return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
 
 
 def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: int | None = None) -> Geometry:
@@ -112,7 +129,7 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
         workspace_bytes=_workspace_bytes(
             checkpoint, arithmetic, max_context or checkpoint.args.max_position_embeddings
         ),
-        reader_bytes=reserved_bytes(largest_run_bytes(index)),
+        reader_buffer_bytes=buffer_bytes(largest_run_bytes(index)),
         vocab_size=args.vocab_size,
     )
 
@@ -125,22 +142,34 @@ def _kept_bytes(entry: TensorEntry, itemsize: int) -> int:
 
 
 def _workspace_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: int) -> int:
-    """The largest transients of a step over a prompt's rows: activations, tiles, unpacked weights."""
+    """The largest transients of a step over a prompt's rows: activations, and beside them the larger of what
+    attention and what experts take, with the weights that lie unpacked meanwhile."""
     args, is_packed = checkpoint.args, arithmetic.max_packed_rows is None
     num_rows, heads = min(PREFILL_ROWS, max_context), args.num_attention_heads
     attention = heads * (2 * args.latent_dim + args.kv_lora_rank + args.qk_head_dim + args.v_head_dim)
     # All of a row's experts at once, or a few experts with at most all rows each.
     at_once = args.num_experts_per_tok if is_packed else UNPACKED_EXPERTS
     experts = at_once * (2 * args.moe_intermediate_size + args.hidden_size)
-    rows = num_rows * (6 * args.hidden_size + max(attention, experts)) * arithmetic.dtype.size
-    tiles = 3 * min(TILE_ELEMENTS, heads * num_rows * max_context) * 4
-    return rows + tiles + (0 if is_packed else _unpacked_bytes(checkpoint))
+    unpacked = (0, 0) if is_packed else _unpacked_bytes(checkpoint)
+    tiles = 3 * _tile_elements(args, num_rows, max_context) * 4
+    row_bytes = num_rows * arithmetic.dtype.size
+    return row_bytes * 6 * args.hidden_size + max(
+        row_bytes * attention + tiles + unpacked[0], row_bytes * experts + unpacked[1]
+    )
 
 
-def _unpacked_bytes(checkpoint: Checkpoint) -> int:
-    """The largest weights that lie unpacked at one time: one of the trunk's, or a few experts."""
+def _tile_elements(args: ModelArgs, num_rows: int, max_context: int) -> int:
+    """Of the largest tile: scores of attention, or of the indexer where it selects."""
+    heads = args.num_attention_heads
+    height = max(1, min(TILE_ROWS, num_rows, TILE_ELEMENTS // (heads * max_context)))
+    widest = max(heads, args.index_n_heads) if max_context > args.index_topk else heads
+    return widest * height * max_context
+
+
+def _unpacked_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """The largest weights that lie unpacked at one time: one of the trunk's; a few experts."""
     args = checkpoint.args
     packed = [entry for name, entry in checkpoint.trunk.items() if name.endswith(".scales")]
     # A scale stands for at least 16 values, at most 128: 128 is the safe side.
     trunk = max((prod(entry.shape) * 128 * 4 for entry in packed), default=0)
-    return max(trunk, UNPACKED_EXPERTS * 3 * args.hidden_size * args.moe_intermediate_size * 4)
+    return trunk, UNPACKED_EXPERTS * 3 * args.hidden_size * args.moe_intermediate_size * 4

@@ -153,4 +153,5 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         decode_share=settings.decode_share,
         max_inflight_per_agent=settings.max_inflight_per_agent,
         batch_width=settings.batch_width,
+        mirror=settings.mirror.expanduser().absolute() if settings.mirror else None,
     )

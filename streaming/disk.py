@@ -38,6 +38,10 @@ class DiskFile(Protocol):
         """Reads at most `len(buffer)` bytes at `offset`; returns how many, 0 at the end of the file."""
         ...
 
+    def give_up(self, thread: int) -> bool:
+        """The read of that thread does not come back; whether asking again may help, with another disk."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -79,6 +83,9 @@ class _File:
         if self._is_buffered and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
         return count
+
+    def give_up(self, thread: int) -> bool:
+        return False
 
     def check_stamp(self) -> None:
         if FileStamp.from_stat(os.fstat(self._fd)) != self._stamp:

@@ -16,7 +16,7 @@ from streaming.banks import Bank
 from streaming.disk import Disk
 from streaming.floats import Bytes
 from streaming.index import ExpertIndex
-from streaming.reader import Batch, Read, ReadClass, ReadDropped, Reader
+from streaming.reader import Batch, Read, ReadClass, ReadDropped, Reader, ReadStatistics
 from streaming.runs import Run, largest_run_bytes, plan_runs
 from streaming.tickets import Ticket, TicketOffice
 
@@ -79,7 +79,15 @@ class Filler:
             num_threads=num_threads,
             timeout_s=timeout_s,
         )
-        self.statistics = self._reader.statistics
+
+    @property
+    def statistics(self) -> ReadStatistics:
+        return self._reader.statistics
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the reader's buffers."""
+        return self._reader.memory_bytes
 
     def make(self, layer: int, bank: Bank, expert: int, slot: int, read_class: ReadClass) -> Fill:
         """A fill with its reads, not yet submitted; whoever wrote into the slot before is out of it."""

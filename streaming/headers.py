@@ -38,6 +38,10 @@ class FileStamp:
     def from_stat(cls, stat: os.stat_result) -> "FileStamp":
         return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
+    @classmethod
+    def from_path(cls, path: Path) -> "FileStamp":
+        return cls.from_stat(path.stat())
+
 
 @dataclass(frozen=True)
 class TensorEntry:

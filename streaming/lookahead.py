@@ -1,4 +1,5 @@
-"""Which predicted experts are worth reading ahead. One gate for each layer, owned by the store.
+"""Which predicted experts are worth reading ahead. Gates for each layer, owned by the store: one for each
+distance from which its experts are guessed.
 
 A prediction comes in ranks, the likeliest first. For each rank the gate remembers how often an expert that
 was not resident was then wanted; below `THRESHOLD` that rank is not read. Predictions are judged whether

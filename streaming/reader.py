@@ -4,8 +4,9 @@ Owns the open files, the threads and their buffers. The engine's thread submits 
 reader's thread hands the bytes to the read's `deliver`, which must not keep them. It knows no experts and
 no slots.
 
-A read that does not come back in time fails with DiskError and its thread is written off, buffer and all
-(quarantine); another takes its place. If the read returns after all, its thread rejoins when there is room.
+A read that does not come back in time fails with DiskError, or is asked for again where there is another
+disk; its thread is written off, buffer and all (quarantine), and another takes its place. If the read returns
+after all, its bytes go nowhere and its thread rejoins when there is room.
 """
 
 import heapq
@@ -13,11 +14,12 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
 from config.errors import DiskError
+from config.plan import reader_buffers
 from streaming.disk import MAX_ALIGNMENT, Disk, DiskFile, aligned_buffer
 from streaming.floats import Bytes
 from streaming.headers import FileStamp
@@ -76,6 +78,8 @@ class _Worker:
     def __init__(self, num_bytes: int) -> None:
         self.buffer = aligned_buffer(num_bytes)
         self.task: _Task | None = None
+        self.thread = 0
+        self.is_delivering = False
         self.is_quarantined = False
 
 
@@ -90,13 +94,15 @@ class ReadStatistics:
     num_timeouts: int = 0
 
 
-def reserved_bytes(max_read_bytes: int, num_threads: int = NUM_THREADS) -> int:
-    """What the buffers may grow to: each thread's own, and as many again in quarantine."""
-    return 2 * num_threads * _buffer_bytes(max_read_bytes)
-
-
-def _buffer_bytes(max_read_bytes: int) -> int:
+def buffer_bytes(max_read_bytes: int) -> int:
+    """One thread's buffer: room for the largest read wherever it starts."""
     return -(-max_read_bytes // MAX_ALIGNMENT) * MAX_ALIGNMENT + 2 * MAX_ALIGNMENT
+
+
+def aligned_range(alignment: int, offset: int, nbytes: int) -> tuple[int, int]:
+    """Start and length of the aligned read that covers `nbytes` at `offset`."""
+    start = offset // alignment * alignment
+    return start, -(-(offset - start + nbytes) // alignment) * alignment
 
 
 class Reader:
@@ -111,7 +117,7 @@ class Reader:
         num_threads: int = NUM_THREADS,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self.statistics = ReadStatistics()
+        self._statistics = ReadStatistics()
         self._max_read_bytes = max_read_bytes
         self._num_threads = num_threads
         self._timeout_s = timeout_s
@@ -128,6 +134,20 @@ class Reader:
         self._open_files(disk, files)
         for _ in range(num_threads):
             self._start_worker()
+
+    @property
+    def statistics(self) -> ReadStatistics:
+        """The counts now."""
+        with self._lock:
+            since_s = time.monotonic() - self._busy_since_s if self._num_outstanding else 0.0
+            return replace(self._statistics, busy_s=self._statistics.busy_s + since_s)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the buffers take at most, those in quarantine too."""
+        with self._lock:
+            num_buffers = len(self._workers) + self._num_quarantined
+        return num_buffers * buffer_bytes(self._max_read_bytes)
 
     def submit(self, reads: Sequence[Read]) -> Batch:
         """Queues the reads and returns at once."""
@@ -178,20 +198,22 @@ class Reader:
     # The reader's threads.
 
     def _start_worker(self) -> None:
-        worker = _Worker(_buffer_bytes(self._max_read_bytes))
+        worker = _Worker(buffer_bytes(self._max_read_bytes))
         self._workers.append(worker)
         threading.Thread(target=self._run, args=(worker,), name="expert-reader", daemon=True).start()
 
     def _run(self, worker: _Worker) -> None:
+        worker.thread = threading.get_ident()
         while (task := self._take(worker)) is not None:
             error: Exception | None = None
             try:
-                self._perform(task.read, worker.buffer)
+                self._perform(task.read, worker)
             except Exception as caught:
                 # The thread's end of the line: whatever happened is told to the one who waits for this read.
                 error = caught
             with self._lock:
                 worker.task = None
+                worker.is_delivering = False
                 if not worker.is_quarantined:
                     self._settle(task, error)
                 elif not self._readmit(worker):
@@ -208,11 +230,10 @@ class Reader:
             worker.task.started_s = time.monotonic()
             return worker.task
 
-    def _perform(self, read: Read, buffer: Bytes) -> None:
-        file = self._files[read.path]
-        start = read.offset // file.alignment * file.alignment
+    def _perform(self, read: Read, worker: _Worker) -> None:
+        buffer, file = worker.buffer, self._files[read.path]
+        start, num_bytes = aligned_range(file.alignment, read.offset, read.nbytes)
         lead = read.offset - start
-        num_bytes = -(-(lead + read.nbytes) // file.alignment) * file.alignment
         try:
             _read_fully(file, buffer[:num_bytes], start, lead + read.nbytes)
         except OSError as error:
@@ -220,9 +241,12 @@ class Reader:
                 f"{read.path}: reading {read.nbytes} bytes at {read.offset}: {error.strerror or error}"
             ) from error
         with self._lock:
-            self.statistics.num_reads += 1
-            self.statistics.payload_bytes += read.nbytes
-            self.statistics.device_bytes += num_bytes
+            self._statistics.device_bytes += num_bytes
+            if worker.is_quarantined:
+                return  # the read was settled, or is with another disk, which may have delivered already
+            worker.is_delivering = True
+            self._statistics.num_reads += 1
+            self._statistics.payload_bytes += read.nbytes
         read.deliver(buffer[lead : lead + read.nbytes])
 
     # Under the lock.
@@ -233,7 +257,7 @@ class Reader:
         task.batch.has_failed |= error is not None
         self._num_outstanding -= 1
         if self._num_outstanding == 0:
-            self.statistics.busy_s += time.monotonic() - self._busy_since_s
+            self._statistics.busy_s += time.monotonic() - self._busy_since_s
         if error is not None or task.batch.num_pending == 0:
             task.batch.changed.notify_all()
 
@@ -257,11 +281,15 @@ class Reader:
         worker.is_quarantined = True
         self._workers.remove(worker)
         self._num_quarantined += 1
-        self.statistics.num_timeouts += 1
-        # Bounded, so that a dead disk cannot take memory without end: `reserved_bytes` counts on it.
-        if self._num_quarantined <= self._num_threads:
+        self._statistics.num_timeouts += 1
+        if self._num_quarantined <= reader_buffers(self._num_threads) - self._num_threads:
             self._start_worker()
         read = task.read
+        # Bytes that are being delivered could arrive a second time.
+        if not worker.is_delivering and self._files[read.path].give_up(worker.thread):
+            heapq.heappush(self._queue, _Task(read, task.batch, task.order))
+            self._work.notify()
+            return
         self._settle(
             task,
             DiskError(

@@ -14,6 +14,7 @@ class Residency:
     def __init__(self, policy: Policy, num_slots: int) -> None:
         self.num_slots = num_slots
         self.num_evictions = 0
+        self.watches_scores = policy.watches_scores
         self._policy = policy
         self._slot_of: dict[int, int] = {}
         self._free = list(reversed(range(num_slots)))  # descending, so that the lowest slot is taken first

@@ -33,7 +33,7 @@ LOADED_AT_ONCE = 32
 class _Layer:
     bank: Bank
     books: Residency
-    gate: Gate = field(default_factory=Gate)
+    gates: dict[int, Gate] = field(default_factory=dict)  # by how many layers before it was guessed
     ahead: dict[int, Fill] = field(default_factory=dict)  # under way before anybody asked
     fresh: set[int] = field(default_factory=set)  # arrived that way since the layer was last asked
 
@@ -83,10 +83,14 @@ class ExpertStore:
         """Whether expert i lies in slot i of every layer, and stays there."""
         return self._is_resident
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether `expect` may lead to reads."""
-        return self._looks_ahead and not self._is_resident
+    def watches_scores(self, layer: int) -> bool:
+        """Whether the policy wants the router's scores; not where every expert has a slot of its own."""
+        books = self._layers[layer].books
+        return books.watches_scores and books.num_slots < self._index.num_experts
+
+    def looks_ahead(self, layer: int) -> bool:
+        """Whether `expect` may lead to reads: there are experts that are not there."""
+        return self._looks_ahead and len(self._layers[layer].books) < self._index.num_experts
 
     def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Makes every expert resident, in the slot of its own number; only for a store that was never used.
@@ -107,6 +111,17 @@ class ExpertStore:
     @property
     def total_slots(self) -> int:
         return sum(state.books.num_slots for state in self._layers.values())
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of all slots."""
+        banks = (state.bank.arrays for state in self._layers.values())
+        return sum(array.nbytes for arrays in banks for array in arrays.values())
+
+    @property
+    def reader_bytes(self) -> int:
+        """Memory of the reader's buffers."""
+        return self._filler.memory_bytes
 
     @property
     def num_resident(self) -> int:
@@ -134,7 +149,8 @@ class ExpertStore:
         state = self._layers[layer]
         assert len(experts) <= state.books.num_slots, "more experts were asked for than the layer has slots"
         self._abandon_unfinished()
-        state.gate.judge(experts)
+        for gate in state.gates.values():
+            gate.judge(experts)
         joined = self._join_ahead(layer, state, experts)
         missed = [expert for expert in experts if expert not in state.books and expert not in joined]
         self._count(state, experts, len(missed), len(joined))
@@ -159,9 +175,10 @@ class ExpertStore:
         """By what the router chose among all experts, `[tokens, experts]`."""
         self._layers[layer].books.observe(scores)
 
-    def expect(self, layer: int, ranks: Sequence[Sequence[int]]) -> None:
+    def expect(self, layer: int, ranks: Sequence[Sequence[int]], distance: int = 1) -> None:
         """These experts may be asked for next, `ranks[0]` most likely, an entry for each row.
 
+        `distance`: how many layers earlier that was guessed; guesses are judged by it.
         Starts reads that give way to those somebody waits for. Errors are nobody's: who really needs the
         expert reads it again.
         """
@@ -171,7 +188,8 @@ class ExpertStore:
         # Half of what prediction leaves over stays for what it missed.
         room = (state.books.num_slots - len(ranks)) // 2 - len(state.ahead)
         room = min(room, state.books.num_free(keep))
-        for expert in state.gate.choose(ranks, state)[: max(0, room)]:
+        gate = state.gates.setdefault(distance, Gate())
+        for expert in gate.choose(ranks, state)[: max(0, room)]:
             slot = state.books.take(keep)
             fill = self._filler.make(layer, state.bank, expert, slot, ReadClass.LOOKAHEAD)
             self._filler.submit([fill])

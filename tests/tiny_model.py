@@ -22,7 +22,6 @@ class MemoryExperts:
     """All experts of all layers, resident: the smallest ExpertSource."""
 
     is_resident = True
-    looks_ahead = False
 
     def __init__(self, args: ModelArgs, weights: Mapping[str, Array]) -> None:
         self._num_experts = args.n_routed_experts
@@ -35,6 +34,12 @@ class MemoryExperts:
             f"{p}.weight": mx.array(np.stack([weights[f"{prefix}{e}.{p}.weight"] for e in experts]))
             for p in PROJECTIONS
         }
+
+    def watches_scores(self, layer: int) -> bool:
+        return False
+
+    def looks_ahead(self, layer: int) -> bool:
+        return False
 
     def num_slots(self, layer: int) -> int:
         return self._num_experts

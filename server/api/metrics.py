@@ -36,6 +36,8 @@ GAUGES = {
     "kv_tokens": ("kv_tokens", "tokens whose KV is held or set aside"),
     "kv_capacity": ("kv_tokens_capacity", "tokens whose KV fits"),
     "batch_width": ("batch_width", "answers that go forward in one step, at most"),
+    "probe_bytes_per_s": ("probe_bytes_per_second", "rate at which the disk read experts at start-up"),
+    "probe_depth": ("probe_depth", "reads at a time that this takes: the reader's threads"),
 }
 PREFIX = "glmserve_"
 

@@ -1,25 +1,35 @@
 """Opens the model for the engine: the one place where server/ meets models/ and streaming/."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
 
-from config.errors import UsageError
+from config.errors import CheckpointError, DiskError, UsageError
 from config.plan import MemoryPlan, make_plan, render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
-from models.loading import PREFILL_ROWS, Checkpoint, load_model, make_geometry, open_checkpoint
+from models.loading import PREFILL_ROWS, Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
+from server.engine.apple import wire
 from server.engine.limits import MAX_RUNNING, Limits
 from server.engine.messages import EngineConfig, ModelInfo
 from server.engine.model import Backend, ReportProgress
 from server.engine.telemetry import measure_store
+from server.engine.use import MemoryUse
+from streaming.disk import DirectDisk, Disk
+from streaming.mirror import MirroredDisk, find_copies
 from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
+from streaming.probe import DiskProbe, probe_disk
+from streaming.reader import NUM_THREADS
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
 DEFAULT_CONTEXT = 32_768
+
+log = logging.getLogger(__name__)
 
 
 def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
@@ -27,6 +37,10 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     report(0.0, "reading headers")
     checkpoint, arithmetic = open_checkpoint(config.model_path), choose_arithmetic()
     plan = plan_memory(checkpoint, arithmetic, config)
+    disk = _open_disk(checkpoint, config.mirror)
+    probe = _probe(disk, checkpoint, plan.reader_threads) if config.stream_experts else None
+    if probe:
+        plan = plan_memory(checkpoint, arithmetic, config, probe.depth)
     mx.set_cache_limit(plan.cache_limit_bytes)
     slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
     store = ExpertStore(
@@ -34,6 +48,8 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         slots,
         float_dtype=arithmetic.dtype,
         make_policy=_policy_maker(config.expert_policy, checkpoint),
+        disk=disk,
+        num_threads=probe.depth if probe else NUM_THREADS,
     )
     if not config.stream_experts:
         store.load_all(lambda done, total: report(0.9 * done / total, f"experts of layer {done} of {total}"))
@@ -43,9 +59,12 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         store,
         lambda done, total: report(0.9 + 0.1 * done / total, f"trunk, file {done} of {total}"),
     )
+    wire(plan.lines["trunk"] + plan.lines["experts"])
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
-    return Backend(model, info, measure_store(store, plan), _make_limits(plan, arithmetic, config))
+    use = MemoryUse(store, trunk_bytes(model), lambda: model.cache_bytes)
+    limits = _make_limits(plan, arithmetic, config)
+    return Backend(model, info, measure_store(store, plan, use, probe), limits)
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
@@ -60,6 +79,23 @@ def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig)
     )
 
 
+def _open_disk(checkpoint: Checkpoint, mirror: Path | None) -> Disk:
+    if mirror is None:
+        return DirectDisk()
+    copies = find_copies(checkpoint.directory, mirror, checkpoint.experts.stamps)
+    return MirroredDisk(checkpoint.directory, mirror, copies, DirectDisk(), DirectDisk())
+
+
+def _probe(disk: Disk, checkpoint: Checkpoint, max_depth: int) -> DiskProbe:
+    try:
+        probe = probe_disk(disk, checkpoint.experts, max_depth)
+    except DiskError as error:
+        raise CheckpointError(str(error)) from error
+    rates = ", ".join(f"{rate / 1e9:.2f} GB/s with {depth}" for depth, rate in probe.rates.items())
+    log.info("the disk reads experts at %s; using %d threads", rates, probe.depth)
+    return probe
+
+
 def _policy_maker(name: Literal["lru", "nearness"], checkpoint: Checkpoint) -> Callable[[], Policy]:
     args = checkpoint.args
     if name == "lru":
@@ -67,8 +103,10 @@ def _policy_maker(name: Literal["lru", "nearness"], checkpoint: Checkpoint) -> C
     return partial(LeastNearlyChosen, args.n_routed_experts, args.num_experts_per_tok)
 
 
-def plan_memory(checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineConfig) -> MemoryPlan:
-    """The plan that the engine obeys and that `glmserve plan` prints.
+def plan_memory(
+    checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineConfig, reader_threads: int | None = None
+) -> MemoryPlan:
+    """The plan that the engine obeys and that `glmserve plan` prints, before the disk's probe has a say.
 
     Raises UsageError where a person must choose: a context that the model has not, a budget that is too
     small, or experts that do not all fit while streaming is off.
@@ -77,7 +115,8 @@ def plan_memory(checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineCo
     if config.max_context is not None and config.max_context > longest:
         raise UsageError(f"--max-context {config.max_context} is more than the model's {longest}")
     context = config.max_context or min(longest, DEFAULT_CONTEXT)
-    plan = make_plan(make_geometry(checkpoint, arithmetic, context), config.ram_budget_bytes, context)
+    geometry = make_geometry(checkpoint, arithmetic, context)
+    plan = make_plan(geometry, config.ram_budget_bytes, context, reader_threads=reader_threads)
     if not config.stream_experts and not plan.is_resident:
         raise UsageError(
             f"the whole model needs {format_size(plan.resident_bytes)}, more than --ram-budget "

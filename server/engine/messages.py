@@ -26,10 +26,11 @@ class EngineConfig:
     ram_budget_bytes: int
     max_context: int | None
     log_level: str
-    expert_policy: Literal["lru", "nearness"] = "lru"
     decode_share: float = 0.3
     max_inflight_per_agent: int = 8
     batch_width: int | None = None
+    expert_policy: Literal["lru", "nearness"] = "nearness"
+    mirror: Path | None = None
 
 
 @dataclass(frozen=True)

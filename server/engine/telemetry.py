@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from config.plan import MemoryPlan
 from config.sizes import format_size
 from server.engine.messages import Event, Failed, Finished, Heartbeat, Stats
+from server.engine.use import MemoryUse
+from streaming.probe import DiskProbe
 from streaming.store import ExpertStore
 
 INTERVAL_S = 5.0
@@ -78,7 +80,7 @@ class Telemetry:
         )
 
 
-def measure_store(store: ExpertStore, plan: MemoryPlan) -> Measure:
+def measure_store(store: ExpertStore, plan: MemoryPlan, use: MemoryUse, probe: DiskProbe | None) -> Measure:
     """Counts of the store, and the ledger: `planned.LINE` and, where it is known, `used.LINE`."""
 
     def measure() -> dict[str, float]:
@@ -87,6 +89,10 @@ def measure_store(store: ExpertStore, plan: MemoryPlan) -> Measure:
         values |= {"slots": store.total_slots, "resident_experts": store.num_resident}
         values |= {"hit_rate": counts.hit_rate, "ahead_recall": counts.ahead_recall}
         values |= {"ahead_precision": counts.ahead_precision, "budget_bytes": plan.budget_bytes}
-        return values | {f"planned.{name}": nbytes for name, nbytes in plan.lines.items()}
+        values |= {f"planned.{name}": nbytes for name, nbytes in plan.lines.items()}
+        values |= {f"used.{name}": nbytes for name, nbytes in use.lines().items()}
+        if probe is not None:
+            values |= {"probe_bytes_per_s": probe.bytes_per_s, "probe_depth": probe.depth}
+        return values
 
     return measure

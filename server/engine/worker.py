@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from config.errors import UsageError
+from server.engine.apple import with_activity
 from server.engine.backend import open_backend
 from server.engine.grammar import Grammars
 from server.engine.loop import EngineLoop
@@ -41,7 +42,7 @@ def main(open_model: OpenBackend = open_backend) -> int:
     pipe.send(Ready(backend.info))
     grammars = Grammars(load.config.model_path / "tokenizer.json", backend.info.vocab_size)
     telemetry = Telemetry(backend.measure, pipe.send)
-    loop = EngineLoop(backend, inbox, telemetry.send, grammars=grammars, beat=telemetry.beat)
+    loop = EngineLoop(backend, inbox, with_activity(telemetry.send), grammars=grammars, beat=telemetry.beat)
     telemetry.watch(loop.measure)
     loop.run()
     return 0

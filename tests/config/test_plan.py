@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import BudgetError
-from config.plan import Geometry, as_dict, make_plan, render_plan
+from config.plan import Geometry, as_dict, make_plan, reader_buffers, render_plan
 from config.sizes import parse_size
 
 GB = 10**9
@@ -19,7 +19,7 @@ GLM = Geometry(
     kv_bytes_per_token=89_856,
     index_key_bytes_per_token=5_376,
     workspace_bytes=2 * GB,
-    reader_bytes=GB // 8,
+    reader_buffer_bytes=GB // 125,
 )
 
 
@@ -79,3 +79,19 @@ def test_the_plan_is_printed_for_people_and_for_programs() -> None:
     assert "11.0 GB" in text
     assert f"{min(plan.slots_per_layer)} to {max(plan.slots_per_layer)} of 256 experts" in text
     assert json.loads(json.dumps(as_dict(plan)))["minimum_budget_bytes"] == plan.minimum_budget_bytes
+
+
+def test_a_large_budget_has_room_for_more_reader_threads_and_the_smallest_for_some() -> None:
+    large = make_plan(GLM, 100 * GB, 4096, physical_bytes=128 * GB)
+    small = make_plan(GLM, large.minimum_budget_bytes, 4096, physical_bytes=128 * GB)
+    assert small.reader_threads == 8 < large.reader_threads <= 32
+    for plan in (small, large):
+        assert plan.lines["reader buffers"] == reader_buffers(plan.reader_threads) * GLM.reader_buffer_bytes
+
+
+def test_threads_that_the_disk_does_not_need_leave_their_memory_to_the_experts() -> None:
+    before = make_plan(GLM, 100 * GB, 4096, physical_bytes=128 * GB)
+    after = make_plan(GLM, 100 * GB, 4096, reader_threads=4, physical_bytes=128 * GB)
+    assert after.lines["reader buffers"] == 5 * GLM.reader_buffer_bytes < before.lines["reader buffers"]
+    assert after.lines["experts"] > before.lines["experts"]
+    assert after.minimum_budget_bytes == before.minimum_budget_bytes

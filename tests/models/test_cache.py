@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
+from config.plan import KV_STEP
 from models.args import ModelArgs
 from models.cache import RowCache, SequenceCache
 from tests.models.make_golden import SEED
@@ -21,9 +22,9 @@ def test_rows_come_back_as_they_were_appended_in_pieces_of_any_size() -> None:
 
 def test_growth_is_bounded() -> None:
     cache = RowCache(4, mx.float32)
-    for _ in range(10):
-        cache.append(mx.zeros((1000, 4)))
-    assert cache.nbytes <= 1.25 * 10_000 * 16 + 256 * 16
+    for n in (1, 254, 1, 1, 1000, 3000):
+        cache.append(mx.zeros((n, 4)))
+        assert cache.nbytes == -(-cache.length // KV_STEP) * KV_STEP * 16, "what the plan counts on"
 
 
 def test_shared_layers_keep_no_index_keys() -> None:

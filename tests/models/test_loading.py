@@ -18,7 +18,7 @@ from models.building import infer_quantization
 from models.experts import Experts
 from models.glm_moe_dsa import Model
 from models.linear import Linear
-from models.loading import make_geometry, open_checkpoint, read_config
+from models.loading import load_model, make_geometry, open_checkpoint, read_config
 from models.names import is_unused, to_model_names
 from tests.checkpoints import open_model, save_packed
 from tests.models.make_golden import GOLDEN, LENGTHS, SEED
@@ -231,3 +231,24 @@ def test_a_checkpoint_of_one_file_needs_no_index(tmp_path: Path) -> None:
         path.unlink()
     save_file(weights, tmp_path / "model.safetensors")
     assert open_checkpoint(tmp_path).args.num_hidden_layers == 11
+
+
+@pytest.mark.parametrize("fault", ["removed", "cut", "replaced"])
+def test_a_trunk_that_changes_after_its_header_was_read_is_refused_by_name(
+    tmp_path: Path, fault: str
+) -> None:
+    weights = make_weights(TINY, SEED)
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path / "one", TINY, weights))
+    path = min(entry.path for entry in checkpoint.trunk.values())
+    if fault == "removed":
+        path.unlink()
+    elif fault == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        other = save_checkpoint(tmp_path / "two", TINY, make_weights(TINY, SEED + 1))
+        (other / path.name).replace(path)
+    source = cast(Any, MemoryExperts(checkpoint.args, weights))
+    with pytest.raises(
+        CheckpointError, match=r"model.*\.safetensors.* (cannot be read|was replaced or changed)"
+    ):
+        load_model(checkpoint, CPU, source)

@@ -111,7 +111,8 @@ def test_a_sparse_layer_synchronises_once_for_each_token(
 
     monkeypatch.setattr(mx, "eval", counted)
     hidden = opened.model(mx.array([4]), [Span(cache, 0, 1)])
-    assert len(reads) == len(opened.checkpoint.args.moe_layers)
+    # And once before the first of them, which no other sparse layer can guess.
+    assert len(reads) == len(opened.checkpoint.args.moe_layers) + looks_ahead
     monkeypatch.undo()
     mx.eval(hidden)
     opened.store.close()
@@ -125,6 +126,21 @@ def test_the_guess_is_the_next_routers_own_ranking_of_this_layers_state(resident
     ranked = np.array(resident.model.model.layers[5]._guess_next(h))
     ids, _, _ = layer.mlp.gate(layer.post_attention_layernorm(h))
     assert np.array_equal(np.sort(ranked, axis=-1), np.array(ids))
+
+
+def test_the_first_sparse_layer_is_guessed_by_the_dense_one_before_it(folder: Path) -> None:
+    opened, guessed = open_model(folder, 9), []
+    expect = opened.store.expect
+
+    def noted(layer: int, ranks: Sequence[Sequence[int]], distance: int = 1) -> None:
+        guessed.append(layer)
+        expect(layer, ranks, distance)
+
+    opened.store.expect = noted  # type: ignore[method-assign]
+    greedy(opened.model, tokens(WIDER, 12), 2)
+    layers = list(opened.checkpoint.args.moe_layers)
+    assert guessed == layers, "each once, for the one token that was decoded"
+    opened.store.close()
 
 
 def test_the_test_notices_a_slot_that_is_overwritten_too_early(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -139,6 +140,15 @@ def test_streamed_experts_answer_with_the_same_text(server: Server) -> None:
     streamed = start_server("--stream-experts", "--ram-budget", str(smallest))
     try:
         assert ask(streamed, SUM) == ask(server, SUM)
+        metrics = httpx.get(streamed.url + "/metrics").text
+        for line in ("trunk", "experts", "KV cache", "workspace", "MLX buffer cache"):
+            planned, used = (
+                float(re.findall(rf'^glmserve_memory_{kind}_bytes{{line="{line}"}} (.+)$', metrics, re.M)[0])
+                for kind in ("planned", "used")
+            )
+            assert 0 < used <= planned, line
+        assert re.search(r"^glmserve_probe_bytes_per_second \d", metrics, re.M)
+        assert re.search(r"^glmserve_probe_depth [1-9]", metrics, re.M)
     finally:
         stop_server(streamed)
 

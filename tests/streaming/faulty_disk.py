@@ -40,5 +40,8 @@ class _FaultyFile:
         count = self._disk.fault(number, buffer, offset) if self._disk.fault else None
         return self._file.read_into(buffer, offset) if count is None else count
 
+    def give_up(self, thread: int) -> bool:
+        return False
+
     def close(self) -> None:
         self._file.close()

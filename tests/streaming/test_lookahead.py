@@ -162,7 +162,7 @@ def test_a_fetch_that_was_never_finished_gives_its_slots_back(index: ExpertIndex
 
 def test_banks_filled_by_scatter_do_not_look_ahead_and_bring_everything_at_once(index: ExpertIndex) -> None:
     with opened(index, 8, in_place=False) as store:
-        assert not store.looks_ahead
+        assert not store.looks_ahead(1)
         fetch = store.begin(1, [1, 4])
         assert fetch.is_here.all()
         for slot, expert in zip(fetch.slots.tolist(), [1, 4], strict=True):

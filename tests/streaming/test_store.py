@@ -349,3 +349,20 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
             return
         event.wait(0.01)
     raise AssertionError("waited in vain")
+
+
+def test_reads_that_go_on_count_as_time_already(index: ExpertIndex) -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def wait(number: int, buffer: Bytes, offset: int) -> int | None:
+        started.set()
+        release.wait()
+        return None
+
+    with opened(index, 4, disk=FaultyDisk(wait)) as store:
+        fetch = store.begin(2, [1])
+        assert started.wait(5)
+        first, second = store.statistics().read_s, store.statistics().read_s
+        assert 0 < first < second
+        release.set()
+        store.finish(fetch)

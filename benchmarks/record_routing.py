@@ -1,0 +1,91 @@
+"""Records Pocket's router while it answers live: `python -m benchmarks.record_routing FILE.npz`.
+
+Through the product's own path, one token at a time, sampled at temperature 0.8, so that the routes are those
+of text that the model writes and not of right answers. Other questions than those of `pocket-router.npz`:
+what is tuned on one trace is tested on the other.
+"""
+
+import argparse
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+import models
+from models.arithmetic import CPU
+from models.attention import Span
+from models.loading import load_model, open_checkpoint
+from server.glm.template import load_chat_template
+from server.glm.tokenizer import load_tokenizer
+from streaming.policy import LeastRecentlyUsed, Scores
+from streaming.store import ExpertStore
+
+POCKET = Path(models.__file__).with_name("pocket")
+QUESTIONS = (
+    "Who are you, and what can you do for me?", "Write a short poem about the sea.",
+    "What is the capital of Portugal, and what is the capital of Peru?", "Count from 3 to 30 in steps of 3.",
+    "Translate 'good morning' to French.", "Give me a JSON object with a name and an age.",
+    "Why is the sky blue?", "What is 58 minus 29, and then times 3?", "Tell me a story about a small robot.",
+    "Sort these words: pear, apple, fig, banana.", "What day comes after Tuesday?", "Say hello in five ways.",
+    "Which is larger, 901 or 109?", "Write a function in Python that adds two numbers.",
+)  # fmt: skip
+
+
+class Recorder(LeastRecentlyUsed):
+    """Keeps what its layer's router thought, a row for each decoded token."""
+
+    watches_scores = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[NDArray[np.float32]] = []
+
+    def observe(self, scores: Scores) -> None:
+        if len(scores) == 1:
+            self.rows.append(scores[0].copy())
+
+
+def record(tokens_per_answer: int) -> dict[str, NDArray[np.generic]]:
+    checkpoint, recorders = open_checkpoint(POCKET), list[Recorder]()
+
+    def make_policy() -> Recorder:
+        recorders.append(Recorder())
+        return recorders[-1]
+
+    store = ExpertStore(checkpoint.experts, 48, float_dtype=CPU.dtype, make_policy=make_policy)
+    model, tokenizer = load_model(checkpoint, CPU, store), load_tokenizer(POCKET)
+    template, sequence = load_chat_template(POCKET), list[int]()
+    for number, question in enumerate(QUESTIONS):
+        ids = tokenizer.encode(template.render([{"role": "user", "content": question}], None, {}))
+        cache, key = model.make_cache(), mx.random.key(number)
+        for _ in range(tokens_per_answer + 1):
+            logits = model.logits(model(mx.array(ids), [Span(cache, 0, len(ids))])[-1:])[0]
+            sequence += [number] * (len(ids) == 1)
+            key, own = mx.random.split(key)
+            ids = [int(mx.random.categorical(logits / 0.8, key=own))]
+    bias = np.stack([
+        np.array(layer.mlp.gate.e_score_correction_bias)
+        for layer in model.model.layers if "gate" in layer.mlp
+    ])  # fmt: skip
+    scores = np.stack([np.stack(recorder.rows) for recorder in recorders], axis=1) - bias
+    store.close()
+    return {
+        "scores": np.round(scores.clip(0, 1) * 255).astype(np.uint8),
+        "bias": bias.astype(np.float32),
+        "sequence": np.array(sequence, np.uint16),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokens", type=int, default=70, help="of each answer")
+    given = parser.parse_args()
+    trace = record(given.tokens)
+    np.savez_compressed(given.out, **trace)  # type: ignore[arg-type]
+    print(f"{len(trace['sequence'])} tokens -> {given.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What the lines of the memory plan are used for, as far as it can be measured. Runs on the engine's thread.
+
+Each figure is the largest seen so far, under the name of its line. MLX knows how much it holds, and the most
+that it held since it was asked last; what of that is neither trunk nor slots nor a sequence's cache is
+workspace. What is resident beyond that most and the reader's buffers is Python with its libraries, of both
+processes: the engine's parent serves HTTP. (That most, because the allocator keeps what was freed.)
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import mlx.core as mx
+
+from streaming.store import ExpertStore
+
+
+class MemoryUse:
+    """Measures when asked; `cache_bytes` tells what the sequences' caches take now."""
+
+    def __init__(self, store: ExpertStore, trunk_bytes: int, cache_bytes: Callable[[], int]) -> None:
+        self._store, self._trunk_bytes, self._cache_bytes = store, trunk_bytes, cache_bytes
+        self._largest: dict[str, int] = {}
+        self._kv_before = 0
+        mx.reset_peak_memory()  # the checkpoint's tensors were cast on their way in
+
+    def lines(self) -> dict[str, int]:
+        for name, nbytes in self._now().items():
+            self._largest[name] = max(nbytes, self._largest.get(name, 0))
+        return dict(self._largest)
+
+    def _now(self) -> dict[str, int]:
+        trunk, slots, kv = self._trunk_bytes, self._store.slot_bytes, self._cache_bytes()
+        buffers, freed = self._store.reader_bytes, mx.get_cache_memory()
+        lines = {"trunk": trunk, "experts": slots, "KV cache": kv, "reader buffers": buffers}
+        lines["MLX buffer cache"] = freed
+        peak = mx.get_peak_memory()
+        lines["workspace"] = max(0, peak - trunk - slots - max(kv, self._kv_before))
+        self._kv_before = kv
+        mx.reset_peak_memory()
+        if resident := _resident_bytes():
+            lines["Python and libraries"] = max(
+                0, resident - max(mx.get_active_memory() + freed, peak) - buffers
+            )
+        return lines
+
+
+def _resident_bytes() -> int:
+    """Of this process and its parent; 0 where /proc does not tell."""
+    total = 0
+    for pid in (os.getpid(), os.getppid()):
+        with suppress(OSError):
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return total
