@@ -106,6 +106,11 @@ class Answer:
         return self._scanner.is_stopped or self.parser.num_calls == self._max_calls
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._scanner.found
+
+    @property
     def progress(self) -> str:
         """How far the prompt has been read and how long the rest will take; nothing once an answer comes."""
         if self._progress is None or self._prefill_from is None or self.first_at:

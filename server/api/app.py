@@ -9,7 +9,9 @@ from server.api.chat import chat_router
 from server.api.completions import completion_router
 from server.api.errors import install_error_handlers
 from server.api.keys import Access, Guard
+from server.api.messages import messages_router
 from server.api.metrics import metrics_router
+from server.api.responses import responses_router
 from server.api.service import Service
 from server.api.tokenize import tokenize_router
 
@@ -43,6 +45,8 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         is_openrouter = base == "/api/v1"
         app.include_router(chat_router(service, is_openrouter), prefix=base)
         app.include_router(completion_router(service, is_openrouter), prefix=base)
+        app.include_router(messages_router(service), prefix=base)
+        app.include_router(responses_router(service), prefix=base)
         app.include_router(models_router(service), prefix=base)
         app.include_router(account_router(service), prefix=base)
         app.include_router(tokenize_router(service), prefix=base)

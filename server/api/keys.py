@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from config.errors import UsageError
-from server.api.errors import error_object
+from server.api.errors import error_body, error_object
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 # Watchers of a process have no keys.
@@ -81,11 +80,11 @@ class Guard:
         headers = Headers(scope=scope)
         if not self._access.knows_host(headers.get("host", "")):
             message = "the Host header has a name that this server does not know; --allowed-hosts adds names"
-            await _refuse(send, 403, message, "permission_denied")
+            await _refuse(scope, send, 403, message, "permission_denied")
             return
         name = self._access.keys.name_of(_key_of(headers))
         if name is None and scope["path"] not in OPEN_PATHS:
-            await _refuse(send, 401, "this server needs one of its API keys", "authentication")
+            await _refuse(scope, send, 401, "this server needs one of its API keys", "authentication")
             return
         scope.setdefault("state", {})["key_name"] = name or "none"
         await self._app(scope, receive, send)
@@ -145,8 +144,8 @@ def _without_port(host: str) -> str:
     return host.rpartition(":")[0] if host.count(":") == 1 else host
 
 
-async def _refuse(send: Send, status: int, message: str, error_type: str) -> None:
-    body: dict[str, Any] = {"error": error_object(status, message, error_type)}
+async def _refuse(scope: Scope, send: Send, status: int, message: str, error_type: str) -> None:
+    body = error_body(scope["path"], error_object(status, message, error_type))
     raw = json.dumps(body).encode()
     headers = [
         (b"content-type", b"application/json"),

@@ -69,6 +69,11 @@ class Service:
             num_top_logprobs=num_top_logprobs,
         )
 
+    def within_context(self, prompt: list[int], max_tokens: int | None) -> int | None:
+        """The limit, or what the context has room for where that is less."""
+        available = self.model_info().context_length - len(prompt)
+        return max_tokens if max_tokens is None else max(min(max_tokens, available), 1)
+
     def _sampling(self, body: GenerationRequest, info: ModelInfo) -> Sampling:
         defaults = self.dialect.defaults
         values = {name: getattr(defaults, name) for name in SamplingDefaults.__dataclass_fields__}

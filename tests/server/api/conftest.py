@@ -27,27 +27,45 @@ def dialect(tokenizer: Tokenizer) -> Dialect:
     return Dialect(tokenizer, template, SamplingDefaults(temperature=0.7, top_p=0.9))
 
 
+@pytest.fixture(scope="module")
+def served_engine() -> ScriptedEngine:
+    """The engine behind a module's one server; tests ask for `engine`, which is this one made new."""
+    return ScriptedEngine([])
+
+
 @pytest.fixture
-def engine(tokenizer: Tokenizer) -> ScriptedEngine:
+def engine(served_engine: ScriptedEngine, tokenizer: Tokenizer) -> ScriptedEngine:
     """Thinks "hm", says "Hi Ærø 👋!", ends its turn."""
-    return ScriptedEngine(tokenizer.encode("hm</think>Hi Ærø 👋!<|user|>"))
+    vars(served_engine).update(vars(ScriptedEngine(tokenizer.encode("hm</think>Hi Ærø 👋!<|user|>"))))
+    return served_engine
 
 
-@pytest.fixture
-def service(engine: ScriptedEngine, dialect: Dialect) -> Service:
-    return Service(engine, dialect, ModelNames("z-ai/glm-5.2"), keepalive_s=0.05)
+@pytest.fixture(scope="module")
+def service(served_engine: ScriptedEngine, dialect: Dialect) -> Service:
+    return Service(served_engine, dialect, ModelNames("z-ai/glm-5.2"), keepalive_s=0.05)
 
 
-@pytest.fixture
-def client(service: Service) -> TestClient:
+@pytest.fixture(scope="module")
+def module_client(service: Service) -> TestClient:
     return TestClient(make_app(service))
 
 
 @pytest.fixture
-def base_url(service: Service) -> Iterator[str]:
+def client(module_client: TestClient, engine: ScriptedEngine) -> TestClient:
+    return module_client
+
+
+@pytest.fixture(scope="module")
+def module_url(service: Service) -> Iterator[str]:
     """Where a real server listens."""
     with running_server(service) as url:
         yield url
+
+
+@pytest.fixture
+def base_url(module_url: str, engine: ScriptedEngine) -> str:
+    """The same, with a new script."""
+    return module_url
 
 
 @contextmanager

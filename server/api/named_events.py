@@ -1,0 +1,49 @@
+"""Streams whose events have names, as those of Messages and Responses: the name is the event's `type`."""
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from server.api.errors import GenerationFailed
+
+Event = dict[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+def stream_named(
+    events: AsyncGenerator[Event, None],
+    on_error: Callable[[Exception], Event],
+    keepalive: Callable[[], ServerSentEvent],
+    keepalive_s: float,
+    headers: dict[str, str],
+) -> EventSourceResponse:
+    """A response that sends these events, and what `on_error` makes of the error that ends them early."""
+    return EventSourceResponse(
+        _encode(events, on_error, headers["X-Generation-Id"]),
+        headers=headers,
+        sep="\n",
+        ping=keepalive_s,
+        ping_message_factory=keepalive,
+    )
+
+
+async def _encode(
+    events: AsyncGenerator[Event, None], on_error: Callable[[Exception], Event], name: str
+) -> AsyncGenerator[ServerSentEvent, None]:
+    async with aclosing(events):
+        try:
+            async for event in events:
+                yield _named(event)
+        except Exception as error:  # the status is sent already, so the error must travel in the stream
+            if not isinstance(error, GenerationFailed):
+                log.exception("%s failed", name)
+            yield _named(on_error(error))
+
+
+def _named(event: Event) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(event, ensure_ascii=False), event=event["type"], sep="\n")
