@@ -51,7 +51,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(account_router(service), prefix=base)
         app.include_router(tokenize_router(service), prefix=base)
     app.include_router(health_router(service))
-    app.include_router(metrics_router(service.engine))
+    app.include_router(metrics_router(service.engine, service.ledger))
     install_error_handlers(app)
     app.add_middleware(Guard, access=access)
     if access.cors_origins:  # outermost: a browser's preflight carries no key

@@ -144,9 +144,10 @@ class ResponseFormat(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    type: Literal["text", "json_object", "json_schema", "grammar"]
+    type: Literal["text", "json_object", "json_schema", "grammar", "regex"]
     json_schema: JsonSchema | None = None
     grammar: str | None = None
+    regex: Annotated[str, Field(max_length=4096)] | None = None
 
     @model_validator(mode="after")
     def _says_what(self) -> Self:
@@ -154,6 +155,8 @@ class ResponseFormat(BaseModel):
             raise ValueError("type 'json_schema' needs 'json_schema.schema'")
         if self.type == "grammar" and not self.grammar:
             raise ValueError("type 'grammar' needs 'grammar'")
+        if self.type == "regex" and not self.regex:
+            raise ValueError("type 'regex' needs 'regex'")
         return self
 
 
