@@ -89,7 +89,10 @@ class Settings(BaseSettings):
         min_length=1,
     )
     api_key_file: Path | None = _setting(
-        None, "Network", "FILE", "file of keys, one in a line as KEY or NAME:KEY; read again on SIGHUP"
+        None,
+        "Network",
+        "FILE",
+        "file of keys, one in a line as [NAME:]KEY [tokens/day=N ...]; read again on SIGHUP",
     )
     insecure: bool = _setting(
         False, "Network", None, "listen beyond this machine without keys, so that anybody there gets in"

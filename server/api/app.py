@@ -48,12 +48,12 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(messages_router(service), prefix=base)
         app.include_router(responses_router(service), prefix=base)
         app.include_router(models_router(service), prefix=base)
-        app.include_router(account_router(service), prefix=base)
+        app.include_router(account_router(service, access.keys), prefix=base)
         app.include_router(tokenize_router(service), prefix=base)
     app.include_router(health_router(service))
     app.include_router(metrics_router(service.engine, service.ledger))
     install_error_handlers(app)
-    app.add_middleware(Guard, access=access)
+    app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
     if access.cors_origins:  # outermost: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware,

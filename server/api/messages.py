@@ -36,7 +36,7 @@ def messages_router(service: Service) -> APIRouter:
 
     @router.post("/messages")
     async def create_message(request: Request, body: Body) -> Response:
-        caller = Caller.of(request.headers, None, body.user)
+        caller = Caller.of(request, None, body.user)
         chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(), caller, fills_context=True))
         message = _Message(chat, body.max_tokens)
         headers = {"X-Generation-Id": chat.envelope.id, "request-id": chat.envelope.id}

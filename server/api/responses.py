@@ -32,7 +32,7 @@ def responses_router(service: Service) -> APIRouter:
 
     @router.post("/responses")
     async def create_response(request: Request, body: Body) -> Response:
-        caller = Caller.of(request.headers, body.session_id, body.user)
+        caller = Caller.of(request, body.session_id, body.user)
         chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(), caller))
         response = _Response(service, body, chat)
         if not body.stream:

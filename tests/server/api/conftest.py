@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
@@ -70,9 +71,16 @@ def base_url(module_url: str, engine: ScriptedEngine) -> str:
 
 @contextmanager
 def running_server(service: Service) -> Iterator[str]:
-    """A server on a thread of its own."""
+    """A server on a thread of its own, open to all."""
+    with running_app(make_app(service)) as url:
+        yield url
+
+
+@contextmanager
+def running_app(app: FastAPI) -> Iterator[str]:
+    """The same for an app that is made already."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
