@@ -11,13 +11,11 @@ from server.api.errors import install_error_handlers
 from server.api.keys import Access, Guard
 from server.api.messages import messages_router
 from server.api.metrics import metrics_router
+from server.api.openapi import BASES, DescribedApp
 from server.api.responses import responses_router
 from server.api.service import Service
 from server.api.tokenize import tokenize_router
-
-# OpenRouter's base path, OpenAI's, and none, as mlx-lm also has it.
-BASES = ("/api/v1", "/v1", "")
-
+from server.version import VERSION
 
 # What clients of OpenRouter send beside the headers that browsers always allow.
 CORS_HEADERS = (
@@ -40,7 +38,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     It starts and stops nothing: the engine is the caller's.
     """
     access = access or Access()
-    app = FastAPI(title="glmserve", docs_url=None, redoc_url=None)
+    app = DescribedApp(title="glmserve", version=VERSION, docs_url=None, redoc_url=None)
     for base in BASES:
         is_openrouter = base == "/api/v1"
         app.include_router(chat_router(service, is_openrouter), prefix=base)
