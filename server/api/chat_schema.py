@@ -263,7 +263,10 @@ class ChatRequest(GenerationRequest):
         """Tools as the template takes them."""
         if not self.tools or self.tool_choice == "none":
             return None
-        return [{**(tool.model_extra or {}), "function": _in_order(tool.function)} for tool in self.tools]
+        return [
+            {"type": tool.type, **(tool.model_extra or {}), "function": _in_order(tool.function)}
+            for tool in self.tools
+        ]
 
     def forced_functions(self) -> list[dict[str, Any]]:
         """The functions of which one must be called; none where the model may choose."""
