@@ -1,6 +1,5 @@
 """Streams whose events have names, as those of Messages and Responses: the name is the event's `type`."""
 
-import json
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -9,6 +8,7 @@ from typing import Any
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from server.api.errors import GenerationFailed
+from server.api.sse import encode
 
 Event = dict[str, Any]
 
@@ -34,16 +34,13 @@ def stream_named(
 
 async def _encode(
     events: AsyncGenerator[Event, None], on_error: Callable[[Exception], Event], name: str
-) -> AsyncGenerator[ServerSentEvent, None]:
+) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
         try:
             async for event in events:
-                yield _named(event)
+                yield encode(event, event["type"])
         except Exception as error:  # the status is sent already, so the error must travel in the stream
             if not isinstance(error, GenerationFailed):
                 log.exception("%s failed", name)
-            yield _named(on_error(error))
-
-
-def _named(event: Event) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(event, ensure_ascii=False), event=event["type"], sep="\n")
+            event = on_error(error)
+            yield encode(event, event["type"])
