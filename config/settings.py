@@ -110,6 +110,12 @@ class Settings(BaseSettings):
         "ORIGINS",
         "origins whose web pages may call this server, with commas between them; * is any (default none)",
     )
+    ssl_certfile: Path | None = _setting(
+        None, "Network", "FILE", "serve HTTPS with this certificate (PEM, with those between it and the root)"
+    )
+    ssl_keyfile: Path | None = _setting(
+        None, "Network", "FILE", "private key of --ssl-certfile, unless it is in the same file"
+    )
     json_keepalive: bool = _setting(
         True, "Network", None, "send a blank every 10 s to clients that wait for an answer in one piece"
     )

@@ -75,7 +75,7 @@ class Chat:
     def _answer(self, service: Service, command: Generate) -> Answer:
         parser = AnswerParser(self._tokenizer, command.token_ids, self._body.tool_set())
         max_calls = 1 if self._body.parallel_tool_calls is False else None
-        return Answer(service.engine, parser, command, self._body.stops, max_calls)
+        return Answer(service.engine, parser, command, self._body.stops, max_calls, service.line)
 
     def progress(self) -> str:
         """How far the prompt has been read, for those who wait."""

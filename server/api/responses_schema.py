@@ -97,7 +97,6 @@ class ResponsesRequest(GenerationRequest):
     include: list[str] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    store: bool | None = None
     metadata: dict[str, str] | None = None
     previous_response_id: str | None = None
     conversation: Any = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from config.errors import RequestError
 from server.api.errors import GenerationFailed
 from server.api.ledger import Ledger
+from server.api.line import Line
 from server.api.names import ModelNames
 from server.api.schema import GenerationRequest
 from server.engine.interface import Engine
@@ -27,12 +28,13 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Service:
-    """Immutable; shared by all requests."""
+    """Shared by all requests; what changes in it are the ledger and the line of those who wait."""
 
     engine: Engine
     dialect: Dialect
     names: ModelNames
     ledger: Ledger = field(default_factory=Ledger)
+    line: Line = field(default_factory=Line)
     keepalive_s: float = 5.0
     patience_s: float | None = 10.0
     started_at: int = field(default_factory=lambda: int(time.time()))
