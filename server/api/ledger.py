@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Caller:
     """What a request says of its sender, and the name of the key that it came with."""
 
-    key: str = "local"
+    key_name: str = "local"
     session_id: str | None = None
     user: str | None = None
     user_agent: str | None = None
@@ -39,7 +39,7 @@ class Caller:
         """The sender by the headers and the body; the body wins."""
         headers = request.headers
         return cls(
-            key=getattr(request.state, "key_name", "local"),
+            key_name=getattr(request.state, "key_name", "local"),
             session_id=session_id or _header(headers, "x-session-id"),
             user=user,
             user_agent=_header(headers, "user-agent"),
@@ -145,10 +145,10 @@ class Ledger:
         self.openrouter_cost += cost
         usages = [answer.usage for answer in answers]
         num_tokens = sum(usage.num_prompt_tokens + usage.num_completion_tokens for usage in usages)
-        self.accounts.charge(receipt.caller.key, num_tokens)
+        self.accounts.charge(receipt.caller.key_name, num_tokens)
         if cost:
             text = "%s of %s: %d tokens, $%.6f at OpenRouter by its prices of %s"
-            log.info(text, receipt.id, receipt.caller.key, num_tokens, cost, PRICES_OF)
+            log.info(text, receipt.id, receipt.caller.key_name, num_tokens, cost, PRICES_OF)
         self._finished[receipt.id] = receipt.describe(answers)
         if len(self._finished) > self._capacity:
             self._finished.popitem(last=False)
