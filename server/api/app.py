@@ -17,7 +17,7 @@ from server.api.service import Service
 from server.api.tokenize import tokenize_router
 from server.version import VERSION
 
-# What clients of OpenRouter send beside the headers that browsers always allow.
+# What clients of OpenRouter and Anthropic send beside the headers that browsers always allow.
 CORS_HEADERS = (
     "Authorization",
     "Content-Type",
@@ -29,6 +29,10 @@ CORS_HEADERS = (
     "X-OpenRouter-Experimental-Metadata",
     "X-Provider-API-Keys",
     "X-Session-Id",
+    "X-Api-Key",
+    "Anthropic-Version",
+    "Anthropic-Beta",
+    "Anthropic-Dangerous-Direct-Browser-Access",
 )
 
 

@@ -206,6 +206,11 @@ def test_tokens_are_counted_as_they_will_be(sdk: anthropic.Anthropic, engine: Sc
     assert count == len(engine.requests[0].token_ids)
 
 
+def test_the_sdk_lists_the_model(sdk: anthropic.Anthropic) -> None:
+    assert [model.id for model in sdk.models.list()] == [GLM]
+    assert sdk.models.retrieve(GLM).id == GLM
+
+
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
 NO_TOOL = {"type": "web_search_20250305", "name": "web_search"}
 
