@@ -20,6 +20,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
+# langchain-openrouter pins the openrouter SDK below 1.0: it gets an environment inside the other.
+$(VENV)/langchain/.installed: $(STAMP)
+	$(VENV)/bin/python -m venv $(VENV)/langchain
+	$(VENV)/langchain/bin/python -m pip install --quiet --disable-pip-version-check langchain-openrouter==0.2.9 openrouter==0.11.46
+	@touch $@
+
 install: $(STAMP)
 
 serve: install
@@ -30,7 +36,7 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-test: lint
+test: lint $(if $(findstring clients,$(EXTRAS)),$(VENV)/langchain/.installed)
 	$(VENV)/bin/pytest
 
 test-fast: install

@@ -138,7 +138,10 @@ class Settings(BaseSettings):
         min_length=1,
     )
     api_key_file: Path | None = _setting(
-        None, "Network", "FILE", "file of keys, one in a line as KEY or NAME:KEY; read again on SIGHUP"
+        None,
+        "Network",
+        "FILE",
+        "file of keys, one in a line as [NAME:]KEY [tokens/day=N ...]; read again on SIGHUP",
     )
     insecure: bool = _setting(
         False, "Network", None, "listen beyond this machine without keys, so that anybody there gets in"
@@ -155,6 +158,12 @@ class Settings(BaseSettings):
         "Network",
         "ORIGINS",
         "origins whose web pages may call this server, with commas between them; * is any (default none)",
+    )
+    ssl_certfile: Path | None = _setting(
+        None, "Network", "FILE", "serve HTTPS with this certificate (PEM, with those between it and the root)"
+    )
+    ssl_keyfile: Path | None = _setting(
+        None, "Network", "FILE", "private key of --ssl-certfile, unless it is in the same file"
     )
     json_keepalive: bool = _setting(
         True, "Network", None, "send a blank every 10 s to clients that wait for an answer in one piece"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from config.errors import UsageError
 from config.settings import Settings
@@ -68,6 +69,26 @@ def load_dialect(checkpoint: Path) -> Dialect:
     )
 
 
+def make_server_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the app. Raises UsageError for a certificate that cannot be used."""
+    if settings.ssl_keyfile and not settings.ssl_certfile:
+        raise UsageError("--ssl-keyfile needs --ssl-certfile")
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
+        lifespan="off",
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+    )
+    try:
+        config.load()
+    except (OSError, ValueError) as error:  # ssl's own errors are OSErrors
+        raise UsageError(f"--ssl-certfile or --ssl-keyfile cannot be used: {error}") from error
+    return config
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket, taken before minutes are spent on loading."""
     try:
@@ -114,14 +135,12 @@ class _Serving:
         names = ModelNames(model_id, self.settings.model_policy)
         patience_s = JSON_KEEPALIVE_S if self.settings.json_keepalive else None
         app = make_app(Service(engine, self.dialect, names, patience_s=patience_s), self.access)
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="off"
-        )
-        self.server = uvicorn.Server(config)
+        self.server = uvicorn.Server(make_server_config(self.settings, app))
         engine.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
         host, port = self.listener.getsockname()[:2]
-        log.info("listening on http://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", host, port)
+        scheme = "https" if self.settings.ssl_certfile else "http"
+        log.info("listening on %s://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", scheme, host, port)
         try:
             await self.server.serve(sockets=[self.listener])
         finally:

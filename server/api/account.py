@@ -1,6 +1,7 @@
 """What OpenRouter's clients ask about their account: keys, credits, generations, providers.
 
-Nothing costs anything here, and the answers say so in the shapes that strict clients accept.
+Nothing costs anything here, and the answers say so in the shapes that strict clients accept. Beside them
+stands what OpenRouter would have charged, and what is left of a quota.
 """
 
 from typing import Any
@@ -8,24 +9,34 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from config.errors import RequestError
+from config.prices import PRICES_OF
 from server.api.errors import PROVIDER
+from server.api.keys import KeyRing
 from server.api.service import Service
 
 PERIODS = ("", "_daily", "_weekly", "_monthly")
 
 
-def account_router(service: Service) -> APIRouter:
-    """Read-only; the same for every key."""
+def account_router(service: Service, keys: KeyRing) -> APIRouter:
+    """Read-only."""
     router = APIRouter()
 
     @router.get("/key")
     @router.get("/auth/key")
     async def get_key(request: Request) -> dict[str, Any]:
-        return {"data": _key_card(getattr(request.state, "key_name", "local"))}
+        name = getattr(request.state, "key_name", "local")
+        accounts = service.ledger.accounts
+        quota = {
+            limit: {"limit": amount, "used": accounts.used(name, limit)}
+            for limit, amount in keys.quota_of(name).limits.items()
+        }
+        return {"data": _key_card(name) | {"quota": quota}}
 
     @router.get("/credits")
     async def get_credits() -> dict[str, Any]:
-        return {"data": {"total_credits": 0, "total_usage": 0}}
+        cost = round(service.ledger.openrouter_cost, 6)
+        saved = {"openrouter_cost": cost, "prices_of": PRICES_OF}
+        return {"data": {"total_credits": 0, "total_usage": 0} | saved}
 
     @router.get("/generation")
     async def get_generation(id: str = "") -> dict[str, Any]:

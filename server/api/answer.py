@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from server.api.errors import GenerationFailed
+from server.api.line import Line
 from server.api.stops import StopScanner
 from server.engine.interface import Engine
 from server.engine.messages import (
@@ -51,6 +52,7 @@ class Answer:
         request: Generate,
         stops: list[str],
         max_calls: int | None = None,
+        line: Line | None = None,
     ) -> None:
         self.request = request
         self.parser = parser
@@ -61,6 +63,7 @@ class Answer:
         self._reason: FinishReason | None = None
         self._engine = engine
         self._max_calls = max_calls
+        self._line = line or Line()
         self._scanner = StopScanner(stops)
         self._num_tokens = 0
         self._usage: Usage | None = None
@@ -79,9 +82,11 @@ class Answer:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The answer as it comes. Raises GenerationFailed where the engine gives up."""
         started_at = time.monotonic()
+        self._line.enter(self.request.request_id)
         try:
             async with aclosing(self._engine.generate(self.request)) as events:
                 async for event in events:
+                    self._line.leave(self.request.request_id)
                     match event:
                         case Progress():
                             self._on_progress(event)
@@ -98,6 +103,7 @@ class Answer:
                         self._reason = "stop"
                         return
         finally:
+            self._line.leave(self.request.request_id)
             self._log(time.monotonic() - started_at)
 
     @property
@@ -106,8 +112,18 @@ class Answer:
         return self._scanner.is_stopped or self.parser.num_calls == self._max_calls
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._scanner.found
+
+    @property
     def progress(self) -> str:
-        """How far the prompt has been read and how long the rest will take; nothing once an answer comes."""
+        """How many wait before it; then how far the prompt has been read and how long the rest will take.
+
+        Nothing once an answer comes.
+        """
+        if (num_before := self._line.num_before(self.request.request_id)) is not None:
+            return f"queue={num_before}"
         if self._progress is None or self._prefill_from is None or self.first_at:
             return ""
         done, total = self._progress.num_prefilled, self._progress.num_prompt_tokens

@@ -9,15 +9,15 @@ from server.api.chat import chat_router
 from server.api.completions import completion_router
 from server.api.errors import install_error_handlers
 from server.api.keys import Access, Guard
+from server.api.messages import messages_router
 from server.api.metrics import metrics_router
+from server.api.openapi import BASES, DescribedApp
+from server.api.responses import responses_router
 from server.api.service import Service
 from server.api.tokenize import tokenize_router
+from server.version import VERSION
 
-# OpenRouter's base path, OpenAI's, and none, as mlx-lm also has it.
-BASES = ("/api/v1", "/v1", "")
-
-
-# What clients of OpenRouter send beside the headers that browsers always allow.
+# What clients of OpenRouter and Anthropic send beside the headers that browsers always allow.
 CORS_HEADERS = (
     "Authorization",
     "Content-Type",
@@ -29,6 +29,10 @@ CORS_HEADERS = (
     "X-OpenRouter-Experimental-Metadata",
     "X-Provider-API-Keys",
     "X-Session-Id",
+    "X-Api-Key",
+    "Anthropic-Version",
+    "Anthropic-Beta",
+    "Anthropic-Dangerous-Direct-Browser-Access",
 )
 
 
@@ -38,18 +42,20 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     It starts and stops nothing: the engine is the caller's.
     """
     access = access or Access()
-    app = FastAPI(title="glmserve", docs_url=None, redoc_url=None)
+    app = DescribedApp(title="glmserve", version=VERSION, docs_url=None, redoc_url=None)
     for base in BASES:
         is_openrouter = base == "/api/v1"
         app.include_router(chat_router(service, is_openrouter), prefix=base)
         app.include_router(completion_router(service, is_openrouter), prefix=base)
+        app.include_router(messages_router(service), prefix=base)
+        app.include_router(responses_router(service), prefix=base)
         app.include_router(models_router(service), prefix=base)
-        app.include_router(account_router(service), prefix=base)
+        app.include_router(account_router(service, access.keys), prefix=base)
         app.include_router(tokenize_router(service), prefix=base)
     app.include_router(health_router(service))
-    app.include_router(metrics_router(service.engine))
+    app.include_router(metrics_router(service.engine, service.ledger))
     install_error_handlers(app)
-    app.add_middleware(Guard, access=access)
+    app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
     if access.cors_origins:  # outermost: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware,

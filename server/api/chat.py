@@ -34,8 +34,8 @@ def chat_router(service: Service, always_sends_usage: bool) -> APIRouter:
 
     @router.post("/chat/completions")
     async def create_chat_completion(request: Request, body: Body) -> Response:
-        caller = Caller.of(request.headers, body.session_id, body.user)
-        chat = await anyio.to_thread.run_sync(_Chat, service, body, caller)
+        caller = Caller.of(request, body.session_id, body.user)
+        chat = await anyio.to_thread.run_sync(Chat, service, body, caller)
         if body.stream:
             chunks = chat.chunks(always_sends_usage or body.wants_usage_in_stream)
             return stream(chunks, chat.envelope, CHUNK, service.keepalive_s, chat.progress)
@@ -44,19 +44,26 @@ def chat_router(service: Service, always_sends_usage: bool) -> APIRouter:
     return router
 
 
-class _Chat:
-    """One chat completion. Making one renders and tokenises, which takes a while for a long prompt."""
+class Chat:
+    """One chat, in whichever dialect it was asked for; its own is that of chat completions.
 
-    def __init__(self, service: Service, body: ChatRequest, caller: Caller) -> None:
+    Making one renders and tokenises, which takes a while for a long prompt. `fills_context`: a limit beyond
+    the context is no error, the answer ends where the context does.
+    """
+
+    def __init__(
+        self, service: Service, body: ChatRequest, caller: Caller, fills_context: bool = False
+    ) -> None:
         service.model_info()
         self._service = service
         self._body = body
         self._tokenizer = service.dialect.tokenizer
         prompt = self._tokenizer.encode(render(service, body))
-        command = service.command(body, prompt, body.limit, body.top_logprobs or 0)
+        limit = service.within_context(prompt, body.limit) if fills_context else body.limit
+        command = service.command(body, prompt, limit, body.top_logprobs or 0)
         command = replace(command, thought=self._thought(prompt), grammar=grammar_of(service, body))
         command = replace(command, agent=caller.agent)
-        self._answers = [self._answer(service, one) for one in shapes.several(command, body.n or 1)]
+        self.answers = [self._answer(service, one) for one in shapes.several(command, body.n or 1)]
         self.envelope = Envelope(command.request_id, service.model_id)
         self._receipt = Receipt(command.request_id, service.model_id, caller, bool(body.stream))
         service.engine.reserve()
@@ -70,16 +77,16 @@ class _Chat:
     def _answer(self, service: Service, command: Generate) -> Answer:
         parser = AnswerParser(self._tokenizer, command.token_ids, self._body.tool_set())
         max_calls = 1 if self._body.parallel_tool_calls is False else None
-        return Answer(service.engine, parser, command, self._body.stops, max_calls)
+        return Answer(service.engine, parser, command, self._body.stops, max_calls, service.line)
 
     def progress(self) -> str:
         """How far the prompt has been read, for those who wait."""
-        return self._answers[0].progress
+        return self.answers[0].progress
 
     async def result(self) -> dict[str, Any]:
         """The whole answer."""
-        deltas: list[list[Delta]] = [[] for _ in self._answers]
-        async with aclosing(self._deltas()) as merged:
+        deltas: list[list[Delta]] = [[] for _ in self.answers]
+        async with aclosing(self.deltas()) as merged:
             async for index, delta in merged:
                 deltas[index].append(delta)
         choices = [self._choice(index, own) for index, own in enumerate(deltas)]
@@ -89,17 +96,17 @@ class _Chat:
         scores = [score for delta in deltas for score in delta.scores]
         logprobs = shapes.chat_logprobs(self._tokenizer, scores) if self._body.logprobs else None
         message = {"message": shapes.chat_message(deltas)}
-        return shapes.chat_choice(index, message, logprobs, self._answers[index].reason)
+        return shapes.chat_choice(index, message, logprobs, self.answers[index].reason)
 
     async def chunks(self, sends_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in chunks: the roles first, usage last."""
-        for index in range(len(self._answers)):
+        for index in range(len(self.answers)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
-        async with aclosing(self._deltas()) as deltas:
+        async with aclosing(self.deltas()) as deltas:
             async for index, delta in deltas:
                 if delta.reasoning or delta.content or delta.calls or (delta.scores and self._body.logprobs):
                     yield self._chunk(index, shapes.chat_delta(delta), delta)
-        for index, answer in enumerate(self._answers):
+        for index, answer in enumerate(self.answers):
             yield self._chunk(index, {"content": ""}, reason=answer.reason)
         if sends_usage:
             yield self.envelope.wrap(CHUNK, choices=[], usage=self._usage())
@@ -113,17 +120,17 @@ class _Chat:
         choice = shapes.chat_choice(index, {"delta": delta}, logprobs, reason)
         return self.envelope.wrap(CHUNK, choices=[choice])
 
-    async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """What clients get to see, with the choice that it belongs to."""
         try:
-            async with aclosing(merge([answer.deltas() for answer in self._answers])) as merged:
+            async with aclosing(merge([answer.deltas() for answer in self.answers])) as merged:
                 async for index, delta in merged:
                     yield index, replace(delta, reasoning="") if self._body.hides_reasoning else delta
         finally:
-            self._service.ledger.close(self._receipt, self._answers)
+            self._service.ledger.close(self._receipt, self.answers)
 
     def _usage(self) -> dict[str, Any]:
-        return shapes.usage(self._answers, answers_per_prompt=len(self._answers))
+        return shapes.usage(self.answers, answers_per_prompt=len(self.answers))
 
 
 def render(service: Service, body: ChatRequest) -> str:

@@ -144,9 +144,10 @@ class ResponseFormat(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    type: Literal["text", "json_object", "json_schema", "grammar"]
+    type: Literal["text", "json_object", "json_schema", "grammar", "regex"]
     json_schema: JsonSchema | None = None
     grammar: str | None = None
+    regex: Annotated[str, Field(max_length=4096)] | None = None
 
     @model_validator(mode="after")
     def _says_what(self) -> Self:
@@ -154,6 +155,8 @@ class ResponseFormat(BaseModel):
             raise ValueError("type 'json_schema' needs 'json_schema.schema'")
         if self.type == "grammar" and not self.grammar:
             raise ValueError("type 'grammar' needs 'grammar'")
+        if self.type == "regex" and not self.regex:
+            raise ValueError("type 'regex' needs 'regex'")
         return self
 
 
@@ -260,7 +263,10 @@ class ChatRequest(GenerationRequest):
         """Tools as the template takes them."""
         if not self.tools or self.tool_choice == "none":
             return None
-        return [{**(tool.model_extra or {}), "function": _in_order(tool.function)} for tool in self.tools]
+        return [
+            {"type": tool.type, **(tool.model_extra or {}), "function": _in_order(tool.function)}
+            for tool in self.tools
+        ]
 
     def forced_functions(self) -> list[dict[str, Any]]:
         """The functions of which one must be called; none where the model may choose."""

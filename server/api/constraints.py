@@ -2,7 +2,7 @@
 
 from server.api.chat_schema import ChatRequest, NamedTool, ResponseFormat
 from server.api.service import Service
-from server.glm.grammar import CallGrammar, Rules, check_grammar, json_rule, make_grammar
+from server.glm.grammar import CallGrammar, Rules, check_grammar, json_rule, make_grammar, regex_rule
 
 
 def grammar_of(service: Service, body: ChatRequest) -> str:
@@ -30,6 +30,8 @@ def grammar_of(service: Service, body: ChatRequest) -> str:
 
 
 def _content_rule(content: ResponseFormat) -> str:
+    if content.type == "regex":
+        return regex_rule(content.regex or "")
     if content.json_schema is None or content.type == "json_object":
         return json_rule({"type": "object"})
     return json_rule(content.json_schema.json_schema)

@@ -28,6 +28,18 @@ _FAILURES: Mapping[FailureKind, tuple[int, str, bool]] = {
     "timeout": (408, "timeout", False),
 }
 
+# Anthropic's word for a status.
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_ANTHROPIC_PATHS = ("/messages", "/messages/count_tokens")
+
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +72,20 @@ def error_object(status: int, message: str, error_type: str, param: str | None =
     }
 
 
+def error_body(path: str, error: dict[str, Any]) -> dict[str, Any]:
+    """The body around an error object, in the dialect that is spoken at this path."""
+    return anthropic_error(error) if path.endswith(_ANTHROPIC_PATHS) else {"error": error}
+
+
+def anthropic_error(error: dict[str, Any]) -> dict[str, Any]:
+    """The body, or the event, that Anthropic's clients read an error from."""
+    message = error["message"]
+    if error["metadata"]["error_type"] == "context_length_exceeded":
+        message = f"prompt is too long: {message}"  # what Claude Code looks for before it compacts
+    kind = _ANTHROPIC_TYPES.get(error["code"], "api_error")
+    return {"type": "error", "error": error | {"type": kind, "message": message}}
+
+
 def describe(error: Exception) -> dict[str, Any]:
     """The error object of any exception; those that nobody raised on purpose say nothing about themselves."""
     match error:
@@ -90,7 +116,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def _respond(request: Request, error: Exception) -> JSONResponse:
     body = describe(error)
-    return JSONResponse({"error": body}, body["code"], _headers(error))
+    return JSONResponse(error_body(request.url.path, body), body["code"], _headers(error))
 
 
 def _headers(error: Exception) -> dict[str, str]:

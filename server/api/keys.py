@@ -6,28 +6,38 @@
 import hashlib
 import hmac
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from config.errors import UsageError
-from server.api.errors import error_object
+from server.api.errors import error_body, error_object
+from server.api.quotas import LIMITS, Accounts, Quota, Spent, parse_quota
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 # Watchers of a process have no keys.
 OPEN_PATHS = frozenset(["/health"])
+# What counts against a quota.
+COUNTED_PATHS = ("/completions", "/messages", "/responses")
+# Clients that are told to wait longer do not try again at all.
+MAX_RETRY_AFTER_S = 120
 
 
 class KeyRing:
-    """The keys that are accepted, each with a name for logs; with none, every key is."""
+    """The keys that are accepted, each with a name for logs; with none, every key is.
 
-    def __init__(self, keys: Iterable[tuple[str, str]] = ()) -> None:
+    Quotas go by name: several keys of one name share one.
+    """
+
+    def __init__(
+        self, keys: Iterable[tuple[str, str]] = (), quotas: Mapping[str, Quota] | None = None
+    ) -> None:
         self._names = {_digest(key): name for name, key in keys}
+        self._quotas = quotas or {}
 
     @property
     def is_open(self) -> bool:
@@ -35,8 +45,12 @@ class KeyRing:
         return not self._names
 
     def replace(self, other: "KeyRing") -> None:
-        """Accept another ring's keys from now on."""
-        self._names = other._names
+        """Accept another ring's keys from now on, within its quotas."""
+        self._names, self._quotas = other._names, other._quotas
+
+    def quota_of(self, name: str) -> Quota:
+        """How much the keys of this name may use."""
+        return self._quotas.get(name, Quota())
 
     def name_of(self, key: str) -> str | None:
         """The name of a key; None where it is not ours. Takes the same time whatever the key."""
@@ -69,9 +83,10 @@ class Access:
 class Guard:
     """Refuses requests before the app sees them."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, accounts: Accounts) -> None:
         self._app = app
         self._access = access
+        self._accounts = accounts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
@@ -81,39 +96,60 @@ class Guard:
         headers = Headers(scope=scope)
         if not self._access.knows_host(headers.get("host", "")):
             message = "the Host header has a name that this server does not know; --allowed-hosts adds names"
-            await _refuse(send, 403, message, "permission_denied")
+            await _refuse(scope, send, 403, message, "permission_denied")
             return
         name = self._access.keys.name_of(_key_of(headers))
         if name is None and scope["path"] not in OPEN_PATHS:
-            await _refuse(send, 401, "this server needs one of its API keys", "authentication")
+            await _refuse(scope, send, 401, "this server needs one of its API keys", "authentication")
+            return
+        if name and (spent := self._spent(name, scope)):
+            await _refuse_spent(scope, send, name, spent)
             return
         scope.setdefault("state", {})["key_name"] = name or "none"
         await self._app(scope, receive, send)
 
+    def _spent(self, name: str, scope: Scope) -> Spent | None:
+        if scope["method"] != "POST" or not scope["path"].endswith(COUNTED_PATHS):
+            return None
+        return self._accounts.admit(name, self._access.keys.quota_of(name))
+
 
 def read_keys(key: str | None, key_file: Path | None) -> KeyRing:
-    """The key on the command line and those in a file: a key in each line, perhaps with `name:` before it."""
+    """The key on the command line and those in a file, a key in each line:
+
+    [NAME:] KEY [requests/minute=N] [requests/day=N] [tokens/minute=N] [tokens/day=N]
+    """
     keys = [("default", key)] if key else []
-    if key_file:
-        keys += _lines(key_file)
-        if not keys:
-            raise UsageError(f"--api-key-file {key_file} holds no key, so everybody would get in")
-    return KeyRing(keys)
+    quotas: dict[str, Quota] = {}
+    for number, text in _lines(key_file) if key_file else ():
+        try:
+            name, own, quota = _parse_line(text)
+        except UsageError as error:
+            raise UsageError(f"--api-key-file {key_file}: line {number}: {error}") from error
+        keys.append((name or f"line {number}", own))
+        if quota.limits:
+            quotas[keys[-1][0]] = quota
+    if key_file and len(keys) == bool(key):
+        raise UsageError(f"--api-key-file {key_file} holds no key, so everybody would get in")
+    return KeyRing(keys, quotas)
 
 
-def _lines(path: Path) -> list[tuple[str, str]]:
+def _lines(path: Path) -> list[tuple[int, str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read --api-key-file {path}: {error}") from error
-    keys = []
-    for number, line in enumerate(lines, 1):
-        if text := line.partition("#")[0].strip():
-            name, colon, key = text.rpartition(":")
-            if not key.strip():  # an empty key would let in whoever sends none
-                raise UsageError(f"--api-key-file {path}: line {number} has a name but no key")
-            keys.append((name.strip() if colon else f"line {number}", key.strip()))
-    return keys
+    texts = [(number, line.partition("#")[0].strip()) for number, line in enumerate(lines, 1)]
+    return [(number, text) for number, text in texts if text]
+
+
+def _parse_line(text: str) -> tuple[str, str, Quota]:
+    """Name (perhaps empty), key and quota of a line."""
+    named, colon, rest = text.rpartition(":")
+    key, *limits = rest.split() or [""]
+    if not key or key.partition("=")[0] in LIMITS:  # an empty key lets in whoever sends none
+        raise UsageError("there is a name but no key")
+    return named.strip() if colon else "", key, parse_quota(limits)
 
 
 def is_loopback(host: str) -> bool:
@@ -145,15 +181,30 @@ def _without_port(host: str) -> str:
     return host.rpartition(":")[0] if host.count(":") == 1 else host
 
 
-async def _refuse(send: Send, status: int, message: str, error_type: str) -> None:
-    body: dict[str, Any] = {"error": error_object(status, message, error_type)}
+async def _refuse_spent(scope: Scope, send: Send, name: str, spent: Spent) -> None:
+    limit = f"{spent.amount} {spent.limit}"
+    message = f"the key of {name!r} has used its {limit}; there is more in {spent.wait_s} s"
+    can_wait = spent.wait_s <= MAX_RETRY_AFTER_S
+    headers = {
+        "retry-after": str(min(spent.wait_s, MAX_RETRY_AFTER_S)),
+        "x-should-retry": "true" if can_wait else "false",
+    }
+    await _refuse(scope, send, 429, message, "rate_limit_exceeded", headers)
+
+
+async def _refuse(
+    scope: Scope,
+    send: Send,
+    status: int,
+    message: str,
+    error_type: str,
+    headers: Mapping[str, str] = {"x-should-retry": "false"},
+) -> None:
+    body = error_body(scope["path"], error_object(status, message, error_type))
     raw = json.dumps(body).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(raw)).encode()),
-        (b"x-should-retry", b"false"),
-    ]
+    given = {"content-type": "application/json", "content-length": str(len(raw)), **headers}
     if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+        given["www-authenticate"] = "Bearer"
+    raw_headers = [(name.encode(), value.encode()) for name, value in given.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw_headers})
     await send({"type": "http.response.body", "body": raw})

@@ -1,9 +1,10 @@
-"""What became of requests: the last few thousand receipts, and counts since the start.
+"""What became of requests: the last few thousand receipts, and counts since the start, some by key.
 
 Owned by the service; written by the routes when an answer ends, read by /generation and by whoever watches.
 """
 
 import hashlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -11,17 +12,24 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from fastapi import Request
+
+from config.prices import PRICES, PRICES_OF
 from server.api.answer import Answer
 from server.api.errors import PROVIDER
+from server.api.quotas import Accounts
 
 MAX_RECEIPTS = 10_000
 MAX_HEADER = 256
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Caller:
-    """What a request says of its sender."""
+    """What a request says of its sender, and the name of the key that it came with."""
 
+    key_name: str = "local"
     session_id: str | None = None
     user: str | None = None
     user_agent: str | None = None
@@ -36,9 +44,11 @@ class Caller:
         return next((f"{kind} {name}" for kind, name in named.items() if name), "")
 
     @classmethod
-    def of(cls, headers: Mapping[str, str], session_id: str | None, user: str | None) -> "Caller":
+    def of(cls, request: Request, session_id: str | None, user: str | None) -> "Caller":
         """The sender by the headers and the body; the body wins."""
+        headers = request.headers
         return cls(
+            key_name=getattr(request.state, "key_name", "local"),
             session_id=session_id or _header(headers, "x-session-id"),
             user=user,
             user_agent=_header(headers, "user-agent"),
@@ -57,6 +67,15 @@ class Receipt:
     caller: Caller
     is_streamed: bool
     started_at: float = field(default_factory=time.time)
+
+    def openrouter_cost(self, answers: list[Answer]) -> float:
+        """US dollars that OpenRouter would have charged; 0 for a model that it has not."""
+        price = PRICES.get(self.model)
+        counts = [
+            (usage.num_prompt_tokens, usage.num_cached_tokens, usage.num_completion_tokens)
+            for usage in (answer.usage for answer in answers)
+        ]
+        return sum(price.of(*count) for count in counts) if price else 0.0
 
     def describe(self, answers: list[Answer]) -> dict[str, Any]:
         """OpenRouter's form of a finished generation."""
@@ -87,6 +106,7 @@ class Receipt:
             "provider_name": PROVIDER,
             "total_cost": 0,
             "usage": 0,
+            "openrouter_cost": self.openrouter_cost(answers),
             "upstream_inference_cost": 0,
             "is_byok": False,
             "origin": self.caller.referer or "",
@@ -126,10 +146,20 @@ class Ledger:
         self._capacity = capacity
         self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.num_rejected_calls = 0
+        self.openrouter_cost = 0.0
+        self.accounts = Accounts()
 
     def close(self, receipt: Receipt, answers: list[Answer]) -> None:
         """Keep a request that is over, however it ended."""
         self.num_rejected_calls += sum(answer.parser.num_rejected_calls for answer in answers)
+        cost = receipt.openrouter_cost(answers)
+        self.openrouter_cost += cost
+        usages = [answer.usage for answer in answers]
+        num_tokens = sum(usage.num_prompt_tokens + usage.num_completion_tokens for usage in usages)
+        self.accounts.charge(receipt.caller.key_name, num_tokens)
+        if cost:
+            text = "%s of %s: %d tokens, $%.6f at OpenRouter by its prices of %s"
+            log.info(text, receipt.id, receipt.caller.key_name, num_tokens, cost, PRICES_OF)
         self._finished[receipt.id] = receipt.describe(answers)
         if len(self._finished) > self._capacity:
             self._finished.popitem(last=False)

@@ -17,6 +17,11 @@ class _End:
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """Items of all streams as they come, each with its stream's index; the first error ends all."""
+    if len(streams) == 1:  # a queue and a task would cost more than all the rest of a token
+        async with aclosing(streams[0]) as only:
+            async for only_item in only:
+                yield 0, only_item
+        return
     queue: asyncio.Queue[tuple[int, T | _End]] = asyncio.Queue()
 
     async def pump(index: int, stream: AsyncGenerator[T, None]) -> None:

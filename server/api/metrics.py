@@ -1,4 +1,7 @@
-"""GET /metrics for Prometheus: the engine's last counts, as it sent them. Holds nothing of its own."""
+"""GET /metrics for Prometheus: the engine's last counts, as it sent them, and those of the ledger.
+
+Holds nothing of its own.
+"""
 
 from collections.abc import Iterable
 
@@ -7,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.api.ledger import Ledger
 from server.engine.interface import Engine
 
 # Name in the engine's counts -> name for Prometheus (without the suffix _total), and what it means.
@@ -42,11 +46,13 @@ GAUGES = {
 PREFIX = "glmserve_"
 
 
-def metrics_router(engine: Engine) -> APIRouter:
+def metrics_router(engine: Engine, ledger: Ledger | None = None) -> APIRouter:
     """The route; without a model it answers with `glmserve_ready 0` and nothing else."""
     router = APIRouter()
     registry = CollectorRegistry()
     registry.register(_EngineCollector(engine))
+    if ledger:
+        registry.register(_LedgerCollector(ledger))
 
     @router.get("/metrics")
     def metrics() -> Response:
@@ -94,3 +100,13 @@ def _rates(values: dict[str, float]) -> Iterable[Metric]:
         for width, rate in rates.items():
             family.add_metric([width], rate)
         yield family
+
+
+class _LedgerCollector(Collector):
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def collect(self) -> Iterable[Metric]:
+        text = "tool calls that broke off or were malformed, and so were sent as content"
+        count = self._ledger.num_rejected_calls
+        yield CounterMetricFamily(f"{PREFIX}rejected_tool_calls", text, value=count)

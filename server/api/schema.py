@@ -3,7 +3,7 @@
 Each field is honoured, ignored because nothing is lost by it (`IGNORED`), or refused by name.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -54,6 +54,8 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
+    ignored: ClassVar[frozenset[str]] = IGNORED
+
     model: str | None = None
     models: Annotated[list[str], Field(max_length=64)] | None = None
     user: str | None = None
@@ -76,7 +78,7 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="after")
     def _refuse_the_unknown(self) -> Self:
         for name, value in (self.model_extra or {}).items():
-            if name not in IGNORED and value is not None:
+            if name not in self.ignored and value is not None:
                 raise ValueError(f"{name!r} is not supported")
         return self
 

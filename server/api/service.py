@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from config.errors import RequestError
 from server.api.errors import GenerationFailed
 from server.api.ledger import Ledger
+from server.api.line import Line
 from server.api.names import ModelNames
 from server.api.schema import GenerationRequest
 from server.engine.interface import Engine
@@ -27,12 +28,13 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Service:
-    """Immutable; shared by all requests."""
+    """Shared by all requests; what changes in it are the ledger and the line of those who wait."""
 
     engine: Engine
     dialect: Dialect
     names: ModelNames
     ledger: Ledger = field(default_factory=Ledger)
+    line: Line = field(default_factory=Line)
     keepalive_s: float = 5.0
     patience_s: float | None = 10.0
     started_at: int = field(default_factory=lambda: int(time.time()))
@@ -69,6 +71,11 @@ class Service:
             num_top_logprobs=num_top_logprobs,
             priority="background" if body.service_tier == "flex" else "interactive",
         )
+
+    def within_context(self, prompt: list[int], max_tokens: int | None) -> int | None:
+        """The limit, or what the context has room for where that is less."""
+        available = self.model_info().context_length - len(prompt)
+        return max_tokens if max_tokens is None else max(min(max_tokens, available), 1)
 
     def _sampling(self, body: GenerationRequest, info: ModelInfo) -> Sampling:
         defaults = self.dialect.defaults

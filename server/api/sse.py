@@ -4,12 +4,12 @@ Comments keep the line alive from a wall-clock timer; there are no `id:` lines a
 break clients. Headers and a first comment go out before the engine has said anything.
 """
 
-import json
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+import pydantic_core
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from server.api.errors import GenerationFailed, describe
@@ -39,22 +39,28 @@ def stream(
 
 
 def _keepalive(progress: str = "") -> ServerSentEvent:
-    return ServerSentEvent(comment=f"OPENROUTER PROCESSING {progress}".rstrip())
+    return ServerSentEvent(comment=f"OPENROUTER PROCESSING {progress}".rstrip(), sep="\n")
+
+
+def encode(value: dict[str, Any], name: str = "") -> bytes:
+    """One event with this value as JSON; done for every token, so by the fastest encoder at hand."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + pydantic_core.to_json(value) + b"\n\n"
 
 
 async def _events(
     chunks: AsyncGenerator[dict[str, Any], None], envelope: Envelope, kind: str
-) -> AsyncGenerator[ServerSentEvent, None]:
+) -> AsyncGenerator[bytes, None]:
     async with aclosing(chunks):
-        yield _keepalive()
+        yield _keepalive().encode()
         try:
             async for chunk in chunks:
-                yield ServerSentEvent(json.dumps(chunk, ensure_ascii=False))
-            yield ServerSentEvent("[DONE]")
+                yield encode(chunk)
+            yield b"data: [DONE]\n\n"
         except Exception as error:  # the status is sent already, so the error must travel in the stream
             if not isinstance(error, GenerationFailed):
                 log.exception("%s failed", envelope.id)
-            yield ServerSentEvent(json.dumps(_error_chunk(error, envelope, kind)))
+            yield encode(_error_chunk(error, envelope, kind))
 
 
 def _error_chunk(error: Exception, envelope: Envelope, kind: str) -> dict[str, Any]:

@@ -11,7 +11,12 @@ class StopScanner:
     def __init__(self, stops: list[str]) -> None:
         self._stops = sorted(stops, key=len, reverse=True)
         self._held = ""
-        self.is_stopped = False
+        self.found: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string has come; `found` is it."""
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """Text that is safe to send; after a stop string, nothing more."""
@@ -22,9 +27,10 @@ class StopScanner:
         text = self._held + text
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
-            self.is_stopped = True
+            end, start = min(found)
+            self.found = text[start:end]
             self._held = ""
-            return text[: min(found)[1]]
+            return text[:start]
         keep = self._ending_to_hold(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

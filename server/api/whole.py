@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from server.api.errors import ClientGone, describe
+from server.api.errors import ClientGone, describe, error_body
 
 Result = dict[str, Any]
 
@@ -37,7 +37,7 @@ async def respond_whole(
             raise ClientGone
         assert patience_s, "only patience ends the wait for neither"
         is_kept = True
-        blanks = _blanks_then_result(working, patience_s)
+        blanks = _blanks_then_result(working, patience_s, request.url.path)
         return StreamingResponse(blanks, headers=headers, media_type="application/json")
     finally:
         await _end(watching)
@@ -46,7 +46,7 @@ async def respond_whole(
 
 
 async def _blanks_then_result(
-    working: "asyncio.Future[Result]", patience_s: float
+    working: "asyncio.Future[Result]", patience_s: float, path: str
 ) -> AsyncGenerator[bytes, None]:
     try:
         while not working.done():
@@ -55,7 +55,7 @@ async def _blanks_then_result(
         try:
             result = working.result()
         except Exception as error:  # the status is sent already
-            result = {"error": describe(error)}
+            result = error_body(path, describe(error))
         yield json.dumps(result, ensure_ascii=False).encode()
     finally:
         await _end(working)

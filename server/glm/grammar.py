@@ -5,6 +5,7 @@ What llguidance cannot hold is refused here, before the engine hears of it. Call
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ from server.glm.tokenizer import Tokenizer
 GUIDANCE = {"whitespace_pattern": r"\n?[ ]{0,40}"}
 DEFINITIONS = ("$defs", "definitions")
 
+# Lark ends a pattern at a slash or at the end of the line.
+IN_LARK = {"/": r"\/", "\n": r"\n"}
+
 Rules = dict[str, str]
 
 
@@ -26,6 +30,12 @@ def json_rule(schema: Any) -> str:
     if isinstance(schema, dict):
         schema = schema | {"x-guidance": GUIDANCE}
     return f"%json {json.dumps(schema, ensure_ascii=False)}"
+
+
+def regex_rule(pattern: str) -> str:
+    """A rule for text that matches a pattern (of Rust's regex syntax) as a whole."""
+    escaped = re.sub(r"\\.|/|\n", lambda found: IN_LARK.get(found.group(), found.group()), pattern)
+    return f"/{escaped}/"
 
 
 def make_grammar(rules: Rules) -> str:
@@ -37,7 +47,7 @@ def check_grammar(grammar: str, param: str) -> None:
     """Raise RequestError, with the keyword that is to blame, where the grammar cannot be held."""
     fault = LLMatcher.validate_grammar(grammar)
     if fault:
-        raise RequestError(f"{param} cannot be enforced: {fault.splitlines()[0][:300]}", param=param)
+        raise RequestError(f"{param} cannot be enforced: {' '.join(fault.split())[:300]}", param=param)
 
 
 class CallGrammar:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,16 @@ def test_a_grammar_of_the_clients_own_holds(client: TestClient) -> None:
     assert answers == {"yes", "no"}
 
 
+@pytest.mark.parametrize(
+    "pattern", [r"[a-f]{2}/(x|y)\d{1,3}", "a\nb", r"\/\d\\/", r"\"'\{é\}?", "(?i)yes|no"]
+)
+def test_a_pattern_holds(client: TestClient, pattern: str) -> None:
+    for seed in range(3):
+        choice = ask(client, seed, response_format={"type": "regex", "regex": pattern})
+        assert choice["finish_reason"] == "stop"
+        assert re.fullmatch(pattern, choice["message"]["content"])
+
+
 def test_a_schema_and_tools_leave_the_choice_between_both(client: TestClient) -> None:
     schema = {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 2]}}}
     answers = [ask(client, seed, response_format=schema, tools=TOOLS)["message"] for seed in range(16)]
@@ -206,6 +217,9 @@ def test_a_schema_that_cannot_be_held_is_refused_by_its_keyword(
         ({"response_format": {"type": "json_schema"}}, "json_schema"),
         ({"response_format": {"type": "python"}}, "response_format"),
         ({"response_format": {"type": "grammar"}}, "grammar"),
+        ({"response_format": {"type": "regex"}}, "regex"),
+        ({"response_format": {"type": "regex", "regex": "(a"}}, "response_format"),
+        ({"response_format": {"type": "regex", "regex": "a(?=b)"}}, "response_format"),
         ({"response_format": {"type": "grammar", "grammar": "start: ("}}, "grammar"),
         (
             {"tool_choice": "required", "tools": [tool("f", {"a": {"type": "object", "not": {}}}, [])]},

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
@@ -27,34 +28,59 @@ def dialect(tokenizer: Tokenizer) -> Dialect:
     return Dialect(tokenizer, template, SamplingDefaults(temperature=0.7, top_p=0.9))
 
 
+@pytest.fixture(scope="module")
+def served_engine() -> ScriptedEngine:
+    """The engine behind a module's one server; tests ask for `engine`, which is this one made new."""
+    return ScriptedEngine([])
+
+
 @pytest.fixture
-def engine(tokenizer: Tokenizer) -> ScriptedEngine:
+def engine(served_engine: ScriptedEngine, tokenizer: Tokenizer) -> ScriptedEngine:
     """Thinks "hm", says "Hi Ærø 👋!", ends its turn."""
-    return ScriptedEngine(tokenizer.encode("hm</think>Hi Ærø 👋!<|user|>"))
+    vars(served_engine).update(vars(ScriptedEngine(tokenizer.encode("hm</think>Hi Ærø 👋!<|user|>"))))
+    return served_engine
 
 
-@pytest.fixture
-def service(engine: ScriptedEngine, dialect: Dialect) -> Service:
-    return Service(engine, dialect, ModelNames("z-ai/glm-5.2"), keepalive_s=0.05)
+@pytest.fixture(scope="module")
+def service(served_engine: ScriptedEngine, dialect: Dialect) -> Service:
+    return Service(served_engine, dialect, ModelNames("z-ai/glm-5.2"), keepalive_s=0.05)
 
 
-@pytest.fixture
-def client(service: Service) -> TestClient:
+@pytest.fixture(scope="module")
+def module_client(service: Service) -> TestClient:
     return TestClient(make_app(service))
 
 
 @pytest.fixture
-def base_url(service: Service) -> Iterator[str]:
+def client(module_client: TestClient, engine: ScriptedEngine) -> TestClient:
+    return module_client
+
+
+@pytest.fixture(scope="module")
+def module_url(service: Service) -> Iterator[str]:
     """Where a real server listens."""
     with running_server(service) as url:
         yield url
 
 
+@pytest.fixture
+def base_url(module_url: str, engine: ScriptedEngine) -> str:
+    """The same, with a new script."""
+    return module_url
+
+
 @contextmanager
 def running_server(service: Service) -> Iterator[str]:
-    """A server on a thread of its own."""
+    """A server on a thread of its own, open to all."""
+    with running_app(make_app(service)) as url:
+        yield url
+
+
+@contextmanager
+def running_app(app: FastAPI) -> Iterator[str]:
+    """The same for an app that is made already."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

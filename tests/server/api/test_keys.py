@@ -85,7 +85,7 @@ def test_with_keys_the_name_does_not_matter(service: Service) -> None:
 
 def test_web_pages_are_let_in_only_when_named(service: Service) -> None:
     preflight = {"Origin": "https://ui.example", "Access-Control-Request-Method": "POST"}
-    preflight["Access-Control-Request-Headers"] = "authorization, x-openrouter-title"
+    preflight["Access-Control-Request-Headers"] = "authorization, x-openrouter-title, anthropic-version"
     closed = make_client(service, Access(KeyRing(RING)))
     response = closed.options("/v1/chat/completions", headers=preflight)
     assert "access-control-allow-origin" not in response.headers

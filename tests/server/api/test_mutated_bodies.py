@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from tests.server.api.test_dialects import messages, responses
 from tests.server.api.test_tool_calls import TOOLS
 
 CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
@@ -39,6 +40,8 @@ SEED: dict[str, Any] = {
     "stream": False,
     "session_id": "s",
 }
+MESSAGES = {"model": "z-ai/glm-5.2", "stop_sequences": ["x"], "temperature": 0.5} | messages()
+RESPONSES = {"model": "z-ai/glm-5.2", "top_logprobs": 2, "text": {"format": {"type": "text"}}} | responses()
 JUNK: list[Any] = [
     None, True, 0, -1, 1.5, 10**30, 1e308, "", "x", "\x00", "👋" * 50, "<tool_call>", [], {}, [[]], {"a": {}},
     ["x"], [None], {"$ref": "#"}, {"type": "object"}, {"type": ["string", 5]}, "required", "json_object",
@@ -50,8 +53,8 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, inner in steps for place in places(inner, (*path, key)))]
 
 
-def mutate(chance: random.Random) -> dict[str, Any]:
-    body = copy.deepcopy(SEED)
+def mutate(seed: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+    body = copy.deepcopy(seed)
     for _ in range(chance.randint(1, 3)):
         *path, last = chance.choice(places(body)[1:])
         parent: Any = body
@@ -70,12 +73,16 @@ def mutate(chance: random.Random) -> dict[str, Any]:
 
 
 def check(client: TestClient, number: int) -> None:
+    """Chat completions twice as often as the others."""
     chance = random.Random(number)
-    raw = json.dumps(mutate(chance)).encode()
+    path, seed = [("chat/completions", SEED), ("messages", MESSAGES), ("responses", RESPONSES)][
+        number % 4 % 3
+    ]
+    raw = json.dumps(mutate(seed, chance)).encode()
     if chance.random() < 0.2:
         position = chance.randrange(len(raw))
         raw = raw[:position] + bytes([chance.randrange(256)]) + raw[position + chance.randint(0, 3) :]
-    response = client.post("/api/v1/chat/completions", content=raw)
+    response = client.post(f"/api/v1/{path}", content=raw)
     assert response.status_code in (200, 400), (number, response.text, raw)
     if response.status_code == 400:
         assert response.json()["error"]["message"]

@@ -13,6 +13,7 @@ from server.api.names import ModelNames
 from server.glm.tokenizer import Tokenizer
 from tests.server.api.scripted import ScriptedEngine
 from tests.server.api.test_chat import ask, joined, stream
+from tests.server.api.test_socket import until
 from tests.server.api.test_tool_calls import BERGEN, OSLO, TOOLS, joined_calls
 
 GLM = "z-ai/glm-5.2"
@@ -81,6 +82,24 @@ def test_the_sdk_reads_log_probabilities(sdk: openrouter.OpenRouter) -> None:
     answer = sdk.chat.send(model=GLM, messages=HELLO, logprobs=True, top_logprobs=2, stream=False)
     assert answer.choices[0].logprobs
     assert answer.choices[0].logprobs.content
+
+
+def test_the_sdk_asks_for_a_schema(
+    sdk: openrouter.OpenRouter, says: Callable[..., None], engine: ScriptedEngine
+) -> None:
+    says('</think>{"name": "Oslo"}<|user|>')
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}}
+    format_: Any = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": schema}}
+    answer = sdk.chat.send(model=GLM, messages=HELLO, response_format=format_, stream=False)
+    assert answer.choices[0].message.content == '{"name": "Oslo"}'
+    assert '"name"' in engine.requests[0].grammar
+
+
+def test_the_sdk_hangs_up(sdk: openrouter.OpenRouter, engine: ScriptedEngine) -> None:
+    engine.token_s = 0.05
+    with sdk.chat.send(model=GLM, messages=HELLO, stream=True) as events:
+        next(iter(events))
+    until(lambda: engine.cancelled)
 
 
 def test_the_sdk_raises_what_the_server_says(sdk: openrouter.OpenRouter, engine: ScriptedEngine) -> None:

@@ -112,6 +112,26 @@ def test_a_call_that_is_cut_off_is_content_and_the_reason_is_length(
             json.loads(call["arguments"])
 
 
+def test_rejected_calls_are_counted_and_logged(
+    client: TestClient, says: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    def count() -> float:
+        [line] = [one for one in client.get("/metrics").text.splitlines() if one.startswith(NAME)]
+        return float(line.split()[1])
+
+    before = count()
+    says(f"</think>{BERGEN}<tool_call>two words</tool_call><|observation|>", f"</think>{OSLO}<|observation|>")
+    ask(client, tools=TOOLS)
+    assert count() == before + 1
+    [record] = [one for one in caplog.records if "was not passed on" in one.message]
+    assert "two words" in record.message
+    ask(client, tools=TOOLS)
+    assert count() == before + 1
+
+
+NAME = "glmserve_rejected_tool_calls_total"
+
+
 def test_a_cut_second_call_leaves_the_first_and_the_reason_length(
     client: TestClient, says: Callable[..., None], tokenizer: Tokenizer
 ) -> None:
