@@ -25,6 +25,12 @@ VOCABULARY_BYTES_PER_TOKEN = 680
 # these bounds.
 MIN_CACHE_BYTES = 32 * 10**6
 MAX_CACHE_BYTES = 10**9
+# Saved prompts are worth a twenty-fifth of the budget: the SSD brings them back nearly as fast, and experts
+# need the rest. More than four full contexts nobody asked for; less than 2,048 tokens leaves no room to copy
+# blocks.
+PREFIX_DIVISOR = 25
+PREFIX_CONTEXTS = 4
+MIN_PREFIX_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -66,19 +72,37 @@ class MemoryPlan:
 
 
 def make_plan(
-    geometry: Geometry, budget_bytes: int, max_context: int, *, physical_bytes: int | None = None
+    geometry: Geometry,
+    budget_bytes: int,
+    max_context: int,
+    *,
+    physical_bytes: int | None = None,
+    prefix_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done."""
+    """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done.
+
+    `prefix_bytes` is what the prefix cache may have; None leaves it to the plan, 0 means that there is none.
+    """
+    least, most = _prefix_bounds(geometry, max_context, prefix_bytes)
     fixed = _fixed_lines(geometry, max_context)
     per_slot = sum(geometry.expert_bytes)
-    minimum = sum(fixed.values()) + per_slot * geometry.experts_per_token
+    needed = sum(fixed.values()) + per_slot * geometry.experts_per_token
+    minimum = needed + least
     _check_budget(geometry, budget_bytes, max_context, minimum, physical_bytes or physical_memory_bytes())
+
+    def share(budget: int) -> int:
+        return max(least, min(most, budget // PREFIX_DIVISOR, budget - needed))
+
+    resident = whole = sum(fixed.values()) + per_slot * geometry.num_experts
+    while resident < whole + share(resident):
+        resident = whole + share(resident)
+    fixed["prefix cache"] = share(budget_bytes)
     slots = _divide(geometry, budget_bytes - sum(fixed.values()))
     experts = sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
     return MemoryPlan(
         budget_bytes=budget_bytes,
         minimum_budget_bytes=minimum,
-        resident_bytes=sum(fixed.values()) + per_slot * geometry.num_experts,
+        resident_bytes=resident,
         max_context=max_context,
         lines={**fixed, "experts": experts},
         slots_per_layer=slots,
@@ -134,6 +158,19 @@ def _fixed_lines(geometry: Geometry, max_context: int) -> dict[str, int]:
         "MLX buffer cache": cache,
         "Python and libraries": RUNTIME_BYTES + VOCABULARY_BYTES_PER_TOKEN * geometry.vocab_size,
     }
+
+
+def _prefix_bounds(geometry: Geometry, max_context: int, given: int | None) -> tuple[int, int]:
+    """The least and the most that the prefix cache gets."""
+    least = geometry.context_bytes_per_token * MIN_PREFIX_TOKENS
+    if given is None:
+        return least, max(least, PREFIX_CONTEXTS * geometry.context_bytes_per_token * max_context)
+    if 0 < given < least:
+        raise BudgetError(
+            f"--prefix-cache-memory {format_size(given)} is too little to copy blocks: give at least "
+            f"{_round_up(least)}, or 0 for no prefix cache"
+        )
+    return given, given
 
 
 def _check_budget(geometry: Geometry, budget: int, max_context: int, minimum: int, physical: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from dataclasses import dataclass, field
@@ -141,6 +142,14 @@ class _Serving:
         self.server.should_exit = True
 
 
+def prefix_directory(settings: Settings) -> Path | None:
+    """Where saved prompts outlive the process; None where they do not."""
+    if settings.prefix_cache_size == 0 or settings.prefix_cache_memory == 0:
+        return None
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return settings.prefix_cache_dir or cache_home / "glmserve" / "prefix"
+
+
 def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
     """What the engine needs to know of the settings."""
     return EngineConfig(
@@ -153,4 +162,8 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         decode_share=settings.decode_share,
         max_inflight_per_agent=settings.max_inflight_per_agent,
         batch_width=settings.batch_width,
+        prefix_memory_bytes=settings.prefix_cache_memory,
+        prefix_directory=prefix_directory(settings),
+        prefix_disk_bytes=settings.prefix_cache_size,
+        prefix_writes_per_day=settings.prefix_cache_writes,
     )

@@ -30,6 +30,10 @@ class EngineConfig:
     decode_share: float = 0.3
     max_inflight_per_agent: int = 8
     batch_width: int | None = None
+    prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache
+    prefix_directory: Path | None = None  # None: nothing on disk
+    prefix_disk_bytes: int = 0
+    prefix_writes_per_day: int = 0
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,10 @@ class PrefixCache:
         """Wait until all that was saved is on disk, or dropped; whether that came in time."""
         return self._writer.flush(timeout_s) if self._writer else True
 
+    def check_integrity(self) -> None:
+        """The books of memory balance."""
+        self._memory.check_integrity()
+
     def statistics(self) -> dict[str, float]:
         """Counts since the start, and sizes now; names as in `server/api/metrics.py`."""
         values: dict[str, float] = {

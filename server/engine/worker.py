@@ -23,6 +23,9 @@ from server.engine.model import Backend, OpenBackend
 from server.engine.telemetry import Telemetry
 from server.logs import set_up_logging
 
+# Less than the HTTP side waits before it insists.
+CLOSE_TIMEOUT_S = 3.0
+
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +47,8 @@ def main(open_model: OpenBackend = open_backend) -> int:
     loop = EngineLoop(backend, inbox, telemetry.send, grammars=grammars, beat=telemetry.beat)
     telemetry.watch(loop.measure)
     loop.run()
+    if backend.prefix:
+        backend.prefix.close(CLOSE_TIMEOUT_S)
     return 0
 
 
