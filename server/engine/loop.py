@@ -24,6 +24,7 @@ from server.engine.messages import (
     Failed,
     Finished,
     Generate,
+    Progress,
     Shutdown,
     Started,
     Usage,
@@ -164,7 +165,7 @@ class EngineLoop:
 
     def _clear_away(self) -> None:
         """Who is not wanted any more gives up its place, and who has outgrown the KV waits again."""
-        for one in [one for one in self._passes if not one.is_wanted]:
+        for one in [one for one in self._passes if not self._is_worth_its_end(one)]:
             self._give_up(one)
         for sequence in self._scheduler.cancelled:
             self._answers.save(sequence)
@@ -173,6 +174,18 @@ class EngineLoop:
             log.info("request %s gives its place in the KV to others", victim.request.request_id)
             self._answers.save(victim)
             self._scheduler.suspend(victim)
+
+    def _is_worth_its_end(self, one: Pass) -> bool:
+        """A pass that nobody waits for any more goes on where its rows are kept, because clients that gave up
+        ask again. It ends at once where others have something to read and less than half of it is done,
+        unless one of them wants the same.
+        """
+        if one.is_wanted or not self._prefixes.keeps_rows:
+            return one.is_wanted
+        leaders = {part.sequence for part in one.parts}
+        is_followed = any(item.leader in leaders for item in self._scheduler.followers)
+        is_half_done = 0 < self._num_layers <= 2 * one.num_layers_done
+        return is_followed or is_half_done or not self._scheduler.has_readers
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
@@ -184,8 +197,21 @@ class EngineLoop:
                 log.exception("the saved prefix of request %s", sequence.request.request_id)
                 sequence.cache, sequence.num_cached_tokens = self._model.make_cache(), 0
             self._send(Started(sequence.request.request_id))
+            self._tell_progress(sequence)
+
+    def _settle(self) -> None:
+        try:
+            self._prefixes.settle(self._scheduler.followers)
+        except Exception:  # what was saved is of no use: the prompt is read
+            log.exception("a shared prefix could not be restored")
+
+    def _tell_progress(self, sequence: Sequence) -> None:
+        request, num_cached = sequence.request, sequence.num_cached_tokens
+        if num_cached:
+            self._send(Progress(request.request_id, num_cached, sequence.num_prompt_tokens))
 
     def _start_pass(self) -> None:
+        self._settle()
         if len(self._passes) > 1 or not self._scheduler.has_readers:
             return
         parts: list[Part] = []

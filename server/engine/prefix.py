@@ -115,6 +115,15 @@ class PrefixCache:
             self._use(names, fresh)
         return end
 
+    def names_from(self, token_ids: Sequence[int], start: int) -> list[BlockName]:
+        """The whole blocks of a prompt that end behind its token `start`."""
+        return self._names(as_tokens(token_ids))[start // BLOCK_TOKENS :]
+
+    @staticmethod
+    def end_of(name: BlockName) -> int:
+        """Where a whole block ends."""
+        return name.start + BLOCK_TOKENS
+
     def count_saved(self, token_ids: Sequence[int]) -> int:
         """Tokens of this prompt that lie in memory, in whole blocks; the disk is not asked."""
         count = 0

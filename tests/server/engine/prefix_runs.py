@@ -10,6 +10,7 @@ import mlx.core as mx
 from models.attention import Span
 from models.cache import SequenceCache
 from models.glm_moe_dsa import Model
+from server.engine.limits import Limits
 from server.engine.loop import EngineLoop
 from server.engine.messages import (
     Cancel,
@@ -26,7 +27,7 @@ from server.engine.messages import (
 )
 from server.engine.model import Backend
 from server.engine.prefix import DiskTier, PrefixCache
-from server.engine.scheduler import Scheduler
+from server.engine.prefixes import SavedPrefixes
 from tests.tiny_glm import SHARED, make_weights
 from tests.tiny_model import make_model
 
@@ -38,7 +39,7 @@ CONFIG = SHARED | {
     "num_hidden_layers": 5,
     "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 2,
 }
-CONTEXT = 4096
+CONTEXT = 16_384
 
 
 @dataclass
@@ -93,6 +94,18 @@ class Outcome:
     usage: Usage
 
 
+def make_loop(
+    model: CountedModel,
+    prefix: PrefixCache | None,
+    inbox: SimpleQueue[Command],
+    send: Callable[[Event], None],
+    rows: int,
+) -> EngineLoop:
+    limits = Limits(pass_rows=rows, kv_tokens=8 * CONTEXT)
+    backend = Backend(model, ModelInfo(CONFIG["vocab_size"], CONTEXT), limits=limits)
+    return EngineLoop(backend, inbox, send, prefixes=SavedPrefixes(prefix) if prefix else None)
+
+
 def generate(
     model: CountedModel, prefix: PrefixCache | None, *requests: Generate, rows: int = 2048
 ) -> dict[str, Outcome]:
@@ -112,7 +125,7 @@ def generate(
 
     for request in requests:
         inbox.put(request)
-    EngineLoop(make_backend(model, prefix), inbox, send, Scheduler(rows)).run()
+    make_loop(model, prefix, inbox, send, rows).run()
     return outcomes
 
 
@@ -142,9 +155,5 @@ def leave_after(
 
     inbox.put(Generate("a", tuple(prompt), 4, GREEDY))
     model.on_layer = on_layer
-    EngineLoop(make_backend(model, prefix), inbox, lambda event: None, Scheduler(rows)).run()
+    make_loop(model, prefix, inbox, lambda event: None, rows).run()
     model.on_layer = bool
-
-
-def make_backend(model: CountedModel, prefix: PrefixCache | None) -> Backend:
-    return Backend(model, ModelInfo(CONFIG["vocab_size"], CONTEXT), prefix=prefix)

@@ -52,7 +52,7 @@ def test_the_next_turn_pays_for_its_new_tokens_only(model: CountedModel, rows: i
     assert cached.tokens == ask(model, None, turn, rows=rows).tokens
 
 
-@pytest.mark.parametrize("shared", [0, 10, 63, 64, 100, 191, 192, 200])
+@pytest.mark.parametrize("shared", [0, 63, 64, 100, 192, 199])
 def test_prompts_share_what_they_have_in_common_in_whole_blocks(model: CountedModel, shared: int) -> None:
     prefix, one = open_prefix(), tokens(CONFIG, 200, seed=1)
     ask(model, prefix, one)
@@ -62,17 +62,21 @@ def test_prompts_share_what_they_have_in_common_in_whole_blocks(model: CountedMo
     assert cached.tokens == ask(model, None, other).tokens
 
 
-def test_forty_turns_of_a_tool_loop_prefill_their_new_tokens(model: CountedModel) -> None:
-    prefix, prompt, rng = open_prefix(), tokens(CONFIG, 1000), np.random.default_rng(4)
+@pytest.mark.parametrize(
+    ("first", "most"), [(100, 30), pytest.param(1000, 570, marks=pytest.mark.long)], ids=["short", "long"]
+)
+def test_forty_turns_of_a_tool_loop_prefill_their_new_tokens(
+    model: CountedModel, first: int, most: int
+) -> None:
+    prefix, prompt, rng = open_prefix(), tokens(CONFIG, first), np.random.default_rng(4)
     for turn in range(40):
-        new = tokens(CONFIG, int(rng.integers(1, 70)), seed=turn)
+        new = tokens(CONFIG, int(rng.integers(1, most)), seed=turn)
         prompt += new
         model.take_rows()
         answer = ask(model, prefix, prompt, num_tokens=5)
         num_prefilled = model.take_rows() - 4
         assert num_prefilled <= (len(new) + 64 if turn else len(prompt))
         prompt += answer.tokens
-    assert len(prompt) > 2000
     assert answer.tokens == ask(model, None, prompt[:-5], num_tokens=5).tokens
 
 
@@ -119,9 +123,11 @@ def test_damaged_files_cost_time_and_never_a_token(model: CountedModel, tmp_path
     uncached = ask(model, None, prompt)
     ask(model, prefix, prompt)
     prefix.close(20)
-    contents = {path: path.read_bytes() for path in sorted(tmp_path.glob("*.kv"))}
+    whole_blocks = [path for path in sorted(tmp_path.glob("*.kv")) if int(path.name.split("-")[0]) < 384]
+    contents = {path: path.read_bytes() for path in whole_blocks}
+    assert len(contents) == 6
     rng = np.random.default_rng(6)
-    for number in range(60):
+    for number in range(24):
         for path, whole in contents.items():
             path.write_bytes(whole)
         victim = list(contents)[int(rng.integers(0, len(contents)))]
@@ -132,8 +138,7 @@ def test_damaged_files_cost_time_and_never_a_token(model: CountedModel, tmp_path
         reopened = open_prefix(tmp_path)
         again = ask(model, reopened, prompt)
         assert again.tokens == uncached.tokens
-        start = int(victim.name.split("-")[0])
-        assert again.usage.num_cached_tokens == min(start, 399)
+        assert again.usage.num_cached_tokens == int(victim.name.split("-")[0])
         assert reopened.statistics()["prefix_damaged"] == 1
         reopened.close(20)
 
