@@ -1,6 +1,7 @@
 """`glmserve serve`: checks what can be checked at once, then runs HTTP here and the engine beside it."""
 
 import asyncio
+import hashlib
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from config.settings import Settings
 from server.api.app import make_app
 from server.api.keys import LOOPBACK_NAMES, Access, is_loopback, read_keys
 from server.api.names import ModelNames
+from server.api.remembered import Remembered
 from server.api.service import Dialect, Service
 from server.checkpoint import FoundCheckpoint, choose_checkpoint
 from server.engine.messages import EngineConfig
@@ -114,7 +116,9 @@ class _Serving:
         model_id = self.settings.served_model_name or self.checkpoint.model_id
         names = ModelNames(model_id, self.settings.model_policy)
         patience_s = JSON_KEEPALIVE_S if self.settings.json_keepalive else None
-        app = make_app(Service(engine, self.dialect, names, patience_s=patience_s), self.access)
+        remembered = make_remembered(self.settings, self.checkpoint.directory)
+        service = Service(engine, self.dialect, names, remembered=remembered, patience_s=patience_s)
+        app = make_app(service, self.access)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="off"
         )
@@ -127,6 +131,7 @@ class _Serving:
             await self.server.serve(sockets=[self.listener])
         finally:
             await engine.close()
+            await asyncio.to_thread(remembered.close)
         return self.fault
 
     def _read_keys_again(self) -> None:
@@ -148,6 +153,12 @@ def prefix_directory(settings: Settings) -> Path | None:
         return None
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return settings.prefix_cache_dir or cache_home / "glmserve" / "prefix"
+
+
+def make_remembered(settings: Settings, checkpoint: Path) -> Remembered:
+    """What the server has said, on disk beside the prefix cache."""
+    vocabulary = (checkpoint / "tokenizer.json").read_bytes()
+    return Remembered(prefix_directory(settings), hashlib.sha256(vocabulary).hexdigest())
 
 
 def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:

@@ -56,6 +56,6 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
             allow_origins=access.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=CORS_HEADERS,
-            expose_headers=["X-Generation-Id", "Retry-After"],
+            expose_headers=["X-Generation-Id", "X-Glmserve-Cache", "Retry-After"],
         )
     return app

@@ -76,7 +76,9 @@ class Answers:
         if sequence.request.score_prompt:
             self._score_prompt(sequence, hidden)
         num_read, num_prompt = sequence.num_tokens - sequence.num_unread, sequence.num_prompt_tokens
-        self._send(Progress(sequence.request.request_id, min(num_read, num_prompt), num_prompt))
+        num_cached = sequence.num_cached_tokens
+        progress = Progress(sequence.request.request_id, min(num_read, num_prompt), num_prompt, num_cached)
+        self._send(progress)
         self.save(sequence)
 
     def save(self, sequence: Sequence) -> None:

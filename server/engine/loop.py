@@ -208,7 +208,8 @@ class EngineLoop:
     def _tell_progress(self, sequence: Sequence) -> None:
         request, num_cached = sequence.request, sequence.num_cached_tokens
         if num_cached:
-            self._send(Progress(request.request_id, num_cached, sequence.num_prompt_tokens))
+            num_prompt = sequence.num_prompt_tokens
+            self._send(Progress(request.request_id, num_cached, num_prompt, num_cached))
 
     def _start_pass(self) -> None:
         self._settle()

@@ -183,6 +183,7 @@ class Progress:
     request_id: str
     num_prefilled: int
     num_prompt_tokens: int
+    num_cached: int = 0  # of them, from the prefix cache
 
 
 @dataclass(frozen=True)
