@@ -156,6 +156,7 @@ class EngineLoop:
     def _step(self) -> None:
         self._clear_away()
         self._admit()
+        self._drop_passes()
         self._start_pass()
         batch = self._scheduler.decode_batch(self._width.choose)
         if batch and not (self._passes and not self._pace.is_step_due(len(batch))):
@@ -165,8 +166,6 @@ class EngineLoop:
 
     def _clear_away(self) -> None:
         """Who is not wanted any more gives up its place, and who has outgrown the KV waits again."""
-        for one in [one for one in self._passes if not self._is_worth_its_end(one)]:
-            self._give_up(one)
         for sequence in self._scheduler.cancelled:
             self._answers.save(sequence)
             self._scheduler.retire(sequence)
@@ -174,6 +173,10 @@ class EngineLoop:
             log.info("request %s gives its place in the KV to others", victim.request.request_id)
             self._answers.save(victim)
             self._scheduler.suspend(victim)
+
+    def _drop_passes(self) -> None:
+        for one in [one for one in self._passes if not self._is_worth_its_end(one)]:
+            self._give_up(one)
 
     def _is_worth_its_end(self, one: Pass) -> bool:
         """A pass that nobody waits for any more goes on where its rows are kept, because clients that gave up
@@ -185,7 +188,8 @@ class EngineLoop:
         leaders = {part.sequence for part in one.parts}
         is_followed = any(item.leader in leaders for item in self._scheduler.followers)
         is_half_done = 0 < self._num_layers <= 2 * one.num_layers_done
-        return is_followed or is_half_done or not self._scheduler.has_readers
+        is_contended = self._scheduler.has_readers or self._scheduler.num_waiting
+        return is_followed or is_half_done or not is_contended
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():

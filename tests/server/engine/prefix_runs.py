@@ -157,3 +157,41 @@ def leave_after(
     model.on_layer = on_layer
     make_loop(model, prefix, inbox, lambda event: None, rows).run()
     model.on_layer = bool
+
+
+def run_script(
+    model: CountedModel,
+    prefix: PrefixCache | None,
+    first: Sequence[Generate],
+    script: Callable[[int], Sequence[Command]],
+    awaited: set[str],
+    rows: int = 2048,
+) -> dict[str, Outcome]:
+    """Serve until all awaited have ended; `script` says what comes after each layer, counted from 1."""
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    outcomes: dict[str, Outcome] = {}
+    tokens: dict[str, list[int]] = {}
+    num_layers = [0]
+
+    def on_layer() -> None:
+        num_layers[0] += 1
+        for command in script(num_layers[0]):
+            inbox.put(command)
+
+    def send(event: Event) -> None:
+        assert not isinstance(event, Failed), event
+        if isinstance(event, Token):
+            tokens.setdefault(event.request_id, []).append(event.score.token_id)
+        if isinstance(event, Finished):
+            outcomes[event.request_id] = Outcome(tokens[event.request_id], event.usage)
+            if awaited <= outcomes.keys():
+                inbox.put(Shutdown())
+
+    for request in first:
+        inbox.put(request)
+    model.on_layer = on_layer
+    loop = make_loop(model, prefix, inbox, send, rows)
+    loop.run()
+    loop.check_integrity()
+    model.on_layer = bool
+    return outcomes
