@@ -68,7 +68,9 @@ class BlockFiles:
         self.bytes_written = self.bytes_read = 0
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._sweep_up()
-        self._nbytes = sum(file.nbytes for file in self.list())
+        files = self.list()
+        self._nbytes = sum(file.nbytes for file in files)
+        self.num_pinned = sum(file.is_pinned for file in files)
 
     @property
     def is_writable(self) -> bool:
@@ -142,6 +144,7 @@ class BlockFiles:
             elif self.has(name):
                 marker.touch(mode=0o600)
                 count += 1
+        self.num_pinned = sum(file.is_pinned for file in self.list())
         return count
 
     def list(self) -> list[StoredFile]:
@@ -168,6 +171,7 @@ class BlockFiles:
             _remove(Path(f"{file.path}{_PIN}"))
         count = sum(_remove(file.path) for file in files)
         self._nbytes = sum(file.nbytes for file in self.list())
+        self.num_pinned = 0
         return count
 
     def _make_room(self, incoming: int) -> None:

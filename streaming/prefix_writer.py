@@ -24,6 +24,9 @@ DAY_S = 86_400.0
 MAX_WAITING = 65_536
 IDLE_WAIT_S = 60.0
 
+# A block to write, a chain to mark as used, or a change that an administrator wants.
+Work = BlockName | Sequence[BlockName] | Callable[[], object]
+
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +60,7 @@ class BlockWriter:
         self._files, self._memory = files, memory
         self._allowance = WriteAllowance(bytes_per_day, recent)
         self._is_spent = False
-        self._waiting: deque[BlockName | Sequence[BlockName]] = deque()
+        self._waiting: deque[Work] = deque()
         self._changed = threading.Condition()
         self._is_busy = self._is_closed = False
         self.num_written = self.num_dropped = 0
@@ -73,6 +76,12 @@ class BlockWriter:
             self._waiting.extend(names)
             if chain:
                 self._waiting.append(tuple(chain))
+            self._changed.notify_all()
+
+    def call(self, work: Callable[[], object]) -> None:
+        """Queue something else that only this thread may do with the files."""
+        with self._changed:
+            self._waiting.append(work)
             self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
@@ -102,7 +111,7 @@ class BlockWriter:
             except Exception:  # the thread must outlive whatever one block holds; a block is only a copy
                 log.exception("a block of the prefix cache was not written")
 
-    def _next(self) -> BlockName | Sequence[BlockName] | None:
+    def _next(self) -> Work | None:
         with self._changed:
             self._is_busy = False
             self._changed.notify_all()
@@ -112,7 +121,10 @@ class BlockWriter:
             self._is_busy = True
             return self._waiting.popleft()
 
-    def _work(self, item: BlockName | Sequence[BlockName]) -> None:
+    def _work(self, item: Work) -> None:
+        if callable(item):
+            item()
+            return
         if not isinstance(item, BlockName):
             self._files.use(item)
             return

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Request
 
 from config.errors import RequestError
 from server.api.errors import PROVIDER
-from server.api.explain import MAX_EXPLANATIONS
 from server.api.service import Service
 
 PERIODS = ("", "_daily", "_weekly", "_monthly")
@@ -35,14 +34,6 @@ def account_router(service: Service) -> APIRouter:
             message = f"there is no finished generation {id[:100]!r}; the last few thousand are kept"
             raise RequestError(message, status=404, error_type="not_found", param="id")
         return {"data": found}
-
-    @router.get("/cache/explain")
-    async def explain_cache(id: str = "") -> dict[str, Any]:
-        explanation = service.explainer.find(id)
-        if explanation is None:
-            message = f"there is no prompt {id[:100]!r} among the last {MAX_EXPLANATIONS} chats"
-            raise RequestError(message, status=404, error_type="not_found", param="id")
-        return {"data": explanation.describe()}
 
     @router.get("/providers")
     async def list_providers() -> dict[str, Any]:

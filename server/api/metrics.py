@@ -45,6 +45,10 @@ GAUGES = {
     "ahead_recall": ("lookahead_recall", "share of the absent experts that lookahead had begun to read"),
     "ahead_precision": ("lookahead_precision", "share of the experts read ahead that were wanted"),
     "prefix_memory_bytes": ("prefix_memory_bytes", "blocks of saved prompts in memory"),
+    "prefix_pinned_blocks": (
+        "prefix_pinned_blocks",
+        "pinned blocks on disk",
+    ),
     "prefix_disk_bytes": ("prefix_disk_bytes", "blocks of saved prompts on disk"),
     "budget_bytes": ("ram_budget_bytes", "--ram-budget"),
     "running": ("requests_running", "requests that are worked on"),

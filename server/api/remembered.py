@@ -76,6 +76,13 @@ class Remembered:
             said = self._database.get(key)
         return said
 
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._recent.clear()
+        if self._database:
+            self._thread.submit(self._database.clear)
+
     def close(self) -> None:
         """Write what waits."""
         self._thread.shutdown()
@@ -103,6 +110,9 @@ class _Database:
 
     def put(self, key: bytes, said: Said) -> None:
         self._try(lambda: self._put(key, said))
+
+    def clear(self) -> None:
+        self._try(lambda: self._connection and self._connection.execute("DELETE FROM answers"))
 
     def close(self) -> None:
         with self._lock:

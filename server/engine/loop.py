@@ -18,6 +18,7 @@ from server.engine.answers import Answers, kind_of
 from server.engine.constraint import Constraint
 from server.engine.grammar import Grammars
 from server.engine.messages import (
+    Administer,
     Cancel,
     Command,
     Event,
@@ -121,6 +122,8 @@ class EngineLoop:
                 self._receive(command)
             case Cancel(request_id):
                 self._scheduler.cancel(request_id)
+            case Administer():
+                self._prefixes.administer(command)
             case Shutdown():
                 self._is_stopping = True
             case _:

@@ -100,11 +100,22 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Administer:
+    """Change what the prefix cache keeps. Nothing is answered; the counts that are sent next show it.
+
+    `pin` keeps the whole blocks of this prompt that are on disk, whatever else needs their room.
+    """
+
+    action: Literal["clear", "pin", "unpin"]
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """End after the current step."""
 
 
-Command = Load | Generate | Cancel | Shutdown
+Command = Load | Generate | Cancel | Administer | Shutdown
 
 
 # Events about the engine

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -133,20 +134,20 @@ class PrefixCache:
             count += BLOCK_TOKENS
         return count
 
-    def pin(self, token_ids: Sequence[int], is_pinned: bool = True) -> int:
-        """Keep the blocks of a prompt on disk, or no longer, whatever else wants their room; their tokens."""
-        if not self._files or not self._writer:
-            return 0
-        self._writer.flush(FLUSH_S)
-        return BLOCK_TOKENS * self._files.pin(self._names(as_tokens(token_ids)), is_pinned)
+    def pin(self, token_ids: Sequence[int], is_pinned: bool = True) -> None:
+        """Keep the blocks of a prompt on disk, or no longer, whatever else wants their room.
+
+        It happens behind what waits to be written; blocks that are not there then are not pinned.
+        """
+        if self._files and self._writer:
+            self._writer.call(partial(self._files.pin, self._names(as_tokens(token_ids)), is_pinned))
 
     def clear(self) -> None:
-        """Forget everything, in memory and on disk, pinned or not."""
+        """Forget everything, in memory at once and then on disk, pinned or not."""
         self._memory.clear()
-        if self._writer and self._files:
+        if self._files and self._writer:
             self._writer.forget()
-            self._writer.flush(FLUSH_S)
-            self._files.clear()
+            self._writer.call(self._files.clear)
 
     def close(self, timeout_s: float) -> None:
         """Write what waits, for so long; then nothing works any more."""
@@ -174,6 +175,7 @@ class PrefixCache:
         if self._files and self._writer:
             values |= {
                 "prefix_disk_bytes": self._files.nbytes,
+                "prefix_pinned_blocks": self._files.num_pinned,
                 "prefix_bytes_written": self._files.bytes_written,
                 "prefix_bytes_read": self._files.bytes_read,
                 "prefix_evictions": self._files.num_evicted,
@@ -262,10 +264,6 @@ class PrefixCache:
         self._memory.use(name.key for name in chain)
         if self._writer and chain:
             self._writer.write(fresh, chain)
-
-
-# How long an administrator waits for the writer.
-FLUSH_S = 30.0
 
 
 def block_bytes(cache: SequenceCache) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from models.cache import SequenceCache
+from server.engine.messages import Administer
 from server.engine.prefix import PrefixCache
 from server.engine.sequence import Sequence
 from streaming.prefix_format import BlockName
@@ -30,6 +31,9 @@ class Prefixes(Protocol):
     def settle(self, sequences: Iterable[Sequence]) -> None:
         """Let those go on whose `leader` has read what they waited for, or has gone."""
 
+    def administer(self, command: Administer) -> None:
+        """Forget all, or keep a prompt whatever comes."""
+
 
 class NoPrefixes:
     """Every prompt is read from its start."""
@@ -44,6 +48,9 @@ class NoPrefixes:
 
     def settle(self, sequences: Iterable[Sequence]) -> None:
         """Nobody waits for another."""
+
+    def administer(self, command: Administer) -> None:
+        """There is nothing to change."""
 
 
 class SavedPrefixes:
@@ -85,6 +92,16 @@ class SavedPrefixes:
             if leader and (leader.cache is None or leader.num_saved_tokens >= sequence.follows_to):
                 sequence.leader = None
                 self.restore(sequence)
+
+    def administer(self, command: Administer) -> None:
+        """Forget all, or keep a prompt whatever comes."""
+        match command.action:
+            case "clear":
+                self._saved.clear()
+            case "pin":
+                self._saved.pin(command.token_ids)
+            case "unpin":
+                self._saved.pin(command.token_ids, is_pinned=False)
 
     def _claim(self, sequence: Sequence) -> None:
         self._claims = {name: owner for name, owner in self._claims.items() if _is_reading(owner, name)}

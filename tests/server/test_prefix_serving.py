@@ -20,8 +20,8 @@ pytestmark = [
     pytest.mark.skipif(not (POCKET / "config.json").exists(), reason="Pocket is not in this checkout"),
 ]
 
-# Some 900 tokens: the answer at the end depends on all of them having been read.
-STORY = " ".join(f"The box number {number} holds {number * 7 % 50} coins." for number in range(60))
+# Some 400 tokens: the answer at the end depends on all of them having been read.
+STORY = " ".join(f"The box number {number} holds {number * 7 % 50} coins." for number in range(25))
 MESSAGES: list[Any] = [
     {"role": "system", "content": STORY},
     {"role": "user", "content": "What is 17+25?"},
@@ -81,6 +81,7 @@ def test_a_prompt_survives_kill_9_and_the_text_is_the_same(tmp_path: Path) -> No
         assert said(again) == said(first)
 
 
+@pytest.mark.long
 def test_two_servers_share_a_directory_and_streamed_experts_share_it_too(tmp_path: Path) -> None:
     with serving(*flags(tmp_path)) as one, serving(*flags(tmp_path), "--stream-experts") as two:
         first = ask(one, MESSAGES)
@@ -98,12 +99,15 @@ def test_a_directory_that_cannot_be_made_costs_the_disk_and_nothing_else(tmp_pat
         assert said(again) == said(first)
 
 
+@pytest.mark.long
 def test_without_a_prefix_cache_every_prompt_is_read_anew() -> None:
     with serving("--prefix-cache-memory", "0") as server:
         assert [cached(ask(server, MESSAGES)) for _ in range(2)] == [0, 0]
 
 
-@pytest.mark.parametrize("strips", [False, True], ids=["as it was", "reasoning stripped"])
+@pytest.mark.parametrize(
+    "strips", [pytest.param(False, marks=pytest.mark.long), True], ids=["as it was", "reasoning stripped"]
+)
 def test_a_tool_loop_pays_for_its_new_tokens(tmp_path: Path, strips: bool) -> None:
     with serving(*flags(tmp_path)) as server:
         messages: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]

@@ -190,8 +190,12 @@ def test_clearing_forgets_everything(model: CountedModel, tmp_path: Path) -> Non
     prompt, prefix = tokens(CONFIG, 200), open_prefix(tmp_path)
     ask(model, prefix, prompt)
     assert prefix.count_saved(prompt) == 192
-    assert prefix.pin(prompt) == 192
+    prefix.pin(prompt)
+    assert prefix.flush(20)
+    assert prefix.statistics()["prefix_pinned_blocks"] == 3
     prefix.clear()
+    assert prefix.flush(20)
+    assert not list(tmp_path.iterdir())
     assert prefix.count_saved(prompt) == 0
     assert ask(model, prefix, prompt).usage.num_cached_tokens == 0
     prefix.close(20)
