@@ -25,12 +25,12 @@ from server.engine.messages import (
     Failed,
     Finished,
     Generate,
-    Progress,
     Shutdown,
     Started,
     Usage,
 )
 from server.engine.model import Backend
+from server.engine.orphans import is_worth_its_end
 from server.engine.pace import Pace
 from server.engine.passes import Pass
 from server.engine.prefixes import NoPrefixes, Prefixes
@@ -178,21 +178,9 @@ class EngineLoop:
             self._scheduler.suspend(victim)
 
     def _drop_passes(self) -> None:
-        for one in [one for one in self._passes if not self._is_worth_its_end(one)]:
-            self._give_up(one)
-
-    def _is_worth_its_end(self, one: Pass) -> bool:
-        """A pass that nobody waits for any more goes on where its rows are kept, because clients that gave up
-        ask again. It ends at once where others have something to read and less than half of it is done,
-        unless one of them wants the same.
-        """
-        if one.is_wanted or not self._prefixes.keeps_rows:
-            return one.is_wanted
-        leaders = {part.sequence for part in one.parts}
-        is_followed = any(item.leader in leaders for item in self._scheduler.followers)
-        is_half_done = 0 < self._num_layers <= 2 * one.num_layers_done
-        is_contended = self._scheduler.has_readers or self._scheduler.num_waiting
-        return is_followed or is_half_done or not is_contended
+        for one in list(self._passes):
+            if not is_worth_its_end(one, self._scheduler, self._prefixes, self._num_layers):
+                self._give_up(one)
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
@@ -204,19 +192,14 @@ class EngineLoop:
                 log.exception("the saved prefix of request %s", sequence.request.request_id)
                 sequence.cache, sequence.num_cached_tokens = self._model.make_cache(), 0
             self._send(Started(sequence.request.request_id))
-            self._tell_progress(sequence)
+            if sequence.num_cached_tokens:
+                self._answers.tell_progress(sequence)
 
     def _settle(self) -> None:
         try:
             self._prefixes.settle(self._scheduler.followers)
         except Exception:  # what was saved is of no use: the prompt is read
             log.exception("a shared prefix could not be restored")
-
-    def _tell_progress(self, sequence: Sequence) -> None:
-        request, num_cached = sequence.request, sequence.num_cached_tokens
-        if num_cached:
-            num_prompt = sequence.num_prompt_tokens
-            self._send(Progress(request.request_id, num_cached, num_prompt, num_cached))
 
     def _start_pass(self) -> None:
         self._settle()
