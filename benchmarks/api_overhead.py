@@ -30,6 +30,7 @@ from server.api.service import Service
 from server.checkpoint import POCKET
 from server.engine.interface import EngineStatus
 from server.engine.messages import (
+    Administer,
     Finished,
     Generate,
     ModelInfo,
@@ -65,6 +66,9 @@ class WrittenEngine:
 
     def reserve(self) -> None:
         """There is always room."""
+
+    def administer(self, command: Administer) -> None:
+        """Nothing is saved."""
 
     def cancel(self, request_id: str) -> None:
         """Nothing runs on."""

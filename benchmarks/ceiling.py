@@ -94,6 +94,7 @@ def serving(group: Path, directory: Path, budget: str, context: int) -> Iterator
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "server.cli", "serve", "--model", str(directory), "--stream-experts"]
     command += ["--ram-budget", budget, "--max-context", str(context), "--port", str(port)]
+    command += ["--prefix-cache-size", "0"]
     enter = f'echo $$ > {group}/cgroup.procs; exec "$@"'
     process = subprocess.Popen(["sh", "-c", enter, "sh", *command], start_new_session=True)
     try:

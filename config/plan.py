@@ -5,7 +5,7 @@ obeys it: every owner of memory takes its line from here. Knows nothing of MLX; 
 `models/` and `streaming/`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import StringIO
 
@@ -34,6 +34,19 @@ MAX_CACHE_BYTES = 10**9
 MIN_READER_THREADS = 8
 MAX_READER_THREADS = 32
 READER_SHARE = 0.01
+# Rows that every sweep can take, and slots that every ring has: two experts are computed with while two are
+# read. Of what the budget has beyond the minimum, longer sweeps get one share (a prompt longer than a sweep
+# reads the experts again for each) and the ring another (what it holds is read while attention runs).
+MIN_SWEEP_TOKENS = 2048
+MIN_RING_SLOTS = 4
+SWEEP_SHARE = 0.03
+RING_SHARE = 0.02
+# Saved prompts are worth a twenty-fifth of the budget: the SSD brings them back nearly as fast, and experts
+# need the rest. More than four full contexts nobody asked for; less than 2,048 tokens leaves no room to copy
+# blocks.
+PREFIX_DIVISOR = 25
+PREFIX_CONTEXTS = 4
+MIN_PREFIX_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ class Geometry:
     workspace_bytes: int  # the largest transients of one step, from the model's tile sizes
     reader_buffer_bytes: int  # one buffer of the reader
     vocab_size: int = 0
+    sweep_row_bytes: int = 0  # what each row of a prompt takes on its way through the layers
+    ring_slot_bytes: int = 0  # one expert of each kind, on its way through the ring
 
     @property
     def context_bytes_per_token(self) -> int:
@@ -68,6 +83,8 @@ class MemoryPlan:
     num_experts: int
     cache_limit_bytes: int
     reader_threads: int  # at most; the disk's probe decides
+    sweep_tokens: int  # of all prompts that share a sweep
+    ring_slots: int
 
     @property
     def is_resident(self) -> bool:
@@ -81,33 +98,69 @@ def make_plan(
     max_context: int,
     *,
     reader_threads: int | None = None,
+    prefix_bytes: int | None = None,
+    sweep_tokens: int | None = None,
     physical_bytes: int | None = None,
 ) -> MemoryPlan:
     """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done.
 
     `reader_threads`: how many the disk needs, once that is known; of the first plan's at most.
+    `prefix_bytes`: what the prefix cache may have, 0 for none; `sweep_tokens`: rows of a sweep. None leaves
+    them to the plan.
     """
-    fixed = _fixed_lines(geometry, max_context)
-    per_slot = sum(geometry.expert_bytes)
-    minimum = sum(fixed.values()) + per_slot * geometry.experts_per_token
+    least, most = _prefix_bounds(geometry, max_context, prefix_bytes)
+    tokens = sweep_tokens or min(max_context, MIN_SWEEP_TOKENS)
+    fixed = _fixed_lines(geometry, max_context) | {"sweep rows": tokens * geometry.sweep_row_bytes}
+    needed, per_slot = sum(fixed.values()), sum(geometry.expert_bytes)
+    whole = needed + per_slot * geometry.num_experts
+    resident = _fixed_point(lambda budget: whole + max(least, min(most, budget // PREFIX_DIVISOR)))
+    streamed = needed + per_slot * geometry.experts_per_token + MIN_RING_SLOTS * geometry.ring_slot_bytes
+    minimum = min(resident, streamed + least)
     _check_budget(geometry, budget_bytes, max_context, minimum, physical_bytes or physical_memory_bytes())
-    resident = sum(fixed.values()) + per_slot * geometry.num_experts
-    spare = budget_bytes - (resident if budget_bytes >= resident else minimum)
+    is_resident = budget_bytes >= resident
+    spare = budget_bytes - (resident if is_resident else minimum)
     threads = reader_threads or _reader_threads(geometry, spare)
-    fixed["reader buffers"] = reader_buffers(threads) * geometry.reader_buffer_bytes
-    slots = _divide(geometry, budget_bytes - sum(fixed.values()))
+    tokens += 0 if sweep_tokens else _more_tokens(geometry, spare, max_context - tokens)
+    ring_slots = 0 if is_resident else _ring_slots(geometry, spare)
+    lines = fixed | {
+        "reader buffers": reader_buffers(threads) * geometry.reader_buffer_bytes,
+        "prefix cache": max(least, min(most, budget_bytes // PREFIX_DIVISOR, least + int(spare * 0.9))),
+        "sweep rows": tokens * geometry.sweep_row_bytes,
+        "sweep ring": ring_slots * geometry.ring_slot_bytes,
+    }
+    slots = _divide(geometry, budget_bytes - sum(lines.values()))
     experts = sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
     return MemoryPlan(
         budget_bytes=budget_bytes,
         minimum_budget_bytes=minimum,
         resident_bytes=resident,
         max_context=max_context,
-        lines={**fixed, "experts": experts},
+        lines={**lines, "experts": experts},
         slots_per_layer=slots,
         num_experts=geometry.num_experts,
         cache_limit_bytes=fixed["MLX buffer cache"],
         reader_threads=threads,
+        sweep_tokens=tokens,
+        ring_slots=ring_slots,
     )
+
+
+def _fixed_point(needed: Callable[[int], int]) -> int:
+    """The smallest budget that is what is needed with it."""
+    budget = needed(0)
+    while budget < needed(budget):
+        budget = needed(budget)
+    return budget
+
+
+def _more_tokens(geometry: Geometry, spare: int, most: int) -> int:
+    """Rows of a sweep beyond the least."""
+    return min(most, int(spare * SWEEP_SHARE) // geometry.sweep_row_bytes) if geometry.sweep_row_bytes else 0
+
+
+def _ring_slots(geometry: Geometry, spare: int) -> int:
+    more = int(spare * RING_SHARE) // geometry.ring_slot_bytes if geometry.ring_slot_bytes else 0
+    return max(MIN_RING_SLOTS, min(geometry.num_experts, MIN_RING_SLOTS + more))
 
 
 def reader_buffers(threads: int) -> int:
@@ -136,6 +189,8 @@ def as_dict(plan: MemoryPlan) -> dict[str, object]:
         "slots_per_layer": list(plan.slots_per_layer),
         "num_experts": plan.num_experts,
         "is_resident": plan.is_resident,
+        "sweep_tokens": plan.sweep_tokens,
+        "ring_slots": plan.ring_slots,
     }
 
 
@@ -156,6 +211,7 @@ def render_plan(plan: MemoryPlan) -> str:
     console = Console(file=out, width=80)
     console.print(table)
     console.print(f"{slots} of {plan.num_experts} experts of each layer stay in memory.")
+    console.print(f"A sweep of the experts serves up to {plan.sweep_tokens} tokens of prompts.")
     console.print(f"The smallest budget that works is {_round_up(plan.minimum_budget_bytes)};")
     console.print(f"with {_round_up(plan.resident_bytes)} every expert stays in memory.")
     return out.getvalue()
@@ -171,6 +227,19 @@ def _fixed_lines(geometry: Geometry, max_context: int) -> dict[str, int]:
         "MLX buffer cache": cache,
         "Python and libraries": RUNTIME_BYTES + VOCABULARY_BYTES_PER_TOKEN * geometry.vocab_size,
     }
+
+
+def _prefix_bounds(geometry: Geometry, max_context: int, given: int | None) -> tuple[int, int]:
+    """The least and the most that the prefix cache gets."""
+    least = geometry.context_bytes_per_token * MIN_PREFIX_TOKENS
+    if given is None:
+        return least, max(least, PREFIX_CONTEXTS * geometry.context_bytes_per_token * max_context)
+    if 0 < given < least:
+        raise BudgetError(
+            f"--prefix-cache-memory {format_size(given)} is too little to copy blocks: give at least "
+            f"{_round_up(least)}, or 0 for no prefix cache"
+        )
+    return given, given
 
 
 def _check_budget(geometry: Geometry, budget: int, max_context: int, minimum: int, physical: int) -> None:

@@ -23,7 +23,12 @@ def _parse_size(value: Any) -> Any:
     return parse_size(value) if isinstance(value, str) else value
 
 
+def _parse_size_or_zero(value: Any) -> Any:
+    return 0 if value == "0" else _parse_size(value)
+
+
 Size = Annotated[int, BeforeValidator(_parse_size)]
+SizeOrZero = Annotated[int, BeforeValidator(_parse_size_or_zero)]
 
 
 def _setting(default: Any, group: str, metavar: str | None, text: str, **rules: Any) -> Any:
@@ -127,6 +132,32 @@ class Settings(BaseSettings):
         "SECONDS",
         "the engine is ended and started again when a layer or a step takes so long",
         gt=0,
+    )
+    prefix_cache_dir: Path | None = _setting(
+        None,
+        "Prefix cache",
+        "DIR",
+        "where prompts that were read are kept, so that a restart does not lose them; whoever may read this "
+        "folder may read what people wrote (default glmserve/prefix in $XDG_CACHE_HOME or ~/.cache)",
+    )
+    prefix_cache_size: SizeOrZero = _setting(
+        "50G", "Prefix cache", "SIZE", "most bytes kept in that folder; 0 keeps nothing on disk", ge=0
+    )
+    prefix_cache_memory: SizeOrZero | None = _setting(
+        None,
+        "Prefix cache",
+        "SIZE",
+        "part of --ram-budget for prompts that were read; 0 reads every prompt anew, and keeps nothing on "
+        "disk either (default 4 percent of the budget, at most four times the longest context)",
+        ge=0,
+    )
+    prefix_cache_writes: SizeOrZero = _setting(
+        "200G",
+        "Prefix cache",
+        "SIZE",
+        "most bytes written to that folder in a day, because SSDs wear (1,000 tokens of GLM-5.2 are 95 MB); "
+        "beyond it prompts are kept in memory only",
+        ge=0,
     )
     host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on")
     port: int = _setting(8080, "Network", "PORT", "port to listen on; 0 takes a free one", ge=0, le=65535)

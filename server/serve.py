@@ -1,7 +1,9 @@
 """`glmserve serve`: checks what can be checked at once, then runs HTTP here and the engine beside it."""
 
 import asyncio
+import hashlib
 import logging
+import os
 import signal
 import socket
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from config.settings import Settings
 from server.api.app import make_app
 from server.api.keys import LOOPBACK_NAMES, Access, is_loopback, read_keys
 from server.api.names import ModelNames
+from server.api.remembered import Remembered
 from server.api.service import Dialect, Service
 from server.checkpoint import FoundCheckpoint, choose_checkpoint
 from server.engine.messages import EngineConfig
@@ -134,7 +137,9 @@ class _Serving:
         model_id = self.settings.served_model_name or self.checkpoint.model_id
         names = ModelNames(model_id, self.settings.model_policy)
         patience_s = JSON_KEEPALIVE_S if self.settings.json_keepalive else None
-        app = make_app(Service(engine, self.dialect, names, patience_s=patience_s), self.access)
+        remembered = make_remembered(self.settings, self.checkpoint.directory)
+        service = Service(engine, self.dialect, names, remembered=remembered, patience_s=patience_s)
+        app = make_app(service, self.access)
         self.server = uvicorn.Server(make_server_config(self.settings, app))
         engine.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
@@ -145,6 +150,7 @@ class _Serving:
             await self.server.serve(sockets=[self.listener])
         finally:
             await engine.close()
+            await asyncio.to_thread(remembered.close)
         return self.fault
 
     def _read_keys_again(self) -> None:
@@ -160,6 +166,20 @@ class _Serving:
         self.server.should_exit = True
 
 
+def prefix_directory(settings: Settings) -> Path | None:
+    """Where saved prompts outlive the process; None where they do not."""
+    if settings.prefix_cache_size == 0 or settings.prefix_cache_memory == 0:
+        return None
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return settings.prefix_cache_dir or cache_home / "glmserve" / "prefix"
+
+
+def make_remembered(settings: Settings, checkpoint: Path) -> Remembered:
+    """What the server has said, on disk beside the prefix cache."""
+    vocabulary = (checkpoint / "tokenizer.json").read_bytes()
+    return Remembered(prefix_directory(settings), hashlib.sha256(vocabulary).hexdigest())
+
+
 def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
     """What the engine needs to know of the settings."""
     return EngineConfig(
@@ -173,4 +193,8 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         max_inflight_per_agent=settings.max_inflight_per_agent,
         batch_width=settings.batch_width,
         mirror=settings.mirror.expanduser().absolute() if settings.mirror else None,
+        prefix_memory_bytes=settings.prefix_cache_memory,
+        prefix_directory=prefix_directory(settings),
+        prefix_disk_bytes=settings.prefix_cache_size,
+        prefix_writes_per_day=settings.prefix_cache_writes,
     )

@@ -58,6 +58,8 @@ class Answer:
         self.parser = parser
         self.prompt_scores: list[TokenScore] = []
         self.first_at: float | None = None
+        self.token_ids: list[int] = []
+        self.remark = ""  # for its line in the log
         self._progress: Progress | None = None
         self._prefill_from: tuple[float, int] | None = None
         self._reason: FinishReason | None = None
@@ -71,7 +73,14 @@ class Answer:
     @property
     def usage(self) -> Usage:
         """Tokens so far, or in the end."""
-        return self._usage or Usage(len(self.request.token_ids), self._num_tokens)
+        num_cached = self._progress.num_cached if self._progress else 0
+        return self._usage or Usage(len(self.request.token_ids), self._num_tokens, num_cached)
+
+    @property
+    def is_whole_turn(self) -> bool:
+        """Whether the client saw all that was generated, up to where the model or the last call ended it."""
+        is_cut = self._scanner.is_stopped or self.parser.num_rejected_calls
+        return self._reason == "stop" and not is_cut
 
     @property
     def reason(self) -> str | None:
@@ -142,6 +151,7 @@ class Answer:
 
     def _on_token(self, score: TokenScore) -> Delta:
         self._num_tokens += 1
+        self.token_ids.append(score.token_id)
         self.first_at = self.first_at or time.time()
         was_content = self.parser.part == "content"
         piece = self.parser.push(score.token_id)
@@ -158,10 +168,12 @@ class Answer:
     def _log(self, seconds: float) -> None:
         usage = self.usage
         log.info(
-            "%s %s: %d prompt + %d new tokens in %.2f s, %.1f tok/s",
+            "%s %s: cached=%d/%d%s + %d new tokens in %.2f s, %.1f tok/s",
             self.request.request_id,
             self.reason or "ended early",
+            usage.num_cached_tokens,
             usage.num_prompt_tokens,
+            self.remark and f" {self.remark}",
             usage.num_completion_tokens,
             seconds,
             usage.num_completion_tokens / max(seconds, 1e-9),

@@ -4,6 +4,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from server.api.account import account_router
+from server.api.cache import cache_router
 from server.api.catalogue import health_router, models_router
 from server.api.chat import chat_router
 from server.api.completions import completion_router
@@ -52,6 +53,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(models_router(service), prefix=base)
         app.include_router(account_router(service, access.keys), prefix=base)
         app.include_router(tokenize_router(service), prefix=base)
+        app.include_router(cache_router(service), prefix=base)
     app.include_router(health_router(service))
     app.include_router(metrics_router(service.engine, service.ledger))
     install_error_handlers(app)
@@ -62,6 +64,6 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
             allow_origins=access.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=CORS_HEADERS,
-            expose_headers=["X-Generation-Id", "Retry-After"],
+            expose_headers=["X-Generation-Id", "X-Glmserve-Cache", "Retry-After"],
         )
     return app

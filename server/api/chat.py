@@ -15,13 +15,15 @@ from server.api.chat_schema import ChatRequest
 from server.api.constraints import grammar_of
 from server.api.ledger import Caller, Receipt
 from server.api.merge import merge
+from server.api.remembered import Said
+from server.api.replay import Renderer, render_messages
 from server.api.service import Service
 from server.api.shapes import Envelope
 from server.api.sse import stream
+from server.api.volatile import without_volatile_lines
 from server.api.whole import respond_whole
 from server.engine.messages import Generate, Thought
 from server.glm.answer_parser import AnswerParser, prompt_is_thinking
-from server.glm.effort import template_options
 
 KIND = "chat.completion"
 CHUNK = "chat.completion.chunk"
@@ -38,8 +40,8 @@ def chat_router(service: Service, always_sends_usage: bool) -> APIRouter:
         chat = await anyio.to_thread.run_sync(Chat, service, body, caller)
         if body.stream:
             chunks = chat.chunks(always_sends_usage or body.wants_usage_in_stream)
-            return stream(chunks, chat.envelope, CHUNK, service.keepalive_s, chat.progress)
-        return await respond_whole(request, chat.result(), chat.envelope.id, service.patience_s)
+            return stream(chunks, chat.envelope, CHUNK, service.keepalive_s, chat.progress, chat.headers())
+        return await respond_whole(request, chat.result(), chat.envelope.id, service.patience_s, chat.headers)
 
     return router
 
@@ -58,15 +60,37 @@ class Chat:
         self._service = service
         self._body = body
         self._tokenizer = service.dialect.tokenizer
-        prompt = self._tokenizer.encode(render(service, body))
+        self._caller = caller
+        renderer = Renderer(self._tokenizer, service.dialect.template, service.remembered, caller.key or "")
+        self._rendered = rendered = renderer.render(body)
+        prompt = rendered.token_ids
         limit = service.within_context(prompt, body.limit) if fills_context else body.limit
         command = service.command(body, prompt, limit, body.top_logprobs or 0)
         command = replace(command, thought=self._thought(prompt), grammar=grammar_of(service, body))
         command = replace(command, agent=caller.agent)
         self.answers = [self._answer(service, one) for one in shapes.several(command, body.n or 1)]
+        self._heard: list[list[Delta]] = [[] for _ in self.answers]
+        self._explain(command)
         self.envelope = Envelope(command.request_id, service.model_id)
         self._receipt = Receipt(command.request_id, service.model_id, caller, bool(body.stream))
         service.engine.reserve()
+
+    def _explain(self, command: Generate) -> None:
+        found = self._service.explainer.begin(
+            command.request_id,
+            self._caller.agent,
+            self._tokenizer,
+            command.token_ids,
+            self._body.template_messages(),
+            self._body.template_tools() or [],
+            self._rendered.num_replayed,
+        )
+        self.answers[0].remark = found.line
+
+    def headers(self) -> dict[str, str]:
+        """What is known of the prompt's way through the prefix cache, at this time."""
+        found = self._service.explainer.find(self.answers[0].request.request_id)
+        return {"X-Glmserve-Cache": found.line} if found and found.line else {}
 
     def _thought(self, prompt: list[int]) -> Thought | None:
         end_id = self._tokenizer.end_think_id
@@ -125,9 +149,20 @@ class Chat:
         try:
             async with aclosing(merge([answer.deltas() for answer in self.answers])) as merged:
                 async for index, delta in merged:
+                    self._heard[index].append(delta)
                     yield index, replace(delta, reasoning="") if self._body.hides_reasoning else delta
         finally:
+            self._remember()
             self._service.ledger.close(self._receipt, self.answers)
+
+    def _remember(self) -> None:
+        """Keep what was said for the turns to come, and what the prefix cache gave."""
+        for answer, heard in zip(self.answers, self._heard, strict=True):
+            if answer.is_whole_turn:
+                said = said_of(heard, answer.token_ids, is_thinking=answer.request.thought is not None)
+                self._service.remembered.add(self._caller.key or "", self._rendered.answered, said)
+        first = self.answers[0]
+        self._service.explainer.end(first.request.request_id, first.usage.num_cached_tokens, first.token_ids)
 
     def _usage(self) -> dict[str, Any]:
         return shapes.usage(self.answers, answers_per_prompt=len(self.answers))
@@ -135,6 +170,16 @@ class Chat:
 
 def render(service: Service, body: ChatRequest) -> str:
     """The prompt of a conversation."""
-    options = template_options(body.effort, body.is_thinking_enabled)
-    options["clear_thinking"] = body.clears_thinking
-    return service.dialect.template.render(body.template_messages(), body.template_tools(), options)
+    return render_messages(service.dialect.template, body, without_volatile_lines(body.template_messages()))
+
+
+def said_of(heard: list[Delta], token_ids: list[int], *, is_thinking: bool) -> Said:
+    """A turn as its client has it."""
+    message = shapes.chat_message(heard)
+    calls = [
+        (call["id"], call["function"]["name"], call["function"]["arguments"])
+        for call in message.get("tool_calls", [])
+    ]
+    reasoning = "".join(delta.reasoning for delta in heard)
+    content = (message["content"] or "").strip()
+    return Said(tuple(token_ids), reasoning, content, tuple(calls), is_thinking)

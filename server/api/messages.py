@@ -48,7 +48,9 @@ def messages_router(service: Service) -> APIRouter:
                 service.keepalive_s,
                 headers,
             )
-        response = await respond_whole(request, message.result(), chat.envelope.id, service.patience_s)
+        response = await respond_whole(
+            request, message.result(), chat.envelope.id, service.patience_s, chat.headers
+        )
         response.headers["request-id"] = chat.envelope.id
         return response
 

@@ -27,12 +27,33 @@ COUNTERS = {
     "num_timeouts": ("read_timeouts", "reads that did not come back in time"),
     "ahead_started": ("lookahead_experts", "experts read because the next layer was expected to want them"),
     "ahead_used": ("lookahead_used", "those of them that it did want"),
+    "prefix_asked_tokens": ("prefix_asked_tokens", "prompt tokens looked for in the prefix cache"),
+    "prefix_restored_tokens": (
+        "prefix_restored_tokens",
+        "prompt tokens found there, and not computed",
+    ),
+    "prefix_saved_tokens": ("prefix_saved_tokens", "tokens put there"),
+    "prefix_bytes_written": ("prefix_written_bytes", "bytes of blocks written to --prefix-cache-dir"),
+    "prefix_bytes_read": ("prefix_read_bytes", "bytes of blocks read from there"),
+    "prefix_evictions": ("prefix_evictions", "blocks deleted there for others"),
+    "prefix_damaged": ("prefix_damaged", "blocks there that were damaged or foreign, and were deleted"),
+    "prefix_errors": ("prefix_errors", "times that the disk refused to read or write there"),
+    "prefix_blocks_dropped": (
+        "prefix_dropped",
+        "blocks not written: no time, no allowance, no disk",
+    ),
 }
 GAUGES = {
     "slots": ("expert_slots", "experts that fit in memory"),
     "resident_experts": ("resident_experts", "experts in memory now"),
     "ahead_recall": ("lookahead_recall", "share of the absent experts that lookahead had begun to read"),
     "ahead_precision": ("lookahead_precision", "share of the experts read ahead that were wanted"),
+    "prefix_memory_bytes": ("prefix_memory_bytes", "blocks of saved prompts in memory"),
+    "prefix_pinned_blocks": (
+        "prefix_pinned_blocks",
+        "pinned blocks on disk",
+    ),
+    "prefix_disk_bytes": ("prefix_disk_bytes", "blocks of saved prompts on disk"),
     "budget_bytes": ("ram_budget_bytes", "--ram-budget"),
     "running": ("requests_running", "requests that are worked on"),
     "waiting": ("requests_waiting", "requests in line at the engine"),

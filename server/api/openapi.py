@@ -62,6 +62,11 @@ OPERATIONS = {
     "/providers": Operation(declared.FoundMany),
     "/tokenize": Operation(declared.Tokens, TokenizeRequest),
     "/detokenize": Operation(declared.Text, DetokenizeRequest),
+    "/cache/explain": Operation(declared.Found),
+    "/cache/stats": Operation(declared.Found),
+    "/cache/clear": Operation(declared.Found),
+    "/cache/pin": Operation(declared.Found, ChatRequest, IGNORED),
+    "/cache/unpin": Operation(declared.Found, ChatRequest, IGNORED),
     "/health": Operation(declared.Health, error=declared.Health),
 }
 
@@ -93,11 +98,12 @@ def _describe(document: Json) -> None:
             if path == "/metrics":
                 described["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
                 continue
+            success = next(status for status in described["responses"] if status.startswith("20"))
             if operation.gives is not declared.Error:
-                described["responses"]["200"]["content"] = _json(references[operation.gives])
+                described["responses"][success]["content"] = _json(references[operation.gives])
             if operation.streams:
                 events = {"text/event-stream": {"schema": {"type": "string"}}}
-                described["responses"]["200"]["content"] |= events
+                described["responses"][success]["content"] |= events
             if operation.takes:
                 described["requestBody"] = {"required": True, "content": _json(references[operation.takes])}
 

@@ -36,7 +36,9 @@ def responses_router(service: Service) -> APIRouter:
         chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(), caller))
         response = _Response(service, body, chat)
         if not body.stream:
-            return await respond_whole(request, response.result(), chat.envelope.id, service.patience_s)
+            return await respond_whole(
+                request, response.result(), chat.envelope.id, service.patience_s, chat.headers
+            )
         return stream_named(
             response.events(),
             response.failed,

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 from config.errors import RequestError
 from server.api.errors import GenerationFailed
+from server.api.explain import Explainer
 from server.api.ledger import Ledger
 from server.api.line import Line
 from server.api.names import ModelNames
+from server.api.remembered import Remembered
 from server.api.schema import GenerationRequest
 from server.engine.interface import Engine
 from server.engine.messages import Generate, ModelInfo, Sampling
@@ -35,6 +37,8 @@ class Service:
     names: ModelNames
     ledger: Ledger = field(default_factory=Ledger)
     line: Line = field(default_factory=Line)
+    remembered: Remembered = field(default_factory=Remembered)
+    explainer: Explainer = field(default_factory=Explainer)
     keepalive_s: float = 5.0
     patience_s: float | None = 10.0
     started_at: int = field(default_factory=lambda: int(time.time()))

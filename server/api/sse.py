@@ -5,7 +5,7 @@ break clients. Headers and a first comment go out before the engine has said any
 """
 
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -24,6 +24,7 @@ def stream(
     kind: str,
     keepalive_s: float,
     progress: Callable[[], str] = str,
+    headers: Mapping[str, str] | None = None,
 ) -> EventSourceResponse:
     """A response that sends these chunks and then `[DONE]`, or one error chunk in its place.
 
@@ -31,7 +32,7 @@ def stream(
     """
     return EventSourceResponse(
         _events(chunks, envelope, kind),
-        headers={"X-Generation-Id": envelope.id},
+        headers={"X-Generation-Id": envelope.id, **(headers or {})},
         sep="\n",
         ping=keepalive_s,
         ping_message_factory=lambda: _keepalive(progress()),

@@ -6,7 +6,7 @@ after the body is read.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request, Response
@@ -18,12 +18,16 @@ Result = dict[str, Any]
 
 
 async def respond_whole(
-    request: Request, work: Coroutine[Any, Any, Result], generation_id: str, patience_s: float | None
+    request: Request,
+    work: Coroutine[Any, Any, Result],
+    generation_id: str,
+    patience_s: float | None,
+    more_headers: Callable[[], Mapping[str, str]] = dict,
 ) -> Response:
     """The result as JSON. After `patience_s` the headers go out, and a blank each time it has passed again.
 
     Blanks before JSON mean nothing to a parser, but tell proxies that somebody works. The status is sent by
-    then, so an error travels in the body.
+    then, so an error travels in the body. `more_headers` is asked when the headers go out.
     """
     headers = {"X-Generation-Id": generation_id}
     working = asyncio.ensure_future(work)
@@ -32,13 +36,13 @@ async def respond_whole(
     try:
         await asyncio.wait({working, watching}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
-            return JSONResponse(working.result(), headers=headers)
+            return JSONResponse(working.result(), headers={**headers, **more_headers()})
         if watching.done():
             raise ClientGone
         assert patience_s, "only patience ends the wait for neither"
         is_kept = True
         blanks = _blanks_then_result(working, patience_s, request.url.path)
-        return StreamingResponse(blanks, headers=headers, media_type="application/json")
+        return StreamingResponse(blanks, headers={**headers, **more_headers()}, media_type="application/json")
     finally:
         await _end(watching)
         if not is_kept:

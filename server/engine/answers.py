@@ -75,9 +75,15 @@ class Answers:
     def _report(self, sequence: Sequence, hidden: mx.array) -> None:  # [n, H]
         if sequence.request.score_prompt:
             self._score_prompt(sequence, hidden)
-        num_read, num_prompt = sequence.num_tokens - sequence.num_unread, sequence.num_prompt_tokens
-        self._send(Progress(sequence.request.request_id, min(num_read, num_prompt), num_prompt))
+        self.tell_progress(sequence)
         self.save(sequence)
+
+    def tell_progress(self, sequence: Sequence) -> None:
+        """How much of the prompt is in the cache, and how much of that was saved before."""
+        num_prompt = sequence.num_prompt_tokens
+        num_read = min(sequence.num_tokens - sequence.num_unread, num_prompt)
+        request_id, num_cached = sequence.request.request_id, sequence.num_cached_tokens
+        self._send(Progress(request_id, num_read, num_prompt, num_cached))
 
     def save(self, sequence: Sequence) -> None:
         """Offer the rows of a cache to those who keep prefixes. A request does not fail for that."""

@@ -12,12 +12,14 @@ from config.errors import CheckpointError, DiskError, UsageError
 from config.plan import MemoryPlan, make_plan, render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
+from models.cache_blocks import cache_fingerprint
 from models.loading import PREFILL_ROWS, Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
 from server.engine.limits import MAX_RUNNING, Limits
 from server.engine.messages import EngineConfig, ModelInfo
-from server.engine.model import Backend, ReportProgress
-from server.engine.telemetry import measure_store
+from server.engine.model import Backend, Model, ReportProgress
+from server.engine.prefix import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
+from server.engine.telemetry import measure_all, measure_store
 from server.engine.use import MemoryUse
 from streaming.disk import DirectDisk, Disk
 from streaming.mirror import MirroredDisk, find_copies
@@ -25,6 +27,8 @@ from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
 from streaming.probe import DiskProbe, probe_disk
 from streaming.reader import NUM_THREADS
 from streaming.store import ExpertStore
+
+log = logging.getLogger(__name__)
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
 DEFAULT_CONTEXT = 32_768
@@ -63,8 +67,10 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
     use = MemoryUse(store, trunk_bytes(model), lambda: model.cache_bytes)
-    limits = _make_limits(plan, arithmetic, config)
-    return Backend(model, info, measure_store(store, plan, use, probe), limits)
+    fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
+    prefix = open_prefix_cache(model, fingerprint, plan, config)
+    measure = measure_all(measure_store(store, plan, use, probe), prefix)
+    return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix)
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
@@ -96,6 +102,27 @@ def _probe(disk: Disk, checkpoint: Checkpoint, max_depth: int) -> DiskProbe:
     return probe
 
 
+def open_prefix_cache(
+    model: Model, fingerprint: bytes, plan: MemoryPlan, config: EngineConfig
+) -> PrefixCache | None:
+    """The prefix cache within its line of the plan; without its disk where that cannot be used."""
+    line = plan.lines["prefix cache"]
+    if line == 0:
+        return None
+    max_bytes = max(0, line - TRANSIENT_BLOCKS * block_bytes(model.make_cache()))
+    if config.prefix_directory is None:
+        return PrefixCache(fingerprint, max_bytes)
+    disk = DiskTier(config.prefix_directory, config.prefix_disk_bytes, config.prefix_writes_per_day)
+    try:
+        return PrefixCache(fingerprint, max_bytes, disk)
+    except OSError as error:
+        log.error(
+            "prefix cache: %s cannot be used (%s), so prompts are kept in memory only and a restart loses "
+            "them; --prefix-cache-dir names another folder", disk.directory, error.strerror,
+        )  # fmt: skip
+        return PrefixCache(fingerprint, max_bytes)
+
+
 def _policy_maker(name: Literal["lru", "nearness"], checkpoint: Checkpoint) -> Callable[[], Policy]:
     args = checkpoint.args
     if name == "lru":
@@ -116,7 +143,13 @@ def plan_memory(
         raise UsageError(f"--max-context {config.max_context} is more than the model's {longest}")
     context = config.max_context or min(longest, DEFAULT_CONTEXT)
     geometry = make_geometry(checkpoint, arithmetic, context)
-    plan = make_plan(geometry, config.ram_budget_bytes, context, reader_threads=reader_threads)
+    plan = make_plan(
+        geometry,
+        config.ram_budget_bytes,
+        context,
+        reader_threads=reader_threads,
+        prefix_bytes=config.prefix_memory_bytes,
+    )
     if not config.stream_experts and not plan.is_resident:
         raise UsageError(
             f"the whole model needs {format_size(plan.resident_bytes)}, more than --ram-budget "

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from server.engine.messages import Generate, ModelInfo, RequestEvent, Stats
+from server.engine.messages import Administer, Generate, ModelInfo, RequestEvent, Stats
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,6 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; unknown ids are ignored."""
+
+    def administer(self, command: Administer) -> None:
+        """Change what the prefix cache keeps."""

@@ -18,6 +18,7 @@ from server.engine.answers import Answers, kind_of
 from server.engine.constraint import Constraint
 from server.engine.grammar import Grammars
 from server.engine.messages import (
+    Administer,
     Cancel,
     Command,
     Event,
@@ -29,6 +30,7 @@ from server.engine.messages import (
     Usage,
 )
 from server.engine.model import Backend
+from server.engine.orphans import is_worth_its_end
 from server.engine.pace import Pace
 from server.engine.passes import Pass
 from server.engine.prefixes import NoPrefixes, Prefixes
@@ -120,6 +122,8 @@ class EngineLoop:
                 self._receive(command)
             case Cancel(request_id):
                 self._scheduler.cancel(request_id)
+            case Administer():
+                self._prefixes.administer(command)
             case Shutdown():
                 self._is_stopping = True
             case _:
@@ -155,6 +159,7 @@ class EngineLoop:
     def _step(self) -> None:
         self._clear_away()
         self._admit()
+        self._drop_passes()
         self._start_pass()
         batch = self._scheduler.decode_batch(self._width.choose)
         if batch and not (self._passes and not self._pace.is_step_due(len(batch))):
@@ -164,8 +169,6 @@ class EngineLoop:
 
     def _clear_away(self) -> None:
         """Who is not wanted any more gives up its place, and who has outgrown the KV waits again."""
-        for one in [one for one in self._passes if not one.is_wanted]:
-            self._give_up(one)
         for sequence in self._scheduler.cancelled:
             self._answers.save(sequence)
             self._scheduler.retire(sequence)
@@ -173,6 +176,11 @@ class EngineLoop:
             log.info("request %s gives its place in the KV to others", victim.request.request_id)
             self._answers.save(victim)
             self._scheduler.suspend(victim)
+
+    def _drop_passes(self) -> None:
+        for one in list(self._passes):
+            if not is_worth_its_end(one, self._scheduler, self._prefixes, self._num_layers):
+                self._give_up(one)
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
@@ -184,8 +192,17 @@ class EngineLoop:
                 log.exception("the saved prefix of request %s", sequence.request.request_id)
                 sequence.cache, sequence.num_cached_tokens = self._model.make_cache(), 0
             self._send(Started(sequence.request.request_id))
+            if sequence.num_cached_tokens:
+                self._answers.tell_progress(sequence)
+
+    def _settle(self) -> None:
+        try:
+            self._prefixes.settle(self._scheduler.followers)
+        except Exception:  # what was saved is of no use: the prompt is read
+            log.exception("a shared prefix could not be restored")
 
     def _start_pass(self) -> None:
+        self._settle()
         if len(self._passes) > 1 or not self._scheduler.has_readers:
             return
         parts: list[Part] = []

@@ -31,6 +31,10 @@ class EngineConfig:
     batch_width: int | None = None
     expert_policy: Literal["lru", "nearness"] = "nearness"
     mirror: Path | None = None
+    prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache
+    prefix_directory: Path | None = None  # None: nothing on disk
+    prefix_disk_bytes: int = 0
+    prefix_writes_per_day: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,22 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Administer:
+    """Change what the prefix cache keeps. Nothing is answered; the counts that are sent next show it.
+
+    `pin` keeps the whole blocks of this prompt that are on disk, whatever else needs their room.
+    """
+
+    action: Literal["clear", "pin", "unpin"]
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """End after the current step."""
 
 
-Command = Load | Generate | Cancel | Shutdown
+Command = Load | Generate | Cancel | Administer | Shutdown
 
 
 # Events about the engine
@@ -180,6 +195,7 @@ class Progress:
     request_id: str
     num_prefilled: int
     num_prompt_tokens: int
+    num_cached: int = 0  # of them, from the prefix cache
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from models.attention import Span
 from models.cache import SequenceCache
 from server.engine.limits import Limits
 from server.engine.messages import EngineConfig, ModelInfo
+from server.engine.prefix import PrefixCache
 
 
 class Model(Protocol):
@@ -33,6 +34,7 @@ class Backend:
     info: ModelInfo
     measure: Callable[[], Mapping[str, float]] = dict
     limits: Limits = field(default_factory=Limits)
+    prefix: PrefixCache | None = None
 
 
 ReportProgress = Callable[[float, str], None]

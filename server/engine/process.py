@@ -14,6 +14,7 @@ from server.engine.child import Child
 from server.engine.interface import EngineStatus
 from server.engine.line import Line
 from server.engine.messages import (
+    Administer,
     Cancel,
     EngineConfig,
     Event,
@@ -146,6 +147,11 @@ class EngineProcess:
         self._line.leave(request_id)
         if self._requests.pop(request_id, None) is not None and self._child:
             self._child.send(Cancel(request_id))
+
+    def administer(self, command: Administer) -> None:
+        """Change what the prefix cache keeps; without a child there is nobody to ask."""
+        if self._child:
+            self._child.send(command)
 
     def _send(self, request: Generate) -> asyncio.Queue[RequestEvent]:
         assert self._child, "requests are sent to a child"

@@ -62,7 +62,7 @@ class Scheduler:
         """Forget a sequence that is complete, failed or cancelled, and give its cache back."""
         self._running.remove(sequence)
         self._in_pass.discard(sequence)
-        sequence.cache = None
+        sequence.cache = sequence.leader = None
         self.shares.leave(sequence.request.agent)
 
     @property
@@ -138,7 +138,8 @@ class Scheduler:
         return parts
 
     def _readers(self) -> list[Sequence]:
-        return [item for item in self._running if not item.is_decoding and item not in self._in_pass]
+        reading = [item for item in self._running if not item.is_decoding and item.leader is None]
+        return [item for item in reading if item not in self._in_pass and not item.is_cancelled]
 
     @staticmethod
     def _take_whole(ranked: list[Sequence], num_rows: int, most_each: int) -> list[Part]:
@@ -177,8 +178,13 @@ class Scheduler:
     def suspend(self, sequence: Sequence) -> None:
         """Take the cache away; the sequence waits and will read all its tokens again."""
         self._running.remove(sequence)
-        sequence.cache = None
+        sequence.cache = sequence.leader = None
         self._waiting.insert(0, sequence)
+
+    @property
+    def followers(self) -> list[Sequence]:
+        """Those that wait until another has read what they share."""
+        return [item for item in self._running if item.leader is not None and not item.is_cancelled]
 
     def charge(self, parts: list[Part], seconds: float) -> None:
         """Divide the time of a step between those who had a part in it, by rows."""

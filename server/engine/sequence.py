@@ -25,6 +25,9 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     num_scored: int = 0  # prompt tokens whose scores were sent
     num_cached_tokens: int = 0  # prompt tokens that came from a saved prefix
+    num_saved_tokens: int = 0  # tokens up to which whole blocks are saved
+    leader: "Sequence | None" = None  # reads what this one would read next, so this one waits for it
+    follows_to: int = 0  # tokens that both have in common
     promised_tokens: int = 0  # room in the KV that was set aside when it was admitted
     is_cancelled: bool = False
 

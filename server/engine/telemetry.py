@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from config.plan import MemoryPlan
 from config.sizes import format_size
 from server.engine.messages import Event, Failed, Finished, Heartbeat, Stats
+from server.engine.prefix import PrefixCache
 from server.engine.use import MemoryUse
 from streaming.probe import DiskProbe
 from streaming.store import ExpertStore
@@ -96,3 +97,10 @@ def measure_store(store: ExpertStore, plan: MemoryPlan, use: MemoryUse, probe: D
         return values
 
     return measure
+
+
+def measure_all(measure: Measure, prefix: PrefixCache | None) -> Measure:
+    """The store's counts and, where there is a prefix cache, its own."""
+    if prefix is None:
+        return measure
+    return lambda: {**measure(), **prefix.statistics()}

@@ -21,8 +21,12 @@ from server.engine.grammar import Grammars
 from server.engine.loop import EngineLoop
 from server.engine.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Ready
 from server.engine.model import Backend, OpenBackend
+from server.engine.prefixes import SavedPrefixes
 from server.engine.telemetry import Telemetry
 from server.logs import set_up_logging
+
+# Less than the HTTP side waits before it insists.
+CLOSE_TIMEOUT_S = 3.0
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +46,19 @@ def main(open_model: OpenBackend = open_backend) -> int:
     pipe.send(Ready(backend.info))
     grammars = Grammars(load.config.model_path / "tokenizer.json", backend.info.vocab_size)
     telemetry = Telemetry(backend.measure, pipe.send)
-    loop = EngineLoop(backend, inbox, with_activity(telemetry.send), grammars=grammars, beat=telemetry.beat)
+    prefixes = SavedPrefixes(backend.prefix) if backend.prefix else None
+    loop = EngineLoop(
+        backend,
+        inbox,
+        with_activity(telemetry.send),
+        grammars=grammars,
+        prefixes=prefixes,
+        beat=telemetry.beat,
+    )
     telemetry.watch(loop.measure)
     loop.run()
+    if backend.prefix:
+        backend.prefix.close(CLOSE_TIMEOUT_S)
     return 0
 
 

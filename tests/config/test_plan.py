@@ -95,3 +95,30 @@ def test_threads_that_the_disk_does_not_need_leave_their_memory_to_the_experts()
     assert after.lines["reader buffers"] == 5 * GLM.reader_buffer_bytes < before.lines["reader buffers"]
     assert after.lines["experts"] > before.lines["experts"]
     assert after.minimum_budget_bytes == before.minimum_budget_bytes
+
+
+def test_saved_prompts_get_a_twenty_fifth_and_at_most_four_contexts() -> None:
+    plan = make_plan(GLM, 100 * GB, 32_768, physical_bytes=128 * GB)
+    assert plan.lines["prefix cache"] == 4 * GB
+    short = make_plan(GLM, 100 * GB, 4096, physical_bytes=128 * GB)
+    assert short.lines["prefix cache"] == 4 * 4096 * 95_232
+
+
+@pytest.mark.parametrize("given", [0, GB, 30 * GB])
+def test_saved_prompts_get_what_is_asked_for(given: int) -> None:
+    plan = make_plan(GLM, 100 * GB, 32_768, physical_bytes=128 * GB, prefix_bytes=given)
+    assert plan.lines["prefix cache"] == given
+    assert sum(plan.lines.values()) <= 100 * GB
+
+
+def test_less_than_saved_prompts_need_is_refused_with_what_would_do() -> None:
+    with pytest.raises(BudgetError, match="--prefix-cache-memory") as refusal:
+        make_plan(GLM, 100 * GB, 32_768, physical_bytes=128 * GB, prefix_bytes=1)
+    named = parse_size(str(refusal.value).split("at least ")[1].split(",")[0])
+    make_plan(GLM, 100 * GB, 32_768, physical_bytes=128 * GB, prefix_bytes=named)
+
+
+def test_the_smallest_budget_leaves_saved_prompts_the_least() -> None:
+    minimum = make_plan(GLM, 100 * GB, 32_768, physical_bytes=128 * GB).minimum_budget_bytes
+    plan = make_plan(GLM, minimum, 32_768, physical_bytes=128 * GB)
+    assert plan.lines["prefix cache"] == 2048 * 95_232

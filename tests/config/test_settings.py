@@ -93,3 +93,10 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str | None) -> None:
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_settings({}).port = 1
+
+
+def test_only_the_prefix_cache_takes_a_size_of_zero() -> None:
+    settings = load_settings({"prefix_cache_size": "0", "prefix_cache_memory": "0"})
+    assert (settings.prefix_cache_size, settings.prefix_cache_memory) == (0, 0)
+    with pytest.raises(UsageError, match="--ram-budget"):
+        load_settings({"ram_budget": "0"})

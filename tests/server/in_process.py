@@ -11,6 +11,7 @@ from server.engine.grammar import Grammars
 from server.engine.interface import EngineStatus
 from server.engine.loop import EngineLoop
 from server.engine.messages import (
+    Administer,
     Cancel,
     Command,
     Event,
@@ -47,6 +48,9 @@ class LoopEngine:
 
     def reserve(self) -> None:
         """There is always a place."""
+
+    def administer(self, command: Administer) -> None:
+        self.inbox.put(command)
 
     def cancel(self, request_id: str) -> None:
         self._requests.pop(request_id, None)

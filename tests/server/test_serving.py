@@ -36,6 +36,7 @@ def start_server(*flags: str) -> Server:
     """Start on a free port and wait until it answers; the port is read from its log."""
     command = [sys.executable, "-u", "-m", "server.cli", "--model", str(POCKET), "--port", "0", *flags]
     env = {k: v for k, v in os.environ.items() if not k.startswith("GLMSERVE_")}
+    env["GLMSERVE_PREFIX_CACHE_SIZE"] = "0"  # a flag wins: tests share no files that they do not name
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )

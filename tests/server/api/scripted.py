@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from server.engine.interface import EngineStatus
 from server.engine.messages import (
+    Administer,
     Failed,
     FailureKind,
     Finished,
@@ -37,6 +38,7 @@ class ScriptedEngine:
     ready: bool = True
     requests: list[Generate] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    administered: list[Administer] = field(default_factory=list)
 
     @property
     def status(self) -> EngineStatus:
@@ -46,6 +48,9 @@ class ScriptedEngine:
 
     def reserve(self) -> None:
         """There is always a place."""
+
+    def administer(self, command: Administer) -> None:
+        self.administered.append(command)
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)

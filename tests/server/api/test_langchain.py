@@ -42,7 +42,7 @@ def test_both_talk_to_this_server(base_url: str, engine: ScriptedEngine, tokeniz
         '</think>{"name": "Oslo"}<|user|>',
     ]
     engine.turns = [tokenizer.encode(turn) for turn in turns]
-    engine.token_s = 0.002
+    engine.token_s = 0.01
     heard = talk(base_url)
     langchain = heard["langchain"]
     calls = [{"city": " Oslo\n", "days": 2}, {"city": "Bergen"}]

@@ -1,0 +1,197 @@
+"""The loop over a tiny random GLM with a prefix cache, counting the rows that were computed."""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+
+import mlx.core as mx
+
+from models.attention import Span
+from models.cache import SequenceCache
+from models.glm_moe_dsa import Model
+from server.engine.limits import Limits
+from server.engine.loop import EngineLoop
+from server.engine.messages import (
+    Cancel,
+    Command,
+    Event,
+    Failed,
+    Finished,
+    Generate,
+    ModelInfo,
+    Sampling,
+    Shutdown,
+    Token,
+    Usage,
+)
+from server.engine.model import Backend
+from server.engine.prefix import DiskTier, PrefixCache
+from server.engine.prefixes import SavedPrefixes
+from tests.tiny_glm import SHARED, make_weights
+from tests.tiny_model import make_model
+
+GREEDY = Sampling(temperature=0)
+PLENTY = 10**9
+FINGERPRINT = bytes(32)
+CONFIG = SHARED | {
+    "vocab_size": 64,
+    "num_hidden_layers": 5,
+    "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 2,
+}
+CONTEXT = 16_384
+
+
+@dataclass
+class CountedModel:
+    """A model that counts the rows it computes. `on_layer` hears of each layer, while it is under way."""
+
+    inner: Model
+    rows: list[int] = field(default_factory=list)
+    on_layer: Callable[[], object] = bool
+
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+        self.rows.append(tokens.shape[0])
+        layers = self.inner.forward(tokens, spans)
+        while True:
+            try:
+                layer = next(layers)
+            except StopIteration as end:
+                hidden: mx.array = end.value
+                return hidden
+            self.on_layer()
+            yield layer
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        return self.inner.logits(hidden)
+
+    def make_cache(self) -> SequenceCache:
+        return self.inner.make_cache()
+
+    def take_rows(self) -> int:
+        """Rows since this was last asked."""
+        count = sum(self.rows)
+        self.rows.clear()
+        return count
+
+
+def make_counted_model(seed: int = 3) -> CountedModel:
+    return CountedModel(make_model(CONFIG, make_weights(CONFIG, seed)))
+
+
+def open_prefix(
+    directory: Path | None = None, memory: int = PLENTY, fingerprint: bytes = FINGERPRINT
+) -> PrefixCache:
+    disk = DiskTier(directory, PLENTY, PLENTY) if directory else None
+    return PrefixCache(fingerprint, memory, disk)
+
+
+@dataclass
+class Outcome:
+    """What became of one request."""
+
+    tokens: list[int]
+    usage: Usage
+
+
+def make_loop(
+    model: CountedModel,
+    prefix: PrefixCache | None,
+    inbox: SimpleQueue[Command],
+    send: Callable[[Event], None],
+    rows: int,
+) -> EngineLoop:
+    limits = Limits(pass_rows=rows, kv_tokens=8 * CONTEXT)
+    backend = Backend(model, ModelInfo(CONFIG["vocab_size"], CONTEXT), limits=limits)
+    return EngineLoop(backend, inbox, send, prefixes=SavedPrefixes(prefix) if prefix else None)
+
+
+def generate(
+    model: CountedModel, prefix: PrefixCache | None, *requests: Generate, rows: int = 2048
+) -> dict[str, Outcome]:
+    """Serve these requests, all there from the start, and stop."""
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    outcomes: dict[str, Outcome] = {}
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+
+    def send(event: Event) -> None:
+        assert not isinstance(event, Failed), event
+        if isinstance(event, Token):
+            tokens[event.request_id].append(event.score.token_id)
+        if isinstance(event, Finished):
+            outcomes[event.request_id] = Outcome(tokens[event.request_id], event.usage)
+            if len(outcomes) == len(requests):
+                inbox.put(Shutdown())
+
+    for request in requests:
+        inbox.put(request)
+    make_loop(model, prefix, inbox, send, rows).run()
+    return outcomes
+
+
+def ask(
+    model: CountedModel,
+    prefix: PrefixCache | None,
+    prompt: Sequence[int],
+    num_tokens: int = 8,
+    rows: int = 2048,
+) -> Outcome:
+    """One greedy answer."""
+    return generate(model, prefix, Generate("a", tuple(prompt), num_tokens, GREEDY), rows=rows)["a"]
+
+
+def leave_after(
+    model: CountedModel, prefix: PrefixCache, prompt: Sequence[int], num_layers: int, rows: int
+) -> None:
+    """A client that asks, and is gone when so many layers have been computed."""
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    left = [num_layers]
+
+    def on_layer() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            inbox.put(Cancel("a"))
+            inbox.put(Shutdown())
+
+    inbox.put(Generate("a", tuple(prompt), 4, GREEDY))
+    model.on_layer = on_layer
+    make_loop(model, prefix, inbox, lambda event: None, rows).run()
+    model.on_layer = bool
+
+
+def run_script(
+    model: CountedModel,
+    prefix: PrefixCache | None,
+    first: Sequence[Generate],
+    script: Callable[[int], Sequence[Command]],
+    awaited: set[str],
+    rows: int = 2048,
+) -> dict[str, Outcome]:
+    """Serve until all awaited have ended; `script` says what comes after each layer, counted from 1."""
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    outcomes: dict[str, Outcome] = {}
+    tokens: dict[str, list[int]] = {}
+    num_layers = [0]
+
+    def on_layer() -> None:
+        num_layers[0] += 1
+        for command in script(num_layers[0]):
+            inbox.put(command)
+
+    def send(event: Event) -> None:
+        assert not isinstance(event, Failed), event
+        if isinstance(event, Token):
+            tokens.setdefault(event.request_id, []).append(event.score.token_id)
+        if isinstance(event, Finished):
+            outcomes[event.request_id] = Outcome(tokens[event.request_id], event.usage)
+            if awaited <= outcomes.keys():
+                inbox.put(Shutdown())
+
+    for request in first:
+        inbox.put(request)
+    model.on_layer = on_layer
+    loop = make_loop(model, prefix, inbox, send, rows)
+    loop.run()
+    loop.check_integrity()
+    model.on_layer = bool
+    return outcomes

@@ -1,0 +1,118 @@
+"""Prompts in flight at the same time: what they share is read once, also when its first reader leaves."""
+
+import pytest
+
+from server.engine.messages import Cancel, Command, Generate
+from tests.server.engine.prefix_runs import (
+    CONFIG,
+    GREEDY,
+    CountedModel,
+    Outcome,
+    ask,
+    make_counted_model,
+    open_prefix,
+    run_script,
+)
+from tests.tiny_glm import tokens
+
+NUM_LAYERS = CONFIG["num_hidden_layers"]
+PROMPT = tuple(tokens(CONFIG, 320))
+OTHER = tuple(tokens(CONFIG, 320, seed=9))
+
+
+@pytest.fixture(scope="module")
+def model() -> CountedModel:
+    made = make_counted_model()
+    ask(made, None, PROMPT[:40])  # compiles, and is no part of the counts
+    made.take_rows()
+    return made
+
+
+def request(name: str, prompt: tuple[int, ...] = PROMPT) -> Generate:
+    return Generate(name, prompt, 4, GREEDY)
+
+
+@pytest.fixture(scope="module")
+def uncached(model: CountedModel) -> dict[tuple[int, ...], list[int]]:
+    made = {prompt: ask(model, None, prompt, 4).tokens for prompt in (PROMPT, OTHER)}
+    model.take_rows()
+    return made
+
+
+def run(
+    model: CountedModel, events: dict[int, list[Command]], awaited: set[str], rows: int = 2048
+) -> tuple[dict[str, Outcome], int]:
+    """What became of the requests, and how many rows were computed."""
+    model.take_rows()
+    outcomes = run_script(
+        model, open_prefix(), [request("first")], lambda layer: events.get(layer, []), awaited, rows
+    )
+    return outcomes, model.take_rows()
+
+
+@pytest.mark.parametrize("layer", [1, 3, 5])
+def test_whoever_asks_the_same_while_it_is_read_waits_for_it(
+    model: CountedModel, uncached: dict[tuple[int, ...], list[int]], layer: int
+) -> None:
+    events: dict[int, list[Command]] = {layer: [request("second"), request("third")]}
+    outcomes, num_rows = run(model, events, {"first", "second", "third"})
+    assert {name: one.tokens for name, one in outcomes.items()} == dict.fromkeys(
+        ["first", "second", "third"], uncached[PROMPT]
+    )
+    assert num_rows <= 320 + 2 * 64 + 3 * 3
+    assert outcomes["second"].usage.num_cached_tokens >= 256
+
+
+@pytest.mark.parametrize("layer", [1, 3, 4])
+def test_a_pass_goes_on_after_its_client_left_and_the_next_attempt_finds_it(
+    model: CountedModel, uncached: dict[tuple[int, ...], list[int]], layer: int
+) -> None:
+    events: dict[int, list[Command]] = {layer: [Cancel("first"), request("again")]}
+    outcomes, num_rows = run(model, events, {"again"})
+    assert outcomes["again"].tokens == uncached[PROMPT]
+    assert num_rows <= 320 + 64 + 3
+
+
+@pytest.mark.parametrize(("layer", "goes_on"), [(NUM_LAYERS + 2, False), (NUM_LAYERS + 3, True)])
+def test_a_pass_that_nobody_waits_for_gives_way_to_others_while_less_than_half_is_done(
+    model: CountedModel, uncached: dict[tuple[int, ...], list[int]], layer: int, goes_on: bool
+) -> None:
+    """A loop knows how many layers there are after its first pass, so a short prompt goes first."""
+    prefix, short = open_prefix(), Generate("short", (1, 2, 3), 1, GREEDY)
+    events: dict[int, list[Command]] = {
+        2: [request("long")],
+        layer: [Cancel("long"), request("other", OTHER)],
+    }
+    outcomes = run_script(model, prefix, [short], lambda at: events.get(at, []), {"short", "other"})
+    assert outcomes["other"].tokens == uncached[OTHER]
+    assert (prefix.count_saved(PROMPT) == 320) == goes_on
+
+
+def test_when_the_reader_of_a_long_prompt_leaves_another_takes_over(
+    model: CountedModel, uncached: dict[tuple[int, ...], list[int]]
+) -> None:
+    """Parts of 64 rows: the first leaves in the middle, and nothing is read twice but the part under way."""
+    events: dict[int, list[Command]] = {2: [request("second")], 12: [Cancel("first")]}
+    outcomes, num_rows = run(model, events, {"second"}, rows=64)
+    assert outcomes["second"].tokens == uncached[PROMPT]
+    assert num_rows <= 320 + 2 * 64 + 3
+
+
+def test_prompts_that_part_share_what_they_have_in_common(
+    model: CountedModel, uncached: dict[tuple[int, ...], list[int]]
+) -> None:
+    parting = (*PROMPT[:200], *OTHER[:50])
+    alone = ask(model, None, parting, 4).tokens
+    outcomes, num_rows = run(model, {2: [request("second", parting)]}, {"first", "second"})
+    assert outcomes["second"].tokens == alone
+    assert outcomes["second"].usage.num_cached_tokens == 192
+    assert num_rows == 320 + (250 - 192) + 2 * 3
+
+
+def test_a_prompt_that_shares_nothing_does_not_wait(
+    model: CountedModel, uncached: dict[tuple[int, ...], list[int]]
+) -> None:
+    outcomes, num_rows = run(model, {2: [request("second", OTHER)]}, {"first", "second"})
+    assert outcomes["second"].tokens == uncached[OTHER]
+    assert outcomes["second"].usage.num_cached_tokens == 0
+    assert num_rows == 640 + 2 * 3
