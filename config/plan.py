@@ -25,6 +25,13 @@ VOCABULARY_BYTES_PER_TOKEN = 680
 # these bounds.
 MIN_CACHE_BYTES = 32 * 10**6
 MAX_CACHE_BYTES = 10**9
+# Rows that every sweep can take, and slots that every ring has: two experts are computed with while two are
+# read. Of what the budget has beyond the minimum, longer sweeps get one share (a prompt longer than a sweep
+# reads the experts again for each) and the ring another (what it holds is read while attention runs).
+MIN_SWEEP_TOKENS = 2048
+MIN_RING_SLOTS = 4
+SWEEP_SHARE = 0.03
+RING_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Geometry:
     workspace_bytes: int  # the largest transients of one step, from the model's tile sizes
     reader_bytes: int  # what the readers' buffers may grow to
     vocab_size: int = 0
+    sweep_row_bytes: int = 0  # what each row of a prompt takes on its way through the layers
+    ring_slot_bytes: int = 0  # one expert of each kind, on its way through the ring
 
     @property
     def context_bytes_per_token(self) -> int:
@@ -58,6 +67,8 @@ class MemoryPlan:
     slots_per_layer: tuple[int, ...]
     num_experts: int
     cache_limit_bytes: int
+    sweep_tokens: int  # of all prompts that share a sweep
+    ring_slots: int
 
     @property
     def is_resident(self) -> bool:
@@ -66,25 +77,53 @@ class MemoryPlan:
 
 
 def make_plan(
-    geometry: Geometry, budget_bytes: int, max_context: int, *, physical_bytes: int | None = None
+    geometry: Geometry,
+    budget_bytes: int,
+    max_context: int,
+    *,
+    sweep_tokens: int | None = None,
+    physical_bytes: int | None = None,
 ) -> MemoryPlan:
     """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done."""
     fixed = _fixed_lines(geometry, max_context)
     per_slot = sum(geometry.expert_bytes)
-    minimum = sum(fixed.values()) + per_slot * geometry.experts_per_token
+    least_tokens = sweep_tokens or min(max_context, MIN_SWEEP_TOKENS)
+    base = sum(fixed.values()) + least_tokens * geometry.sweep_row_bytes
+    minimum = base + MIN_RING_SLOTS * geometry.ring_slot_bytes + per_slot * geometry.experts_per_token
+    resident = base + per_slot * geometry.num_experts
+    minimum = min(minimum, resident)
     _check_budget(geometry, budget_bytes, max_context, minimum, physical_bytes or physical_memory_bytes())
-    slots = _divide(geometry, budget_bytes - sum(fixed.values()))
+    is_resident = budget_bytes >= resident
+    spare = budget_bytes - (resident if is_resident else minimum)
+    tokens = least_tokens
+    if sweep_tokens is None and geometry.sweep_row_bytes:
+        more = int(spare * (1 if is_resident else SWEEP_SHARE)) // geometry.sweep_row_bytes
+        tokens = min(max_context, least_tokens + more)
+    ring_slots = 0 if is_resident else _ring_slots(geometry, spare)
+    lines = {
+        **fixed,
+        "sweep rows": tokens * geometry.sweep_row_bytes,
+        "sweep ring": ring_slots * geometry.ring_slot_bytes,
+    }
+    slots = _divide(geometry, budget_bytes - sum(lines.values()))
     experts = sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
     return MemoryPlan(
         budget_bytes=budget_bytes,
         minimum_budget_bytes=minimum,
-        resident_bytes=sum(fixed.values()) + per_slot * geometry.num_experts,
+        resident_bytes=resident,
         max_context=max_context,
-        lines={**fixed, "experts": experts},
+        lines={**lines, "experts": experts},
         slots_per_layer=slots,
         num_experts=geometry.num_experts,
         cache_limit_bytes=fixed["MLX buffer cache"],
+        sweep_tokens=tokens,
+        ring_slots=ring_slots,
     )
+
+
+def _ring_slots(geometry: Geometry, spare: int) -> int:
+    more = int(spare * RING_SHARE) // geometry.ring_slot_bytes if geometry.ring_slot_bytes else 0
+    return max(MIN_RING_SLOTS, min(geometry.num_experts, MIN_RING_SLOTS + more))
 
 
 def as_dict(plan: MemoryPlan) -> dict[str, object]:
@@ -99,6 +138,8 @@ def as_dict(plan: MemoryPlan) -> dict[str, object]:
         "slots_per_layer": list(plan.slots_per_layer),
         "num_experts": plan.num_experts,
         "is_resident": plan.is_resident,
+        "sweep_tokens": plan.sweep_tokens,
+        "ring_slots": plan.ring_slots,
     }
 
 
@@ -119,6 +160,7 @@ def render_plan(plan: MemoryPlan) -> str:
     console = Console(file=out, width=80)
     console.print(table)
     console.print(f"{slots} of {plan.num_experts} experts of each layer stay in memory.")
+    console.print(f"A sweep of the experts serves up to {plan.sweep_tokens} tokens of prompts.")
     console.print(f"The smallest budget that works is {_round_up(plan.minimum_budget_bytes)};")
     console.print(f"with {_round_up(plan.resident_bytes)} every expert stays in memory.")
     return out.getvalue()

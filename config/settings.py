@@ -72,6 +72,14 @@ class Settings(BaseSettings):
         "ceiling of the memory used: 100G (G = 10^9 bytes), 96GiB (GiB = 2^30) or 80%% of physical memory",
         gt=0,
     )
+    sweep_tokens: int | None = _setting(
+        None,
+        "Memory",
+        "TOKENS",
+        "prompt tokens that go through the layers together, so that each expert is read once for all of them "
+        "(default: what the budget allows, at least 2048)",
+        ge=1,
+    )
     expert_policy: Literal["lru", "nearness"] = _setting(
         "lru",
         "Memory",

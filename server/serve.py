@@ -146,4 +146,5 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         max_context=settings.max_context,
         log_level=settings.log_level,
         expert_policy=settings.expert_policy,
+        sweep_tokens=settings.sweep_tokens,
     )

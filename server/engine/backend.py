@@ -33,6 +33,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         slots,
         float_dtype=arithmetic.dtype,
         make_policy=_policy_maker(config.expert_policy, checkpoint),
+        ring_slots=plan.ring_slots,
     )
     if not config.stream_experts:
         store.load_all(lambda done, total: report(0.9 * done / total, f"experts of layer {done} of {total}"))
@@ -44,7 +45,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     )
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
-    return Backend(model, info, measure_store(store, plan))
+    return Backend(model, info, measure_store(store, plan), plan.sweep_tokens)
 
 
 def _policy_maker(name: Literal["lru", "nearness"], checkpoint: Checkpoint) -> Callable[[], Policy]:
@@ -64,7 +65,12 @@ def plan_memory(checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineCo
     if config.max_context is not None and config.max_context > longest:
         raise UsageError(f"--max-context {config.max_context} is more than the model's {longest}")
     context = config.max_context or min(longest, DEFAULT_CONTEXT)
-    plan = make_plan(make_geometry(checkpoint, arithmetic, context), config.ram_budget_bytes, context)
+    plan = make_plan(
+        make_geometry(checkpoint, arithmetic, context),
+        config.ram_budget_bytes,
+        context,
+        sweep_tokens=config.sweep_tokens,
+    )
     if not config.stream_experts and not plan.is_resident:
         raise UsageError(
             f"the whole model needs {format_size(plan.resident_bytes)}, more than --ram-budget "

@@ -60,7 +60,7 @@ class EngineLoop:
         self._info = backend.info
         self._inbox = inbox
         self._send = send
-        self._scheduler = scheduler or Scheduler()
+        self._scheduler = scheduler or Scheduler(backend.sweep_tokens)
         self._grammars = grammars
         self._is_stopping = False
 

@@ -24,6 +24,7 @@ class EngineConfig:
     max_context: int | None
     log_level: str
     expert_policy: Literal["lru", "nearness"] = "lru"
+    sweep_tokens: int | None = None
 
 
 @dataclass(frozen=True)

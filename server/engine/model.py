@@ -6,6 +6,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from config.plan import MIN_SWEEP_TOKENS
 from models.attention import Span
 from models.cache import SequenceCache
 from server.engine.messages import EngineConfig, ModelInfo
@@ -31,6 +32,7 @@ class Backend:
     model: Model
     info: ModelInfo
     measure: Callable[[], Mapping[str, float]] = dict
+    sweep_tokens: int = MIN_SWEEP_TOKENS  # rows that one prefill forward may take
 
 
 ReportProgress = Callable[[float, str], None]

@@ -6,7 +6,7 @@ One sequence runs at a time, first come, first served.
 from collections import deque
 from dataclasses import dataclass
 
-from models.loading import PREFILL_ROWS
+from config.plan import MIN_SWEEP_TOKENS
 from server.engine.sequence import Sequence
 
 
@@ -31,7 +31,7 @@ Work = Prefill | Decode
 class Scheduler:
     """A queue and the sequence at its head."""
 
-    def __init__(self, prefill_rows: int = PREFILL_ROWS) -> None:
+    def __init__(self, prefill_rows: int = MIN_SWEEP_TOKENS) -> None:
         self._prefill_rows = prefill_rows
         self._waiting: deque[Sequence] = deque()
         self._running: Sequence | None = None
