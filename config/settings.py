@@ -83,6 +83,14 @@ class Settings(BaseSettings):
         "DIR",
         "a second copy of the checkpoint, on another SSD: experts are read from both at the same time",
     )
+    sweep_tokens: int | None = _setting(
+        None,
+        "Memory",
+        "TOKENS",
+        "prompt tokens that go through the layers together, so that each expert is read once for all of them "
+        "(default: what the budget allows, at least 2048)",
+        ge=1,
+    )
     expert_policy: Literal["lru", "nearness"] = _setting(
         "nearness",
         "Memory",

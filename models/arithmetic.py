@@ -31,6 +31,17 @@ class Weight(Protocol):
     def get(self, name: str, /) -> mx.array | None: ...
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A matrix that is not packed."""
+
+    weight: mx.array
+    quantization: None = None
+
+    def get(self, name: str, /) -> mx.array | None:
+        return None
+
+
 def scales_of(w: Weight) -> mx.array:
     """The scales of a packed weight."""
     scales = w.get("scales")
@@ -46,15 +57,31 @@ class Arithmetic:
     `max_packed_rows`: up to this many rows a packed weight is multiplied as it is, each row by itself, so
     that a row's result does not depend on its company. Above, the weight is unpacked once and the rows go
     through one BLAS call. None: packed always.
+    `max_gathered_rows`: up to this many rows each (row, expert) pair is computed by itself; above, each
+    expert with all the rows that want it, `experts_at_once` of them between two evaluations.
+    `gather_from`: with more keys than this for each selected one, a prompt's rows gather the selected keys;
+    with fewer they attend to all keys under a mask.
     """
 
     name: str
     dtype: mx.Dtype
     max_packed_rows: int | None
+    max_gathered_rows: int = 32
+    experts_at_once: int = 4
+    gather_from: int = 7
 
     def is_few(self, rows: int) -> bool:
         """Whether so many rows are computed row by row, from the packed weights."""
         return self.max_packed_rows is None or rows <= self.max_packed_rows
+
+    def gathers(self, rows: int) -> bool:
+        """Whether the experts of so many rows are computed pair by pair."""
+        return rows <= self.max_gathered_rows
+
+    def unpacked(self, w: Weight, rows: int) -> Weight:
+        """The weight in the form that so many rows are multiplied with, for use in several products."""
+        q = w.quantization
+        return w if q is None or self.is_few(rows) else Dense(self._unpack(w, q))
 
     def product(self, x: mx.array, w: Weight) -> mx.array:
         """x times the transpose of w. x [..., rows, in], w [..., out, in] -> [..., rows, out]."""
@@ -94,7 +121,8 @@ class Arithmetic:
 # bfloat16 products are 8 times slower than float32 ones in MLX's CPU kernels, and one packed product costs
 # as much as unpacking the weight and a BLAS call at 4 to 8 rows (2 cores, AMD EPYC). 8 keeps a batch of
 # eight agents exact.
-CPU = Arithmetic("cpu", mx.float32, max_packed_rows=8)
+# Unpacked experts lie in memory until they are evaluated: two at a time.
+CPU = Arithmetic("cpu", mx.float32, max_packed_rows=8, max_gathered_rows=8, experts_at_once=2)
 GPU = Arithmetic("gpu", mx.bfloat16, max_packed_rows=None)
 
 

@@ -5,7 +5,7 @@ themselves, and the result is moved out again (`unembed_out`). One form for pref
 set of numbers. Memory is bounded by tiles of queries.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -14,18 +14,14 @@ import mlx.nn as nn
 from models.args import FULL, ModelArgs
 from models.arithmetic import Arithmetic
 from models.cache import SequenceCache
-from models.indexer import Indexer, index_scores
+from models.indexer import Indexer
 from models.linear import Linear
 from models.rope import Rope
-from models.selection import causal_mask, select, selected_positions
+from models.tiles import EAGER_ROWS, TILE_ELEMENTS, Tile, causal_tiles, select_tiles
 
-# Elements of the largest intermediate of a tile (64 MiB in float32), and its rows: keys behind the last row
-# of a tile are never touched, so small tiles save up to half of a long prompt's work.
-TILE_ELEMENTS = 2**24
-TILE_ROWS = 256
-# Rows of one span up to which the selected latents are gathered; more rows use a mask over all keys.
-# Both forms compute the same sums; see docs/measurements.md for the crossover.
-_GATHER_ROWS = 8
+# Rows of a prompt that go through one layer's attention together; `num_heads` latent queries for each are
+# the widest thing there: 74 KB a row in GLM-5.2's bfloat16.
+PART_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -41,36 +37,42 @@ class Span:
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows start to stop of a span and the keys they attend to, among the first `num_keys`.
-
-    `keys` is a mask bool [rows, num_keys], or positions int32 [rows, k] with `num_keys` standing for
-    nothing, or None where all keys are attended to.
-    """
-
-    start: int
-    stop: int
-    num_keys: int
-    keys: mx.array | None
-
-
 @dataclass
-class FlatBatch:
-    """One forward's rows: spans, positions, and the selection that full layers hand to shared ones.
+class Part:
+    """Rows of one forward that attend together: positions, and what full layers hand to shared ones.
 
-    `selected[i]` belongs to spans[i]; None while every earlier key may be seen. It lives for one forward.
+    `rows`: which of the forward's; the spans count from the first of them. `selected[i]` belongs to
+    spans[i]; None while every earlier key may be seen. It lives for one forward.
     """
 
+    rows: slice
     spans: Sequence[Span]
-    positions: mx.array  # int32 [N]
+    positions: mx.array  # int32 [n]
     selected: list[list[Tile] | None] = field(default_factory=list)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether its work is evaluated piece by piece: more rows than a decode batch of agents."""
+        return self.rows.stop - self.rows.start > EAGER_ROWS
 
-def make_batch(spans: Sequence[Span]) -> FlatBatch:
-    """Positions of all rows, from the length of each span's cache."""
-    positions = [mx.arange(s.cache.length, s.cache.length + s.rows) for s in spans]
-    return FlatBatch(spans, mx.concatenate(positions).astype(mx.int32))
+
+def make_parts(spans: Sequence[Span], num_rows: int = PART_ROWS) -> list[Part]:
+    """The rows of all spans in order, cut into parts; positions follow each cache's length."""
+    total = max(span.stop for span in spans)
+    lengths = [span.cache.length for span in spans]
+    return [
+        _make_part(spans, lengths, start, min(start + num_rows, total)) for start in range(0, total, num_rows)
+    ]
+
+
+def _make_part(spans: Sequence[Span], lengths: Sequence[int], start: int, stop: int) -> Part:
+    cut, positions = [], []
+    for span, length in zip(spans, lengths, strict=True):
+        first, last = max(span.start, start), min(span.stop, stop)
+        if first < last:
+            cut.append(Span(span.cache, first - start, last - start))
+            positions.append(mx.arange(length + first - span.start, length + last - span.start))
+    return Part(slice(start, stop), cut, mx.concatenate(positions).astype(mx.int32))
 
 
 class Attention(nn.Module):
@@ -79,7 +81,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int, arithmetic: Arithmetic) -> None:
         super().__init__()
         self._args, self._layer = args, layer
-        self._dtype = arithmetic.dtype
+        self._dtype, self._gather_from = arithmetic.dtype, arithmetic.gather_from
         heads = args.num_attention_heads
         # The eps of the two inner norms is fixed at 1e-6 in the reference, whatever rms_norm_eps says.
         self.q_a_proj = Linear(args.hidden_size, args.q_lora_rank, arithmetic)
@@ -94,17 +96,17 @@ class Attention(nn.Module):
             self.indexer = Indexer(args, arithmetic)
         self._rope = Rope(args.qk_rope_head_dim, args.rope_theta)
 
-    def __call__(self, x: mx.array, batch: FlatBatch) -> mx.array:
+    def __call__(self, x: mx.array, part: Part) -> mx.array:
         """x [N, H] -> [N, H]; appends this layer's rows to the caches of the spans."""
         q_residual = self.q_a_layernorm(self.q_a_proj(x))
-        queries = self._latent_queries(q_residual, batch.positions)  # [heads, N, latent]
-        rows = self._latent_rows(x, batch.positions)  # [N, latent]
-        keys = [s.cache.latents[self._layer].append(rows[s.start : s.stop]) for s in batch.spans]
+        queries = self._latent_queries(q_residual, part.positions)  # [heads, N, latent]
+        rows = self._latent_rows(x, part.positions)  # [N, latent]
+        keys = [s.cache.latents[self._layer].append(rows[s.start : s.stop]) for s in part.spans]
         if "indexer" in self:
-            self._update_selection(x, q_residual, batch)
+            self._update_selection(x, q_residual, part)
         outs = [
             self._attend(queries[:, span.start : span.stop], span_keys, selected)
-            for span, span_keys, selected in zip(batch.spans, keys, batch.selected, strict=True)
+            for span, span_keys, selected in zip(part.spans, keys, part.selected, strict=True)
         ]
         out = self.unembed_out(mx.concatenate(outs, axis=1))  # [heads, N, v]
         return self.o_proj(out.transpose(1, 0, 2).reshape(x.shape[0], -1))
@@ -123,21 +125,22 @@ class Attention(nn.Module):
         rotary = self._rope(rotary[:, None, :], positions)[:, 0, :]
         return mx.concatenate([self.kv_a_layernorm(latent), rotary], axis=-1)
 
-    def _update_selection(self, x: mx.array, q_residual: mx.array, batch: FlatBatch) -> None:
+    def _update_selection(self, x: mx.array, q_residual: mx.array, part: Part) -> None:
         """Write the index keys of all spans, then score where there are more keys than may be selected."""
-        k, new_keys = self._args.index_topk, self.indexer.key_rows(x, batch.positions)
-        stores = [span.cache.index_keys[self._layer] for span in batch.spans]
-        for span, store in zip(batch.spans, stores, strict=True):
+        k, new_keys = self._args.index_topk, self.indexer.key_rows(x, part.positions)
+        stores = [span.cache.index_keys[self._layer] for span in part.spans]
+        for span, store in zip(part.spans, stores, strict=True):
             store.append(new_keys[span.start : span.stop])
-        batch.selected = [None] * len(batch.spans)
+        part.selected = [None] * len(part.spans)
         if all(store.length <= k for store in stores):
             return
-        queries = self.indexer.query_rows(q_residual, batch.positions)
+        queries = self.indexer.query_rows(q_residual, part.positions)
         weights = self.indexer.head_weights(x)
-        for i, (span, store) in enumerate(zip(batch.spans, stores, strict=True)):
+        for i, (span, store) in enumerate(zip(part.spans, stores, strict=True)):
             if store.length > k:
                 rows = slice(span.start, span.stop)
-                batch.selected[i] = select_tiles(queries[rows], weights[rows], store.rows(0, store.length), k)
+                keys = store.rows(0, store.length)
+                part.selected[i] = select_tiles(queries[rows], weights[rows], keys, k, self._gather_from)
 
     def _attend(self, queries: mx.array, keys: mx.array, selected: list[Tile] | None) -> mx.array:
         """queries [heads, n, latent], keys [T, latent] -> [heads, n, kv_lora]."""
@@ -150,6 +153,8 @@ class Attention(nn.Module):
                 outs.append(self._attend_masked(q, seen, tile.keys))
             else:
                 outs.append(self._attend_gathered(q, seen, tile.keys))
+            if rows > EAGER_ROWS:
+                mx.eval(outs[-1])
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
     def _attend_masked(self, q: mx.array, keys: mx.array, visible: mx.array | None) -> mx.array:
@@ -160,6 +165,16 @@ class Attention(nn.Module):
 
     def _attend_gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
         """Only the selected keys, positions [n, k]; a position of T stands for nothing."""
+        rows, k = positions.shape
+        height = max(1, TILE_ELEMENTS // (k * keys.shape[1]))
+        outs = []
+        for first in range(0, rows, height):
+            outs.append(self._gathered(q[:, first : first + height], keys, positions[first : first + height]))
+            if rows > height:
+                mx.eval(outs[-1])
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
+
+    def _gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
         num_keys = keys.shape[0]
         chosen = keys[mx.minimum(positions, num_keys - 1)]  # [n, k, latent]
         q = q.swapaxes(0, 1) * self._args.qk_head_dim**-0.5  # [n, heads, latent]
@@ -172,36 +187,3 @@ class Attention(nn.Module):
 def softmax(scores: mx.array) -> mx.array:
     """Softmax over the last axis, accumulated in float32 as in the reference."""
     return mx.softmax(scores, axis=-1, precise=True)
-
-
-def cut_tiles(rows: int, num_keys: int, heads: int) -> Iterator[tuple[int, int, int]]:
-    """Cut the last `rows` of num_keys into tiles: start, stop, and the number of keys up to the last row."""
-    height = max(1, min(TILE_ROWS, TILE_ELEMENTS // (heads * num_keys)))
-    for start in range(0, rows, height):
-        stop = min(start + height, rows)
-        yield start, stop, num_keys - rows + stop
-
-
-def causal_tiles(rows: int, num_keys: int, heads: int) -> Iterator[Tile]:
-    """Tiles in which each row sees every key up to itself."""
-    for start, stop, seen in cut_tiles(rows, num_keys, heads):
-        height = stop - start
-        yield Tile(start, stop, seen, None if height == 1 else causal_mask(seen - height, height, seen))
-
-
-def select_tiles(queries: mx.array, weights: mx.array, keys: mx.array, k: int) -> list[Tile]:
-    """Select k keys for each row; the rows are the last ones of the keys.
-
-    queries [n, heads, D], weights [n, heads], keys [T, D]. Masks, or positions where so few rows are asked
-    for that gathering is cheaper.
-    """
-    rows, heads, _ = queries.shape
-    tiles = []
-    for start, stop, seen in cut_tiles(rows, keys.shape[0], heads):
-        chosen = causal_mask(seen - (stop - start), stop - start, seen)
-        if seen > k:
-            scores = index_scores(queries[start:stop], weights[start:stop], keys[:seen])
-            chosen = select(scores, chosen, k)
-        is_gathered = rows <= _GATHER_ROWS
-        tiles.append(Tile(start, stop, seen, selected_positions(chosen, k) if is_gathered else chosen))
-    return tiles

@@ -9,7 +9,7 @@ model knows. Outputs of a row's experts are added in ascending expert id in ever
 with an expert does not depend on the slot that holds it, so any budget gives the same bits.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from models.arithmetic import Arithmetic, Quantization
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# Experts of a prompt that are unpacked before their products are evaluated. Left lazy, all experts of a group
-# lie unpacked in memory: 320 MB where one takes 12.
-UNPACKED_EXPERTS = 2
+# Rows of one expert that are computed together: bounds what its hidden rows take.
+EXPERT_ROWS = 2048
 # More rows together want so many experts of a layer that little is left to guess.
 GUESSED_ROWS = 4
 
@@ -36,6 +35,19 @@ class Fetch(Protocol):
 
     @property
     def is_here(self) -> NDArray[np.bool_]: ...
+
+
+class Place(Protocol):
+    """Where an expert lies until the next group of a sweep is asked for."""
+
+    @property
+    def expert(self) -> int: ...
+
+    @property
+    def arrays(self) -> Mapping[str, mx.array]: ...
+
+    @property
+    def slot(self) -> int: ...
 
 
 class ExpertSource(Protocol):
@@ -73,6 +85,14 @@ class ExpertSource(Protocol):
 
     def finish(self, fetch: Any) -> None:
         """Waits until all experts of the fetch are in their slots."""
+        ...
+
+    def sweep(self, layer: int, rows_of: Mapping[int, int], at_once: int) -> Iterator[Sequence[Place]]:
+        """All experts that many rows want, in ascending id, in groups of at most `at_once`.
+
+        `rows_of`: how many rows want each. The caller evaluates every product with a group before it asks
+        for the next, and has none with this layer pending when it asks for the first.
+        """
         ...
 
     def observe(self, layer: int, scores: NDArray[np.float32]) -> None:
@@ -129,8 +149,7 @@ class Experts:
 
     def can_be_guessed(self, rows: int) -> bool:
         """Whether a guess at this layer's experts would be used."""
-        is_decode = rows <= GUESSED_ROWS and self._arithmetic.is_few(rows)
-        return is_decode and self._source.looks_ahead(self._layer)
+        return rows <= GUESSED_ROWS and self._source.looks_ahead(self._layer)
 
     def anticipate(self, guess: mx.array) -> None:
         """Starts to read what is guessed, int32 [N, k]: for the first sparse layer, which none precedes."""
@@ -153,10 +172,10 @@ class Experts:
         `scores` [N, E]: by what the ids were chosen. `guess` int32 [N, k]: the next layer's experts, each
         row's likeliest first. `beside`: what else may be computed while experts are read.
         """
-        if self._arithmetic.is_few(x.shape[0]):
+        if self._arithmetic.gathers(x.shape[0]):
             pairs = self._all_pairs(x, ids, scores, guess, beside)
             return (pairs * weights[..., None]).sum(axis=1).astype(x.dtype)
-        return self._by_expert(x, ids, weights, scores)
+        return self.sweep(lambda rows: x[rows], ids, weights, scores).astype(x.dtype)
 
     def _all_pairs(
         self,
@@ -236,19 +255,53 @@ class Experts:
             self._remember(out)
         return out.reshape(num_rows, k, -1)
 
-    def _by_expert(self, x: mx.array, ids: mx.array, weights: mx.array, scores: mx.array | None) -> mx.array:
-        """Many rows: each expert multiplied once with all the rows that want it."""
+    def sweep(
+        self,
+        take: Callable[[mx.array], mx.array],
+        ids: mx.array,
+        weights: mx.array,
+        scores: mx.array | None = None,
+    ) -> mx.array:
+        """Many rows: each expert multiplied once with all that want it, added up in ascending id.
+
+        `take`: numbered rows of the input, [n] -> [n, H]; ids, weights, scores as above -> float32 [N, H].
+        """
         wanted, _ = self._synchronise(ids, None if self._source.is_resident else scores, None)
         rows_of = _rows_by_expert(wanted)
-        out = mx.zeros_like(x)
-        for group in self._groups(np.array(sorted(rows_of))):
-            for number, (expert, slot) in enumerate(zip(group, self._acquire(group), strict=True), start=1):
-                rows, places = rows_of[expert]
-                y = self._mlp(x[mx.array(rows)], int(slot))
-                out = out.at[mx.array(rows)].add(y * weights[mx.array(rows), mx.array(places), None])
-                if number % UNPACKED_EXPERTS == 0:
-                    mx.eval(out)
-            self._remember(out)
+        counts = {expert: len(rows) for expert, (rows, _) in rows_of.items()}
+        out: mx.array | None = None
+        for group in self._source.sweep(self._layer, counts, self._arithmetic.experts_at_once):
+            for place in group:
+                out = self._add_expert(out, take, weights, place, *rows_of[place.expert])
+            mx.eval(out)
+        assert out is not None, "every row wants an expert"
+        return out
+
+    def _add_expert(
+        self,
+        out: mx.array | None,
+        take: Callable[[mx.array], mx.array],
+        weights: mx.array,
+        place: Place,
+        rows: NDArray[np.int64],
+        columns: NDArray[np.int64],
+    ) -> mx.array:
+        """Adds one expert's weighted outputs to the rows that want it; `columns`: its place among theirs."""
+        gate, up, down = (
+            self._arithmetic.unpacked(
+                BankWeight(place.arrays, projection, self._quantizations[projection], place.slot), len(rows)
+            )
+            for projection in PROJECTIONS
+        )
+        product = self._arithmetic.product
+        for first in range(0, len(rows), EXPERT_ROWS):
+            part = mx.array(rows[first : first + EXPERT_ROWS])
+            x = take(part)
+            y = product(nn.silu(product(x, gate)) * product(x, up), down)
+            y = y * weights[part, mx.array(columns[first : first + EXPERT_ROWS]), None]
+            before = mx.zeros((weights.shape[0], y.shape[1])) if out is None else out
+            out = before.at[part].add(y)
+        assert out is not None, "an expert that no row wants was asked for"
         return out
 
     def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
@@ -261,16 +314,6 @@ class Experts:
 
         hidden = nn.silu(product(x, "gate_proj")) * product(x, "up_proj")
         return product(hidden, "down_proj")[..., 0, :]
-
-    def _mlp(self, x: mx.array, slot: int) -> mx.array:
-        """One expert on its rows, [n, H] -> [n, H]."""
-        bank = self._source.bank(self._layer)
-
-        def product(rows: mx.array, projection: str) -> mx.array:
-            w = BankWeight(bank, projection, self._quantizations[projection], slot)
-            return self._arithmetic.product(rows, w)
-
-        return product(nn.silu(product(x, "gate_proj")) * product(x, "up_proj"), "down_proj")
 
     def _groups(self, experts: NDArray[np.int32]) -> Iterator[list[int]]:
         """The experts in ascending id, in groups that fit the slots."""

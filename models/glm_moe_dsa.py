@@ -13,11 +13,12 @@ import mlx.nn as nn
 
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
-from models.attention import Attention, FlatBatch, Span, make_batch
+from models.attention import Attention, Part, Span, make_parts
 from models.cache import SequenceCache
 from models.experts import Experts
 from models.linear import Linear
 from models.router import Router
+from models.tiles import EAGER_ROWS
 
 
 class DenseMlp(nn.Module):
@@ -51,6 +52,21 @@ class MoeMlp(nn.Module):
             return self._experts(x, ids, weights, choice, guess=guess)
         shared = self.shared_experts(x)
         return self._experts(x, ids, weights, choice, guess=guess, beside=(shared,)) + shared
+
+    def sweep(self, x: mx.array, norm: nn.RMSNorm, parts: Sequence[Part]) -> None:
+        """Adds what it makes of norm(x) to x [N, H], for many rows.
+
+        As long as the prompt are x, the experts' sum and the routing; all else is made part by part.
+        """
+        routing = [self.gate(norm(x[part.rows])) for part in parts]
+        ids, weights, choice = (mx.concatenate(list(column)) for column in zip(*routing, strict=True))
+        mx.eval(ids, weights, choice)
+        routed = self._experts.sweep(lambda rows: norm(x[rows]), ids, weights, choice)
+        for part in parts:
+            added = routed[part.rows].astype(x.dtype)
+            if "shared_experts" in self:
+                added = added + self.shared_experts(norm(x[part.rows]))
+            replace_rows(x, part, x[part.rows] + added)
 
     def precede(self, following: "MoeMlp") -> None:
         self._experts.precede(following._experts)
@@ -91,8 +107,12 @@ class DecoderLayer(nn.Module):
         else:
             self._first_sparse = lambda: sparse  # not its module's child
 
-    def __call__(self, x: mx.array, batch: FlatBatch) -> mx.array:
-        h = x + self.self_attn(self.input_layernorm(x), batch)
+    def __call__(self, x: mx.array, parts: Sequence[Part]) -> mx.array:
+        """x [N, H] -> [N, H]. Large parts are computed one after the other, in x itself."""
+        if any(part.is_large for part in parts):
+            return self._piece_by_piece(x, parts)
+        [part] = parts
+        h = self._attended(x, part)
         normed = self.post_attention_layernorm(h)
         guess = self._guess_next
         if isinstance(self.mlp, MoeMlp) and guess and self.mlp.wants_guess(h.shape[0]):
@@ -100,6 +120,28 @@ class DecoderLayer(nn.Module):
         if self._first_sparse and guess:
             self._first_sparse().anticipate(lambda: guess(h), h.shape[0])
         return h + self.mlp(normed)
+
+    def _piece_by_piece(self, x: mx.array, parts: Sequence[Part]) -> mx.array:
+        """The same for many rows, part by part and in x itself."""
+        for part in parts:
+            replace_rows(x, part, self._attended(x[part.rows], part))
+        if isinstance(self.mlp, MoeMlp):
+            self.mlp.sweep(x, self.post_attention_layernorm, parts)
+            return x
+        for part in parts:
+            rows = x[part.rows]
+            replace_rows(x, part, rows + self.mlp(self.post_attention_layernorm(rows)))
+        return x
+
+    def _attended(self, x: mx.array, part: Part) -> mx.array:
+        return x + self.self_attn(self.input_layernorm(x), part)
+
+
+def replace_rows(x: mx.array, part: Part, rows: mx.array) -> None:
+    """Writes a part's rows into x, in place: MLX copies all of x if anything else still refers to it."""
+    mx.eval(rows)
+    x[part.rows] = rows
+    mx.eval(x)
 
 
 class Trunk(nn.Module):
@@ -149,12 +191,11 @@ class Model(nn.Module):
         a pass over many rows all work so far is evaluated, so nothing pending refers to a bank and the
         graph stays small; a pass over few rows stays lazy until somebody reads its result.
         """
-        batch = make_batch(spans)
+        parts = make_parts(spans)
         x = self.model.embed_tokens(tokens).astype(self.arithmetic.dtype)
-        many = tokens.shape[0] > EAGER_ROWS
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, batch)
-            if many:
+            x = layer(x, parts)
+            if tokens.shape[0] > EAGER_ROWS:
                 mx.eval(x, *(state for span in spans for state in span.cache.states(i)))
             yield i
         return self.model.norm(x)
@@ -172,7 +213,3 @@ class Model(nn.Module):
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden [M, H] -> float32 [M, vocab]."""
         return self.lm_head(hidden).astype(mx.float32)
-
-
-# More rows than a decode batch of agents: evaluated layer by layer.
-EAGER_ROWS = 32

@@ -17,12 +17,12 @@ from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
-from models.attention import TILE_ELEMENTS, TILE_ROWS
+from models.attention import PART_ROWS
 from models.building import build_model
 from models.cache import cache_bytes_per_token
-from models.experts import UNPACKED_EXPERTS
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
+from models.tiles import TILE_ELEMENTS, TILE_ROWS
 from streaming.banks import slot_bytes
 from streaming.headers import ITEM_BYTES, FileStamp, TensorEntry, read_headers
 from streaming.index import ExpertIndex
@@ -30,8 +30,6 @@ from streaming.reader import buffer_bytes
 from streaming.runs import largest_run_bytes
 from streaming.store import ExpertStore
 
-# Rows of a prompt that go through the layers together. The workspace of the plan is sized for them.
-PREFILL_ROWS = 2048
 _FLOATS = ("BF16", "F16", "F32")
 
 
@@ -130,6 +128,8 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
             checkpoint, arithmetic, max_context or checkpoint.args.max_position_embeddings
         ),
         reader_buffer_bytes=buffer_bytes(largest_run_bytes(index)),
+        sweep_row_bytes=_sweep_row_bytes(args, arithmetic),
+        ring_slot_bytes=_ring_slot_bytes(index, arithmetic),
         vocab_size=args.vocab_size,
     )
 
@@ -142,19 +142,18 @@ def _kept_bytes(entry: TensorEntry, itemsize: int) -> int:
 
 
 def _workspace_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: int) -> int:
-    """The largest transients of a step over a prompt's rows: activations, and beside them the larger of what
-    attention and what experts take, with the weights that lie unpacked meanwhile."""
-    args, is_packed = checkpoint.args, arithmetic.max_packed_rows is None
-    num_rows, heads = min(PREFILL_ROWS, max_context), args.num_attention_heads
+    """The largest transients of a step, however long the prompt: a part's rows, and beside them the larger of
+    what attention and what experts take, with the weights that lie unpacked meanwhile."""
+    args = checkpoint.args
+    num_rows, heads = min(PART_ROWS, max_context), args.num_attention_heads
     attention = heads * (2 * args.latent_dim + args.kv_lora_rank + args.qk_head_dim + args.v_head_dim)
-    # All of a row's experts at once, or a few experts with at most all rows each.
-    at_once = args.num_experts_per_tok if is_packed else UNPACKED_EXPERTS
-    experts = at_once * (2 * args.moe_intermediate_size + args.hidden_size)
-    unpacked = (0, 0) if is_packed else _unpacked_bytes(checkpoint)
+    expert = arithmetic.experts_at_once * (3 * args.moe_intermediate_size + 2 * args.hidden_size)
+    dense = 3 * args.intermediate_size
+    unpacked = (0, 0) if arithmetic.max_packed_rows is None else _unpacked_bytes(checkpoint, arithmetic)
     tiles = 3 * _tile_elements(args, num_rows, max_context) * 4
     row_bytes = num_rows * arithmetic.dtype.size
-    return row_bytes * 6 * args.hidden_size + max(
-        row_bytes * attention + tiles + unpacked[0], row_bytes * experts + unpacked[1]
+    return row_bytes * 4 * args.hidden_size + max(
+        row_bytes * attention + tiles + unpacked[0], row_bytes * max(expert, dense) + unpacked[1]
     )
 
 
@@ -166,10 +165,28 @@ def _tile_elements(args: ModelArgs, num_rows: int, max_context: int) -> int:
     return widest * height * max_context
 
 
-def _unpacked_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+def _unpacked_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic) -> tuple[int, int]:
     """The largest weights that lie unpacked at one time: one of the trunk's; a few experts."""
     args = checkpoint.args
     packed = [entry for name, entry in checkpoint.trunk.items() if name.endswith(".scales")]
     # A scale stands for at least 16 values, at most 128: 128 is the safe side.
     trunk = max((prod(entry.shape) * 128 * 4 for entry in packed), default=0)
-    return trunk, UNPACKED_EXPERTS * 3 * args.hidden_size * args.moe_intermediate_size * 4
+    return trunk, arithmetic.experts_at_once * 3 * args.hidden_size * args.moe_intermediate_size * 4
+
+
+def _sweep_row_bytes(args: ModelArgs, arithmetic: Arithmetic) -> int:
+    """What each row of a sweep takes beside its cache, from layer to layer.
+
+    The hidden state, the experts' float32 sum, the routing (scores and choice of all experts while they are
+    put together, twice), and the selection that shared layers reuse: a mask or positions.
+    """
+    hidden = args.hidden_size * (arithmetic.dtype.size + 4)
+    routing = 4 * 4 * args.n_routed_experts + 16 * args.num_experts_per_tok
+    return hidden + routing + max(4, arithmetic.gather_from) * args.index_topk
+
+
+def _ring_slot_bytes(index: ExpertIndex, arithmetic: Arithmetic) -> int:
+    """One slot of the ring, for each kind of expert."""
+    return sum(
+        slot_bytes(parts, arithmetic.dtype) for parts in {index.parts(layer) for layer in index.layers}
+    )

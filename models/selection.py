@@ -28,7 +28,12 @@ def select(scores: mx.array, visible: mx.array, k: int) -> mx.array:
 
 
 def selected_positions(selected: mx.array, k: int) -> mx.array:
-    """Positions of the selected keys, ascending: bool [N, T] -> int32 [N, k]; T where fewer than k are."""
-    num_keys = selected.shape[-1]
-    positions = mx.where(selected, mx.arange(num_keys), num_keys)
-    return mx.sort(positions, axis=-1)[:, :k].astype(mx.int32)
+    """Positions of the selected keys, ascending: bool [N, T] -> int32 [N, k]; T where fewer than k are.
+
+    Each selected position is written to its rank among them; a sort would cost T log T.
+    """
+    rows, num_keys = selected.shape
+    rank = mx.where(selected, mx.cumsum(selected.astype(mx.int32), axis=-1) - 1, k)  # the rest goes to k
+    positions = mx.broadcast_to(mx.arange(num_keys, dtype=mx.int32), selected.shape)
+    out = mx.full((rows, k + 1), num_keys, dtype=mx.int32)
+    return mx.put_along_axis(out, rank, positions, axis=-1)[:, :k]

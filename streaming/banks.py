@@ -9,7 +9,7 @@ scattered in one batch, because a write through a view would make the whole bank
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -43,6 +43,10 @@ class Bank(Protocol):
 
     def finish(self, slots: Sequence[int]) -> None:
         """Makes what was written to these slots visible in `arrays`."""
+        ...
+
+    def copy(self, slot: int, source: Any, source_slot: int) -> None:
+        """Copies an expert out of a slot of another bank of the same kind and parts."""
         ...
 
 
@@ -116,6 +120,10 @@ class SharedBank:
     def finish(self, slots: Sequence[int]) -> None:
         pass
 
+    def copy(self, slot: int, source: "SharedBank", source_slot: int) -> None:
+        for view, other in zip(self._views, source._views, strict=True):
+            np.copyto(view[slot], other[source_slot])
+
 
 class StagedBank:
     """Written into host rows, then scattered into the GPU's arrays. The rows are shared by like layers."""
@@ -156,6 +164,11 @@ class StagedBank:
         for array, name, staged in zip(self.arrays.values(), self._kept, self._staging, strict=True):
             # Nothing else holds the old array, so MLX scatters in place and the caller's reference sees it.
             array[where] = _as_float(mx.array(staged[rows]), name)
+        mx.eval(list(self.arrays.values()))
+
+    def copy(self, slot: int, source: "StagedBank", source_slot: int) -> None:
+        for name, array in self.arrays.items():
+            array[slot] = source.arrays[name][source_slot]
         mx.eval(list(self.arrays.values()))
 
 

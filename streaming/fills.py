@@ -5,13 +5,14 @@ bytes, under a ticket. It keeps no books: which slots are free is the caller's b
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from config.errors import DiskError
 from streaming.banks import Bank
 from streaming.disk import Disk
 from streaming.floats import Bytes
@@ -58,20 +59,27 @@ class Fetch:
     fills: Sequence[Fill] = ()
 
 
+def raise_failure(layer: int, failed: Sequence[Fill]) -> None:
+    """Raises the error of fills that did not arrive: of the first that says why."""
+    for fill in sorted(failed, key=lambda fill: isinstance(fill.error, ReadDropped)):
+        if not isinstance(fill.error, DiskError):
+            raise fill.error or AssertionError("a failed fill without its error")
+        raise DiskError(f"layer {layer}, expert {fill.expert}: {fill.error}") from fill.error
+
+
 class Filler:
     """Starts, hastens, awaits and gives up fills."""
 
     def __init__(
         self,
         index: ExpertIndex,
-        num_slots: Mapping[int, int],
         disk: Disk,
         *,
         num_threads: int,
         timeout_s: float,
     ) -> None:
         self._index = index
-        self._tickets = TicketOffice(num_slots)
+        self._tickets = TicketOffice()
         self._reader = Reader(
             disk,
             index.stamps,
@@ -89,9 +97,21 @@ class Filler:
         """Of the reader's buffers."""
         return self._reader.memory_bytes
 
-    def make(self, layer: int, bank: Bank, expert: int, slot: int, read_class: ReadClass) -> Fill:
-        """A fill with its reads, not yet submitted; whoever wrote into the slot before is out of it."""
-        ticket = self._tickets.issue(layer, slot)
+    def make(
+        self,
+        layer: int,
+        bank: Bank,
+        expert: int,
+        slot: int,
+        read_class: ReadClass,
+        *,
+        owner: Hashable | None = None,
+    ) -> Fill:
+        """A fill with its reads, not yet submitted; whoever wrote into the slot before is out of it.
+
+        `owner` names the bank where it is not the layer's own.
+        """
+        ticket = self._tickets.issue(layer if owner is None else owner, slot)
         reads = [
             Read(run.path, run.offset, run.nbytes, partial(self._commit, bank, ticket, run), read_class)
             for run in plan_runs(self._index.pieces(layer, expert))
@@ -125,7 +145,7 @@ class Filler:
     def void(self, fill: Fill) -> None:
         """Nobody wants it any more: when this returns its slot can be given to another."""
         self.cancel(fill)
-        self._tickets.revoke(fill.ticket.layer, fill.slot)
+        self._tickets.revoke(fill.ticket.bank, fill.slot)
 
     def num_writers(self) -> int:
         return self._tickets.num_writers()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 class StoreStatistics:
     """Counts since start-up.
 
-    Every expert asked for is a hit (it lay there), was read ahead (`ahead_used`: it lay there or was under
-    way because of a prediction), or a miss. `payload_bytes`: of experts that arrived, ahead or not;
+    Every expert asked for by a few rows is a hit (it lay there), was read ahead (`ahead_used`: it lay there
+    or was under way because of a prediction), or a miss. Those of a sweep lay there (`sweep_hits`) or passed
+    through the ring (`sweep_reads`). `payload_bytes`: of experts that arrived, ahead or not;
     `device_bytes`: read for them, with what alignment adds. `read_s`: time during which any read was
     outstanding; `stall_s`: time that the engine waited for reads.
     """
@@ -26,6 +27,8 @@ class StoreStatistics:
     ahead_started: int = 0
     ahead_arrived: int = 0
     ahead_used: int = 0
+    sweep_hits: int = 0
+    sweep_reads: int = 0
 
     @property
     def hit_rate(self) -> float:

@@ -7,7 +7,7 @@ The caller promises that every gather that names a slot of a layer was evaluated
 `acquire` or `expect` for that layer again: a lazy gather reads the slot as it is when it is evaluated.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -15,15 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from config.errors import CheckpointError, DiskError
+from config.plan import MIN_RING_SLOTS
 from streaming.banks import Bank, BankMaker
 from streaming.disk import DirectDisk, Disk
-from streaming.fills import Fetch, Fill, Filler
+from streaming.fills import Fetch, Fill, Filler, raise_failure
 from streaming.index import ExpertIndex
 from streaming.lookahead import Gate
 from streaming.policy import LeastRecentlyUsed, Policy
-from streaming.reader import NUM_THREADS, TIMEOUT_S, ReadClass, ReadDropped
+from streaming.reader import NUM_THREADS, TIMEOUT_S, ReadClass
 from streaming.residency import Residency
+from streaming.ring import Ring
 from streaming.statistics import StoreStatistics
+from streaming.sweep import LayerBank, Place, Sweeper, resident_groups
 
 # Experts that `load_all` asks for in one go: enough to keep every reader busy.
 LOADED_AT_ONCE = 32
@@ -57,6 +60,7 @@ class ExpertStore:
         timeout_s: float = TIMEOUT_S,
         shares_memory: bool | None = None,
         looks_ahead: bool = True,
+        ring_slots: int = MIN_RING_SLOTS,
     ) -> None:
         if isinstance(slots_per_layer, int):
             slots_per_layer = dict.fromkeys(index.layers, slots_per_layer)
@@ -69,14 +73,15 @@ class ExpertStore:
             layer: _Layer(maker.make(index.parts(layer), count), Residency(make_policy(), count))
             for layer, count in num_slots.items()
         }
+        self._after = dict(zip(index.layers, [*index.layers[1:], None], strict=True))
         self._unfinished: Fetch | None = None
         self._counts = StoreStatistics()
         try:
-            self._filler = Filler(
-                index, num_slots, disk or DirectDisk(), num_threads=num_threads, timeout_s=timeout_s
-            )
+            self._filler = Filler(index, disk or DirectDisk(), num_threads=num_threads, timeout_s=timeout_s)
         except DiskError as error:
             raise CheckpointError(str(error)) from error
+        self._ring = Ring(index, self._filler, maker.make, ring_slots)
+        self._sweeper = Sweeper(index, self._ring, self._counts)
 
     @property
     def is_resident(self) -> bool:
@@ -107,6 +112,11 @@ class ExpertStore:
 
     def num_slots(self, layer: int) -> int:
         return self._layers[layer].books.num_slots
+
+    @property
+    def ring_bytes(self) -> int:
+        """What the ring takes in memory."""
+        return self._ring.nbytes
 
     @property
     def total_slots(self) -> int:
@@ -171,6 +181,26 @@ class ExpertStore:
         self._unfinished = None
         self._wait(fetch.layer, fetch.fills)
 
+    def sweep(self, layer: int, rows_of: Mapping[int, int], at_once: int) -> Iterator[Sequence[Place]]:
+        """All experts that a prompt wants, in ascending id, in groups of at most `at_once`, each read once.
+
+        `rows_of`: how many rows want each. Asking for the next group says that every product with the last
+        one is evaluated. Raises as `acquire` does.
+        """
+        self._abandon_unfinished()
+        state = self._layers[layer]
+        if self._is_resident:
+            return resident_groups(state.bank.arrays, rows_of, at_once)
+        self._wait(layer, list(self._join_ahead(layer, state, tuple(rows_of)).values()))
+        here, following = (self._layer_bank(number) for number in (layer, self._after[layer]))
+        assert here is not None, "the index has the layer"
+        return self._sweeper.sweep(here, following, rows_of, at_once)
+
+    def _layer_bank(self, layer: int | None) -> LayerBank | None:
+        if layer is None:
+            return None
+        return LayerBank(layer, self._layers[layer].bank, self._layers[layer].books)
+
     def observe(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
         """By what the router chose among all experts, `[tokens, experts]`."""
         self._layers[layer].books.observe(scores)
@@ -200,6 +230,7 @@ class ExpertStore:
         reads = self._filler.statistics
         return replace(
             self._counts,
+            payload_bytes=self._counts.payload_bytes + self._ring.unused_bytes,
             evictions=sum(state.books.num_evictions for state in self._layers.values()),
             device_bytes=reads.device_bytes,
             read_s=reads.busy_s,
@@ -211,7 +242,9 @@ class ExpertStore:
         """Balances the books; nobody writes into a slot that no fill has taken."""
         assert self._unfinished is None, "a fetch was begun and not finished"
         ahead = [fill for state in self._layers.values() for fill in state.ahead.values()]
-        assert ahead or self._filler.num_writers() == 0, "a thread is inside a slot that nobody waits for"
+        is_reading = bool(ahead) or self._ring.is_reading
+        assert is_reading or self._filler.num_writers() == 0, "a thread is in a slot that nobody waits for"
+        self._ring.check()
         for state in self._layers.values():
             assert not any(expert in state.books for expert in state.ahead), "an expert has two slots"
             state.books.check([fill.slot for fill in state.ahead.values()])
@@ -273,11 +306,7 @@ class ExpertStore:
 
     def _raise_failure(self, layer: int, failed: list[Fill]) -> None:
         self._counts.failures += len(failed)
-        failed.sort(key=lambda fill: isinstance(fill.error, ReadDropped))
-        for fill in failed:
-            if not isinstance(fill.error, DiskError):
-                raise fill.error or AssertionError("a failed fill without its error")
-            raise DiskError(f"layer {layer}, expert {fill.expert}: {fill.error}") from fill.error
+        raise_failure(layer, failed)
 
     # Reads ahead of anybody's asking.
 

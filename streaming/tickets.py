@@ -6,52 +6,55 @@ slot.
 """
 
 import threading
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass
+
+Slot = tuple[Hashable, int]  # the bank, by its layer or another name of its own, and the slot's number
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """The right to fill one slot of one layer, until the slot's generation moves on."""
+    """The right to fill one slot of one bank, until the slot's generation moves on."""
 
-    layer: int
+    bank: Hashable
     slot: int
     generation: int
 
 
 class TicketOffice:
-    """All layers' generations. Any thread may call it; no call waits for longer than one copy in memory."""
+    """All slots' generations. Any thread may call it; no call waits for longer than one copy in memory."""
 
-    def __init__(self, num_slots: Mapping[int, int]) -> None:
-        self._generations = {layer: [0] * count for layer, count in num_slots.items()}
-        self._writers = {layer: [0] * count for layer, count in num_slots.items()}
+    def __init__(self) -> None:
+        self._generations: defaultdict[Slot, int] = defaultdict(int)
+        self._writers: defaultdict[Slot, int] = defaultdict(int)
         self._changed = threading.Condition()
 
-    def issue(self, layer: int, slot: int) -> Ticket:
+    def issue(self, bank: Hashable, slot: int) -> Ticket:
         """A new ticket; earlier tickets for this slot are void and their writers gone when it returns."""
-        return Ticket(layer, slot, self.revoke(layer, slot))
+        return Ticket(bank, slot, self.revoke(bank, slot))
 
-    def revoke(self, layer: int, slot: int) -> int:
+    def revoke(self, bank: Hashable, slot: int) -> int:
         """Voids the slot's ticket and waits until nobody writes under it; returns the new generation."""
         with self._changed:
-            self._generations[layer][slot] += 1
-            self._changed.wait_for(lambda: self._writers[layer][slot] == 0)
-            return self._generations[layer][slot]
+            self._generations[bank, slot] += 1
+            self._changed.wait_for(lambda: self._writers[bank, slot] == 0)
+            return self._generations[bank, slot]
 
     def enter(self, ticket: Ticket) -> bool:
         """Whether the ticket still holds; if so, the caller may write until it calls `leave`."""
         with self._changed:
-            if self._generations[ticket.layer][ticket.slot] != ticket.generation:
+            if self._generations[ticket.bank, ticket.slot] != ticket.generation:
                 return False
-            self._writers[ticket.layer][ticket.slot] += 1
+            self._writers[ticket.bank, ticket.slot] += 1
             return True
 
     def leave(self, ticket: Ticket) -> None:
         with self._changed:
-            self._writers[ticket.layer][ticket.slot] -= 1
+            self._writers[ticket.bank, ticket.slot] -= 1
             self._changed.notify_all()
 
     def num_writers(self) -> int:
         """Writers inside any slot; 0 whenever no read is outstanding."""
         with self._changed:
-            return sum(map(sum, self._writers.values()))
+            return sum(self._writers.values())

@@ -1,6 +1,6 @@
 """The tiny checkpoints of tests/tiny_glm.py as models in memory, without files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ from models.cache import SequenceCache
 from models.experts import PROJECTIONS
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
+from streaming.sweep import Place, resident_groups
 from tests.tiny_glm import Array
 
 
@@ -55,6 +56,9 @@ class MemoryExperts:
 
     def finish(self, fetch: None) -> None:
         raise AssertionError("resident experts are never fetched")
+
+    def sweep(self, layer: int, rows_of: Mapping[int, int], at_once: int) -> Iterator[Sequence[Place]]:
+        return resident_groups(self._banks[layer], rows_of, at_once)
 
     def observe(self, layer: int, scores: Array) -> None:
         raise AssertionError("resident experts need no policy")

@@ -13,7 +13,7 @@ from config.plan import MemoryPlan, make_plan, render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
 from models.cache_blocks import cache_fingerprint
-from models.loading import PREFILL_ROWS, Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
+from models.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
 from server.engine.limits import MAX_RUNNING, Limits
 from server.engine.messages import EngineConfig, ModelInfo
@@ -27,8 +27,6 @@ from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
 from streaming.probe import DiskProbe, probe_disk
 from streaming.reader import NUM_THREADS
 from streaming.store import ExpertStore
-
-log = logging.getLogger(__name__)
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
 DEFAULT_CONTEXT = 32_768
@@ -54,8 +52,9 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         make_policy=_policy_maker(config.expert_policy, checkpoint),
         disk=disk,
         num_threads=probe.depth if probe else NUM_THREADS,
+        ring_slots=plan.ring_slots,
     )
-    if not config.stream_experts:
+    if plan.is_resident:
         store.load_all(lambda done, total: report(0.9 * done / total, f"experts of layer {done} of {total}"))
     model = load_model(
         checkpoint,
@@ -75,7 +74,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
     return Limits(
-        pass_rows=PREFILL_ROWS,
+        pass_rows=plan.sweep_tokens,
         decode_rows=arithmetic.max_packed_rows or MAX_RUNNING,
         kv_tokens=plan.max_context,
         agent_inflight=config.max_inflight_per_agent,
@@ -149,6 +148,7 @@ def plan_memory(
         context,
         reader_threads=reader_threads,
         prefix_bytes=config.prefix_memory_bytes,
+        sweep_tokens=config.sweep_tokens,
     )
     if not config.stream_experts and not plan.is_resident:
         raise UsageError(

@@ -31,6 +31,7 @@ class EngineConfig:
     batch_width: int | None = None
     expert_policy: Literal["lru", "nearness"] = "nearness"
     mirror: Path | None = None
+    sweep_tokens: int | None = None  # None: what the plan gives
     prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache
     prefix_directory: Path | None = None  # None: nothing on disk
     prefix_disk_bytes: int = 0

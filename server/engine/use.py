@@ -2,7 +2,7 @@
 
 Each figure is the largest seen so far, under the name of its line. MLX knows how much it holds, and the most
 that it held since it was asked last; what of that is neither trunk nor slots nor a sequence's cache is
-workspace. What is resident beyond that most and the reader's buffers is Python with its libraries, of both
+workspace, the rows of a sweep among it. What is resident beyond that most and the reader's buffers is Python with its libraries, of both
 processes: the engine's parent serves HTTP. (That most, because the allocator keeps what was freed.)
 """
 
@@ -33,10 +33,12 @@ class MemoryUse:
     def _now(self) -> dict[str, int]:
         trunk, slots, kv = self._trunk_bytes, self._store.slot_bytes, self._cache_bytes()
         buffers, freed = self._store.reader_bytes, mx.get_cache_memory()
+        ring = self._store.ring_bytes
         lines = {"trunk": trunk, "experts": slots, "KV cache": kv, "reader buffers": buffers}
+        lines["sweep ring"] = ring
         lines["MLX buffer cache"] = freed
         peak = mx.get_peak_memory()
-        lines["workspace"] = max(0, peak - trunk - slots - max(kv, self._kv_before))
+        lines["workspace"] = max(0, peak - trunk - slots - ring - max(kv, self._kv_before))
         self._kv_before = kv
         mx.reset_peak_memory()
         if resident := _resident_bytes():

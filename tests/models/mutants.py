@@ -13,7 +13,7 @@ import pytest
 
 import models.router
 from models.args import ModelArgs
-from models.attention import Attention, FlatBatch
+from models.attention import Attention, Part
 from models.indexer import Indexer
 from models.rope import Rope
 from models.router import Router
@@ -62,13 +62,13 @@ def shared_layers_use_the_previous_group(patch: pytest.MonkeyPatch) -> None:
     right = Attention.__call__
     older: list[Any] = []
 
-    def call(self: Attention, x: mx.array, batch: FlatBatch) -> mx.array:
+    def call(self: Attention, x: mx.array, part: Part) -> mx.array:
         if "indexer" in self:
-            older.append(batch.selected)
-            return right(self, x, batch)
-        newest, batch.selected = batch.selected, older[-1] or batch.selected
-        out = right(self, x, batch)
-        batch.selected = newest
+            older.append(part.selected)
+            return right(self, x, part)
+        newest, part.selected = part.selected, older[-1] or part.selected
+        out = right(self, x, part)
+        part.selected = newest
         return out
 
     patch.setattr(Attention, "__call__", call)
@@ -78,7 +78,7 @@ def no_relu(patch: pytest.MonkeyPatch) -> None:
     def scores(queries: mx.array, weights: mx.array, keys: mx.array) -> mx.array:
         return (weights[:, None, :] @ (queries @ keys.T))[:, 0, :]
 
-    patch.setattr("models.attention.index_scores", scores)
+    patch.setattr("models.tiles.index_scores", scores)
 
 
 def head_weights_lose_their_sign(patch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def forced_sinks(patch: pytest.MonkeyPatch) -> None:
         first = mx.arange(scores.shape[-1]) < 2
         return select(mx.where(first, mx.inf, scores), visible, k)
 
-    patch.setattr("models.attention.select", with_sinks)
+    patch.setattr("models.tiles.select", with_sinks)
 
 
 def forced_window(patch: pytest.MonkeyPatch) -> None:
@@ -142,11 +142,11 @@ def forced_window(patch: pytest.MonkeyPatch) -> None:
         age = visible.sum(axis=-1, keepdims=True) - 1 - mx.arange(scores.shape[-1])
         return select(mx.where(age < 3, mx.inf, scores), visible, k)
 
-    patch.setattr("models.attention.select", with_window)
+    patch.setattr("models.tiles.select", with_window)
 
 
 def one_key_too_many(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("models.attention.select", lambda scores, visible, k: select(scores, visible, k + 1))
+    patch.setattr("models.tiles.select", lambda scores, visible, k: select(scores, visible, k + 1))
 
 
 def unnormed_latent(patch: pytest.MonkeyPatch) -> None:

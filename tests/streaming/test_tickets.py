@@ -4,7 +4,7 @@ from streaming.tickets import TicketOffice
 
 
 def test_a_ticket_is_void_once_its_slot_is_issued_again_or_revoked() -> None:
-    office = TicketOffice({3: 2})
+    office = TicketOffice()
     first = office.issue(3, 0)
     other = office.issue(3, 1)
     second = office.issue(3, 0)
@@ -17,7 +17,7 @@ def test_a_ticket_is_void_once_its_slot_is_issued_again_or_revoked() -> None:
 
 
 def test_revoking_waits_for_the_writer_inside() -> None:
-    office = TicketOffice({0: 1})
+    office = TicketOffice()
     ticket = office.issue(0, 0)
     assert office.enter(ticket)
     revoked = threading.Event()

@@ -14,7 +14,7 @@ from models.arithmetic import choose_arithmetic
 from models.attention import Span
 from models.cache import SequenceCache
 from models.glm_moe_dsa import Model
-from models.loading import PREFILL_ROWS, load_model, open_checkpoint
+from models.loading import load_model, open_checkpoint
 from streaming.store import ExpertStore
 
 
@@ -49,8 +49,7 @@ def greedy(
     `on_decode` is called after each pass over a written token, not after those over the prompt.
     """
     cache = model.make_cache()
-    for start in range(0, len(prompt), PREFILL_ROWS):
-        token = step(model, cache, prompt[start : start + PREFILL_ROWS])
+    token = step(model, cache, prompt)
     written = [token]
     while written[-1] not in ends and len(written) < max_new:
         written.append(step(model, cache, written[-1:]))

@@ -1,0 +1,133 @@
+"""Slots that hold experts only while a sweep computes with them.
+
+Owned by the store, called on its thread. A sweep asks for experts in the order in which it will compute
+them; as many as there are slots are on their way at any time, and each slot that was computed with takes
+the next. The order may go on into the next layer, so that the disk does not rest while attention runs.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from streaming.banks import Bank
+from streaming.fills import Fill, Filler
+from streaming.index import ExpertIndex, Part
+from streaming.reader import ReadClass
+
+Key = tuple[int, int]  # layer, expert
+
+
+class _Lane:
+    """The slots that layers of like experts share."""
+
+    def __init__(self, name: str, bank: Bank, num_slots: int) -> None:
+        self.name, self.bank, self.num_slots = name, bank, num_slots
+        self.free = list(range(num_slots))
+
+
+class Ring:
+    """At most `num_slots` experts of a kind, read in the order asked for."""
+
+    def __init__(
+        self,
+        index: ExpertIndex,
+        filler: Filler,
+        make_bank: Callable[[tuple[Part, ...], int], Bank],
+        num_slots: int,
+    ) -> None:
+        self.num_slots = num_slots
+        self.unused_bytes = 0  # read and then not asked for
+        self._index, self._filler = index, filler
+        lanes: dict[tuple[Part, ...], _Lane] = {}
+        for layer in index.layers if num_slots else ():
+            parts = index.parts(layer)
+            if parts not in lanes:
+                lanes[parts] = _Lane(f"ring {len(lanes)}", make_bank(parts, num_slots), num_slots)
+        self._lane_of = {layer: lanes[index.parts(layer)] for layer in index.layers if lanes}
+        self._wanted: deque[Key] = deque()
+        self._fills: dict[Key, Fill] = {}
+
+    def begin(self, order: Sequence[Key]) -> None:
+        """These are computed next, in this order; what is on its way and too far from its turn is dropped."""
+        window = {key for lane in set(self._lane_of.values()) for key in self._first_of(lane, order)}
+        for key, fill in list(self._fills.items()):
+            if key not in window or fill.error is not None:
+                self._drop(key)
+        self._wanted = deque(key for key in order if key not in self._fills)
+        self._start()
+
+    def bring(self, layer: int, experts: Sequence[int]) -> tuple[list[Fill], float]:
+        """The next experts of the order, settled, and the seconds waited; at most a lane's slots."""
+        lane = self._lane_of[layer]
+        if not lane.bank.is_in_place:
+            return self._bring_staged(lane, layer, experts)
+        fills = [self._fills[layer, expert] for expert in experts]
+        return fills, self._filler.wait(fills)
+
+    def bank(self, layer: int) -> Bank:
+        return self._lane_of[layer].bank
+
+    def slot(self, layer: int, expert: int) -> int:
+        return self._fills[layer, expert].slot
+
+    def release(self, layer: int, experts: Sequence[int]) -> None:
+        """All products with them are evaluated: their slots take the next of the order."""
+        for expert in experts:
+            self._lane_of[layer].free.append(self._fills.pop((layer, expert)).slot)
+        self._start()
+
+    def clear(self) -> None:
+        """Gives up whatever is under way or held."""
+        self._wanted.clear()
+        for key in list(self._fills):
+            self._drop(key)
+
+    @property
+    def nbytes(self) -> int:
+        lanes = set(self._lane_of.values())
+        return sum(array.nbytes for lane in lanes for array in lane.bank.arrays.values())
+
+    @property
+    def is_reading(self) -> bool:
+        return any(not fill.is_settled for fill in self._fills.values())
+
+    def check(self) -> None:
+        """Every slot is free or filled for one expert."""
+        for lane in set(self._lane_of.values()):
+            held = [fill.slot for key, fill in self._fills.items() if self._lane_of[key[0]] is lane]
+            assert sorted([*lane.free, *held]) == list(range(lane.num_slots)), f"{lane.name}: a slot is lost"
+
+    def _first_of(self, lane: _Lane, order: Sequence[Key]) -> list[Key]:
+        return [key for key in order if self._lane_of[key[0]] is lane][: lane.num_slots]
+
+    def _start(self) -> None:
+        while self._wanted:
+            lane = self._lane_of[self._wanted[0][0]]
+            if not lane.bank.is_in_place or not lane.free:
+                return
+            self._filler.submit([self._make(lane, *self._wanted.popleft())])
+
+    def _make(self, lane: _Lane, layer: int, expert: int) -> Fill:
+        slot = lane.free.pop(0)
+        fill = self._filler.make(layer, lane.bank, expert, slot, ReadClass.SWEEP, owner=lane.name)
+        self._fills[layer, expert] = fill
+        return fill
+
+    def _bring_staged(self, lane: _Lane, layer: int, experts: Sequence[int]) -> tuple[list[Fill], float]:
+        """Where a bank is filled by scatter nothing is read ahead: the staging rows are everybody's."""
+        fills, waited_s = [], 0.0
+        for first in range(0, len(experts), lane.bank.max_fill):
+            part = [self._make(lane, layer, e) for e in experts[first : first + lane.bank.max_fill]]
+            lane.bank.begin([fill.slot for fill in part])
+            self._filler.submit(part)
+            waited_s += self._filler.wait(part)
+            lane.bank.finish([fill.slot for fill in part if fill.error is None])
+            fills += part
+        self._wanted = deque(key for key in self._wanted if key not in self._fills)
+        return fills, waited_s
+
+    def _drop(self, key: Key) -> None:
+        fill, lane = self._fills.pop(key), self._lane_of[key[0]]
+        self._filler.void(fill)
+        if fill.is_settled and fill.error is None:
+            self.unused_bytes += self._index.expert_bytes(key[0])
+        lane.free.append(fill.slot)

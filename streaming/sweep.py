@@ -1,0 +1,128 @@
+"""One layer of a sweep: every expert that a prompt wants, in ascending id, each read at most once.
+
+Owns the ring and what sweeps count; called by the store on its thread. Resident experts are used where they
+lie. The others pass through the ring: while some are computed with, the next are read, on into the next
+layer where that is sure to want them. The hottest stay in the layer's bank. A sweep does not count as use:
+it wants nearly every expert, so it says nothing about which one decode wants next.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from streaming.banks import Bank
+from streaming.fills import raise_failure
+from streaming.index import ExpertIndex
+from streaming.residency import Residency
+from streaming.ring import Ring
+from streaming.statistics import StoreStatistics
+
+# A layer that wanted this share of its experts is followed by one that wants nearly all of its own.
+WHOLE_SHARE = 0.95
+# Of a bank's slots, those that one sweep may give to other experts; free ones come on top.
+ADMITTED_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an expert lies until the next group is asked for: a slot of these arrays."""
+
+    expert: int
+    arrays: Mapping[str, mx.array]
+    slot: int
+
+
+@dataclass(frozen=True)
+class LayerBank:
+    """A layer with its bank and the bank's books."""
+
+    layer: int
+    bank: Bank
+    books: Residency
+
+
+class Sweeper:
+    """Brings the experts of one layer after the other, group by group."""
+
+    def __init__(self, index: ExpertIndex, ring: Ring, counts: StoreStatistics) -> None:
+        self._index, self._ring, self._counts = index, ring, counts
+
+    def sweep(
+        self, here: LayerBank, following: LayerBank | None, rows_of: Mapping[int, int], at_once: int
+    ) -> Iterator[Sequence[Place]]:
+        """Groups of at most `at_once` places, in ascending expert id.
+
+        `rows_of`: how many rows want each expert. Asking for the next group says that all products with
+        the last one are evaluated. DiskError names what could not be read.
+        """
+        experts = sorted(rows_of)
+        missing = [expert for expert in experts if expert not in here.books]
+        self._counts.sweep_hits += len(experts) - len(missing)
+        self._ring.begin(self._order(here.layer, missing, following, len(experts)))
+        hottest = _hottest(here.books, rows_of, missing)
+        at_once = min(at_once, max(1, self._ring.num_slots // 2))
+        try:
+            for first in range(0, len(experts), at_once):
+                group = experts[first : first + at_once]
+                read = [expert for expert in group if expert not in here.books]
+                yield self._bring(here, group, read)
+                for expert in hottest.intersection(read):
+                    self._admit(here, rows_of, expert)
+                self._ring.release(here.layer, read)
+        except BaseException:  # the one who computes gave up, or a read failed: nobody asks for the rest
+            self._ring.clear()
+            raise
+
+    def _order(
+        self, layer: int, missing: Sequence[int], following: LayerBank | None, num_wanted: int
+    ) -> list[tuple[int, int]]:
+        """What is read: this layer's missing experts, then the next one's where all are sure to be wanted."""
+        order = [(layer, expert) for expert in missing]
+        if following is not None and num_wanted >= WHOLE_SHARE * self._index.num_experts:
+            experts = range(self._index.num_experts)
+            order += [(following.layer, e) for e in experts if e not in following.books]
+        return order
+
+    def _bring(self, here: LayerBank, group: Sequence[int], read: Sequence[int]) -> list[Place]:
+        fills, waited_s = self._ring.bring(here.layer, read) if read else ([], 0.0)
+        self._counts.stall_s += waited_s
+        if failed := [fill for fill in fills if fill.error is not None]:
+            self._counts.failures += len(failed)
+            raise_failure(here.layer, failed)
+        self._counts.sweep_reads += len(read)
+        self._counts.payload_bytes += len(read) * self._index.expert_bytes(here.layer)
+        in_ring = {fill.expert: fill.slot for fill in fills}
+        ring_arrays = self._ring.bank(here.layer).arrays
+        return [
+            Place(e, ring_arrays, in_ring[e])
+            if e in in_ring
+            else Place(e, here.bank.arrays, here.books.slot(e))
+            for e in group
+        ]
+
+    def _admit(self, here: LayerBank, rows_of: Mapping[int, int], expert: int) -> None:
+        """Copies a hot expert out of the ring, over one that is colder and was computed with already."""
+        slot_of_ring = self._ring.slot(here.layer, expert)
+        books = here.books
+        keep = {e for e, rows in rows_of.items() if e in books and (e > expert or rows >= rows_of[expert])}
+        if books.num_free(keep) == 0:
+            return
+        slot = books.take(keep)
+        here.bank.copy(slot, self._ring.bank(here.layer), slot_of_ring)
+        books.hold(expert, slot)
+
+
+def resident_groups(
+    arrays: Mapping[str, mx.array], rows_of: Mapping[int, int], at_once: int
+) -> Iterator[Sequence[Place]]:
+    """The same where expert i lies in slot i."""
+    experts = sorted(rows_of)
+    for first in range(0, len(experts), at_once):
+        yield [Place(expert, arrays, expert) for expert in experts[first : first + at_once]]
+
+
+def _hottest(books: Residency, rows_of: Mapping[int, int], missing: Sequence[int]) -> set[int]:
+    """Those of the missing that most rows want, as many as may be admitted."""
+    room = books.num_slots - len(books) + int(ADMITTED_SHARE * books.num_slots)
+    return set(sorted(missing, key=lambda expert: (-rows_of[expert], expert))[:room])
