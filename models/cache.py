@@ -15,7 +15,12 @@ class RowCache:
 
     def __init__(self, width: int, dtype: mx.Dtype) -> None:
         self._buffer = mx.zeros((0, width), dtype=dtype)
+        self._expected = 0
         self.length = 0
+
+    def expect(self, rows: int) -> None:
+        """So many rows are appended soon, bit by bit: the next growth makes room for all of them."""
+        self._expected = self.length + rows
 
     def append(self, rows: mx.array) -> mx.array:
         """Add rows [n, width]; returns all rows held, [length, width]."""
@@ -46,7 +51,7 @@ class RowCache:
         capacity, width = self._buffer.shape
         if rows <= capacity:
             return
-        grown = -(-rows // KV_STEP) * KV_STEP
+        grown = -(-max(rows, self._expected) // KV_STEP) * KV_STEP
         extra = mx.zeros((grown - capacity, width), dtype=self._buffer.dtype)
         self._buffer = mx.concatenate([self._buffer, extra])
 
@@ -71,6 +76,11 @@ class SequenceCache:
         """Forget all tokens behind the first `length`, in latents and index keys alike."""
         for rows in self._all():
             rows.trim(min(length, rows.length))
+
+    def expect(self, tokens: int) -> None:
+        """A forward is about to append so many tokens."""
+        for rows in self._all():
+            rows.expect(tokens)
 
     def states(self, layer: int) -> list[mx.array]:
         """The arrays of one layer, for evaluation."""

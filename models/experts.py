@@ -269,40 +269,28 @@ class Experts:
         wanted, _ = self._synchronise(ids, None if self._source.is_resident else scores, None)
         rows_of = _rows_by_expert(wanted)
         counts = {expert: len(rows) for expert, (rows, _) in rows_of.items()}
-        out: mx.array | None = None
+        out = mx.zeros((weights.shape[0], take(mx.array([0])).shape[1]))
         for group in self._source.sweep(self._layer, counts, self._arithmetic.experts_at_once):
             for place in group:
-                out = self._add_expert(out, take, weights, place, *rows_of[place.expert])
+                mlp = self._unpacked(place, counts[place.expert])
+                for rows, columns in _pieces(*rows_of[place.expert]):
+                    y = mlp(take(rows)) * weights[rows, columns, None]
+                    out = out.at[rows].add(y)  # in place: nothing else refers to it
+                    if rows.size == EXPERT_ROWS:
+                        mx.eval(out)
             mx.eval(out)
-        assert out is not None, "every row wants an expert"
         return out
 
-    def _add_expert(
-        self,
-        out: mx.array | None,
-        take: Callable[[mx.array], mx.array],
-        weights: mx.array,
-        place: Place,
-        rows: NDArray[np.int64],
-        columns: NDArray[np.int64],
-    ) -> mx.array:
-        """Adds one expert's weighted outputs to the rows that want it; `columns`: its place among theirs."""
+    def _unpacked(self, place: Place, num_rows: int) -> Callable[[mx.array], mx.array]:
+        """One expert, its weights in the form that so many rows are multiplied with: [n, H] -> [n, H]."""
         gate, up, down = (
             self._arithmetic.unpacked(
-                BankWeight(place.arrays, projection, self._quantizations[projection], place.slot), len(rows)
+                BankWeight(place.arrays, projection, self._quantizations[projection], place.slot), num_rows
             )
             for projection in PROJECTIONS
         )
         product = self._arithmetic.product
-        for first in range(0, len(rows), EXPERT_ROWS):
-            part = mx.array(rows[first : first + EXPERT_ROWS])
-            x = take(part)
-            y = product(nn.silu(product(x, gate)) * product(x, up), down)
-            y = y * weights[part, mx.array(columns[first : first + EXPERT_ROWS]), None]
-            before = mx.zeros((weights.shape[0], y.shape[1])) if out is None else out
-            out = before.at[part].add(y)
-        assert out is not None, "an expert that no row wants was asked for"
-        return out
+        return lambda x: product(nn.silu(product(x, gate)) * product(x, up), down)
 
     def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
         """x [..., 1, H] against slots [...] -> [..., H]."""
@@ -333,6 +321,13 @@ class Experts:
         if not self._source.is_resident:
             self._pending = out
         return out
+
+
+def _pieces(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Iterator[tuple[mx.array, mx.array]]:
+    """An expert's rows, and its place among each row's experts, in pieces."""
+    for first in range(0, len(rows), EXPERT_ROWS):
+        piece = slice(first, first + EXPERT_ROWS)
+        yield mx.array(rows[piece]), mx.array(columns[piece])
 
 
 def _rows_by_expert(wanted: NDArray[np.int32]) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:

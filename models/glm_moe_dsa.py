@@ -192,6 +192,8 @@ class Model(nn.Module):
         graph stays small; a pass over few rows stays lazy until somebody reads its result.
         """
         parts = make_parts(spans)
+        for span in spans:
+            span.cache.expect(span.rows)
         x = self.model.embed_tokens(tokens).astype(self.arithmetic.dtype)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, parts)

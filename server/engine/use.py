@@ -1,9 +1,10 @@
 """What the lines of the memory plan are used for, as far as it can be measured. Runs on the engine's thread.
 
 Each figure is the largest seen so far, under the name of its line. MLX knows how much it holds, and the most
-that it held since it was asked last; what of that is neither trunk nor slots nor a sequence's cache is
-workspace, the rows of a sweep among it. What is resident beyond that most and the reader's buffers is Python with its libraries, of both
-processes: the engine's parent serves HTTP. (That most, because the allocator keeps what was freed.)
+that it held since it was asked last; what of that is neither trunk nor slots nor ring nor a sequence's cache
+is workspace, with the rows of a sweep among it. What is resident beyond that most and the reader's buffers is
+Python with its libraries, of both processes, and saved prompts: the engine's parent serves HTTP. (That most,
+because the allocator keeps what was freed.)
 """
 
 import os
