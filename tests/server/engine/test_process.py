@@ -130,8 +130,9 @@ def test_a_start_that_fails_otherwise_is_tried_again_and_the_reason_can_be_read(
 
 
 PARENT = """
-import asyncio, sys
+import asyncio, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from server.engine.messages import EngineConfig, Generate
 from server.engine.process import EngineProcess
 
