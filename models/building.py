@@ -9,7 +9,8 @@ from mlx.utils import tree_flatten
 from config.errors import CheckpointError
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic, Quantization
-from models.experts import PROJECTIONS, Experts, ExpertSource
+from models.expert_source import ExpertSource
+from models.experts import PROJECTIONS, Experts
 from models.glm_moe_dsa import Model
 from models.linear import Linear
 
