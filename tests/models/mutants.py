@@ -60,13 +60,14 @@ def shared_layers_are_dense(patch: pytest.MonkeyPatch) -> None:
 
 def shared_layers_use_the_previous_group(patch: pytest.MonkeyPatch) -> None:
     right = Attention.__call__
-    older: list[Any] = []
+    older: dict[tuple[int, int], Any] = {}  # what the group before selected for these rows
 
     def call(self: Attention, x: mx.array, part: Part) -> mx.array:
+        rows = (part.rows.start, part.rows.stop)
         if "indexer" in self:
-            older.append(part.selected)
+            older[rows] = part.selected
             return right(self, x, part)
-        newest, part.selected = part.selected, older[-1] or part.selected
+        newest, part.selected = part.selected, older[rows] or part.selected
         out = right(self, x, part)
         part.selected = newest
         return out
