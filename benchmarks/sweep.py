@@ -1,85 +1,141 @@
-"""What a prompt costs from a slow disk: `python -m benchmarks.sweep [--sweep-s 8] [--tokens 4096 16384]`.
+"""What a prompt costs from a slow disk: `python -m benchmarks.sweep [--rounds 3] [--tokens 512 4096 16384]`.
 
-A tiny model of the architecture whose experts come from the simulated disk, at a rate at which all those that
-have no slot take `--sweep-s` seconds: bound by I/O. The same prompt goes through the layers in chunks and as
-one sweep; two prompts go one after the other and together. Prints seconds, bytes read, and the sweep's time
-over max(compute, bytes / rate), compute being the time of the same pass with every expert in memory.
+Experts of 1.05 MiB, a quarter of them in memory, from a simulated disk that needs `--sweep-s` for the rest.
+As on GLM-5.2 a token wants one expert in 32 and the ring holds half a layer. The same prompt goes through the
+layers in chunks and as one sweep; two prompts go one after the other and together. Prints seconds, bytes
+read, and the sweep's time over max(compute, bytes / rate), compute being the same pass with every expert in
+memory. Rounds alternate between all of these; medians, lowest and highest.
 """
 
 import argparse
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from benchmarks.checkpoint import BENCH, write_checkpoint
 from benchmarks.simulated_disk import SimulatedDisk
-from models.arithmetic import Quantization
+from models.arithmetic import choose_arithmetic
 from models.attention import Span
 from models.glm_moe_dsa import Model
+from models.loading import load_model, open_checkpoint
 from streaming.disk import DirectDisk
-from tests.checkpoints import Opened, open_model, save_packed
-from tests.tiny_glm import WIDER, make_weights, tokens
+from streaming.store import ExpertStore
 
-CONFIG = WIDER | {"max_position_embeddings": 65_536, "index_topk": 256}
-SLOTS = 4
-NARROW = (".embed_q", ".unembed_out", "indexer", "q_b_proj", "o_proj")
+CONFIG: dict[str, Any] = BENCH | {
+    "num_hidden_layers": 6, "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+    "num_experts_per_tok": 2, "index_topk": 256, "max_position_embeddings": 65_536,
+}  # fmt: skip
+SLOTS, RING_SLOTS = 16, 32
+WARMING_TOKENS = 600
 
 
-def read(model: Model, prompts: Sequence[list[int]], chunk: int | None = None) -> float:
-    """Seconds for all prompts, in one flat pass, or each in chunks of so many tokens."""
+@dataclass
+class Side:
+    """One way to read prompts: what it took, round by round."""
+
+    name: str
+    model: Model
+    store: ExpertStore
+    prompts: Sequence[list[int]]
+    chunk: int
+    seconds: list[float] = field(default_factory=list)
+    payload_bytes: list[int] = field(default_factory=list)
+
+    def measure(self) -> None:
+        before, start_s = self.store.statistics().payload_bytes, time.monotonic()
+        _read(self.model, self.prompts, self.chunk)
+        self.seconds.append(time.monotonic() - start_s)
+        self.payload_bytes.append(self.store.statistics().payload_bytes - before)
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        low, high = min(self.seconds), max(self.seconds)
+        read = sorted({round(n / 1e6, 2) for n in self.payload_bytes})
+        return f"{self.name:28} {self.median_s:7.2f} s [{low:.2f} {high:.2f}]  MB read {read}"
+
+
+def _read(model: Model, prompts: Sequence[list[int]], chunk: int) -> None:
+    """All prompts in one flat pass for each chunk."""
     caches = [model.make_cache() for _ in prompts]
-    start_s = time.monotonic()
-    step = chunk or len(prompts[0])
-    for first in range(0, len(prompts[0]), step):
-        parts = [prompt[first : first + step] for prompt in prompts]
+    for first in range(0, len(prompts[0]), chunk):
+        parts = [prompt[first : first + chunk] for prompt in prompts]
         width = len(parts[0])
         spans = [Span(cache, i * width, (i + 1) * width) for i, cache in enumerate(caches)]
         mx.eval(model(mx.array([t for part in parts for t in part]), spans))
-    return time.monotonic() - start_s
 
 
-def measure(opened: Opened, prompts: Sequence[list[int]], chunk: int | None = None) -> tuple[float, int]:
-    """Seconds and payload bytes."""
-    before = opened.store.statistics().payload_bytes
-    seconds = read(opened.model, prompts, chunk)
-    return seconds, opened.store.statistics().payload_bytes - before
+def _prompt(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(4, CONFIG["vocab_size"], length).tolist()
+
+
+def compare(
+    length: int, rounds: int, rate: float, resident: "Opened", streamed: "Opened", chunks: Sequence[int]
+) -> None:
+    """Prints the table of one length."""
+    prompts = [_prompt(length, seed) for seed in (1, 2)]
+    compute = Side("all experts in memory", *resident, prompts[:1], length)
+    chunked = [Side(f"chunks of {c}", *streamed, prompts[:1], c) for c in chunks if c < length]
+    sweep = Side("one sweep", *streamed, prompts[:1], length)
+    together = Side("two prompts together", *streamed, prompts, length)
+    for _ in range(rounds):
+        for side in (compute, *chunked, sweep, together):
+            side.measure()
+    print(f"{length} tokens, {rounds} rounds")
+    for side in (compute, *chunked, sweep, together):
+        print(f"  {side}", flush=True)
+    pairs = zip(sweep.seconds, sweep.payload_bytes, compute.seconds, strict=True)
+    over = sorted(s / max(c, n / rate) for s, n, c in pairs)
+    print(f"  sweep / max(compute, disk): {statistics.median(over):.3f} [{over[0]:.3f} {over[-1]:.3f}]")
+    for side in chunked:
+        print(f"  {side.name} / sweep: {side.median_s / sweep.median_s:.2f}")
+    both = sorted(b / (2 * s) for b, s in zip(together.seconds, sweep.seconds, strict=True))
+    print(f"  together / one after the other: {statistics.median(both):.3f} [{both[0]:.3f} {both[-1]:.3f}]",
+          flush=True)  # fmt: skip
+
+
+Opened = tuple[Model, ExpertStore]
+
+
+def _opener(folder: Path) -> Callable[..., Opened]:
+    checkpoint, arithmetic = open_checkpoint(folder), choose_arithmetic()
+
+    def open_with(slots: int, **options: Any) -> Opened:
+        store = ExpertStore(checkpoint.experts, slots, float_dtype=arithmetic.dtype, **options)
+        return load_model(checkpoint, arithmetic, store), store
+
+    return open_with
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sweep-s", type=float, default=8.0, help="disk time of all experts without a slot")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096])
+    parser.add_argument("--sweep-s", type=float, default=10.0, help="disk time of all experts without a slot")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096, 16_384])
     parser.add_argument("--chunks", type=int, nargs="*", default=[512, 2048])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--ring", type=int, default=RING_SLOTS, help="experts that the ring holds")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = save_packed(
-            Path(scratch), CONFIG, make_weights(CONFIG, 0),
-            lambda path: None if any(part in path for part in NARROW) else Quantization(32, 4),
-        )  # fmt: skip
-        resident = open_model(folder)
-        index = resident.checkpoint.experts
+        open_with = _opener(write_checkpoint(Path(scratch) / "model", CONFIG))
+        resident = open_with(CONFIG["n_routed_experts"])
+        resident[1].load_all()
+        index = open_checkpoint(Path(scratch) / "model").experts
         missing = (index.num_experts - SLOTS) * sum(index.expert_bytes(layer) for layer in index.layers)
         rate = missing / given.sweep_s
-        streamed = open_model(folder, SLOTS, disk=SimulatedDisk(rate, 1e-4, DirectDisk()))
-        print(f"{missing / 1e6:.2f} MB without a slot, {rate / 1e6:.3f} MB/s")
-        measure(streamed, [tokens(CONFIG, 600)])  # fills the slots
+        streamed = open_with(SLOTS, disk=SimulatedDisk(rate, 1e-4, DirectDisk()), ring_slots=given.ring)
+        print(f"{missing / 1e6:.2f} MB without a slot, at {rate / 1e6:.1f} MB/s {given.sweep_s} s")
+        Side("warming", *streamed, [_prompt(WARMING_TOKENS, 0)], WARMING_TOKENS).measure()  # fills the slots
         for length in given.tokens:
-            prompts = [tokens(CONFIG, length, seed=seed) for seed in (1, 2)]
-            compute_s = read(resident.model, prompts[:1])
-            for chunk in (c for c in given.chunks if c < length):
-                seconds, nbytes = measure(streamed, prompts[:1], chunk)
-                print(f"{length:6} tokens in chunks of {chunk}: {seconds:7.2f} s {nbytes / 1e6:8.2f} MB")
-            seconds, nbytes = measure(streamed, prompts[:1])
-            bound = max(compute_s, nbytes / rate)
-            print(
-                f"{length:6} tokens, one sweep:      {seconds:7.2f} s {nbytes / 1e6:8.2f} MB   "
-                f"compute {compute_s:.2f} s; {seconds / bound:.3f} of max(compute, disk)"
-            )
-            together, nbytes = measure(streamed, prompts)
-            print(f"{length:6} tokens, two prompts:    {together:7.2f} s {nbytes / 1e6:8.2f} MB   "
-                  f"{together / (2 * seconds):.3f} of one after the other")  # fmt: skip
+            compare(length, given.rounds, rate, resident, streamed, given.chunks)
 
 
 if __name__ == "__main__":

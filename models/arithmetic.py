@@ -61,6 +61,7 @@ class Arithmetic:
     expert with all the rows that want it, `experts_at_once` of them between two evaluations.
     `gather_from`: with more keys than this for each selected one, a prompt's rows gather the selected keys;
     with fewer they attend to all keys under a mask.
+    `tile_elements`: of the largest intermediate of attention and indexer, within `models.tiles`' bounds.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Arithmetic:
     max_gathered_rows: int = 32
     experts_at_once: int = 4
     gather_from: int = 7
+    tile_elements: int = 2**24
 
     def is_few(self, rows: int) -> bool:
         """Whether so many rows are computed row by row, from the packed weights."""
@@ -121,8 +123,11 @@ class Arithmetic:
 # bfloat16 products are 8 times slower than float32 ones in MLX's CPU kernels, and one packed product costs
 # as much as unpacking the weight and a BLAS call at 4 to 8 rows (2 cores, AMD EPYC). 8 keeps a batch of
 # eight agents exact.
-# Unpacked experts lie in memory until they are evaluated: two at a time.
-CPU = Arithmetic("cpu", mx.float32, max_packed_rows=8, max_gathered_rows=8, experts_at_once=2)
+# Unpacked experts lie in memory until they are evaluated: two at a time. Tiles that fit its caches are twice
+# as fast as large ones (docs/measurements.md).
+CPU = Arithmetic(
+    "cpu", mx.float32, max_packed_rows=8, max_gathered_rows=8, experts_at_once=2, tile_elements=2**20
+)
 GPU = Arithmetic("gpu", mx.bfloat16, max_packed_rows=None)
 
 

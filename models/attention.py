@@ -17,7 +17,7 @@ from models.cache import SequenceCache
 from models.indexer import Indexer
 from models.linear import Linear
 from models.rope import Rope
-from models.tiles import EAGER_ROWS, TILE_ELEMENTS, Tile, causal_tiles, select_tiles
+from models.tiles import EAGER_ROWS, Tile, causal_tiles, select_tiles, tile_rows
 
 # Rows of a prompt that go through one layer's attention together; `num_heads` latent queries for each are
 # the widest thing there: 74 KB a row in GLM-5.2's bfloat16.
@@ -81,7 +81,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int, arithmetic: Arithmetic) -> None:
         super().__init__()
         self._args, self._layer = args, layer
-        self._dtype, self._gather_from = arithmetic.dtype, arithmetic.gather_from
+        self._arithmetic = arithmetic
         heads = args.num_attention_heads
         # The eps of the two inner norms is fixed at 1e-6 in the reference, whatever rms_norm_eps says.
         self.q_a_proj = Linear(args.hidden_size, args.q_lora_rank, arithmetic)
@@ -140,14 +140,17 @@ class Attention(nn.Module):
             if store.length > k:
                 rows = slice(span.start, span.stop)
                 keys = store.rows(0, store.length)
-                part.selected[i] = select_tiles(queries[rows], weights[rows], keys, k, self._gather_from)
+                part.selected[i] = select_tiles(
+                    queries[rows], weights[rows], keys, k,
+                    heads=self._args.num_attention_heads, arithmetic=self._arithmetic,
+                )  # fmt: skip
 
     def _attend(self, queries: mx.array, keys: mx.array, selected: list[Tile] | None) -> mx.array:
         """queries [heads, n, latent], keys [T, latent] -> [heads, n, kv_lora]."""
         heads, rows, _ = queries.shape
-        tiles = selected if selected is not None else causal_tiles(rows, keys.shape[0], heads)
+        height = tile_rows(heads * keys.shape[0], self._arithmetic.tile_elements)
         outs = []
-        for tile in tiles:
+        for tile in causal_tiles(rows, keys.shape[0], height) if selected is None else selected:
             q, seen = queries[:, tile.start : tile.stop], keys[: tile.num_keys]
             if tile.keys is None or tile.keys.dtype == mx.bool_:
                 outs.append(self._attend_masked(q, seen, tile.keys))
@@ -161,12 +164,12 @@ class Attention(nn.Module):
         """All keys, those not visible [n, T] at -inf."""
         scores = (q * self._args.qk_head_dim**-0.5) @ keys.T  # [heads, n, T]
         weights = softmax(scores if visible is None else mx.where(visible, scores, -mx.inf))
-        return weights.astype(self._dtype) @ keys[:, : self._args.kv_lora_rank]
+        return weights.astype(self._arithmetic.dtype) @ keys[:, : self._args.kv_lora_rank]
 
     def _attend_gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
         """Only the selected keys, positions [n, k]; a position of T stands for nothing."""
         rows, k = positions.shape
-        height = max(1, TILE_ELEMENTS // (k * keys.shape[1]))
+        height = max(1, self._arithmetic.tile_elements // (k * keys.shape[1]))
         outs = []
         for first in range(0, rows, height):
             outs.append(self._gathered(q[:, first : first + height], keys, positions[first : first + height]))
@@ -180,7 +183,7 @@ class Attention(nn.Module):
         q = q.swapaxes(0, 1) * self._args.qk_head_dim**-0.5  # [n, heads, latent]
         scores = q @ chosen.swapaxes(-1, -2)  # [n, heads, k]
         weights = softmax(mx.where((positions < num_keys)[:, None, :], scores, -mx.inf))
-        out = weights.astype(self._dtype) @ chosen[..., : self._args.kv_lora_rank]
+        out = weights.astype(self._arithmetic.dtype) @ chosen[..., : self._args.kv_lora_rank]
         return out.swapaxes(0, 1)
 
 

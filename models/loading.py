@@ -22,7 +22,7 @@ from models.building import build_model
 from models.cache import cache_bytes_per_token
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
-from models.tiles import TILE_ELEMENTS, TILE_ROWS
+from models.tiles import tile_rows
 from streaming.banks import slot_bytes
 from streaming.headers import ITEM_BYTES, FileStamp, TensorEntry, read_headers
 from streaming.index import ExpertIndex
@@ -150,19 +150,20 @@ def _workspace_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context
     expert = arithmetic.experts_at_once * (3 * args.moe_intermediate_size + 2 * args.hidden_size)
     dense = 3 * args.intermediate_size
     unpacked = (0, 0) if arithmetic.max_packed_rows is None else _unpacked_bytes(checkpoint, arithmetic)
-    tiles = 3 * _tile_elements(args, num_rows, max_context) * 4
+    tiles = 3 * _tile_elements(args, arithmetic, num_rows, max_context) * 4
     row_bytes = num_rows * arithmetic.dtype.size
     return row_bytes * 4 * args.hidden_size + max(
         row_bytes * attention + tiles + unpacked[0], row_bytes * max(expert, dense) + unpacked[1]
     )
 
 
-def _tile_elements(args: ModelArgs, num_rows: int, max_context: int) -> int:
-    """Of the largest tile: scores of attention, or of the indexer where it selects."""
-    heads = args.num_attention_heads
-    height = max(1, min(TILE_ROWS, num_rows, TILE_ELEMENTS // (heads * max_context)))
-    widest = max(heads, args.index_n_heads) if max_context > args.index_topk else heads
-    return widest * height * max_context
+def _tile_elements(args: ModelArgs, arithmetic: Arithmetic, num_rows: int, max_context: int) -> int:
+    """Of a tile's intermediates, at most: scores of attention, and those of the indexer beside its choice."""
+    limit = arithmetic.tile_elements
+    scores = args.num_attention_heads * min(max_context, arithmetic.gather_from * args.index_topk)
+    attention = scores * min(num_rows, tile_rows(scores, limit))
+    selection = max_context * min(num_rows, tile_rows(max_context, limit))
+    return max(attention, limit + selection if max_context > args.index_topk else 0)
 
 
 def _unpacked_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic) -> tuple[int, int]:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from models.arithmetic import Arithmetic
 from models.indexer import index_scores
 from models.selection import causal_mask, select, selected_positions
 
-# Elements of the largest intermediate of a tile (64 MiB in float32), and its rows: keys behind the last row
-# of a tile are never touched, so small tiles save up to half of a long prompt's work.
-TILE_ELEMENTS = 2**24
+# Rows of a tile. At most: keys behind its last row are never touched, so small tiles save up to half of a
+# long prompt's work. At least: fewer rows are a poor product.
 TILE_ROWS = 256
+MIN_TILE_ROWS = 16
 # More rows than a decode batch of agents: evaluated piece by piece.
 EAGER_ROWS = 32
 # Rows of one span up to which the selected latents are always gathered, so that a sequence's next tokens
@@ -36,38 +37,43 @@ class Tile:
     keys: mx.array | None
 
 
-def cut_tiles(rows: int, num_keys: int, heads: int) -> Iterator[tuple[int, int, int]]:
+def tile_rows(row_elements: int, tile_elements: int) -> int:
+    """Rows of a tile whose intermediate has so many elements for each."""
+    return max(MIN_TILE_ROWS, min(TILE_ROWS, tile_elements // row_elements))
+
+
+def cut_tiles(rows: int, num_keys: int, height: int) -> Iterator[tuple[int, int, int]]:
     """Cut the last `rows` of num_keys into tiles: start, stop, and the number of keys up to the last row."""
-    height = max(1, min(TILE_ROWS, TILE_ELEMENTS // (heads * num_keys)))
     for start in range(0, rows, height):
         stop = min(start + height, rows)
         yield start, stop, num_keys - rows + stop
 
 
-def causal_tiles(rows: int, num_keys: int, heads: int) -> Iterator[Tile]:
+def causal_tiles(rows: int, num_keys: int, height: int) -> Iterator[Tile]:
     """Tiles in which each row sees every key up to itself."""
-    for start, stop, seen in cut_tiles(rows, num_keys, heads):
-        height = stop - start
-        yield Tile(start, stop, seen, None if height == 1 else causal_mask(seen - height, height, seen))
+    for start, stop, seen in cut_tiles(rows, num_keys, height):
+        n = stop - start
+        yield Tile(start, stop, seen, None if n == 1 else causal_mask(seen - n, n, seen))
 
 
 def select_tiles(
-    queries: mx.array, weights: mx.array, keys: mx.array, k: int, gather_from: int
+    queries: mx.array, weights: mx.array, keys: mx.array, k: int, *, heads: int, arithmetic: Arithmetic
 ) -> list[Tile]:
     """Select k keys for each row; the rows are the last ones of the keys.
 
-    queries [n, heads, D], weights [n, heads], keys [T, D]. Masks, or positions where so few rows are asked
-    for, or so many keys seen, that gathering is cheaper: `gather_from` keys for each selected one. Either
-    form takes at most `gather_from` k bytes a row, or 4 k.
+    queries [n, index heads, D], weights [n, index heads], keys [T, D]; `heads` attend to what is selected.
+    Masks, or positions where so few rows are asked for, or so many keys seen, that gathering is cheaper:
+    `gather_from` keys for each selected one. Either form takes at most `gather_from` k bytes a row, or 4 k.
     """
-    rows, heads, _ = queries.shape
+    rows, limit, most = queries.shape[0], arithmetic.tile_elements, arithmetic.gather_from * k
+    height = tile_rows(max(heads * min(keys.shape[0], most), keys.shape[0]), limit)
     tiles = []
-    for start, stop, seen in cut_tiles(rows, keys.shape[0], heads):
+    for start, stop, seen in cut_tiles(rows, keys.shape[0], height):
         chosen = causal_mask(seen - (stop - start), stop - start, seen)
         if seen > k:
-            scores = index_scores(queries[start:stop], weights[start:stop], keys[:seen])
+            scores = index_scores(queries[start:stop], weights[start:stop], keys[:seen], limit)
             chosen = select(scores, chosen, k)
-        if rows <= GATHER_ROWS or seen > gather_from * k:
+        if rows <= GATHER_ROWS or seen > most:
             chosen = selected_positions(chosen, k)
         if rows > EAGER_ROWS:
             mx.eval(chosen)

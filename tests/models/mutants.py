@@ -76,7 +76,7 @@ def shared_layers_use_the_previous_group(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_relu(patch: pytest.MonkeyPatch) -> None:
-    def scores(queries: mx.array, weights: mx.array, keys: mx.array) -> mx.array:
+    def scores(queries: mx.array, weights: mx.array, keys: mx.array, _: int) -> mx.array:
         return (weights[:, None, :] @ (queries @ keys.T))[:, 0, :]
 
     patch.setattr("models.tiles.index_scores", scores)

@@ -169,22 +169,21 @@ def test_the_tests_notice_a_ring_slot_that_is_overwritten_too_early(
     assert not np.array_equal(logits(streamed.model, ids), logits(resident.model, ids))
 
 
-def test_what_grows_with_a_prompt_is_in_the_plan(resident: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_grows_with_a_prompt_is_in_the_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.glm_moe_dsa.make_parts", partial(make_parts, num_rows=250))
-    monkeypatch.setattr("models.tiles.TILE_ELEMENTS", 2**17)  # full for both lengths
-    monkeypatch.setattr("models.attention.TILE_ELEMENTS", 2**17)
+    tiled = open_model(folder, arithmetic=replace(CPU, tile_elements=2**17))  # full for both lengths
     monkeypatch.setattr("models.experts.EXPERT_ROWS", 64)
     peaks = {}
     for length in (1000, 2000):
-        ids, cache = mx.array(tokens(WIDER, length)), resident.model.make_cache()
+        ids, cache = mx.array(tokens(WIDER, length)), tiled.model.make_cache()
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        hidden = resident.model(ids, [Span(cache, 0, length)])
+        hidden = tiled.model(ids, [Span(cache, 0, length)])
         mx.eval(hidden)
         peaks[length] = mx.get_peak_memory() - before - cache.nbytes
         del hidden
-    planned = make_geometry(resident.checkpoint, CPU).sweep_row_bytes
+    planned = make_geometry(tiled.checkpoint, CPU).sweep_row_bytes
     assert (peaks[2000] - peaks[1000]) / 1000 < planned
-    queries = 4 * WIDER["num_attention_heads"] * resident.checkpoint.args.latent_dim
+    queries = 4 * WIDER["num_attention_heads"] * tiled.checkpoint.args.latent_dim
     assert planned < 3 * queries, "the test could not tell if all queries lay in memory"
