@@ -22,7 +22,7 @@ from mlx_lm.models.cache import CacheList, KVCache
 
 from models.args import ModelArgs
 from models.arithmetic import choose_arithmetic
-from models.attention import Attention, Span, make_parts
+from models.attention import Attention, Part, Span, make_parts
 from models.cache import SequenceCache
 from tests.tiny_glm import SHARED
 
@@ -42,6 +42,12 @@ def _fill(module: nn.Module) -> Any:
                            module.parameters()))  # fmt: skip
     mx.eval(module.parameters())
     return module
+
+
+def _milliseconds(layer: Attention, x: mx.array, part: Part) -> float:
+    start_s = time.perf_counter()
+    mx.eval(layer(x, part))
+    return (time.perf_counter() - start_s) * 1e3
 
 
 class Ours:
@@ -65,12 +71,8 @@ class Ours:
         x = mx.random.normal((rows, self._args.hidden_size)).astype(self._dtype)
         cache.expect(rows)
         [part] = make_parts([Span(cache, 0, rows)])
-        times = [[], []]
-        for taken, layer in zip(times, (self._full, self._shared), strict=True):
-            start_s = time.perf_counter()
-            mx.eval(layer(x, part))
-            taken.append((time.perf_counter() - start_s) * 1e3)
-        return times[1][0], times[0][0] - times[1][0]
+        full_ms, shared_ms = (_milliseconds(layer, x, part) for layer in (self._full, self._shared))
+        return shared_ms, full_ms - shared_ms
 
 
 class MlxLm:
@@ -116,7 +118,8 @@ def _print_growth(ours: Ours, theirs: MlxLm | None, lengths: list[int], rows: in
         mean = statistics.median(means)
         first_ms = first_ms or mean
         print(f"{keys:7} {attention:10.3f} {indexer:8.3f} {indexer * 1e6 / keys:18.2f} {mean:11.3f} "
-              f"x{mean / first_ms:.2f} [{means[0]:.3f} {means[-1]:.3f}] {other:9.3f}", flush=True)  # fmt: skip
+              f"x{mean / first_ms:.2f} [{means[0]:.3f} {means[-1]:.3f}] {other:9.3f}",
+              flush=True)  # fmt: skip
 
 
 def _print_forms(shares: list[int], rows: int, rounds: int) -> None:

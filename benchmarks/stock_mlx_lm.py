@@ -1,4 +1,4 @@
-"""Decode and prefill against stock mlx_lm: `python -m benchmarks.stock_mlx_lm [--rounds 5]`.
+"""Decode and prefill against stock mlx_lm: `python -m benchmarks.stock_mlx_lm [--rounds 5] [--tokens 512]`.
 
 Both load one bf16 4-bit checkpoint with every layer full (stock mlx_lm cannot load shared ones). Each side
 is a process of its own, ours started as the server starts its engine, theirs plain; rounds alternate.
@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = TINY | {
     "index_head_dim": 64, "index_topk": 2048, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
     "moe_layer_freq": 1,
 }  # fmt: skip
-PROMPT_TOKENS, DECODED_TOKENS = 512, 16
+DECODED_TOKENS = 16
 Step = Callable[[list[int]], int]
 
 
@@ -77,10 +77,10 @@ def theirs(directory: Path) -> Callable[[], Step]:
     return begin
 
 
-def work(side: str, directory: Path) -> None:
+def work(side: str, directory: Path, num_tokens: int) -> None:
     """Worker: for each line read, measure once and print `prefill_s decode_s`."""
     begin = {"ours": ours, "theirs": theirs}[side](directory)
-    ids = [int(i) % CONFIG["vocab_size"] for i in range(7, 7 + 31 * PROMPT_TOKENS, 31)]
+    ids = [int(i) % CONFIG["vocab_size"] for i in range(7, 7 + 31 * num_tokens, 31)]
     begin()(ids[:4])  # what is made once is made here
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -95,10 +95,11 @@ def work(side: str, directory: Path) -> None:
         print(prefill_s, time.perf_counter() - started, flush=True)
 
 
-def measure(rounds: int) -> None:
+def measure(rounds: int, num_tokens: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_packed(Path(folder), CONFIG, make_weights(CONFIG, 0), lambda path: Quantization(64, 4))
-        command = [sys.executable, "-m", "benchmarks.stock_mlx_lm", "--folder", folder, "--worker"]
+        command = [sys.executable, "-m", "benchmarks.stock_mlx_lm", "--folder", folder,
+                   "--tokens", str(num_tokens), "--worker"]  # fmt: skip
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         workers: dict[str, Any] = {
             "ours": subprocess.Popen([*command, "ours"], env=with_fast_blas(os.environ), **pipes),
@@ -114,15 +115,15 @@ def measure(rounds: int) -> None:
                 seen[side].append(tuple(float(part) for part in worker.stdout.readline().split()))
         for worker in workers.values():
             worker.communicate()
-    report(seen, rounds)
+    report(seen, rounds, num_tokens)
 
 
-def report(seen: dict[str, list[tuple[float, ...]]], rounds: int) -> None:
+def report(seen: dict[str, list[tuple[float, ...]]], rounds: int, num_tokens: int) -> None:
     table = Table(title=f"tokens/s, median of {rounds} (lowest to highest), rounds alternating")
     for column in ("", "ours", "stock mlx_lm", "ratio"):
         table.add_column(column)
     for place, (name, tokens) in enumerate(
-        [(f"prefill of {PROMPT_TOKENS}", PROMPT_TOKENS), ("decode, one token at a time", DECODED_TOKENS)]
+        [(f"prefill of {num_tokens}", num_tokens), ("decode, one token at a time", DECODED_TOKENS)]
     ):
         rates = {side: sorted(tokens / times[place] for times in rows) for side, rows in seen.items()}
         medians = {side: statistics.median(values) for side, values in rates.items()}
@@ -134,13 +135,14 @@ def report(seen: dict[str, list[tuple[float, ...]]], rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured")
+    parser.add_argument("--tokens", type=int, default=512, help="of the prompt")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.worker, options.folder)
+        work(options.worker, options.folder, options.tokens)
     else:
-        measure(options.rounds)
+        measure(options.rounds, options.tokens)
 
 
 if __name__ == "__main__":

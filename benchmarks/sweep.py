@@ -1,7 +1,8 @@
 """What a prompt costs from a slow disk: `python -m benchmarks.sweep [--rounds 3] [--tokens 512 4096 16384]`.
 
 Experts of 1.05 MiB, a quarter of them in memory, from a simulated disk that needs `--sweep-s` for the rest.
-As on GLM-5.2 a token wants one expert in 32 and the ring holds half a layer. The same prompt goes through the
+As on GLM-5.2 a token wants one expert in 32, the
+ring holds half a layer, and about one layer in four has an indexer. The same prompt goes through the
 layers in chunks and as one sweep; two prompts go one after the other and together. Prints seconds, bytes
 read, and the sweep's time over max(compute, bytes / rate), compute being the same pass with every expert in
 memory. Rounds alternate between all of these; medians, lowest and highest.
@@ -31,6 +32,7 @@ from streaming.store import ExpertStore
 CONFIG: dict[str, Any] = BENCH | {
     "num_hidden_layers": 6, "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * 5,
     "num_experts_per_tok": 2, "index_topk": 256, "max_position_embeddings": 65_536,
+    "index_topk_freq": 4, "index_skip_topk_offset": 1,
 }  # fmt: skip
 SLOTS, RING_SLOTS = 16, 32
 WARMING_TOKENS = 600
