@@ -11,39 +11,23 @@ Run it alone on the machine; each part takes one to three minutes on two cores.
 """
 
 import argparse
-import os
-import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drive import Served, drive, use_fast_blas
 from benchmarks.simulated_disk import SimulatedDisk
 from server.checkpoint import POCKET
-from server.engine.blas import with_fast_blas
 from server.engine.limits import Limits
-from server.engine.loop import EngineLoop
-from server.engine.messages import (
-    Cancel,
-    Command,
-    Event,
-    Failed,
-    Finished,
-    Generate,
-    ModelInfo,
-    Sampling,
-    Shutdown,
-    Token,
-)
+from server.engine.messages import Cancel, Finished, Generate, ModelInfo, Sampling, Token
 from server.engine.model import Backend
 from streaming.disk import DirectDisk
 from streaming.statistics import StoreStatistics
@@ -54,25 +38,6 @@ LATENCY_S = 1e-4
 NEVER = 10**9
 
 
-@dataclass
-class Served:
-    """Token times of each request, and what the loop measured at the end."""
-
-    times: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    asked_at: dict[str, float] = field(default_factory=dict)
-    measured: dict[str, float] = field(default_factory=dict)
-    beats: list[float] = field(default_factory=list)  # when layers and steps began
-
-    @property
-    def longest_beat_s(self) -> float:
-        """The longest layer or step."""
-        return max(b - a for a, b in pairwise(self.beats))
-
-    def first_s(self, name: str) -> float:
-        """From the request to its first token."""
-        return self.times[name][0] - self.asked_at[name]
-
-
 def serve(
     opened: Opened,
     limits: Limits,
@@ -80,37 +45,13 @@ def serve(
     later: Callable[[str, int], Sequence[Generate | Cancel]] = lambda name, count: [],
 ) -> Served:
     """Serve requests, and what `later` adds or cancels after a token: its request, and its number there."""
-    inbox: SimpleQueue[Command] = SimpleQueue()
-    served, unfinished = Served(), set[str]()
-
-    def ask(new: Sequence[Generate | Cancel]) -> None:
-        for command in new:
-            if isinstance(command, Cancel):
-                unfinished.discard(command.request_id)
-            else:
-                served.asked_at[command.request_id] = time.monotonic()
-                unfinished.add(command.request_id)
-            inbox.put(command)
-
-    def send(event: Event) -> None:
-        if isinstance(event, Token):
-            times = served.times[event.request_id]
-            times.append(time.monotonic())
-            ask(later(event.request_id, len(times)))
-        if isinstance(event, Failed):
-            raise SystemExit(f"{event.request_id} failed: {event.message}")
-        if isinstance(event, Finished):
-            unfinished.discard(event.request_id)
-            if not unfinished:
-                inbox.put(Shutdown())
-
-    ask(requests)
     info = ModelInfo(opened.checkpoint.args.vocab_size, 32_768)
-    backend = Backend(opened.model, info, limits=limits)
-    loop = EngineLoop(backend, inbox, send, beat=lambda is_idle: served.beats.append(time.monotonic()))
-    loop.run()
-    served.measured = loop.measure()
-    return served
+
+    def react(served: Served, event: Token | Finished) -> Sequence[Generate | Cancel]:
+        is_token = isinstance(event, Token)
+        return later(event.request_id, len(served.times[event.request_id])) if is_token else []
+
+    return drive(Backend(opened.model, info, limits=limits), requests, react)
 
 
 def prompt(seed: int, length: int, vocab: int) -> tuple[int, ...]:
@@ -275,10 +216,7 @@ def main() -> None:
     parser.add_argument("--sweep-s", type=float, default=6.0, help="seconds of disk for all absent experts")
     parser.add_argument("--length", type=int, help="tokens of a prompt (default 4096, mixed 16384)")
     given = parser.parse_args()
-    environment = with_fast_blas(os.environ)
-    if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD") and "GLMSERVE_BLAS" not in os.environ:
-        environment["GLMSERVE_BLAS"] = "preloaded"
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.fleet", *sys.argv[1:]], environment)
+    use_fast_blas("benchmarks.fleet")
     console = Console(width=110)
     match given.part:
         case "decode":

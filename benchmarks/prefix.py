@@ -1,159 +1,215 @@
-"""What saved prompts are worth: `python -m benchmarks.prefix ttft|fleet`.
+"""What saved prompts are worth: `python -m benchmarks.prefix ttft|abort|fleet`.
 
-The engine's own loop over Pocket with half of its experts in memory and the rest on the simulated disk.
-Blocks of the prefix cache are read from and written to the machine's real disk.
+The engine's own loop over Pocket with a quarter of its experts in memory and the rest on a simulated disk,
+by default as slow beside this machine as the target's (benchmarks/slow_pocket.py). Blocks of the prefix cache
+are written to the machine's real disk; the time that the simulated one would take for them is added.
 
 ttft    time to the first token of a long prompt: read whole; its beginning in memory, with 16 tokens added;
-        the same from the SSD; the same after a restart, start-up not counted. Each round has its own prompt.
+        the same from the SSD; the same in a new process after the old one was killed (kill -9) while it
+        served, start-up not counted. Each round has its own prompt and its own processes.
+abort   a client leaves at 60 % of that prompt and asks again; one that waits for half of it asks five times.
 fleet   agents that share a beginning and take turns of a tool's result and an answer: all at once, against
         one request at a time. Both have the same prefix cache, empty at the start.
 
-Run it alone on the machine; each part takes one to three minutes on two cores.
+Run it alone on the machine. On two cores ttft takes two minutes a round, abort four, the whole fleet half an
+hour (`--scale 24`: two minutes). `make test-long` holds the counts.
 """
 
 import argparse
-import os
-import sys
+import multiprocessing
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from statistics import median
 
-import mlx.core as mx
-import numpy as np
-
-from benchmarks.simulated_disk import SimulatedDisk
+from benchmarks.drive import Served, drive, use_fast_blas
+from benchmarks.slow_pocket import SlowPocket, random_tokens, rate_like_the_target
 from models.cache_blocks import bytes_per_token
-from server.checkpoint import POCKET
-from server.engine.blas import with_fast_blas
-from server.engine.limits import Limits
-from server.engine.loop import EngineLoop
-from server.engine.messages import (
-    Command,
-    Event,
-    Failed,
-    Finished,
-    Generate,
-    ModelInfo,
-    Sampling,
-    Shutdown,
-    Token,
-)
-from server.engine.model import Backend
+from server.engine.messages import Cancel, Finished, Generate, Sampling, Token
 from server.engine.prefix import DiskTier, PrefixCache
 from server.engine.prefixes import SavedPrefixes
-from streaming.banks import slot_bytes
-from streaming.disk import DirectDisk
-from tests.checkpoints import Opened, open_model
 
-LATENCY_S = 1e-4
 PLENTY = 10**10
-CONTEXT = 40_000
+FINGERPRINT = bytes(32)
+NEW_TOKENS = 16
+PATIENCE_S = 3600.0
 
 
-@dataclass
-class World:
-    """A model whose experts come from a simulated disk."""
-
-    rate: float
-    disk: SimulatedDisk = field(init=False)
-    opened: Opened = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """A model of which nothing is in memory but the trunk."""
-        self.disk = SimulatedDisk(self.rate, LATENCY_S, DirectDisk())
-        self.opened = open_model(POCKET, slots=32, disk=self.disk)
+def ask(name: str, prompt: tuple[int, ...], num_tokens: int = 1, agent: str = "") -> Generate:
+    return Generate(name, prompt, num_tokens, Sampling(temperature=0), agent=agent)
 
 
-@dataclass
-class Run:
-    """When requests were asked and answered."""
-
-    asked_s: dict[str, float] = field(default_factory=dict)
-    first_s: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    num_cached: int = 0
-    num_prompt: int = 0
+# ttft
 
 
-def serve(
-    world: World,
-    prefix: PrefixCache,
-    first: Sequence[Generate],
-    follow: Callable[[str, list[int]], Sequence[Generate]] = lambda name, tokens: [],
-) -> Run:
-    """Serve until nothing is left; `follow` says what is asked when a request has ended."""
-    inbox: SimpleQueue[Command] = SimpleQueue()
-    run, open_requests = Run(), set[str]()
+@dataclass(frozen=True)
+class First:
+    """How a first token came about."""
 
-    def ask(requests: Sequence[Generate]) -> None:
-        for request in requests:
-            run.asked_s[request.request_id] = time.monotonic()
-            open_requests.add(request.request_id)
-            inbox.put(request)
+    seconds: float
+    num_cached: int
+    num_prompt: int
+    expert_bytes: int
+    block_bytes: int  # read from disk
 
-    def send(event: Event) -> None:
-        if isinstance(event, Failed):
-            raise SystemExit(event.message)
-        if isinstance(event, Token):
-            run.first_s.setdefault(event.request_id, time.monotonic() - run.asked_s[event.request_id])
-            run.tokens[event.request_id].append(event.score.token_id)
-        if isinstance(event, Finished):
-            run.num_cached += event.usage.num_cached_tokens
-            run.num_prompt += event.usage.num_prompt_tokens
-            open_requests.remove(event.request_id)
-            ask(follow(event.request_id, run.tokens[event.request_id]))
-            if not open_requests:
-                inbox.put(Shutdown())
-
-    ask(first)
-    limits = Limits(kv_tokens=8 * CONTEXT, is_streaming=True)
-    info = ModelInfo(world.opened.checkpoint.args.vocab_size, CONTEXT)
-    backend = Backend(world.opened.model, info, limits=limits)
-    EngineLoop(backend, inbox, send, prefixes=SavedPrefixes(prefix)).run()
-    return run
+    def seconds_with_blocks(self, rate: float) -> float:
+        """As if the blocks too had come from a disk of this rate, and nothing had been done meanwhile."""
+        return self.seconds + self.block_bytes / rate
 
 
-def random_tokens(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(int(t) for t in np.random.default_rng(seed).integers(300, 4000, length))
+def serve_prompts(pipe: Connection, rate: float, directory: Path) -> None:
+    """Answers each prompt with its `First`, and "reopen" by emptying the memory tier, until it is killed."""
+    pocket, disk = SlowPocket(rate), DiskTier(directory, PLENTY, PLENTY)
+    prefix = PrefixCache(FINGERPRINT, PLENTY, disk)
+    pipe.send("ready")
+    while True:
+        match pipe.recv():
+            case "reopen":
+                prefix.close(PATIENCE_S)
+                prefix = PrefixCache(FINGERPRINT, PLENTY, disk)
+                pipe.send("empty")
+            case "written":
+                pipe.send(prefix.flush(PATIENCE_S))
+            case tuple(prompt):
+                experts, blocks = pocket.disk.num_bytes, _block_bytes(prefix)
+                prefixes = SavedPrefixes(prefix)
+                served = drive(pocket.backend(len(prompt)), [ask("a", prompt)], prefixes=prefixes)
+                pipe.send(
+                    First(
+                        served.first_s("a"),
+                        served.usage["a"].num_cached_tokens,
+                        len(prompt),
+                        pocket.disk.num_bytes - experts,
+                        _block_bytes(prefix) - blocks,
+                    )
+                )
 
 
-def measure_ttft(world: World, length: int, rounds: int, directory: Path) -> None:
+def _block_bytes(prefix: PrefixCache) -> int:
+    return int(prefix.statistics()["prefix_bytes_read"])
+
+
+class Engine:
+    """Such a process, from outside."""
+
+    def __init__(self, rate: float, directory: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve_prompts, args=(theirs, rate, directory), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()
+
+    def ask(self, prompt: tuple[int, ...]) -> First:
+        first = self._tell(prompt)
+        assert isinstance(first, First), "prompts are answered so"
+        return first
+
+    def reopen(self) -> None:
+        self._tell("reopen")
+
+    def kill(self) -> None:
+        """kill -9, when all blocks are on disk, in the middle of another prompt."""
+        self._tell("written")
+        self._pipe.send(random_tokens(99, 512))
+        time.sleep(0.05)
+        self._process.kill()
+        self._process.join()
+
+    def _tell(self, message: object) -> object:
+        self._pipe.send(message)
+        return self._pipe.recv()
+
+
+def measure_ttft(rate: float, length: int, rounds: int, directory: Path) -> None:
     """Print each kind's time to the first token, and its share of the cold one."""
-    seconds: dict[str, list[float]] = defaultdict(list)
+    seen: dict[str, list[First]] = defaultdict(list)
 
-    def ask(kind: str, prefix: PrefixCache, prompt: tuple[int, ...]) -> None:
-        run = serve(world, prefix, [Generate("a", prompt, 1, Sampling(temperature=0))])
-        seconds[kind].append(run.first_s["a"])
-        print(f"  {kind:8} {run.first_s['a']:7.3f} s, cached {run.num_cached}/{run.num_prompt}", flush=True)
+    def note(kind: str, first: First) -> None:
+        seen[kind].append(first)
+        print(
+            f"  {kind:8} {first.seconds:8.3f} s, cached {first.num_cached}/{first.num_prompt}, read "
+            f"{first.expert_bytes / 1e6:.1f} MB of experts, {first.block_bytes / 1e6:.1f} MB of blocks",
+            flush=True,
+        )
 
-    disk = DiskTier(directory, PLENTY, PLENTY)
     for number in range(rounds):
-        prompt = random_tokens(number, length)
-        prefix = PrefixCache(bytes(32), PLENTY, disk)
-        ask("cold", prefix, prompt)
-        ask("memory", prefix, prompt + random_tokens(1000 + number, 16))
-        prefix.close(120)
-        prefix = PrefixCache(bytes(32), PLENTY, disk)
-        ask("ssd", prefix, prompt + random_tokens(2000 + number, 16))
-        prefix.close(120)
-        world.restart()
-        prefix = PrefixCache(bytes(32), PLENTY, disk)
-        ask("restart", prefix, prompt + random_tokens(3000 + number, 16))
-        prefix.close(120)
-    for kind, values in seconds.items():
-        share = median(value / cold for value, cold in zip(values, seconds["cold"], strict=True))
-        spread = f"{min(values):.3f} to {max(values):.3f}"
-        print(f"{kind:8} {median(values):8.3f} s ({spread})  {100 * share:6.2f} % of cold")
-    size = bytes_per_token(world.opened.model.make_cache()) * length
-    print(f"{length} tokens are {size / 1e6:.1f} MB of saved KV")
+        print(f"round {number + 1} of {rounds}", flush=True)
+        prompt, folder = random_tokens(number, length), directory / str(number)
+        engine = Engine(rate, folder)
+        note("cold", engine.ask(prompt))
+        note("memory", engine.ask(prompt + random_tokens(1000 + number, NEW_TOKENS)))
+        engine.reopen()
+        note("ssd", engine.ask(prompt + random_tokens(2000 + number, NEW_TOKENS)))
+        engine.kill()
+        engine = Engine(rate, folder)
+        note("killed", engine.ask(prompt + random_tokens(3000 + number, NEW_TOKENS)))
+        engine.kill()
+    colds = seen["cold"]
+    for kind, bound in (("cold", 100), ("memory", 2), ("ssd", 5), ("killed", 8)):
+        values = [first.seconds for first in seen[kind]]
+        shares = [
+            first.seconds_with_blocks(rate) / cold.seconds
+            for first, cold in zip(seen[kind], colds, strict=True)
+        ]
+        print(
+            f"{kind:8} {median(values):8.3f} s ({min(values):.3f} to {max(values):.3f}); with its blocks from the "
+            f"simulated disk {100 * median(shares):.2f} % of cold ({100 * min(shares):.2f} to "
+            f"{100 * max(shares):.2f}), wanted: at most {bound} %"
+        )
+    pocket = SlowPocket(rate)
+    sweep_s = pocket.sweep_bytes / rate
+    num_bytes = bytes_per_token(pocket.opened.model.make_cache()) * length
+    print(f"{length} tokens are {num_bytes / 1e6:.1f} MB of blocks")
+    share = sweep_s / median(first.seconds for first in colds)
+    print(f"a sweep of all experts takes this disk {sweep_s:.2f} s, {share:.3f} of a cold prompt")
+
+
+# abort
+
+
+def measure_abort(rate: float, length: int) -> None:
+    """Print what a second attempt takes, and how far five impatient ones come."""
+    whole = drive(SlowPocket(rate).backend(length), [ask("whole", random_tokens(1, length))]).first_s("whole")
+    print(f"undisturbed: {whole:.2f} s", flush=True)
+
+    served = _impatient(rate, random_tokens(2, length), [0.6 * whole, PATIENCE_S])
+    second_s = served.first_s("1")
+    print(
+        f"left after {served.asked_at['1'] - served.asked_at['0']:.2f} s, asked again: answered after "
+        f"{second_s:.2f} s, {second_s / whole:.3f} of the whole (wanted: at most 0.45)", flush=True,
+    )  # fmt: skip
+
+    served = _impatient(rate, random_tokens(3, length), [0.5 * whole] * 5)
+    answered = next((name for name in served.asked_at if served.tokens[name]), None)
+    print(
+        f"a client that waits {0.5 * whole:.2f} s, five times: "
+        + (f"answered in attempt {int(answered) + 1}" if answered else "never answered")
+    )
+
+
+def _impatient(rate: float, prompt: tuple[int, ...], patience_s: list[float]) -> Served:
+    """Attempt i of a client ends after `patience_s[i]`; the next comes at once, until one is answered."""
+
+    def lose_patience(served: Served) -> Sequence[Generate | Cancel]:
+        attempt = len(served.asked_at) - 1
+        name = str(attempt)
+        is_over = served.times[name] or time.monotonic() < served.asked_at[name] + patience_s[attempt]
+        if is_over:
+            return []
+        again = [ask(str(attempt + 1), prompt)] if attempt + 1 < len(patience_s) else []
+        return [Cancel(name), *again]
+
+    prefixes = SavedPrefixes(PrefixCache(FINGERPRINT, PLENTY))
+    backend = SlowPocket(rate).backend(len(prompt))
+    return drive(backend, [ask("0", prompt)], prefixes=prefixes, on_beat=lose_patience)
+
+
+# fleet
 
 
 @dataclass(frozen=True)
@@ -166,42 +222,52 @@ class Fleet:
     result: int
     answer: int
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a whole conversation."""
+        return self.shared + self.turns * (self.result + self.answer)
 
-def measure_fleet(world: World, fleet: Fleet) -> None:
-    """Print both ways of serving the same conversations."""
+
+def measure_fleet(rate: float, fleet: Fleet, ways: Sequence[str]) -> None:
+    """Print one way of serving the conversations, or both and their ratio."""
     walls = {}
-    for is_together in (False, True):
-        world.restart()
-        prefix = PrefixCache(bytes(32), PLENTY)
+    for way in ways:
+        pocket = SlowPocket(rate)
         started = time.monotonic()
-        run = _serve_fleet(world, prefix, fleet, is_together)
-        wall = walls[is_together] = time.monotonic() - started
-        index = world.opened.checkpoint.experts
-        one_sweep = sum(slot_bytes(index.parts(layer), mx.float32) for layer in index.layers)
-        one_sweep *= index.num_experts
+        served = _serve_fleet(pocket, fleet, way == "together")
+        wall = walls[way] = time.monotonic() - started
         print(
-            f"{'together' if is_together else 'one by one':10} {wall:7.1f} s, computed "
-            f"{run.num_prompt - run.num_cached} of {run.num_prompt} prompt tokens, read "
-            f"{world.disk.num_bytes / 1e6:.0f} MB, {world.disk.num_bytes / one_sweep:.1f} sweeps"
+            f"{way:8} {wall:7.1f} s, computed {served.num_prefilled} of "
+            f"{sum(usage.num_prompt_tokens for usage in served.usage.values())} prompt tokens, read "
+            f"{pocket.disk.num_bytes / 1e6:.0f} MB, {pocket.disk.num_bytes / pocket.sweep_bytes:.1f} sweeps"
         )
         for agent in range(fleet.agents):
-            waits = [run.first_s[f"{agent}.{turn}"] for turn in range(fleet.turns)]
-            print(f"    agent {agent} waited " + ", ".join(f"{wait:.2f}" for wait in waits) + " s")
-    print(f"together takes {walls[True] / walls[False]:.2f} of the time")
+            waits = [served.first_s(f"{agent}.{turn}") for turn in range(fleet.turns)]
+            print(
+                f"    agent {agent} waited " + ", ".join(f"{wait:.2f}" for wait in waits) + " s", flush=True
+            )
+    if len(walls) == 2:
+        print(f"together takes {walls['together'] / walls['alone']:.2f} of the time (wanted: at most 0.50)")
 
 
-def _serve_fleet(world: World, prefix: PrefixCache, fleet: Fleet, is_together: bool) -> Run:
+def _serve_fleet(pocket: SlowPocket, fleet: Fleet, is_together: bool) -> Served:
     talks = {agent: list(random_tokens(7, fleet.shared)) for agent in range(fleet.agents)}
     waiting: list[Generate] = []
+    started = time.monotonic()
 
     def request(agent: int, turn: int) -> Generate:
         talks[agent] += random_tokens(100 * agent + turn, fleet.result)
-        greedy = Sampling(temperature=0)
-        return Generate(f"{agent}.{turn}", tuple(talks[agent]), fleet.answer, greedy, agent=str(agent))
+        return ask(f"{agent}.{turn}", tuple(talks[agent]), fleet.answer, str(agent))
 
-    def follow(name: str, tokens: list[int]) -> Sequence[Generate]:
-        agent, turn = map(int, name.split("."))
-        talks[agent] += tokens
+    def react(served: Served, event: Token | Finished) -> Sequence[Generate]:
+        if isinstance(event, Token):
+            return []
+        agent, turn = map(int, event.request_id.split("."))
+        print(
+            f"    {time.monotonic() - started:7.1f} s: agent {agent} has answer {turn + 1} of {fleet.turns}",
+            flush=True,
+        )
+        talks[agent] += served.tokens[event.request_id]
         new = [request(agent, turn + 1)] if turn + 1 < fleet.turns else []
         if is_together:
             return new
@@ -209,31 +275,36 @@ def _serve_fleet(world: World, prefix: PrefixCache, fleet: Fleet, is_together: b
         return [waiting.pop(0)] if waiting else []
 
     first = [request(agent, 0) for agent in range(fleet.agents)]
-    if is_together:
-        return serve(world, prefix, first, follow)
-    waiting.extend(first[1:])
-    return serve(world, prefix, first[:1], follow)
+    if not is_together:
+        waiting.extend(first[1:])
+        del first[1:]
+    prefixes = SavedPrefixes(PrefixCache(FINGERPRINT, PLENTY))
+    return drive(pocket.backend(fleet.longest), first, react, prefixes=prefixes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("part", choices=["ttft", "fleet"])
-    parser.add_argument("--rate", type=float, default=100e6, help="bytes per second of the simulated disk")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of the repeated beginning")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--scale", type=int, default=1, help="divide the fleet's lengths by so much")
+    parser.add_argument("part", choices=["ttft", "abort", "fleet"])
+    parser.add_argument(
+        "--rate", type=float, help="bytes per second of the simulated disk (default: measured)"
+    )
+    parser.add_argument("--length", type=int, default=8192, help="ttft, abort: tokens of the prompt")
+    parser.add_argument("--rounds", type=int, default=3, help="ttft: how often")
+    parser.add_argument("--scale", type=int, default=1, help="fleet: divide all lengths by so much")
+    parser.add_argument("--way", choices=["alone", "together"], help="fleet: only this way")
     parser.add_argument("--directory", type=Path, help="where blocks go (default: a folder that is deleted)")
     given = parser.parse_args()
-    environment = with_fast_blas(os.environ)
-    if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD") and "GLMSERVE_BLAS" not in os.environ:
-        environment["GLMSERVE_BLAS"] = "preloaded"
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.prefix", *sys.argv[1:]], environment)
-    with tempfile.TemporaryDirectory(dir=given.directory) as folder:
-        if given.part == "ttft":
-            measure_ttft(World(given.rate), given.length, given.rounds, Path(folder))
-        else:
+    use_fast_blas("benchmarks.prefix")
+    rate = given.rate or rate_like_the_target()
+    match given.part:
+        case "ttft":
+            with tempfile.TemporaryDirectory(dir=given.directory) as folder:
+                measure_ttft(rate, given.length, given.rounds, Path(folder))
+        case "abort":
+            measure_abort(rate, given.length)
+        case "fleet":
             fleet = Fleet(8, 6, 4096 // given.scale, 500 // given.scale, 100 // given.scale)
-            measure_fleet(World(given.rate), fleet)
+            measure_fleet(rate, fleet, [given.way] if given.way else ["alone", "together"])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from server.engine.messages import (
     Shutdown,
 )
 from server.engine.model import Backend
+from server.engine.prefixes import Prefixes
 from tests.tiny_glm import SHARED, make_weights
 from tests.tiny_model import make_model
 
@@ -38,13 +39,14 @@ SMALL = SHARED | {
 class LoopEngine:
     """An `Engine` without a process of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, info: ModelInfo) -> None:
+        self._info = info
         self.inbox: SimpleQueue[Command] = SimpleQueue()
         self._requests: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[RequestEvent]]] = {}
 
     @property
     def status(self) -> EngineStatus:
-        return EngineStatus("ready", info=ModelInfo(VOCAB, CONTEXT))
+        return EngineStatus("ready", info=self._info)
 
     def reserve(self) -> None:
         """There is always a place."""
@@ -80,13 +82,13 @@ class LoopEngine:
 
 
 @contextmanager
-def random_engine(tokenizer_folder: Path, seed: int = 3) -> Iterator[LoopEngine]:
-    """A running loop over weights from this seed."""
-    model = make_model(SMALL, make_weights(SMALL, seed))
-    engine = LoopEngine()
-    backend = Backend(model, ModelInfo(VOCAB, CONTEXT))
+def running_engine(
+    backend: Backend, tokenizer_folder: Path, prefixes: Prefixes | None = None
+) -> Iterator[LoopEngine]:
+    """A running loop over this backend."""
+    engine = LoopEngine(backend.info)
     grammars = Grammars(tokenizer_folder / "tokenizer.json", VOCAB)
-    loop = EngineLoop(backend, engine.inbox, engine.send, grammars=grammars)
+    loop = EngineLoop(backend, engine.inbox, engine.send, grammars=grammars, prefixes=prefixes)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:
@@ -94,3 +96,11 @@ def random_engine(tokenizer_folder: Path, seed: int = 3) -> Iterator[LoopEngine]
     finally:
         engine.inbox.put(Shutdown())
         thread.join()
+
+
+@contextmanager
+def random_engine(tokenizer_folder: Path, seed: int = 3) -> Iterator[LoopEngine]:
+    """A running loop over weights from this seed."""
+    backend = Backend(make_model(SMALL, make_weights(SMALL, seed)), ModelInfo(VOCAB, CONTEXT))
+    with running_engine(backend, tokenizer_folder) as engine:
+        yield engine

@@ -7,6 +7,7 @@ from queue import SimpleQueue
 
 import mlx.core as mx
 
+from benchmarks.drive import drive
 from models.attention import Span
 from models.cache import SequenceCache
 from models.glm_moe_dsa import Model
@@ -48,6 +49,7 @@ class CountedModel:
 
     inner: Model
     rows: list[int] = field(default_factory=list)
+    row_layers: int = 0  # rows times layers, of all passes
     on_layer: Callable[[], object] = bool
 
     def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
@@ -59,6 +61,7 @@ class CountedModel:
             except StopIteration as end:
                 hidden: mx.array = end.value
                 return hidden
+            self.row_layers += tokens.shape[0]
             self.on_layer()
             yield layer
 
@@ -94,6 +97,11 @@ class Outcome:
     usage: Usage
 
 
+def make_backend(model: CountedModel, rows: int) -> Backend:
+    limits = Limits(pass_rows=rows, kv_tokens=8 * CONTEXT)
+    return Backend(model, ModelInfo(CONFIG["vocab_size"], CONTEXT), limits=limits)
+
+
 def make_loop(
     model: CountedModel,
     prefix: PrefixCache | None,
@@ -101,32 +109,17 @@ def make_loop(
     send: Callable[[Event], None],
     rows: int,
 ) -> EngineLoop:
-    limits = Limits(pass_rows=rows, kv_tokens=8 * CONTEXT)
-    backend = Backend(model, ModelInfo(CONFIG["vocab_size"], CONTEXT), limits=limits)
-    return EngineLoop(backend, inbox, send, prefixes=SavedPrefixes(prefix) if prefix else None)
+    prefixes = SavedPrefixes(prefix) if prefix else None
+    return EngineLoop(make_backend(model, rows), inbox, send, prefixes=prefixes)
 
 
 def generate(
     model: CountedModel, prefix: PrefixCache | None, *requests: Generate, rows: int = 2048
 ) -> dict[str, Outcome]:
     """Serve these requests, all there from the start, and stop."""
-    inbox: SimpleQueue[Command] = SimpleQueue()
-    outcomes: dict[str, Outcome] = {}
-    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
-
-    def send(event: Event) -> None:
-        assert not isinstance(event, Failed), event
-        if isinstance(event, Token):
-            tokens[event.request_id].append(event.score.token_id)
-        if isinstance(event, Finished):
-            outcomes[event.request_id] = Outcome(tokens[event.request_id], event.usage)
-            if len(outcomes) == len(requests):
-                inbox.put(Shutdown())
-
-    for request in requests:
-        inbox.put(request)
-    make_loop(model, prefix, inbox, send, rows).run()
-    return outcomes
+    prefixes = SavedPrefixes(prefix) if prefix else None
+    served = drive(make_backend(model, rows), requests, prefixes=prefixes)
+    return {name: Outcome(served.tokens[name], usage) for name, usage in served.usage.items()}
 
 
 def ask(

@@ -73,6 +73,38 @@ def test_a_pass_goes_on_after_its_client_left_and_the_next_attempt_finds_it(
     assert num_rows <= 320 + 64 + 3
 
 
+def test_a_prompt_left_at_three_fifths_is_complete_after_the_other_two(model: CountedModel) -> None:
+    prompt, counts = tuple(tokens(CONFIG, 1280, seed=5)), [0]
+    alone = ask(model, None, prompt, 4).tokens
+    start = model.row_layers
+
+    def leave(layer: int) -> list[Command]:
+        if layer != 3:
+            return []
+        counts.append(model.row_layers - start)
+        return [Cancel("first"), request("again", prompt)]
+
+    outcomes = run_script(model, open_prefix(), [request("first", prompt)], leave, {"again"})
+    whole = 1280 * NUM_LAYERS
+    assert counts[1] == 0.6 * whole
+    second = model.row_layers - start - counts[1] - 3 * NUM_LAYERS  # the answer is no part of it
+    assert second <= 0.45 * whole
+    assert outcomes["again"].tokens == alone
+    assert outcomes["again"].usage.num_cached_tokens >= 1280 - 64
+
+
+def test_a_later_turn_of_a_session_waits_for_the_pass_that_its_client_left(
+    model: CountedModel, uncached: dict[tuple[int, ...], list[int]]
+) -> None:
+    """Another body that begins with the same tokens: what both share is read once."""
+    turn = (*PROMPT, *OTHER[:30])
+    alone = ask(model, None, turn, 4).tokens
+    outcomes, num_rows = run(model, {3: [Cancel("first"), request("next", turn)]}, {"next"})
+    assert outcomes["next"].tokens == alone
+    assert outcomes["next"].usage.num_cached_tokens == 320
+    assert num_rows == 320 + 30 + 3
+
+
 @pytest.mark.parametrize(("layer", "goes_on"), [(NUM_LAYERS + 2, False), (NUM_LAYERS + 3, True)])
 def test_a_pass_that_nobody_waits_for_gives_way_to_others_while_less_than_half_is_done(
     model: CountedModel, uncached: dict[tuple[int, ...], list[int]], layer: int, goes_on: bool
