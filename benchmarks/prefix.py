@@ -1,4 +1,4 @@
-"""What saved prompts are worth: `python -m benchmarks.prefix ttft|abort|fleet`.
+"""What saved prompts are worth: `python -m benchmarks.prefix ttft|abort`.
 
 The engine's own loop over Pocket with a quarter of its experts in memory and the rest on a simulated disk,
 by default as slow beside this machine as the target's (benchmarks/slow_pocket.py). Blocks of the prefix cache
@@ -8,11 +8,8 @@ ttft    time to the first token of a long prompt: read whole; its beginning in m
         the same from the SSD; the same in a new process after the old one was killed (kill -9) while it
         served, start-up not counted. Each round has its own prompt and its own processes.
 abort   a client leaves at 60 % of that prompt and asks again; one that waits for half of it asks five times.
-fleet   agents that share a beginning and take turns of a tool's result and an answer: all at once, against
-        one request at a time. Both have the same prefix cache, empty at the start.
 
-Run it alone on the machine. On two cores ttft takes two minutes a round, abort four, the whole fleet half an
-hour (`--scale 24`: two minutes). `make test-long` holds the counts.
+Run it alone on the machine. On two cores a round of ttft takes a minute, abort two and a half.
 """
 
 import argparse
@@ -29,7 +26,7 @@ from statistics import median
 from benchmarks.drive import Served, drive, use_fast_blas
 from benchmarks.slow_pocket import SlowPocket, random_tokens, rate_like_the_target
 from models.cache_blocks import bytes_per_token
-from server.engine.messages import Cancel, Finished, Generate, Sampling, Token
+from server.engine.messages import Cancel, Generate, Sampling
 from server.engine.prefix import DiskTier, PrefixCache
 from server.engine.prefixes import SavedPrefixes
 
@@ -39,8 +36,8 @@ NEW_TOKENS = 16
 PATIENCE_S = 3600.0
 
 
-def ask(name: str, prompt: tuple[int, ...], num_tokens: int = 1, agent: str = "") -> Generate:
-    return Generate(name, prompt, num_tokens, Sampling(temperature=0), agent=agent)
+def ask(name: str, prompt: tuple[int, ...]) -> Generate:
+    return Generate(name, prompt, 1, Sampling(temperature=0))
 
 
 # ttft
@@ -157,8 +154,8 @@ def measure_ttft(rate: float, length: int, rounds: int, directory: Path) -> None
             for first, cold in zip(seen[kind], colds, strict=True)
         ]
         print(
-            f"{kind:8} {median(values):8.3f} s ({min(values):.3f} to {max(values):.3f}); with its blocks from the "
-            f"simulated disk {100 * median(shares):.2f} % of cold ({100 * min(shares):.2f} to "
+            f"{kind:8} {median(values):8.3f} s ({min(values):.3f} to {max(values):.3f}); with its blocks "
+            f"from the simulated disk {100 * median(shares):.2f} % of cold ({100 * min(shares):.2f} to "
             f"{100 * max(shares):.2f}), wanted: at most {bound} %"
         )
     pocket = SlowPocket(rate)
@@ -209,89 +206,14 @@ def _impatient(rate: float, prompt: tuple[int, ...], patience_s: list[float]) ->
     return drive(backend, [ask("0", prompt)], prefixes=prefixes, on_beat=lose_patience)
 
 
-# fleet
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """What the agents do, in tokens."""
-
-    agents: int
-    turns: int
-    shared: int
-    result: int
-    answer: int
-
-    @property
-    def longest(self) -> int:
-        """Tokens of a whole conversation."""
-        return self.shared + self.turns * (self.result + self.answer)
-
-
-def measure_fleet(rate: float, fleet: Fleet, ways: Sequence[str]) -> None:
-    """Print one way of serving the conversations, or both and their ratio."""
-    walls = {}
-    for way in ways:
-        pocket = SlowPocket(rate)
-        started = time.monotonic()
-        served = _serve_fleet(pocket, fleet, way == "together")
-        wall = walls[way] = time.monotonic() - started
-        print(
-            f"{way:8} {wall:7.1f} s, computed {served.num_prefilled} of "
-            f"{sum(usage.num_prompt_tokens for usage in served.usage.values())} prompt tokens, read "
-            f"{pocket.disk.num_bytes / 1e6:.0f} MB, {pocket.disk.num_bytes / pocket.sweep_bytes:.1f} sweeps"
-        )
-        for agent in range(fleet.agents):
-            waits = [served.first_s(f"{agent}.{turn}") for turn in range(fleet.turns)]
-            print(
-                f"    agent {agent} waited " + ", ".join(f"{wait:.2f}" for wait in waits) + " s", flush=True
-            )
-    if len(walls) == 2:
-        print(f"together takes {walls['together'] / walls['alone']:.2f} of the time (wanted: at most 0.50)")
-
-
-def _serve_fleet(pocket: SlowPocket, fleet: Fleet, is_together: bool) -> Served:
-    talks = {agent: list(random_tokens(7, fleet.shared)) for agent in range(fleet.agents)}
-    waiting: list[Generate] = []
-    started = time.monotonic()
-
-    def request(agent: int, turn: int) -> Generate:
-        talks[agent] += random_tokens(100 * agent + turn, fleet.result)
-        return ask(f"{agent}.{turn}", tuple(talks[agent]), fleet.answer, str(agent))
-
-    def react(served: Served, event: Token | Finished) -> Sequence[Generate]:
-        if isinstance(event, Token):
-            return []
-        agent, turn = map(int, event.request_id.split("."))
-        print(
-            f"    {time.monotonic() - started:7.1f} s: agent {agent} has answer {turn + 1} of {fleet.turns}",
-            flush=True,
-        )
-        talks[agent] += served.tokens[event.request_id]
-        new = [request(agent, turn + 1)] if turn + 1 < fleet.turns else []
-        if is_together:
-            return new
-        waiting.extend(new)
-        return [waiting.pop(0)] if waiting else []
-
-    first = [request(agent, 0) for agent in range(fleet.agents)]
-    if not is_together:
-        waiting.extend(first[1:])
-        del first[1:]
-    prefixes = SavedPrefixes(PrefixCache(FINGERPRINT, PLENTY))
-    return drive(pocket.backend(fleet.longest), first, react, prefixes=prefixes)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("part", choices=["ttft", "abort", "fleet"])
+    parser.add_argument("part", choices=["ttft", "abort"])
     parser.add_argument(
         "--rate", type=float, help="bytes per second of the simulated disk (default: measured)"
     )
     parser.add_argument("--length", type=int, default=8192, help="ttft, abort: tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=3, help="ttft: how often")
-    parser.add_argument("--scale", type=int, default=1, help="fleet: divide all lengths by so much")
-    parser.add_argument("--way", choices=["alone", "together"], help="fleet: only this way")
     parser.add_argument("--directory", type=Path, help="where blocks go (default: a folder that is deleted)")
     given = parser.parse_args()
     use_fast_blas("benchmarks.prefix")
@@ -302,9 +224,6 @@ def main() -> None:
                 measure_ttft(rate, given.length, given.rounds, Path(folder))
         case "abort":
             measure_abort(rate, given.length)
-        case "fleet":
-            fleet = Fleet(8, 6, 4096 // given.scale, 500 // given.scale, 100 // given.scale)
-            measure_fleet(rate, fleet, [given.way] if given.way else ["alone", "together"])
 
 
 if __name__ == "__main__":

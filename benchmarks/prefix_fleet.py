@@ -1,0 +1,110 @@
+"""What a fleet gains from asking at once: `python -m benchmarks.prefix_fleet [--way alone|together]`.
+
+Agents share a beginning and take turns of a tool's result and an answer: all at once, against one request at
+a time. Both have the same prefix cache, empty at the start, over Pocket with a quarter of its experts in
+memory and the rest on a simulated disk, by default as slow beside this machine as the target's.
+
+Run it alone on the machine; `--scale 24` makes all lengths shorter, and less like the target's.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.drive import Served, drive, use_fast_blas
+from benchmarks.slow_pocket import SlowPocket, random_tokens, rate_like_the_target
+from server.engine.messages import Finished, Generate, Sampling, Token
+from server.engine.prefix import PrefixCache
+from server.engine.prefixes import SavedPrefixes
+
+PLENTY = 10**10
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What the agents do, in tokens."""
+
+    agents: int
+    turns: int
+    shared: int
+    result: int
+    answer: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a whole conversation."""
+        return self.shared + self.turns * (self.result + self.answer)
+
+
+def measure_fleet(rate: float, fleet: Fleet, ways: Sequence[str]) -> None:
+    """Print one way of serving the conversations, or both and their ratio."""
+    walls = {}
+    for way in ways:
+        pocket = SlowPocket(rate)
+        started = time.monotonic()
+        served = _serve_fleet(pocket, fleet, way == "together")
+        wall = walls[way] = time.monotonic() - started
+        print(
+            f"{way:8} {wall:7.1f} s, computed {served.num_prefilled} of "
+            f"{sum(usage.num_prompt_tokens for usage in served.usage.values())} prompt tokens, read "
+            f"{pocket.disk.num_bytes / 1e6:.0f} MB, {pocket.disk.num_bytes / pocket.sweep_bytes:.1f} sweeps"
+        )
+        for agent in range(fleet.agents):
+            waits = [served.first_s(f"{agent}.{turn}") for turn in range(fleet.turns)]
+            print(
+                f"    agent {agent} waited " + ", ".join(f"{wait:.2f}" for wait in waits) + " s", flush=True
+            )
+    if len(walls) == 2:
+        print(f"together takes {walls['together'] / walls['alone']:.2f} of the time (wanted: at most 0.50)")
+
+
+def _serve_fleet(pocket: SlowPocket, fleet: Fleet, is_together: bool) -> Served:
+    talks = {agent: list(random_tokens(7, fleet.shared)) for agent in range(fleet.agents)}
+    waiting: list[Generate] = []
+    started = time.monotonic()
+
+    def request(agent: int, turn: int) -> Generate:
+        talks[agent] += random_tokens(100 * agent + turn, fleet.result)
+        greedy = Sampling(temperature=0)
+        return Generate(f"{agent}.{turn}", tuple(talks[agent]), fleet.answer, greedy, agent=str(agent))
+
+    def react(served: Served, event: Token | Finished) -> Sequence[Generate]:
+        if isinstance(event, Token):
+            return []
+        agent, turn = map(int, event.request_id.split("."))
+        print(
+            f"    {time.monotonic() - started:7.1f} s: agent {agent} has answer {turn + 1} of {fleet.turns}",
+            flush=True,
+        )
+        talks[agent] += served.tokens[event.request_id]
+        new = [request(agent, turn + 1)] if turn + 1 < fleet.turns else []
+        if is_together:
+            return new
+        waiting.extend(new)
+        return [waiting.pop(0)] if waiting else []
+
+    first = [request(agent, 0) for agent in range(fleet.agents)]
+    if not is_together:
+        waiting.extend(first[1:])
+        del first[1:]
+    prefixes = SavedPrefixes(PrefixCache(bytes(32), PLENTY))
+    return drive(pocket.backend(fleet.longest), first, react, prefixes=prefixes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--rate", type=float, help="bytes per second of the simulated disk (default: measured)"
+    )
+    parser.add_argument("--scale", type=int, default=1, help="divide all lengths by so much")
+    parser.add_argument("--way", choices=["alone", "together"], help="only this way (default: both)")
+    given = parser.parse_args()
+    use_fast_blas("benchmarks.prefix_fleet")
+    rate = given.rate or rate_like_the_target()
+    fleet = Fleet(8, 6, 4096 // given.scale, 500 // given.scale, 100 // given.scale)
+    measure_fleet(rate, fleet, [given.way] if given.way else ["alone", "together"])
+
+
+if __name__ == "__main__":
+    main()
