@@ -69,13 +69,16 @@ def bytes_per_token(cache: SequenceCache) -> int:
     return sum(_row_shape(part)[1] for part in _parts(cache))
 
 
-def cache_fingerprint(directory: Path, args: ModelArgs, arithmetic: Arithmetic) -> bytes:
+def cache_fingerprint(
+    directory: Path, args: ModelArgs, arithmetic: Arithmetic, *, knows_times: bool = True
+) -> bytes:
     """32 bytes that differ where saved rows must not be used: another checkpoint, another computation.
 
     The checkpoint is known by its config and by the size, time and header of its files, with 16 samples of
     each: reading 300 GB to be surer would take longer than the prefix cache can save. The computation is
     known by its arithmetic, by MLX's version, and by the sources of this folder, so that no change of the
-    attention's form can be forgotten.
+    attention's form can be forgotten. Without the files' times it is the same on all machines that have this
+    checkpoint.
     """
     digest = hashlib.sha256(f"{args!r} {arithmetic!r} mlx {version('mlx')}".encode())
     for source in sorted(Path(models.__file__).parent.glob("*.py")):
@@ -83,7 +86,8 @@ def cache_fingerprint(directory: Path, args: ModelArgs, arithmetic: Arithmetic) 
     _feed(digest, (directory / "config.json").read_bytes())
     for path in sorted(directory.glob("model*.safetensors")):
         stat = path.stat()
-        _feed(digest, f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode(), *_samples(path))
+        time = f" {stat.st_mtime_ns}" if knows_times else ""
+        _feed(digest, f"{path.name} {stat.st_size}{time}".encode(), *_samples(path))
     return digest.digest()
 
 

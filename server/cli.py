@@ -72,10 +72,24 @@ def _convert(words: Sequence[str]) -> int:
     return convert_command(words)
 
 
+def _prefixes(words: Sequence[str]) -> int:
+    if not {"-h", "--help"}.isdisjoint(words):
+        parse_settings(["--help"], "prefixes")
+    if len(words) < 2 or words[0] not in ("export", "import") or words[1].startswith("-"):
+        raise UsageError("say `glmserve prefixes export FILE [--pinned]` or `glmserve prefixes import FILE`")
+    from server.prefixes_command import move_prefixes
+
+    settings = parse_settings([word for word in words[2:] if word != "--pinned"], "prefixes")
+    return move_prefixes(settings, words[0], Path(words[1]), "--pinned" in words)
+
+
 COMMANDS = {
     "serve": Command("answer requests (the default)", _serve),
     "plan": Command("print how --ram-budget would be divided (--json for programs), load nothing", _plan),
     "convert": Command("make a streamable, quantised copy: glmserve convert SRC DST", _convert),
+    "prefixes": Command(
+        "carry saved prompts: glmserve prefixes export FILE [--pinned], or import FILE", _prefixes
+    ),
 }
 
 

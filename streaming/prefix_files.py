@@ -26,7 +26,15 @@ import numpy as np
 
 from config.sizes import format_size
 from streaming.floats import Bytes
-from streaming.prefix_format import Block, BlockName, DamagedBlock, decode, encode
+from streaming.prefix_format import (
+    HEADER_BYTES,
+    Block,
+    BlockName,
+    DamagedBlock,
+    decode,
+    encode,
+    fingerprint_of,
+)
 
 # A directory that is full, or that was made read-only, is left alone for so long.
 RETRY_S = 300.0
@@ -34,7 +42,6 @@ RETRY_S = 300.0
 ROOM = 1 / 16
 MAX_FILE_BYTES = 2**30
 STALE_S = 3600.0
-_NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.kv")
 _PIN = ".pin"
 _TEMPORARY = re.compile(r"\.\d+-\d+\.tmp")
 
@@ -103,6 +110,15 @@ class BlockFiles:
             self.bytes_read += raw.size
         return block
 
+    def is_ours(self, file: StoredFile) -> bool:
+        """Whether a file is a block of this checkpoint, by its header alone."""
+        try:
+            with open(file.path, "rb") as opened:
+                header = np.frombuffer(opened.read(HEADER_BYTES), np.uint8)
+        except OSError:
+            return False
+        return fingerprint_of(header) == self._fingerprint
+
     def has(self, name: BlockName) -> bool:
         """Whether there is such a file, whole or not."""
         return (self.directory / name.file_name).exists()
@@ -154,9 +170,9 @@ class BlockFiles:
             for entry in entries:
                 if entry.name.endswith(_PIN):
                     pins.add(entry.name.removesuffix(_PIN))
-                elif match := _NAME.fullmatch(entry.name):
+                elif name := BlockName.of_file(entry.name):
                     with contextlib.suppress(FileNotFoundError):
-                        found.append((entry, int(match[1]), entry.stat()))
+                        found.append((entry, name.start, entry.stat()))
         return [
             StoredFile(
                 Path(entry.path), start, stat.st_size, stat.st_atime_ns, stat.st_mtime_ns, entry.name in pins

@@ -13,6 +13,7 @@ directory is trusted, as whoever may write to the checkpoint is.
 """
 
 import hashlib
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from streaming.floats import Bytes
 MAGIC = b"GLMKV\x00\x01\n"
 _HEADER = struct.Struct("<8s32s32sQQQ")
 _CHECKSUM = struct.Struct("<I")
+_FILE_NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.kv")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 
 Tokens = NDArray[np.int32]
@@ -45,6 +47,12 @@ class BlockName:
     @property
     def file_name(self) -> str:
         return f"{self.start:08d}-{self.key.hex()}.kv"
+
+    @classmethod
+    def of_file(cls, name: str) -> "BlockName | None":
+        """The block that a file of this name holds; None where it is no name of a block."""
+        match = _FILE_NAME.fullmatch(name)
+        return cls(bytes.fromhex(match[2]), int(match[1])) if match else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +117,14 @@ def decode(raw: Bytes, fingerprint: bytes, name: BlockName) -> Block:
     if block.name != name:
         raise DamagedBlock("it holds other tokens than its name says")
     return block
+
+
+def fingerprint_of(raw: Bytes) -> bytes | None:
+    """The fingerprint in the header of a file of which this is the beginning; None where it is no block."""
+    if raw.size < _HEADER.size:
+        return None
+    magic, found, *_ = _HEADER.unpack(raw[: _HEADER.size].tobytes())
+    return found if magic == MAGIC else None
 
 
 def _checksum(header: bytes, ids: bytes, payload: Bytes) -> int:

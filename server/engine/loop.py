@@ -44,6 +44,8 @@ OVERTAKEN = 8
 # Prompts that come before this part of a pass's layers is done make it start again with all of them. No more
 # than that is lost, however many come one after the other.
 RESTART = 0.1
+# While all who run wait for saved prefixes from the disk, commands are looked at so often.
+RESTORE_WAIT_S = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +161,7 @@ class EngineLoop:
     def _step(self) -> None:
         self._clear_away()
         self._admit()
+        self._settle()
         self._drop_passes()
         self._start_pass()
         batch = self._scheduler.decode_batch(self._width.choose)
@@ -192,17 +195,17 @@ class EngineLoop:
                 log.exception("the saved prefix of request %s", sequence.request.request_id)
                 sequence.cache, sequence.num_cached_tokens = self._model.make_cache(), 0
             self._send(Started(sequence.request.request_id))
-            if sequence.num_cached_tokens:
-                self._answers.tell_progress(sequence)
 
     def _settle(self) -> None:
+        wait_s = 0.0 if self._passes or self._scheduler.has_steps else RESTORE_WAIT_S
         try:
-            self._prefixes.settle(self._scheduler.followers)
+            for sequence in self._prefixes.settle(self._scheduler.followers, wait_s):
+                if sequence.num_cached_tokens:
+                    self._answers.tell_progress(sequence)
         except Exception:  # what was saved is of no use: the prompt is read
-            log.exception("a shared prefix could not be restored")
+            log.exception("a saved prefix could not be restored")
 
     def _start_pass(self) -> None:
-        self._settle()
         if len(self._passes) > 1 or not self._scheduler.has_readers:
             return
         parts: list[Part] = []

@@ -10,16 +10,15 @@ computing it again would give, because few rows and many round differently on th
 the cache equals the uncached one in its text (tested), not in the last bits of its logits.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from models.cache import SequenceCache
-from models.cache_blocks import bytes_per_token, fill_blocks, read_blocks
+from models.cache_blocks import bytes_per_token, read_blocks
+from server.engine.restoring import GROUP, Restoring
 from streaming.prefix_files import BlockFiles
 from streaming.prefix_format import (
     HEADER_BYTES,
@@ -35,8 +34,6 @@ from streaming.prefix_writer import BlockWriter
 
 # A divergence costs at most this many tokens that were known. 6.1 MB of GLM-5.2: large enough for an SSD.
 BLOCK_TOKENS = 64
-# Blocks that are copied, or read from disk, at one time.
-GROUP = 8
 READERS = 4
 # Blocks beside those in `BlockMemory`: one group being copied, one being read.
 TRANSIENT_BLOCKS = 2 * GROUP
@@ -65,28 +62,24 @@ class PrefixCache:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="prefix-reader")
         self.num_asked_tokens = self.num_restored_tokens = self.num_saved_tokens = 0
 
-    def restore(self, token_ids: Sequence[int], cache: SequenceCache) -> int:
-        """Fill the cache with the longest saved beginning of a prompt; how many tokens it holds then.
+    def restore(self, token_ids: Sequence[int], cache: SequenceCache) -> Restoring:
+        """Begin to fill the cache with the longest saved beginning of a prompt; `note_restored` at its end.
 
-        The last token is never among them: somebody has to compute what follows it. A cache that holds a
-        beginning of the prompt already is only ever extended.
+        The last token is never among them: somebody has to compute what follows it.
         """
         tokens = as_tokens(token_ids)
-        length_before = cache.length
         names = self._names(tokens)
-        first = length_before // BLOCK_TOKENS
-        found: list[Block] = []
-        for block in self._find(tokens, names, first):
-            found.append(block)
-            if len(found) == GROUP:
-                self._fill(cache, found)
-                found = []
-        self._fill(cache, found)
-        cache.trim(min(cache.length, len(token_ids) - 1))
-        self._use(names[: cache.length // BLOCK_TOKENS])
+
+        def find_tail(num_whole: int) -> Block | None:
+            return self._find_tail(tokens, num_whole * BLOCK_TOKENS, self._key_before(names, num_whole))
+
+        return Restoring(cache, names, BLOCK_TOKENS, len(token_ids) - 1, self._look_up, find_tail)
+
+    def note_restored(self, token_ids: Sequence[int], length_before: int, length: int) -> None:
+        """So many tokens of a prompt are in a cache now, and so many were before: count, and mark as used."""
+        self._use(self._names(as_tokens(token_ids[:length])))
         self.num_asked_tokens += len(token_ids) - length_before
-        self.num_restored_tokens += cache.length - length_before
-        return cache.length
+        self.num_restored_tokens += length - length_before
 
     def save(
         self, token_ids: Sequence[int], cache: SequenceCache, start: int = 0, keeps_tail: bool = False
@@ -196,31 +189,14 @@ class PrefixCache:
     def _key_before(self, names: Sequence[BlockName], index: int) -> bytes:
         return names[index - 1].key if index else self._root
 
-    def _find(self, tokens: Tokens, names: Sequence[BlockName], first: int) -> Iterator[Block]:
-        """Saved blocks in order from the index `first` on, the tail at last."""
-        num_found = first
-        for block in self._find_whole(names[first:]):
-            yield block
-            num_found += 1
-        yield from self._find_tail(tokens, num_found * BLOCK_TOKENS, self._key_before(names, num_found))
-
-    def _find_whole(self, names: Sequence[BlockName]) -> Iterator[Block]:
-        coming: deque[Future[Block | None]] = deque()
-        rest = iter(names)
-        while True:
-            coming.extend(map(self._look_up, islice(rest, GROUP - len(coming))))
-            block = coming.popleft().result() if coming else None
-            if block is None:
-                return
-            yield block
-
-    def _find_tail(self, tokens: Tokens, start: int, parent: bytes) -> Iterator[Block]:
+    def _find_tail(self, tokens: Tokens, start: int, parent: bytes) -> Block | None:
+        """The longest short block there; looking for files that are not there takes a millisecond."""
         rest = tokens[start : start + BLOCK_TOKENS - 1]
         for size in range(rest.size, 0, -1):
             name = BlockName(chain_key(parent, rest[:size]), start)
             if block := self._memory.get(name.key) or (self._files and self._read(name)):
-                yield block
-                return
+                return block
+        return None
 
     def _look_up(self, name: BlockName) -> "Future[Block | None]":
         block = self._memory.get(name.key)
@@ -236,12 +212,6 @@ class PrefixCache:
         if block:
             self._memory.put(name.key, block)
         return block
-
-    def _fill(self, cache: SequenceCache, blocks: Sequence[Block]) -> None:
-        if not blocks or blocks[-1].start + blocks[-1].tokens.size <= cache.length:
-            return
-        cache.trim(blocks[0].start)
-        fill_blocks(cache, [block.payload for block in blocks], [block.tokens.size for block in blocks])
 
     def _keep(
         self, tokens: Tokens, names: Sequence[BlockName], cache: SequenceCache, first: int, stop: int

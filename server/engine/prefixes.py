@@ -5,6 +5,7 @@ prompts have in common is read once: the first reads it, the others wait for it.
 """
 
 from collections.abc import Iterable
+from time import monotonic
 from typing import Protocol
 
 from models.cache import SequenceCache
@@ -13,6 +14,9 @@ from server.engine.prefix import PrefixCache
 from server.engine.sequence import Sequence
 from streaming.prefix_format import BlockName
 
+# Between two steps of others blocks are copied for so long: half a step of the target.
+COPY_S = 0.2
+
 
 class Prefixes(Protocol):
     """Keeps rows of caches beyond the life of a sequence."""
@@ -20,16 +24,21 @@ class Prefixes(Protocol):
     keeps_rows: bool  # whether a pass that nobody waits for is worth its end
 
     def restore(self, sequence: Sequence) -> None:
-        """Fill the empty cache with the longest saved prefix, short of the last token; say how much it was.
+        """Begin to fill the empty cache with the longest saved prefix, short of the last token.
 
-        Sets `num_cached_tokens`. At least one token stays unread, so that there are logits to go on from.
+        The sequence is held until `settle` has come to its end. At least one token stays unread, so that
+        there are logits to go on from.
         """
 
     def save(self, sequence: Sequence) -> None:
         """Rows were added by a part of a prompt, or the sequence is over: keep what is worth it."""
 
-    def settle(self, sequences: Iterable[Sequence]) -> None:
-        """Let those go on whose `leader` has read what they waited for, or has gone."""
+    def settle(self, sequences: Iterable[Sequence], wait_s: float) -> list[Sequence]:
+        """Let those go on whose `leader` has read what they waited for, or has gone; restore some more.
+
+        `wait_s` is above 0 where nobody else has a step to do: so long a disk is waited for. Those that are
+        restored now are returned: their `num_cached_tokens` are known.
+        """
 
     def administer(self, command: Administer) -> None:
         """Forget all, or keep a prompt whatever comes."""
@@ -46,8 +55,9 @@ class NoPrefixes:
     def save(self, sequence: Sequence) -> None:
         """Nothing is kept."""
 
-    def settle(self, sequences: Iterable[Sequence]) -> None:
+    def settle(self, sequences: Iterable[Sequence], wait_s: float) -> list[Sequence]:
         """Nobody waits for another."""
+        return []
 
     def administer(self, command: Administer) -> None:
         """There is nothing to change."""
@@ -68,15 +78,9 @@ class SavedPrefixes:
         self._claims: dict[BlockName, Sequence] = {}
 
     def restore(self, sequence: Sequence) -> None:
-        """Fill the cache, then claim the rest of the prompt or follow the one that has."""
-        cache = _cache_of(sequence)
-        before = cache.length
-        after = self._saved.restore(sequence.tokens(0, sequence.num_tokens), cache)
-        is_first_time = not sequence.generated and before >= sequence.num_saved_tokens
-        if is_first_time:
-            sequence.num_cached_tokens += after - before
-        sequence.num_saved_tokens = after
-        self._claim(sequence)
+        """Nothing is copied yet: that happens in `settle`, a group of blocks between two steps."""
+        tokens = sequence.tokens(0, sequence.num_tokens)
+        sequence.restoring = self._saved.restore(tokens, _cache_of(sequence))
 
     def save(self, sequence: Sequence) -> None:
         """Keep whole blocks, and the last part of one where the sequence will not fill it soon."""
@@ -85,13 +89,32 @@ class SavedPrefixes:
         tokens = sequence.tokens(0, cache.length)
         sequence.num_saved_tokens = self._saved.save(tokens, cache, sequence.num_saved_tokens, is_pausing)
 
-    def settle(self, sequences: Iterable[Sequence]) -> None:
-        """Look again for those whose leader is done with what they share."""
+    def settle(self, sequences: Iterable[Sequence], wait_s: float) -> list[Sequence]:
+        """Look again for those whose leader is done with what they share; then restore, by admission.
+
+        One after the other, because so much memory is set aside for blocks between disk and cache.
+        """
+        held = self._release(sequences)
+        restored: list[Sequence] = []
+        until_s = monotonic() + COPY_S
+        while held and held[0].restoring and held[0].restoring.wait(wait_s):
+            if self._advance(held[0]):
+                restored.append(held.pop(0))
+            if not wait_s and monotonic() > until_s:
+                break
+        return restored
+
+    def _release(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Those that are being restored, with those among them that followed until now."""
+        restoring: list[Sequence] = []
         for sequence in sequences:
             leader = sequence.leader
             if leader and (leader.cache is None or leader.num_saved_tokens >= sequence.follows_to):
                 sequence.leader = None
                 self.restore(sequence)
+            if sequence.restoring:
+                restoring.append(sequence)
+        return restoring
 
     def administer(self, command: Administer) -> None:
         """Forget all, or keep a prompt whatever comes."""
@@ -102,6 +125,23 @@ class SavedPrefixes:
                 self._saved.pin(command.token_ids)
             case "unpin":
                 self._saved.pin(command.token_ids, is_pinned=False)
+
+    def _advance(self, sequence: Sequence) -> bool:
+        """Restore what has come; at the end claim the rest of the prompt, or follow the one that has."""
+        restoring = sequence.restoring
+        assert restoring, "only those are advanced that are restored"
+        sequence.restoring = None  # whatever goes wrong, the sequence goes on
+        if not restoring.advance():
+            sequence.restoring = restoring
+            return False
+        before, after = restoring.length_before, _cache_of(sequence).length
+        self._saved.note_restored(sequence.tokens(0, sequence.num_tokens), before, after)
+        is_first_time = not sequence.generated and before >= sequence.num_saved_tokens
+        if is_first_time:
+            sequence.num_cached_tokens += after - before
+        sequence.num_saved_tokens = after
+        self._claim(sequence)
+        return True
 
     def _claim(self, sequence: Sequence) -> None:
         self._claims = {name: owner for name, owner in self._claims.items() if _is_reading(owner, name)}

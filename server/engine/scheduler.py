@@ -62,7 +62,7 @@ class Scheduler:
         """Forget a sequence that is complete, failed or cancelled, and give its cache back."""
         self._running.remove(sequence)
         self._in_pass.discard(sequence)
-        sequence.cache = sequence.leader = None
+        sequence.cache = sequence.leader = sequence.restoring = None
         self.shares.leave(sequence.request.agent)
 
     @property
@@ -138,7 +138,7 @@ class Scheduler:
         return parts
 
     def _readers(self) -> list[Sequence]:
-        reading = [item for item in self._running if not item.is_decoding and item.leader is None]
+        reading = [item for item in self._running if not item.is_decoding and not item.is_held]
         return [item for item in reading if item not in self._in_pass and not item.is_cancelled]
 
     @staticmethod
@@ -178,13 +178,18 @@ class Scheduler:
     def suspend(self, sequence: Sequence) -> None:
         """Take the cache away; the sequence waits and will read all its tokens again."""
         self._running.remove(sequence)
-        sequence.cache = sequence.leader = None
+        sequence.cache = sequence.leader = sequence.restoring = None
         self._waiting.insert(0, sequence)
 
     @property
     def followers(self) -> list[Sequence]:
-        """Those that wait until another has read what they share."""
-        return [item for item in self._running if item.leader is not None and not item.is_cancelled]
+        """Those that wait until another has read what they share, or for what was saved of them."""
+        return [item for item in self._running if item.is_held and not item.is_cancelled]
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether anybody can have a part in a step now."""
+        return any(not item.is_held for item in self._running)
 
     def charge(self, parts: list[Part], seconds: float) -> None:
         """Divide the time of a step between those who had a part in it, by rows."""

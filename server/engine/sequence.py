@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from models.cache import SequenceCache
 from server.engine.constraint import Constraint
 from server.engine.messages import FinishReason, Generate, Usage
+from server.engine.restoring import Restoring
 from server.engine.sampling import SamplerState
 
 
@@ -27,6 +28,7 @@ class Sequence:
     num_cached_tokens: int = 0  # prompt tokens that came from a saved prefix
     num_saved_tokens: int = 0  # tokens up to which whole blocks are saved
     leader: "Sequence | None" = None  # reads what this one would read next, so this one waits for it
+    restoring: Restoring | None = None  # what was saved of it is on its way into the cache
     follows_to: int = 0  # tokens that both have in common
     promised_tokens: int = 0  # room in the KV that was set aside when it was admitted
     is_cancelled: bool = False
@@ -49,7 +51,12 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether only the token drawn last has to be computed."""
-        return bool(self.generated) and self.num_unread == 1
+        return bool(self.generated) and self.num_unread == 1 and not self.is_held
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it runs and can have no part in a step yet: others, or a disk, bring what it needs."""
+        return self.leader is not None or self.restoring is not None
 
     @property
     def kv_tokens(self) -> int:

@@ -1,0 +1,137 @@
+"""Saved prompts that come from a slow disk: nobody else waits for it, and it can be left."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks.drive import Served, drive
+from server.engine.messages import Cancel, Finished, Generate, Token
+from server.engine.prefix import PrefixCache
+from server.engine.prefixes import SavedPrefixes
+from streaming.prefix_files import BlockFiles
+from streaming.prefix_format import Block, BlockName
+from tests.server.engine.prefix_runs import (
+    CONFIG,
+    GREEDY,
+    CountedModel,
+    ask,
+    make_backend,
+    make_counted_model,
+    open_prefix,
+)
+from tests.tiny_glm import tokens
+
+PROMPT = tuple(tokens(CONFIG, 1300))
+SHORT = Generate("short", tuple(tokens(CONFIG, 40, seed=2)), 60, GREEDY)
+SAVED = Generate("saved", PROMPT, 4, GREEDY)
+NEVER_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def model() -> CountedModel:
+    return make_counted_model()
+
+
+@pytest.fixture(scope="module")
+def uncached(model: CountedModel) -> list[int]:
+    return ask(model, None, PROMPT, 4).tokens
+
+
+@pytest.fixture
+def on_disk(model: CountedModel, tmp_path: Path) -> Path:
+    """A folder that holds the prompt's blocks."""
+    prefix = open_prefix(tmp_path)
+    ask(model, prefix, PROMPT, 4)
+    prefix.close(20)
+    return tmp_path
+
+
+class Gate:
+    """Reads wait until it is opened; `num_too_late` counts those that nobody let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.num_too_late = threading.Event(), 0
+        read = BlockFiles.read
+
+        def wait_and_read(files: BlockFiles, name: BlockName) -> Block | None:
+            self.num_too_late += not self.opened.wait(NEVER_S)
+            return read(files, name)
+
+        monkeypatch.setattr(BlockFiles, "read", wait_and_read)
+
+
+def run(model: CountedModel, prefix: PrefixCache, first: Sequence[Generate], **options: object) -> Served:
+    return drive(make_backend(model, 2048), first, prefixes=SavedPrefixes(prefix), **options)  # type: ignore[arg-type]
+
+
+def test_others_decode_while_a_disk_brings_a_saved_prompt(
+    model: CountedModel, on_disk: Path, monkeypatch: pytest.MonkeyPatch, uncached: list[int]
+) -> None:
+    gate, prefix = Gate(monkeypatch), open_prefix(on_disk)
+    gate.opened.set()  # the short prompt looks for its own tail
+
+    def react(served: Served, event: Token | Finished) -> Sequence[Generate]:
+        count = len(served.tokens["short"])
+        if event.request_id == "short" and count == 5:
+            gate.opened.clear()
+            return [SAVED]
+        if count == 40:
+            assert not served.tokens["saved"]
+            gate.opened.set()
+        return []
+
+    served = run(model, prefix, [SHORT], react=react)
+    prefix.close(20)
+    assert gate.num_too_late == 0
+    assert served.tokens["saved"] == uncached
+    assert served.usage["saved"].num_cached_tokens == len(PROMPT) - 1
+    assert served.tokens["short"] == ask(model, None, SHORT.token_ids, 60).tokens
+
+
+def test_a_client_can_leave_while_a_disk_is_waited_for(
+    model: CountedModel, on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, prefix = Gate(monkeypatch), open_prefix(on_disk)
+    monkeypatch.setattr(prefix, "_find_tail", lambda *_: None)  # else the short one asks the disk too
+
+    def leave(served: Served) -> Sequence[Generate | Cancel]:
+        return [Cancel("saved"), SHORT] if len(served.beats) == 3 else []
+
+    served = run(model, prefix, [SAVED], on_beat=leave)
+    assert len(served.tokens["short"]) == 60
+    assert not served.tokens["saved"]
+    gate.opened.set()
+    prefix.close(20)
+    assert gate.num_too_late == 0
+
+
+def test_a_disk_that_brings_an_unforeseen_error_costs_what_it_did_not_bring(
+    model: CountedModel, on_disk: Path, monkeypatch: pytest.MonkeyPatch, uncached: list[int]
+) -> None:
+    read = BlockFiles.read
+
+    def fail_later(files: BlockFiles, name: BlockName) -> Block | None:
+        if name.start >= 700:
+            raise RuntimeError("unforeseen")
+        return read(files, name)
+
+    monkeypatch.setattr(BlockFiles, "read", fail_later)
+    prefix = open_prefix(on_disk)
+    model.take_rows()
+    assert run(model, prefix, [SAVED]).tokens["saved"] == uncached
+    assert model.take_rows() == len(PROMPT) - 8 * 64 + 3, "one group had come"
+    prefix.close(20)
+
+
+def test_prompts_that_wait_for_the_disk_together_are_restored_one_after_the_other(
+    model: CountedModel, on_disk: Path, uncached: list[int]
+) -> None:
+    prefix = open_prefix(on_disk)
+    requests = [Generate(f"r{number}", PROMPT, 4, GREEDY) for number in range(4)]
+    served = run(model, prefix, requests)
+    assert all(served.tokens[request.request_id] == uncached for request in requests)
+    assert all(usage.num_cached_tokens == len(PROMPT) - 1 for usage in served.usage.values())
+    prefix.check_integrity()
+    prefix.close(20)
