@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.drive import Served, drive, use_fast_blas
-from benchmarks.slow_pocket import SlowPocket, random_tokens, rate_like_the_target
+from benchmarks.slow_pocket import SlowPocket, rate_like_the_target, text_tokens
 from models.cache_blocks import bytes_per_token
 from server.engine.messages import Cancel, Generate, Sampling
 from server.engine.prefix import DiskTier, PrefixCache
@@ -113,7 +113,7 @@ class Engine:
     def kill(self) -> None:
         """kill -9, when all blocks are on disk, in the middle of another prompt."""
         self._tell("written")
-        self._pipe.send(random_tokens(99, 512))
+        self._pipe.send(text_tokens(99, 512))
         time.sleep(0.05)
         self._process.kill()
         self._process.join()
@@ -137,15 +137,15 @@ def measure_ttft(rate: float, length: int, rounds: int, directory: Path) -> None
 
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", flush=True)
-        prompt, folder = random_tokens(number, length), directory / str(number)
+        prompt, folder = text_tokens(number, length), directory / str(number)
         engine = Engine(rate, folder)
         note("cold", engine.ask(prompt))
-        note("memory", engine.ask(prompt + random_tokens(1000 + number, NEW_TOKENS)))
+        note("memory", engine.ask(prompt + text_tokens(1000 + number, NEW_TOKENS)))
         engine.reopen()
-        note("ssd", engine.ask(prompt + random_tokens(2000 + number, NEW_TOKENS)))
+        note("ssd", engine.ask(prompt + text_tokens(2000 + number, NEW_TOKENS)))
         engine.kill()
         engine = Engine(rate, folder)
-        note("killed", engine.ask(prompt + random_tokens(3000 + number, NEW_TOKENS)))
+        note("killed", engine.ask(prompt + text_tokens(3000 + number, NEW_TOKENS)))
         engine.kill()
     colds = seen["cold"]
     cold_s = [first.seconds for first in colds]
@@ -178,17 +178,17 @@ def _spread(values: list[float], digits: int) -> str:
 
 def measure_abort(rate: float, length: int) -> None:
     """Print what a second attempt takes, and how far five impatient ones come."""
-    whole = drive(SlowPocket(rate).backend(length), [ask("whole", random_tokens(1, length))]).first_s("whole")
+    whole = drive(SlowPocket(rate).backend(length), [ask("whole", text_tokens(1, length))]).first_s("whole")
     print(f"undisturbed: {whole:.2f} s", flush=True)
 
-    served = _impatient(rate, random_tokens(2, length), [0.6 * whole, PATIENCE_S])
+    served = _impatient(rate, text_tokens(2, length), [0.6 * whole, PATIENCE_S])
     second_s = served.first_s("1")
     print(
         f"left after {served.asked_at['1'] - served.asked_at['0']:.2f} s, asked again: answered after "
         f"{second_s:.2f} s, {second_s / whole:.3f} of the whole (wanted: at most 0.45)", flush=True,
     )  # fmt: skip
 
-    served = _impatient(rate, random_tokens(3, length), [0.5 * whole] * 5)
+    served = _impatient(rate, text_tokens(3, length), [0.5 * whole] * 5)
     answered = next((name for name in served.asked_at if served.tokens[name]), None)
     print(
         f"a client that waits {0.5 * whole:.2f} s, five times: "

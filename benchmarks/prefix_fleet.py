@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.drive import Served, drive, use_fast_blas
-from benchmarks.slow_pocket import SlowPocket, random_tokens, rate_like_the_target
+from benchmarks.slow_pocket import SlowPocket, rate_like_the_target, text_tokens
 from server.engine.messages import Finished, Generate, Sampling, Token
 from server.engine.prefix import PrefixCache
 from server.engine.prefixes import SavedPrefixes
@@ -60,14 +60,14 @@ def measure_fleet(rate: float, fleet: Fleet, ways: Sequence[str]) -> None:
 
 
 def _serve_fleet(pocket: SlowPocket, fleet: Fleet, is_together: bool) -> Served:
-    talks = {agent: list(random_tokens(7, fleet.shared)) for agent in range(fleet.agents)}
+    talks = {agent: list(text_tokens(7, fleet.shared)) for agent in range(fleet.agents)}
     waiting: list[Generate] = []
     started = time.monotonic()
 
     def request(agent: int, turn: int) -> Generate:
-        talks[agent] += random_tokens(100 * agent + turn, fleet.result)
-        greedy = Sampling(temperature=0)
-        return Generate(f"{agent}.{turn}", tuple(talks[agent]), fleet.answer, greedy, agent=str(agent))
+        talks[agent] += text_tokens(100 * agent + turn, fleet.result)
+        sampling = Sampling(seed=100 * agent + turn)  # a greedy Pocket repeats itself
+        return Generate(f"{agent}.{turn}", tuple(talks[agent]), fleet.answer, sampling, agent=str(agent))
 
     def react(served: Served, event: Token | Finished) -> Sequence[Generate]:
         if isinstance(event, Token):

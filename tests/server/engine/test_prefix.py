@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.cache_blocks import bytes_per_token
 from server.engine.messages import Generate
 from server.engine.prefix import BLOCK_TOKENS, PrefixCache
+from streaming.prefix_format import HEADER_BYTES
 from tests.server.engine.prefix_runs import (
     CONFIG,
     GREEDY,
@@ -88,6 +90,22 @@ def test_a_restart_finds_what_was_on_disk(model: CountedModel, tmp_path: Path) -
     another = open_prefix(tmp_path, fingerprint=bytes(31) + b"\1")
     assert ask(model, another, prompt).usage.num_cached_tokens == 0
     another.close(20)
+
+
+def test_what_is_written_is_what_the_tokens_take_and_once(model: CountedModel, tmp_path: Path) -> None:
+    """1,000 tokens and an answer: each row once, and two short blocks, the ends of prompt and answer."""
+    prompt, prefix = tokens(CONFIG, 1000), open_prefix(tmp_path)
+    answer = ask(model, prefix, prompt, num_tokens=30)
+    ask(model, prefix, prompt, num_tokens=30)
+    assert prefix.flush(20)
+    num_rows = 1000 + 29
+    short = 1000 % 64 + num_rows % 64
+    per_token = 4 + bytes_per_token(model.make_cache())
+    num_files = num_rows // 64 + 2
+    expected = (num_rows // 64 * 64 + short) * per_token + num_files * HEADER_BYTES
+    assert len(answer.tokens) == 30
+    assert prefix.statistics()["prefix_bytes_written"] == expected
+    prefix.close(20)
 
 
 def test_two_servers_on_one_directory_read_each_others_blocks(model: CountedModel, tmp_path: Path) -> None:
