@@ -4,9 +4,11 @@ Made by the prefix cache, advanced by `SavedPrefixes` between the engine's steps
 that are not in memory are read by the prefix cache's own threads meanwhile.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from time import monotonic
 
 from models.cache import SequenceCache
 from models.cache_blocks import fill_blocks
@@ -14,6 +16,10 @@ from streaming.prefix_format import Block, BlockName
 
 # Blocks that are copied between two steps, and as many that are read from disk meanwhile: 49 MB of GLM-5.2.
 GROUP = 8
+# A disk that takes longer for a group is stuck: the prompt is read instead.
+PATIENCE_S = 10.0
+
+log = logging.getLogger(__name__)
 
 LookUp = Callable[[BlockName], Future[Block | None]]
 
@@ -41,11 +47,22 @@ class Restoring:
         self._rest = deque(names[self._num_whole :])
         self._look_up, self._find_tail = look_up, find_tail
         self._coming: deque[Future[Block | None]] = deque()
+        self._since_s: float | None = None  # the group that comes was asked for
+        self._is_stuck = False
 
     def wait(self, wait_s: float) -> bool:
-        """Whether the next group has come, at the latest after so long."""
+        """Whether the next group has come, at the latest after so long, or its disk is stuck."""
         self._read_ahead()
-        return not wait(self._coming, wait_s).not_done
+        self._since_s = self._since_s or monotonic()
+        if not wait(self._coming, wait_s).not_done:
+            return True
+        self._is_stuck = monotonic() > self._since_s + PATIENCE_S
+        if self._is_stuck:
+            log.error("the disk brought no saved prompts for %.0f s; this one is read anew", PATIENCE_S)
+            self._rest.clear()
+            while self._coming and not all(future.done() for future in self._coming):
+                self._coming.pop()
+        return self._is_stuck
 
     def advance(self) -> bool:
         """Copy the group that has come; whether it was the last. An error leaves the groups before it."""
@@ -58,11 +75,12 @@ class Restoring:
         if is_last:
             self._rest.clear()
             self._coming.clear()
-        tail = self._find_tail(self._num_whole) if is_last else None
+        tail = self._find_tail(self._num_whole) if is_last and not self._is_stuck else None
         self._fill([*group, tail] if tail else group)
         if is_last:
             self._cache.trim(min(self._cache.length, self._most))
         else:
+            self._since_s = monotonic()
             self._read_ahead()
         return is_last
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.drive import Served, drive
+from server.engine import restoring
 from server.engine.messages import Cancel, Finished, Generate, Token
 from server.engine.prefix import PrefixCache
 from server.engine.prefixes import SavedPrefixes
@@ -39,13 +40,14 @@ def uncached(model: CountedModel) -> list[int]:
     return ask(model, None, PROMPT, 4).tokens
 
 
-@pytest.fixture
-def on_disk(model: CountedModel, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def on_disk(model: CountedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the prompt's blocks."""
-    prefix = open_prefix(tmp_path)
+    folder = tmp_path_factory.mktemp("prefix")
+    prefix = open_prefix(folder)
     ask(model, prefix, PROMPT, 4)
     prefix.close(20)
-    return tmp_path
+    return folder
 
 
 class Gate:
@@ -122,6 +124,22 @@ def test_a_disk_that_brings_an_unforeseen_error_costs_what_it_did_not_bring(
     model.take_rows()
     assert run(model, prefix, [SAVED]).tokens["saved"] == uncached
     assert model.take_rows() == len(PROMPT) - 8 * 64 + 3, "one group had come"
+    prefix.close(20)
+
+
+def test_a_disk_that_is_stuck_is_given_up(
+    model: CountedModel,
+    on_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uncached: list[int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate, prefix = Gate(monkeypatch), open_prefix(on_disk)
+    monkeypatch.setattr(restoring, "PATIENCE_S", 0.2)
+    assert run(model, prefix, [SAVED]).tokens["saved"] == uncached
+    assert gate.num_too_late == 0
+    assert "read anew" in caplog.text
+    gate.opened.set()
     prefix.close(20)
 
 
