@@ -120,6 +120,22 @@ def test_a_pass_that_nobody_waits_for_gives_way_to_others_while_less_than_half_i
     assert (prefix.count_saved(PROMPT) == 320) == goes_on
 
 
+def test_a_pass_that_its_clients_next_attempt_waits_for_goes_on_whoever_else_waits(
+    model: CountedModel, uncached: dict[tuple[int, ...], list[int]]
+) -> None:
+    short = Generate("short", (1, 2, 3), 1, GREEDY)
+    events: dict[int, list[Command]] = {
+        2: [request("long")],
+        NUM_LAYERS + 2: [Cancel("long"), request("again"), request("other", OTHER)],
+    }
+    model.take_rows()
+    awaited = {"short", "again", "other"}
+    outcomes = run_script(model, open_prefix(), [short], lambda at: events.get(at, []), awaited)
+    assert outcomes["again"].tokens == uncached[PROMPT]
+    assert outcomes["other"].tokens == uncached[OTHER]
+    assert model.take_rows() <= 3 + 320 + 64 + 320 + 2 * 3
+
+
 def test_when_the_reader_of_a_long_prompt_leaves_another_takes_over(
     model: CountedModel, uncached: dict[tuple[int, ...], list[int]]
 ) -> None:
