@@ -7,17 +7,15 @@ again with OpenBLAS preloaded, as the server starts its engine.
 """
 
 import argparse
-import os
 import statistics
-import sys
 import time
 
 import mlx.core as mx
 
+from benchmarks.drive import use_fast_blas
 from models.arithmetic import choose_arithmetic
 from models.attention import Span
 from server.checkpoint import POCKET
-from server.engine.blas import with_fast_blas
 from server.engine.constraint import Constraint
 from server.engine.grammar import Grammars
 from server.engine.messages import Generate
@@ -77,10 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=9, help="answers of each side")
     rounds = parser.parse_args().rounds
-    environment = with_fast_blas(os.environ)
-    if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD") and "GLMSERVE_BLAS" not in os.environ:
-        environment["GLMSERVE_BLAS"] = "preloaded"
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.mask_cost", *sys.argv[1:]], environment)
+    use_fast_blas("benchmarks.mask_cost")
     opened = open_model(POCKET, None, choose_arithmetic())
     tokenizer = load_dialect(POCKET).tokenizer
     grammar = make_grammar({"start": "content", "content": json_rule(SCHEMA)})

@@ -4,19 +4,17 @@ On Linux CPU the process starts itself again with OpenBLAS preloaded, as the ser
 """
 
 import argparse
-import os
 import statistics
-import sys
 import time
 
 import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drive import use_fast_blas
 from models.arithmetic import choose_arithmetic
 from models.attention import Span
 from server.checkpoint import POCKET
-from server.engine.blas import with_fast_blas
 from tests.checkpoints import Opened, open_model
 
 PROMPT_TOKENS, DECODED_TOKENS = 512, 64
@@ -38,12 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured")
     rounds = parser.parse_args().rounds
-    environment = with_fast_blas(os.environ)
-    if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD") and "GLMSERVE_BLAS" not in os.environ:
-        environment["GLMSERVE_BLAS"] = "preloaded"
-        os.execve(
-            sys.executable, [sys.executable, "-m", "benchmarks.pocket_speed", *sys.argv[1:]], environment
-        )
+    use_fast_blas("benchmarks.pocket_speed")
     arithmetic = choose_arithmetic()
     sides = {
         f"{slots or 'all'} experts in memory": open_model(POCKET, slots, arithmetic)
