@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
-from sse_starlette import ServerSentEvent
 
 from server.api.answer import Answer
 from server.api.body import body_of
@@ -21,6 +20,7 @@ from server.api.ledger import Caller
 from server.api.messages_schema import CountRequest, MessagesRequest
 from server.api.named_events import Event, stream_named
 from server.api.service import Service
+from server.api.sse import comment, encode
 from server.api.whole import respond_whole
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -44,7 +44,7 @@ def messages_router(service: Service) -> APIRouter:
             return stream_named(
                 message.events(),
                 lambda error: anthropic_error(describe(error)),
-                lambda: _ping(message),
+                lambda: comment(chat.progress()).removesuffix(b"\n") + encode({"type": "ping"}, "ping"),
                 service.keepalive_s,
                 headers,
             )
@@ -153,11 +153,6 @@ class _Message:
             "cache_read_input_tokens": usage.num_cached_tokens,
             "output_tokens": usage.num_completion_tokens,
         }
-
-
-def _ping(message: _Message) -> ServerSentEvent:
-    comment = f"OPENROUTER PROCESSING {message.chat.progress()}".rstrip()
-    return ServerSentEvent('{"type": "ping"}', event="ping", comment=comment, sep="\n")
 
 
 def _empty_block(item: Item) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
-from sse_starlette import ServerSentEvent
 
 from config.errors import RequestError
 from server.api import shapes
@@ -19,6 +18,7 @@ from server.api.ledger import Caller
 from server.api.named_events import Event, stream_named
 from server.api.responses_schema import ResponsesRequest, seal
 from server.api.service import Service
+from server.api.sse import comment
 from server.api.whole import respond_whole
 from server.engine.messages import TokenScore
 
@@ -42,7 +42,7 @@ def responses_router(service: Service) -> APIRouter:
         return stream_named(
             response.events(),
             response.failed,
-            lambda: ServerSentEvent(comment=f"OPENROUTER PROCESSING {chat.progress()}".rstrip(), sep="\n"),
+            lambda: comment(chat.progress()),
             service.keepalive_s,
             {"X-Generation-Id": chat.envelope.id},
         )

@@ -9,13 +9,50 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
+import anyio
 import pydantic_core
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from fastapi.responses import StreamingResponse
+from starlette.types import Send
 
 from server.api.errors import GenerationFailed, describe
 from server.api.shapes import Envelope
 
 log = logging.getLogger(__name__)
+
+
+class EventStream(StreamingResponse):
+    """Sends encoded events as they come, and what `keepalive` says every `keepalive_s` seconds."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        keepalive: Callable[[], bytes],
+        keepalive_s: float,
+        headers: Mapping[str, str],
+    ) -> None:
+        # neither a cache nor a proxy may hold anything back
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
+        self._events = events
+        self._keepalive = keepalive
+        self._keepalive_s = keepalive_s
+
+    async def stream_response(self, send: Send) -> None:
+        """Starlette's hook: called once, and cancelled when the client has gone."""
+        async with aclosing(self._events):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._keep_alive, send)
+                async for event in self._events:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                tasks.cancel_scope.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            await anyio.sleep(self._keepalive_s)
+            await send({"type": "http.response.body", "body": self._keepalive(), "more_body": True})
 
 
 def stream(
@@ -25,22 +62,18 @@ def stream(
     keepalive_s: float,
     progress: Callable[[], str] = str,
     headers: Mapping[str, str] | None = None,
-) -> EventSourceResponse:
+) -> EventStream:
     """A response that sends these chunks and then `[DONE]`, or one error chunk in its place.
 
     `progress` is what the comments say beside that the request is being worked on.
     """
-    return EventSourceResponse(
-        _events(chunks, envelope, kind),
-        headers={"X-Generation-Id": envelope.id, **(headers or {})},
-        sep="\n",
-        ping=keepalive_s,
-        ping_message_factory=lambda: _keepalive(progress()),
-    )
+    headers = {"X-Generation-Id": envelope.id, **(headers or {})}
+    return EventStream(_events(chunks, envelope, kind), lambda: comment(progress()), keepalive_s, headers)
 
 
-def _keepalive(progress: str = "") -> ServerSentEvent:
-    return ServerSentEvent(comment=f"OPENROUTER PROCESSING {progress}".rstrip(), sep="\n")
+def comment(progress: str = "") -> bytes:
+    """The comment that OpenRouter's clients know, and how far the request has come."""
+    return f": OPENROUTER PROCESSING {progress}".rstrip().encode() + b"\n\n"
 
 
 def encode(value: dict[str, Any], name: str = "") -> bytes:
@@ -53,7 +86,7 @@ async def _events(
     chunks: AsyncGenerator[dict[str, Any], None], envelope: Envelope, kind: str
 ) -> AsyncGenerator[bytes, None]:
     async with aclosing(chunks):
-        yield _keepalive().encode()
+        yield comment()
         try:
             async for chunk in chunks:
                 yield encode(chunk)
