@@ -25,6 +25,7 @@ from server.engine.messages import (
     Failed,
     Finished,
     Generate,
+    Queued,
     Shutdown,
     Started,
     Usage,
@@ -78,6 +79,7 @@ class EngineLoop:
             self._limits.decode_rows, self._limits.batch_width, adapts=self._limits.is_streaming
         )
         self._passes: list[Pass] = []
+        self._places: dict[str, int] = {}  # what those who wait were told
         self._num_layers = 0  # known when the first pass is through
         self._num_lost_layers = 0  # of passes that were started again since one was through
         self._is_stopping = False
@@ -159,6 +161,7 @@ class EngineLoop:
     def _step(self) -> None:
         self._clear_away()
         self._admit()
+        self._tell_places()
         self._drop_passes()
         self._start_pass()
         batch = self._scheduler.decode_batch(self._width.choose)
@@ -194,6 +197,13 @@ class EngineLoop:
             self._send(Started(sequence.request.request_id))
             if sequence.num_cached_tokens:
                 self._answers.tell_progress(sequence)
+
+    def _tell_places(self) -> None:
+        places = {item.request.request_id: place for place, item in enumerate(self._scheduler.line)}
+        for request_id, place in places.items():
+            if self._places.get(request_id) != place:
+                self._send(Queued(request_id, place))
+        self._places = places
 
     def _settle(self) -> None:
         try:

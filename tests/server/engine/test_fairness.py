@@ -7,7 +7,7 @@ import pytest
 
 from server.engine.fairness import AGING_S
 from server.engine.limits import Limits
-from server.engine.messages import Event, Finished, Started
+from server.engine.messages import Event, Finished, Queued, Started
 from tests.server.engine.driven import TimedModel, World, ask
 
 STEP_S = 0.1
@@ -50,6 +50,25 @@ def test_an_agent_has_no_more_in_flight_than_it_may(world: World, model: TimedMo
     world.at(0, *(ask(f"b{i}", 30, 5, agent="b") for i in range(2)))
     world.run(model, limits=Limits(agent_inflight=3))
     assert most == {"a": 3, "b": 2}
+
+
+def test_who_waits_is_told_its_place_in_the_order_of_turns(world: World, model: TimedModel) -> None:
+    """One agent has asked three times when another comes: the newcomer goes before the third."""
+    order: list[str] = []
+    last: dict[str, int] = {}
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Queued):
+            last[event.request_id] = event.num_before
+        if isinstance(event, Started):
+            order.append(event.request_id)
+
+    world.on_event = on_event
+    world.at(0, *(ask(f"a{i}", 30, 5, agent="a") for i in range(4)), ask("b", 30, 5, agent="b"))
+    world.run(model, limits=Limits(kv_tokens=300, agent_inflight=1))
+    assert order.index("b") < order.index("a2"), order
+    assert [event.num_before for _, event in world.events if event == Queued("a3", 2)] == [2]
+    assert last == dict.fromkeys(["a1", "a2", "a3"], 0), "each was told that it is the next"
 
 
 def test_the_measure_is_time_and_not_requests(world: World, model: TimedModel) -> None:
