@@ -75,26 +75,17 @@ class _Message:
 
     async def result(self) -> dict[str, Any]:
         """The whole message."""
-        items = Items()
-        async with aclosing(self.chat.deltas()) as deltas:
-            async for _, delta in deltas:
-                list(items.push(delta))
-        list(items.end())
+        items = await Items.of(self.chat.deltas())
         content = [_block(item) for item in items.complete]
         return self._head() | {"content": content, "usage": self._usage()} | self._end()
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """The message in Anthropic's events."""
         yield {"type": "message_start", "message": self._head()}
-        items = Items()
-        async with aclosing(self.chat.deltas()) as deltas:
-            async for _, delta in deltas:
-                for change in items.push(delta):
-                    for event in self._on_change(change):
-                        yield event
-        for change in items.end():
-            for event in self._on_change(change):
-                yield event
+        async with aclosing(Items().follow(self.chat.deltas())) as changes:
+            async for change in changes:
+                for event in self._on_change(change):
+                    yield event
         yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
         yield {"type": "message_stop"}
 

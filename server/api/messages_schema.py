@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from config.errors import RequestError
-from server.api.chat_schema import ChatRequest, Lenient
+from server.api.chat_parts import Lenient
+from server.api.chat_schema import ChatRequest
 from server.api.schema import Finite, Stop
 
 # Billing, placement and caching of Anthropic's service; here they have no meaning.

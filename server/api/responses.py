@@ -68,11 +68,7 @@ class _Response:
 
     async def result(self) -> dict[str, Any]:
         """The whole response."""
-        items = Items()
-        async with aclosing(self._chat.deltas()) as deltas:
-            async for _, delta in deltas:
-                list(items.push(delta))
-        list(items.end())
+        items = await Items.of(self._chat.deltas())
         return self._object(self._status, items)
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -80,14 +76,10 @@ class _Response:
         items = Items()
         yield self._event("response.created", response=self._object("in_progress"))
         yield self._event("response.in_progress", response=self._object("in_progress"))
-        async with aclosing(self._chat.deltas()) as deltas:
-            async for _, delta in deltas:
-                for change in items.push(delta):
-                    for event in self._on_change(change):
-                        yield event
-        for change in items.end():
-            for event in self._on_change(change):
-                yield event
+        async with aclosing(items.follow(self._chat.deltas())) as changes:
+            async for change in changes:
+                for event in self._on_change(change):
+                    yield event
         yield self._event(f"response.{self._status}", response=self._object(self._status, items))
 
     def failed(self, error: Exception) -> Event:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from config.errors import RequestError
-from server.api.chat_schema import ChatRequest, JsonSchema, Lenient
+from server.api.chat_parts import JsonSchema, Lenient
+from server.api.chat_schema import ChatRequest
 from server.api.schema import IGNORED, GenerationRequest
 from server.glm.effort import Effort
 
