@@ -1,9 +1,10 @@
 """What the body of a chat completion is made of; `chat_schema` puts it together."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from server.api.schema import Exact
 from server.glm.effort import Effort
 
 
@@ -41,10 +42,10 @@ class ReasoningDetail(Lenient):
     text: str | None = None
 
 
-class Reasoning(BaseModel):
-    """OpenRouter's `reasoning`."""
+class Reasoning(Exact):
+    """OpenRouter's `reasoning`. There are no summaries: the thought itself is sent."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    ignored: ClassVar[frozenset[str]] = frozenset(["summary", "context", "mode"])
 
     effort: Effort | None = None
     enabled: bool | None = None
@@ -69,6 +70,10 @@ class Message(Lenient):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     configuration_update: ConfigurationUpdate | None = None
+    function_call: None = (
+        None  # the old form of a call: whoever still sends one must know that it is not read
+    )
+    audio: None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -108,20 +113,16 @@ class Tool(BaseModel):
     function: Function
 
 
-class TemplateOptions(BaseModel):
+class TemplateOptions(Exact):
     """`chat_template_kwargs`: the template's own switches."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     enable_thinking: bool | None = None
     clear_thinking: bool | None = None
     reasoning_effort: Effort | None = None
 
 
-class Thinking(BaseModel):
+class Thinking(Exact):
     """Z.ai's switch."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     type: Literal["enabled", "disabled"]
     clear_thinking: bool | None = None
@@ -135,10 +136,8 @@ class JsonSchema(Lenient):
     json_schema: Any = Field(default=None, alias="schema")
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Exact):
     """What the content must be."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     type: Literal["text", "json_object", "json_schema", "grammar", "regex"]
     json_schema: JsonSchema | None = None

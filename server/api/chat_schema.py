@@ -113,7 +113,7 @@ class ChatRequest(GenerationRequest):
         if not self.tools or self.tool_choice == "none":
             return None
         return [
-            {"type": tool.type, **(tool.model_extra or {}), "function": _in_order(tool.function)}
+            {"type": tool.type, **_of_the_tool(tool), "function": _in_order(tool.function)}
             for tool in self.tools
         ]
 
@@ -136,6 +136,11 @@ class ChatRequest(GenerationRequest):
             for index, message in enumerate(self.messages)
             if message.text or not message.configuration_update
         ]
+
+
+def _of_the_tool(tool: Tool) -> dict[str, Any]:
+    """What a client adds to a tool; marks for another's cache are not for the model's eyes."""
+    return {key: value for key, value in (tool.model_extra or {}).items() if key != "cache_control"}
 
 
 def _in_order(function: Function) -> dict[str, Any]:
