@@ -22,6 +22,7 @@ from server.engine.messages import (
     Generate,
     Progress,
     PromptScored,
+    Queued,
     Token,
     TokenScore,
     Usage,
@@ -95,6 +96,9 @@ class Answer:
         try:
             async with aclosing(self._engine.generate(self.request)) as events:
                 async for event in events:
+                    if isinstance(event, Queued):
+                        self._line.place(event.request_id, event.num_before)
+                        continue
                     self._line.leave(self.request.request_id)
                     match event:
                         case Progress():

@@ -72,7 +72,9 @@ class Chat:
         self._heard: list[list[Delta]] = [[] for _ in self.answers]
         self._explain(command)
         self.envelope = Envelope(command.request_id, service.model_id)
-        self._receipt = Receipt(command.request_id, service.model_id, caller, bool(body.stream))
+        self._receipt = Receipt(
+            command.request_id, service.model_id, caller, bool(body.stream), len(self.answers)
+        )
         service.engine.reserve()
 
     def _explain(self, command: Generate) -> None:
@@ -165,7 +167,7 @@ class Chat:
         self._service.explainer.end(first.request.request_id, first.usage.num_cached_tokens, first.token_ids)
 
     def _usage(self) -> dict[str, Any]:
-        return shapes.usage(self.answers, answers_per_prompt=len(self.answers))
+        return shapes.usage(self.answers, self._receipt.usage(self.answers))
 
 
 def render(service: Service, body: ChatRequest) -> str:

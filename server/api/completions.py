@@ -34,7 +34,7 @@ def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
         completion = await anyio.to_thread.run_sync(_Completion, service, body, caller)
         if body.stream:
             chunks = completion.chunks(always_sends_usage or body.wants_usage_in_stream)
-            return stream(chunks, completion.envelope, KIND, service.keepalive_s)
+            return stream(chunks, completion.envelope, KIND, service.keepalive_s, completion.progress)
         return await respond_whole(request, completion.result(), completion.envelope.id, service.patience_s)
 
     return router
@@ -50,9 +50,10 @@ class _Completion:
         self._num_each = body.n or 1
         self._tokenizer = service.dialect.tokenizer
         self._agent = caller.agent
+        self._current = 0  # whose turn it is
         self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
-        self._receipt = Receipt(self.envelope.id, service.model_id, caller, bool(body.stream))
+        self._receipt = Receipt(self.envelope.id, service.model_id, caller, bool(body.stream), self._num_each)
         service.engine.reserve()
 
     def _make_answers(self, service: Service, prompt: str | list[int]) -> list[Answer]:
@@ -62,9 +63,19 @@ class _Completion:
         command = replace(command, score_prompt=bool(body.echo) and body.logprobs is not None)
         command = replace(command, agent=self._agent)
         return [
-            Answer(service.engine, AnswerParser(self._tokenizer, token_ids, is_active=False), one, body.stops)
+            Answer(
+                service.engine,
+                AnswerParser(self._tokenizer, token_ids, is_active=False),
+                one,
+                body.stops,
+                line=service.line,
+            )
             for one in shapes.several(command, self._num_each)
         ]
+
+    def progress(self) -> str:
+        """How far the prompt whose turn it is has been read, for those who wait."""
+        return self._answers[self._current].progress
 
     async def result(self) -> dict[str, Any]:
         """All choices."""
@@ -75,7 +86,7 @@ class _Completion:
         return self.envelope.wrap(KIND, choices=choices, usage=self._usage())
 
     def _usage(self) -> dict[str, Any]:
-        return shapes.usage(self._answers, self._num_each)
+        return shapes.usage(self._answers, self._receipt.usage(self._answers))
 
     async def _choice(self, index: int) -> dict[str, Any]:
         answer = self._answers[index]
@@ -98,7 +109,7 @@ class _Completion:
             yield self.envelope.wrap(KIND, choices=[], usage=self._usage())
 
     async def _choice_chunks(self, index: int) -> AsyncGenerator[dict[str, Any], None]:
-        answer = self._answers[index]
+        self._current, answer = index, self._answers[index]
         waiting = self._echoed(index)
         offset = 0 if self._body.echo else len(self._prompt_text(index))
         num_prompt_scores = 0

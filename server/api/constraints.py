@@ -1,6 +1,7 @@
 """From `response_format` and `tool_choice` to the grammar that the engine holds an answer to."""
 
-from server.api.chat_schema import ChatRequest, NamedTool, ResponseFormat
+from server.api.chat_parts import NamedTool, ResponseFormat
+from server.api.chat_schema import ChatRequest
 from server.api.service import Service
 from server.glm.grammar import CallGrammar, Rules, check_grammar, json_rule, make_grammar, regex_rule
 

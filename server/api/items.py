@@ -4,7 +4,8 @@
 view: they send the deltas themselves.
 """
 
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,6 +68,24 @@ class Items:
         self._open: Item | None = None
         self._num_opened = 0
         self._scores: tuple[TokenScore, ...] = ()
+
+    @classmethod
+    async def of(cls, deltas: AsyncGenerator[tuple[int, Delta], None]) -> "Items":
+        """The items of an answer that nobody needs before its end."""
+        items = cls()
+        async with aclosing(items.follow(deltas)) as changes:
+            async for _ in changes:
+                pass
+        return items
+
+    async def follow(self, deltas: AsyncGenerator[tuple[int, Delta], None]) -> AsyncGenerator[Change, None]:
+        """What happens to which item, to the end of the answer."""
+        async with aclosing(deltas):
+            async for _, delta in deltas:
+                for change in self.push(delta):
+                    yield change
+        for change in self.end():
+            yield change
 
     def push(self, delta: Delta) -> Iterator[Change]:
         """What a delta changes."""

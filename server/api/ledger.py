@@ -18,6 +18,7 @@ from config.prices import PRICES, PRICES_OF
 from server.api.answer import Answer
 from server.api.errors import PROVIDER
 from server.api.quotas import Accounts
+from server.engine.messages import Usage
 
 MAX_RECEIPTS = 10_000
 MAX_HEADER = 256
@@ -66,23 +67,31 @@ class Receipt:
     model: str
     caller: Caller
     is_streamed: bool
+    answers_per_prompt: int = 1
     started_at: float = field(default_factory=time.time)
 
-    def openrouter_cost(self, answers: list[Answer]) -> float:
+    def usage(self, answers: list[Answer]) -> Usage:
+        """What all answers cost together; a prompt that has several counts once."""
+        usages = [answer.usage for answer in answers]
+        firsts = usages[:: self.answers_per_prompt]
+        return Usage(
+            sum(usage.num_prompt_tokens for usage in firsts),
+            sum(usage.num_completion_tokens for usage in usages),
+            sum(usage.num_cached_tokens for usage in firsts),
+        )
+
+    def openrouter_cost(self, usage: Usage) -> float:
         """US dollars that OpenRouter would have charged; 0 for a model that it has not."""
         price = PRICES.get(self.model)
-        counts = [
-            (usage.num_prompt_tokens, usage.num_cached_tokens, usage.num_completion_tokens)
-            for usage in (answer.usage for answer in answers)
-        ]
-        return sum(price.of(*count) for count in counts) if price else 0.0
+        if price is None:
+            return 0.0
+        return price.of(usage.num_prompt_tokens, usage.num_cached_tokens, usage.num_completion_tokens)
 
     def describe(self, answers: list[Answer]) -> dict[str, Any]:
         """OpenRouter's form of a finished generation."""
         reason = answers[0].reason
-        usages = [answer.usage for answer in answers]
-        num_prompt = sum(usage.num_prompt_tokens for usage in usages)
-        num_completion = sum(usage.num_completion_tokens for usage in usages)
+        usage = self.usage(answers)
+        num_prompt, num_completion = usage.num_prompt_tokens, usage.num_completion_tokens
         now = time.time()
         first_at = min((answer.first_at for answer in answers if answer.first_at), default=now)
         nothing = dict.fromkeys(ABSENT)
@@ -98,7 +107,7 @@ class Receipt:
             "native_tokens_prompt": num_prompt,
             "native_tokens_completion": num_completion,
             "native_tokens_reasoning": sum(answer.parser.num_reasoning_tokens for answer in answers),
-            "native_tokens_cached": sum(usage.num_cached_tokens for usage in usages),
+            "native_tokens_cached": usage.num_cached_tokens,
             "latency": round(1000 * (first_at - self.started_at)),
             "generation_time": round(1000 * (now - first_at)),
             "finish_reason": reason,
@@ -106,7 +115,7 @@ class Receipt:
             "provider_name": PROVIDER,
             "total_cost": 0,
             "usage": 0,
-            "openrouter_cost": self.openrouter_cost(answers),
+            "openrouter_cost": self.openrouter_cost(usage),
             "upstream_inference_cost": 0,
             "is_byok": False,
             "origin": self.caller.referer or "",
@@ -152,10 +161,10 @@ class Ledger:
     def close(self, receipt: Receipt, answers: list[Answer]) -> None:
         """Keep a request that is over, however it ended."""
         self.num_rejected_calls += sum(answer.parser.num_rejected_calls for answer in answers)
-        cost = receipt.openrouter_cost(answers)
+        usage = receipt.usage(answers)
+        cost = receipt.openrouter_cost(usage)
         self.openrouter_cost += cost
-        usages = [answer.usage for answer in answers]
-        num_tokens = sum(usage.num_prompt_tokens + usage.num_completion_tokens for usage in usages)
+        num_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
         self.accounts.charge(receipt.caller.key_name, num_tokens)
         if cost:
             text = "%s of %s: %d tokens, $%.6f at OpenRouter by its prices of %s"

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
-from sse_starlette import ServerSentEvent
 
 from server.api.answer import Answer
 from server.api.body import body_of
@@ -21,6 +20,7 @@ from server.api.ledger import Caller
 from server.api.messages_schema import CountRequest, MessagesRequest
 from server.api.named_events import Event, stream_named
 from server.api.service import Service
+from server.api.sse import comment, encode
 from server.api.whole import respond_whole
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -44,7 +44,7 @@ def messages_router(service: Service) -> APIRouter:
             return stream_named(
                 message.events(),
                 lambda error: anthropic_error(describe(error)),
-                lambda: _ping(message),
+                lambda: comment(chat.progress()).removesuffix(b"\n") + encode({"type": "ping"}, "ping"),
                 service.keepalive_s,
                 headers,
             )
@@ -75,26 +75,17 @@ class _Message:
 
     async def result(self) -> dict[str, Any]:
         """The whole message."""
-        items = Items()
-        async with aclosing(self.chat.deltas()) as deltas:
-            async for _, delta in deltas:
-                list(items.push(delta))
-        list(items.end())
+        items = await Items.of(self.chat.deltas())
         content = [_block(item) for item in items.complete]
         return self._head() | {"content": content, "usage": self._usage()} | self._end()
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """The message in Anthropic's events."""
         yield {"type": "message_start", "message": self._head()}
-        items = Items()
-        async with aclosing(self.chat.deltas()) as deltas:
-            async for _, delta in deltas:
-                for change in items.push(delta):
-                    for event in self._on_change(change):
-                        yield event
-        for change in items.end():
-            for event in self._on_change(change):
-                yield event
+        async with aclosing(Items().follow(self.chat.deltas())) as changes:
+            async for change in changes:
+                for event in self._on_change(change):
+                    yield event
         yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
         yield {"type": "message_stop"}
 
@@ -153,11 +144,6 @@ class _Message:
             "cache_read_input_tokens": usage.num_cached_tokens,
             "output_tokens": usage.num_completion_tokens,
         }
-
-
-def _ping(message: _Message) -> ServerSentEvent:
-    comment = f"OPENROUTER PROCESSING {message.chat.progress()}".rstrip()
-    return ServerSentEvent('{"type": "ping"}', event="ping", comment=comment, sep="\n")
 
 
 def _empty_block(item: Item) -> dict[str, Any]:

@@ -4,13 +4,14 @@ Every dialect becomes a `ChatRequest`, so that the same conversation is the same
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from config.errors import RequestError
-from server.api.chat_schema import ChatRequest, Lenient
-from server.api.schema import Finite, Stop
+from server.api.chat_parts import Lenient
+from server.api.chat_schema import ChatRequest
+from server.api.schema import Exact, Finite, Stop
 
 # Billing, placement and caching of Anthropic's service; here they have no meaning.
 MESSAGES_IGNORED = frozenset(
@@ -79,7 +80,7 @@ class ToolChoice(Lenient):
         return self
 
 
-class ThinkingChoice(Lenient):
+class ThinkingChoice(Exact):
     """Whether to think, and for how many tokens at most."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -94,17 +95,17 @@ class OutputFormat(Lenient):
     json_schema: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Lenient):
+class OutputConfig(Exact):
     """Effort and format."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
 
 
-class CountRequest(BaseModel):
+class CountRequest(Exact):
     """The body of POST /messages/count_tokens: what makes a prompt."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    ignored: ClassVar[frozenset[str]] = MESSAGES_IGNORED
 
     model: str
     messages: Annotated[list[Turn], Field(min_length=1)]
@@ -113,13 +114,6 @@ class CountRequest(BaseModel):
     tool_choice: ToolChoice | None = None
     thinking: ThinkingChoice | None = None
     output_config: OutputConfig | None = None
-
-    @model_validator(mode="after")
-    def _refuse_the_unknown(self) -> Self:
-        for name, value in (self.model_extra or {}).items():
-            if name not in MESSAGES_IGNORED and value is not None:
-                raise ValueError(f"{name!r} is not supported")
-        return self
 
     @model_validator(mode="after")
     def _ends_with_the_user(self) -> Self:

@@ -5,10 +5,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
-
 from server.api.errors import GenerationFailed
-from server.api.sse import encode
+from server.api.sse import EventStream, encode
 
 Event = dict[str, Any]
 
@@ -18,18 +16,12 @@ log = logging.getLogger(__name__)
 def stream_named(
     events: AsyncGenerator[Event, None],
     on_error: Callable[[Exception], Event],
-    keepalive: Callable[[], ServerSentEvent],
+    keepalive: Callable[[], bytes],
     keepalive_s: float,
     headers: dict[str, str],
-) -> EventSourceResponse:
+) -> EventStream:
     """A response that sends these events, and what `on_error` makes of the error that ends them early."""
-    return EventSourceResponse(
-        _encode(events, on_error, headers["X-Generation-Id"]),
-        headers=headers,
-        sep="\n",
-        ping=keepalive_s,
-        ping_message_factory=keepalive,
-    )
+    return EventStream(_encode(events, on_error, headers["X-Generation-Id"]), keepalive, keepalive_s, headers)
 
 
 async def _encode(

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
-from sse_starlette import ServerSentEvent
 
 from config.errors import RequestError
 from server.api import shapes
@@ -19,6 +18,7 @@ from server.api.ledger import Caller
 from server.api.named_events import Event, stream_named
 from server.api.responses_schema import ResponsesRequest, seal
 from server.api.service import Service
+from server.api.sse import comment
 from server.api.whole import respond_whole
 from server.engine.messages import TokenScore
 
@@ -42,7 +42,7 @@ def responses_router(service: Service) -> APIRouter:
         return stream_named(
             response.events(),
             response.failed,
-            lambda: ServerSentEvent(comment=f"OPENROUTER PROCESSING {chat.progress()}".rstrip(), sep="\n"),
+            lambda: comment(chat.progress()),
             service.keepalive_s,
             {"X-Generation-Id": chat.envelope.id},
         )
@@ -68,11 +68,7 @@ class _Response:
 
     async def result(self) -> dict[str, Any]:
         """The whole response."""
-        items = Items()
-        async with aclosing(self._chat.deltas()) as deltas:
-            async for _, delta in deltas:
-                list(items.push(delta))
-        list(items.end())
+        items = await Items.of(self._chat.deltas())
         return self._object(self._status, items)
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -80,14 +76,10 @@ class _Response:
         items = Items()
         yield self._event("response.created", response=self._object("in_progress"))
         yield self._event("response.in_progress", response=self._object("in_progress"))
-        async with aclosing(self._chat.deltas()) as deltas:
-            async for _, delta in deltas:
-                for change in items.push(delta):
-                    for event in self._on_change(change):
-                        yield event
-        for change in items.end():
-            for event in self._on_change(change):
-                yield event
+        async with aclosing(items.follow(self._chat.deltas())) as changes:
+            async for change in changes:
+                for event in self._on_change(change):
+                    yield event
         yield self._event(f"response.{self._status}", response=self._object(self._status, items))
 
     def failed(self, error: Exception) -> Event:

@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from config.errors import RequestError
-from server.api.chat_schema import ChatRequest, JsonSchema, Lenient
-from server.api.schema import IGNORED, GenerationRequest
+from server.api.chat_parts import JsonSchema, Lenient
+from server.api.chat_schema import ChatRequest
+from server.api.schema import IGNORED, Exact, GenerationRequest
 from server.glm.effort import Effort
 
 # Of what OpenAI's service does beside answering; nothing is lost without it.
@@ -60,8 +61,10 @@ class FunctionChoice(Lenient):
     name: str
 
 
-class ReasoningChoice(Lenient):
+class ReasoningChoice(Exact):
     """How hard to think. There are no summaries: the thought itself is sent."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(["context", "mode"])
 
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -74,7 +77,7 @@ class TextFormat(JsonSchema):
     type: Literal["text", "json_object", "json_schema"]
 
 
-class TextConfig(Lenient):
+class TextConfig(Exact):
     """Format; verbosity has no counterpart in this model."""
 
     format: TextFormat | None = None

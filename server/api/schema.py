@@ -41,18 +41,31 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
-class StreamOptions(BaseModel):
-    """OpenAI's options of a stream."""
+class Exact(BaseModel):
+    """What is neither a field nor in `ignored` is refused by name, unless it is null."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": False})
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="after")
+    def _refuse_the_unknown(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            if name not in self.ignored and value is not None:
+                raise ValueError(f"{name!r} is not supported")
+        return self
+
+
+class StreamOptions(Exact):
+    """OpenAI's options of a stream. It pads chunks against eavesdroppers on its own network."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(["include_obfuscation"])
 
     include_usage: bool | None = None
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Exact):
     """Fields of both kinds of completion. A field that is null counts as absent."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     ignored: ClassVar[frozenset[str]] = IGNORED
 
@@ -74,13 +87,6 @@ class GenerationRequest(BaseModel):
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
-
-    @model_validator(mode="after")
-    def _refuse_the_unknown(self) -> Self:
-        for name, value in (self.model_extra or {}).items():
-            if name not in self.ignored and value is not None:
-                raise ValueError(f"{name!r} is not supported")
-        return self
 
     @property
     def stops(self) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from server.api.answer import Answer, Delta
 from server.api.errors import PROVIDER
-from server.engine.messages import Generate, TokenScore
+from server.engine.messages import Generate, TokenScore, Usage
 from server.glm.tokenizer import Tokenizer
 from server.glm.tools import CallPart
 from server.version import VERSION
@@ -48,23 +48,22 @@ def several(command: Generate, count: int) -> list[Generate]:
     return commands
 
 
-def usage(answers: Sequence[Answer], answers_per_prompt: int = 1) -> dict[str, Any]:
-    """What the answers to one request cost together; a prompt that has several answers counts once."""
-    counts = [(answer.usage, answer.parser.num_reasoning_tokens) for answer in answers]
-    num_prompt = sum(used.num_prompt_tokens for used, _ in counts[::answers_per_prompt])
-    num_completion = sum(used.num_completion_tokens for used, _ in counts)
+def usage(answers: Sequence[Answer], used: Usage) -> dict[str, Any]:
+    """What the answers to one request cost together: `used` in tokens, and nothing in money."""
     return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_completion,
-        "total_tokens": num_prompt + num_completion,
+        "prompt_tokens": used.num_prompt_tokens,
+        "completion_tokens": used.num_completion_tokens,
+        "total_tokens": used.num_prompt_tokens + used.num_completion_tokens,
         "cost": 0,
         "is_byok": False,
         "prompt_tokens_details": {
-            "cached_tokens": sum(used.num_cached_tokens for used, _ in counts[::answers_per_prompt]),
+            "cached_tokens": used.num_cached_tokens,
             "cache_write_tokens": 0,
             "audio_tokens": 0,
         },
-        "completion_tokens_details": {"reasoning_tokens": sum(reasoning for _, reasoning in counts)},
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(answer.parser.num_reasoning_tokens for answer in answers)
+        },
         "cost_details": {
             "upstream_inference_cost": 0,
             "upstream_inference_prompt_cost": 0,

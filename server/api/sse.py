@@ -11,11 +11,49 @@ from typing import Any
 
 import pydantic_core
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Message, Send
 
 from server.api.errors import GenerationFailed, describe
 from server.api.shapes import Envelope
 
 log = logging.getLogger(__name__)
+
+
+class EventStream(EventSourceResponse):
+    """Sends encoded events as they come, and what `keepalive` says every `keepalive_s` seconds."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        keepalive: Callable[[], bytes],
+        keepalive_s: float,
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__(
+            events,
+            headers=headers,
+            sep="\n",
+            ping=keepalive_s,
+            ping_message_factory=lambda: _Encoded(keepalive()),
+        )
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        """sse-starlette's, without a cancel scope for each token: no send of ours has a time limit.
+
+        Under another name in some other version it is not called, and streams only cost more.
+        """
+        await send(message)
+
+
+class _Encoded(ServerSentEvent):
+    """A ping of any number of lines and events, encoded already."""
+
+    def __init__(self, encoded: bytes) -> None:
+        super().__init__()
+        self._encoded = encoded
+
+    def encode(self) -> bytes:
+        return self._encoded
 
 
 def stream(
@@ -25,22 +63,18 @@ def stream(
     keepalive_s: float,
     progress: Callable[[], str] = str,
     headers: Mapping[str, str] | None = None,
-) -> EventSourceResponse:
+) -> EventStream:
     """A response that sends these chunks and then `[DONE]`, or one error chunk in its place.
 
     `progress` is what the comments say beside that the request is being worked on.
     """
-    return EventSourceResponse(
-        _events(chunks, envelope, kind),
-        headers={"X-Generation-Id": envelope.id, **(headers or {})},
-        sep="\n",
-        ping=keepalive_s,
-        ping_message_factory=lambda: _keepalive(progress()),
-    )
+    headers = {"X-Generation-Id": envelope.id, **(headers or {})}
+    return EventStream(_events(chunks, envelope, kind), lambda: comment(progress()), keepalive_s, headers)
 
 
-def _keepalive(progress: str = "") -> ServerSentEvent:
-    return ServerSentEvent(comment=f"OPENROUTER PROCESSING {progress}".rstrip(), sep="\n")
+def comment(progress: str = "") -> bytes:
+    """The comment that OpenRouter's clients know, and how far the request has come."""
+    return f": OPENROUTER PROCESSING {progress}".rstrip().encode() + b"\n\n"
 
 
 def encode(value: dict[str, Any], name: str = "") -> bytes:
@@ -53,7 +87,7 @@ async def _events(
     chunks: AsyncGenerator[dict[str, Any], None], envelope: Envelope, kind: str
 ) -> AsyncGenerator[bytes, None]:
     async with aclosing(chunks):
-        yield _keepalive().encode()
+        yield comment()
         try:
             async for chunk in chunks:
                 yield encode(chunk)

@@ -25,6 +25,7 @@ from server.engine.messages import (
     Failed,
     Finished,
     Generate,
+    Queued,
     Shutdown,
     Started,
     Usage,
@@ -80,6 +81,7 @@ class EngineLoop:
             self._limits.decode_rows, self._limits.batch_width, adapts=self._limits.is_streaming
         )
         self._passes: list[Pass] = []
+        self._places: dict[str, int] = {}  # what those who wait were told
         self._num_layers = 0  # known when the first pass is through
         self._num_lost_layers = 0  # of passes that were started again since one was through
         self._is_stopping = False
@@ -161,6 +163,7 @@ class EngineLoop:
     def _step(self) -> None:
         self._clear_away()
         self._admit()
+        self._tell_places()
         self._settle()
         self._drop_passes()
         self._start_pass()
@@ -195,6 +198,13 @@ class EngineLoop:
                 log.exception("the saved prefix of request %s", sequence.request.request_id)
                 sequence.cache, sequence.num_cached_tokens = self._model.make_cache(), 0
             self._send(Started(sequence.request.request_id))
+
+    def _tell_places(self) -> None:
+        places = {item.request.request_id: place for place, item in enumerate(self._scheduler.line)}
+        for request_id, place in places.items():
+            if self._places.get(request_id) != place:
+                self._send(Queued(request_id, place))
+        self._places = places
 
     def _settle(self) -> None:
         wait_s = 0.0 if self._passes or self._scheduler.has_steps else RESTORE_WAIT_S

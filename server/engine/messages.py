@@ -183,6 +183,14 @@ class TokenScore:
 
 
 @dataclass(frozen=True)
+class Queued:
+    """The request waits, and as things stand so many others go before it. Sent on each change."""
+
+    request_id: str
+    num_before: int
+
+
+@dataclass(frozen=True)
 class Started:
     """The request waits no more: it has a place and a cache. May come again after a preemption."""
 
@@ -244,6 +252,6 @@ class Failed:
     retry_after_s: int | None = None
 
 
-RequestEvent = Started | Progress | PromptScored | Token | Finished | Failed
+RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed
 EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Stats
 Event = EngineEvent | RequestEvent

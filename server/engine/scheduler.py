@@ -81,6 +81,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def line(self) -> list[Sequence]:
+        """Who waits, in the order of their turns as things stand."""
+        return self.shares.rank(self._waiting, self._clock(), self._cost)
+
+    @property
     def num_running(self) -> int:
         """Sequences with a cache."""
         return len(self._running)

@@ -201,3 +201,36 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(client: TestClient, engine:
     response = careless.post(CHAT, json={"messages": [USER]})
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "the server failed; its log says more"
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        (CHAT, "reasoning", {"budget": 5}),
+        (CHAT, "thinking", {"type": "enabled", "budget": 5}),
+        (CHAT, "chat_template_kwargs", {"budget": 5}),
+        (CHAT, "response_format", {"type": "text", "budget": 5}),
+        (CHAT, "stream_options", {"budget": 5}),
+        ("/v1/responses", "reasoning", {"budget": 5}),
+        ("/v1/responses", "text", {"budget": 5}),
+        ("/v1/messages", "thinking", {"type": "adaptive", "budget": 5}),
+        ("/v1/messages", "output_config", {"budget": 5}),
+    ],
+)
+def test_options_inside_of_fields_are_not_swallowed_either(
+    client: TestClient, path: str, field: str, value: dict[str, Any]
+) -> None:
+    body: dict[str, Any] = {"model": "z-ai/glm-5.2", "messages": [USER], "max_tokens": 5}
+    if path == "/v1/responses":
+        body = {"input": "x"}
+    assert "'budget'" in refused(client, json.dumps(body | {field: value}), path=path)["message"]
+    unset = json.dumps(body | {field: value | {"budget": None}})
+    assert client.post(path, content=unset).status_code == 200
+
+
+@pytest.mark.parametrize("field", ["function_call", "audio"])
+def test_what_a_turn_held_and_this_model_cannot_read_is_refused(client: TestClient, field: str) -> None:
+    said = {"role": "assistant", "content": "x", field: {"name": "f"}}
+    assert refused(client, body_with(messages=[USER, said, USER]))["param"] == f"messages[1].{field}"
+    refused_not = body_with(messages=[USER, said | {field: None, "refusal": None, "annotations": []}, USER])
+    assert client.post(CHAT, content=refused_not).status_code == 200

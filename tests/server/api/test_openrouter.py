@@ -186,6 +186,10 @@ def test_several_answers_come_each_with_its_index(client: TestClient, engine: Sc
     assert result["usage"]["completion_tokens"] == 3 * len(engine.script)
     assert result["usage"]["prompt_tokens"] == len(engine.requests[0].token_ids)
 
+    receipt = client.get("/api/v1/generation", params={"id": result["id"]}).json()["data"]
+    assert receipt["tokens_prompt"] == result["usage"]["prompt_tokens"], "the prompt was read once"
+    assert receipt["tokens_completion"] == result["usage"]["completion_tokens"]
+
     chunks = stream(client, n=2)
     for index in (0, 1):
         own = [
@@ -205,9 +209,12 @@ def test_several_answers_fail_together(client: TestClient, engine: ScriptedEngin
 
 def test_several_completions_for_each_prompt(client: TestClient) -> None:
     body = {"prompt": ["a", "bc"], "n": 2, "max_tokens": 1, "echo": True}
-    choices = client.post("/v1/completions", json=body).json()["choices"]
+    result = client.post("/v1/completions", json=body).json()
+    choices = result["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
     assert [choice["text"][0] for choice in choices] == ["a", "a", "b", "b"]
+    receipt = client.get("/api/v1/generation", params={"id": result["id"]}).json()["data"]
+    assert receipt["tokens_prompt"] == result["usage"]["prompt_tokens"] == 3
 
 
 def test_the_limit_of_a_thought_reaches_the_engine(

@@ -12,7 +12,7 @@ import pytest
 from server.api.answer import Answer
 from server.api.line import Line
 from server.api.service import Service
-from server.engine.messages import Generate, Progress, RequestEvent
+from server.engine.messages import Generate, Progress, Queued, RequestEvent, Started
 from server.glm.answer_parser import AnswerParser
 from server.glm.tokenizer import Tokenizer
 from tests.server.api.conftest import running_server
@@ -31,14 +31,17 @@ BODIES = [
 
 
 class SteppingEngine(ScriptedEngine):
-    """Says what a test puts into its queue, and nothing else."""
+    """Tells each request these places in the line, and then what a test puts into its queue."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: tuple[int, ...] = ()) -> None:
         super().__init__([])
+        self.places = places
         self.events: dict[str, asyncio.Queue[RequestEvent]] = {}
 
     async def generate(self, request: Generate) -> AsyncGenerator[RequestEvent, None]:
         queue = self.events.setdefault(request.request_id, asyncio.Queue())
+        for place in self.places:
+            yield Queued(request.request_id, place)
         while True:
             yield await queue.get()
 
@@ -58,21 +61,39 @@ def test_places_in_the_line_progress_and_then_silence(tokenizer: Tokenizer) -> N
         tasks = [asyncio.ensure_future(read(answer)) for answer in answers]
         await asyncio.sleep(0)
         assert [answer.progress for answer in answers] == ["queue=0", "queue=1", "queue=2"]
+        for name, place in (("a", 2), ("b", 0), ("c", 1)):  # the engine's order is another
+            engine.events[name].put_nowait(Queued(name, place))
+        await asyncio.sleep(0.01)
+        assert [answer.progress for answer in answers] == ["queue=2", "queue=0", "queue=1"]
+        engine.events["b"].put_nowait(Started("b"))
+        for name, place in (("a", 0), ("c", 1)):
+            engine.events[name].put_nowait(Queued(name, place))
         engine.events["b"].put_nowait(Progress("b", 1, 4))
         await asyncio.sleep(0.01)
         assert [answer.progress for answer in answers] == ["queue=0", "prefill=1/4", "queue=1"]
         engine.events["b"].put_nowait(Progress("b", 2, 4))
         await asyncio.sleep(0.01)
         assert answers[1].progress.startswith("prefill=2/4 eta=")
-        tasks[0].cancel()
+        engine.events["b"].put_nowait(Queued("b", 0))
         await asyncio.sleep(0.01)
-        assert answers[2].progress == "queue=0", "who hangs up waits no more"
+        assert answers[1].progress == "queue=0", "who gave its place to others waits again"
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert line.num_before("c") is None
+        assert [line.num_before(name) for name in ("a", "b", "c")] == [None] * 3, "who hangs up waits no more"
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES[:4])
+def test_every_stream_tells_how_far_it_has_come(service: Service, path: str, body: dict[str, Any]) -> None:
+    engine = SteppingEngine(places=(3,))
+    waiting = replace(service, engine=engine, line=Line(), keepalive_s=0.05)
+    with (
+        running_server(waiting) as url,
+        httpx.stream("POST", url + path, json=body, timeout=20) as response,
+    ):
+        assert ": OPENROUTER PROCESSING queue=3" in response.iter_lines()
 
 
 def arrivals(url: str, path: str, body: dict[str, Any], for_s: float) -> list[float]:

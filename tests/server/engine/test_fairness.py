@@ -2,12 +2,13 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from server.engine.fairness import AGING_S
 from server.engine.limits import Limits
-from server.engine.messages import Event, Finished, Started
+from server.engine.messages import Event, Finished, Queued, Started
 from tests.server.engine.driven import TimedModel, World, ask
 
 STEP_S = 0.1
@@ -50,6 +51,19 @@ def test_an_agent_has_no_more_in_flight_than_it_may(world: World, model: TimedMo
     world.at(0, *(ask(f"b{i}", 30, 5, agent="b") for i in range(2)))
     world.run(model, limits=Limits(agent_inflight=3))
     assert most == {"a": 3, "b": 2}
+
+
+def test_who_waits_is_told_its_place_in_the_order_of_turns(world: World, model: TimedModel) -> None:
+    """There is room for one at a time; an agent has asked four times before another comes."""
+    world.at(0, *(ask(f"a{i}", 30, 5, agent="a") for i in range(4)), ask("b", 30, 5, agent="b"))
+    world.run(model, limits=Limits(kv_tokens=40))
+    told: dict[str, list[int]] = {}
+    for _, event in world.events:
+        if isinstance(event, Queued):
+            told.setdefault(event.request_id, []).append(event.num_before)
+    assert told.pop("b")[0] <= 1, "it came last, and is not the last"
+    assert all(places[-1] == 0 for places in told.values()), told
+    assert all(one != other for places in told.values() for one, other in pairwise(places)), "only changes"
 
 
 def test_the_measure_is_time_and_not_requests(world: World, model: TimedModel) -> None:
