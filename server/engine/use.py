@@ -4,7 +4,7 @@ Each figure is the largest seen so far, under the name of its line. MLX knows ho
 that it held since it was asked last; what of that is neither trunk nor slots nor ring nor a sequence's cache
 is workspace, with the rows of a sweep among it. What is resident beyond that most and the reader's buffers is
 Python with its libraries, of both processes, and saved prompts: the engine's parent serves HTTP. (That most,
-because the allocator keeps what was freed.)
+because between two measurements no more than that was held.)
 """
 
 import os
