@@ -56,7 +56,7 @@ def _attention_bytes(args: ModelArgs, arithmetic: Arithmetic, rows: int, max_con
 
 
 def _experts_bytes(args: ModelArgs, row_bytes: int, at_once: int, unpacked: "_Unpacked") -> int:
-    """While a few experts' weights are unpacked beside the first products, or all rows multiplied with them."""
+    """While a few experts' weights are unpacked, or all rows are multiplied with them."""
     weights, copies = unpacked.expert()
     first = row_bytes * (args.moe_intermediate_size + args.hidden_size)
     others = row_bytes * (2 * args.moe_intermediate_size + args.hidden_size)

@@ -1,6 +1,4 @@
-"""What a prompt takes beside trunk, experts and caches stays within the plan's lines, and the lines are not fat."""
-
-from pathlib import Path
+"""What a prompt takes beside trunk, experts and caches stays within its lines of the plan, and is most of them."""
 
 import mlx.core as mx
 import pytest
