@@ -22,10 +22,10 @@ from models.cache import cache_bytes_per_token
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
 from models.workspace import sweep_row_bytes, workspace_bytes
+from streaming.aligned import buffer_bytes
 from streaming.banks import slot_bytes
 from streaming.headers import ITEM_BYTES, FileStamp, TensorEntry, read_headers
 from streaming.index import ExpertIndex
-from streaming.reader import buffer_bytes
 from streaming.runs import largest_run_bytes
 from streaming.store import ExpertStore
 

@@ -22,7 +22,8 @@ from streaming.fills import Fetch, Fill, Filler, raise_failure
 from streaming.index import ExpertIndex
 from streaming.lookahead import Gate
 from streaming.policy import LeastRecentlyUsed, Policy
-from streaming.reader import NUM_THREADS, TIMEOUT_S, ReadClass
+from streaming.reader import NUM_THREADS, TIMEOUT_S
+from streaming.reads import ReadClass
 from streaming.residency import Residency
 from streaming.ring import Ring
 from streaming.statistics import StoreStatistics

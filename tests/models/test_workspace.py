@@ -1,4 +1,4 @@
-"""What a prompt takes beside trunk, experts and caches stays within its lines of the plan, and is most of them."""
+"""What a prompt takes beside trunk, experts and caches stays within its lines, and is most of them."""
 
 import mlx.core as mx
 import pytest
