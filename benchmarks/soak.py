@@ -119,10 +119,7 @@ class Client:
 def run(directory: Path, num_tokens: int) -> Record:
     checkpoint = open_checkpoint(directory)
     mx.set_cache_limit(32 * 10**6)
-    # two threads: pieces are so small that more of them only take turns
-    store = ExpertStore(
-        checkpoint.experts, TINY["n_routed_experts"] // 4, float_dtype=CPU.dtype, num_threads=2
-    )
+    store = ExpertStore(checkpoint.experts, TINY["n_routed_experts"] // 4, float_dtype=CPU.dtype)
     inbox: SimpleQueue[Command] = SimpleQueue()
     client = Client(inbox, num_tokens)
     backend = Backend(load_model(checkpoint, CPU, store), ModelInfo(TINY["vocab_size"], 4096))
