@@ -14,7 +14,7 @@ from tests.tiny_glm import TINY, make_weights, tokens
 # Few layers of experts so wide that their weights are most of what a short prompt takes.
 HEAVY = TINY | {
     "hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256, "n_routed_experts": 4,
-    "num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 3 + ["sparse"],
+    "num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 3 + ["sparse"], "index_topk": 512,
 }  # fmt: skip
 
 
