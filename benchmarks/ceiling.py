@@ -2,8 +2,12 @@
 
 `python -m benchmarks.ceiling`. The cgroup's hard limit, with swap, is the budget; the checkpoint is at least
 four times as large and its pages are evicted first. Samples rss and mapped files of the process tree every
-50 ms while requests run, and prints the peak, what the kernel charged, the page cache of the expert files,
-and the ledger beside the rss.
+50 ms while requests run, and prints the peak, what the kernel charged and the page cache of the expert files.
+Every eighth prompt is one token repeated, so that all its rows want the same experts: the worst for memory.
+
+Beside the rss stand two sums. Promised: the plan's lines. Explained: what the owners held when the engine's
+rss was largest, none of it derived from the rss: both processes before there was a model, what MLX held and
+had freed, the reader's buffers, saved prompts. What is left is nobody's.
 """
 
 import argparse
@@ -23,6 +27,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.checkpoint import BENCH, write_checkpoint
 from config.sizes import parse_size
@@ -54,7 +59,7 @@ class Peak:
             with suppress(OSError, IndexError):
                 resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
                 arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                name = "engine" if any("worker" in word for word in arguments) else "http"
+                name = "engine" if "-P" in arguments else "http"
                 by_process[name] = by_process.get(name, 0) + resident
         total = sum(by_process.values())
         if total > self.tree_bytes:
@@ -87,16 +92,20 @@ def limited(budget_bytes: int) -> Iterator[Path]:
 
 
 @contextmanager
-def serving(group: Path, directory: Path, budget: str, context: int) -> Iterator[httpx.Client]:
-    """The server's process tree inside the group, ready."""
+def serving(group: Path, directory: Path, budget: str, context: int, watched: Path) -> Iterator[httpx.Client]:
+    """The server's process tree inside the group, ready; its engine notes its peaks in `watched`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(directory), "--stream-experts"]
-    command += ["--ram-budget", budget, "--max-context", str(context), "--port", str(port)]
-    command += ["--prefix-cache-size", "0"]
+    command = [sys.executable, "-m", "benchmarks.watched", "serve", "--model", str(directory)]
+    command += ["--stream-experts", "--ram-budget", budget, "--max-context", str(context)]
+    command += ["--prefix-cache-size", "0", "--port", str(port)]
     enter = f'echo $$ > {group}/cgroup.procs; exec "$@"'
-    process = subprocess.Popen(["sh", "-c", enter, "sh", *command], start_new_session=True)
+    process = subprocess.Popen(
+        ["sh", "-c", enter, "sh", *command],
+        start_new_session=True,
+        env={**os.environ, "GLMSERVE_WATCH": str(watched)},
+    )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=900) as client:
             _wait_until_ready(client, process)
@@ -141,37 +150,50 @@ def make_large(directory: Path) -> Path:
 
 def run(directory: Path, budget: str, requests: int, prompt_tokens: int, tokens: int) -> bool:
     budget_bytes, rng = parse_size(budget), np.random.default_rng(0)
-    context = prompt_tokens + tokens + 8
     experts = sorted(directory.glob("model-0*.safetensors"))
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    plan = _plan(directory, budget, context)
     print(f"checkpoint {size / 1e6:.0f} MB, budget {budget_bytes / 1e6:.0f} MB ({size / budget_bytes:.1f} x)")
     evict(directory)
-    peak, stop = Peak(), threading.Event()
+    peak, stop, watched = Peak(), threading.Event(), directory / "watched.jsonl"
+    watched.unlink(missing_ok=True)
     with limited(budget_bytes) as group:
         sampler = threading.Thread(target=_sample, args=(peak, group, stop))
-        with serving(group, directory, budget, context) as client:
-            loaded = charged(group)
+        with serving(group, directory, budget, prompt_tokens + tokens + 8, watched) as client:
+            peak.sample(group)
+            http_bytes = peak.rss_at_peak["http"]
             sampler.start()
             for number in range(requests):
-                start_s = time.monotonic()
-                prompt = rng.integers(20, 4000, prompt_tokens).tolist()
-                body = {"model": GLM_ID, "prompt": prompt, "max_tokens": tokens}
-                answer = client.post("/v1/completions", json=body)
-                if answer.status_code != 200:
-                    raise SystemExit(f"request {number}: {answer.status_code} {answer.text}")
-                new = answer.json()["usage"]["completion_tokens"]
-                print(
-                    f"request {number}: {time.monotonic() - start_s:.1f} s {new} tokens",
-                    flush=True,
-                )
+                prompt = rng.integers(20, 4000, prompt_tokens)
+                _ask(client, number, prompt if number % 8 else np.full(prompt_tokens, prompt[0]), tokens)
             stop.set()
             sampler.join()
-            used = _used(client)
+            planned, used = (_ledger(client, kind) for kind in ("planned", "used"))
             after, cached = charged(group), cached_bytes(experts)
+            most_charged = int((group / "memory.max_usage_in_bytes").read_text())
             failures = int((group / "memory.failcnt").read_text())
             kills = (group / "memory.oom_control").read_text().split()
-    return _report(plan, used, peak, budget_bytes, loaded, after, cached, failures, kills)
+    _explain(planned, used, peak, http_bytes, watched)
+    print(
+        f"charged at the end: rss {after['rss'] / 1e6:.1f} MB, cache {after['cache'] / 1e6:.1f} MB; "
+        f"the most ever {most_charged / 1e6:.1f} MB"
+    )
+    print(f"page cache of the expert files {cached / 1e6:.2f} MB; times at the limit {failures}; {kills}")
+    share = peak.tree_bytes / budget_bytes
+    print(f"peak of the tree {peak.tree_bytes / 1e6:.1f} MB = {share:.1%} of the budget")
+    was_killed = "oom_kill 0" not in " ".join(kills)
+    is_held = 0 < peak.tree_bytes <= budget_bytes and not was_killed and cached < budget_bytes / 100
+    print("the budget held" if is_held else "the budget was exceeded")
+    return is_held
+
+
+def _ask(client: httpx.Client, number: int, prompt: NDArray[np.int64], tokens: int) -> None:
+    start_s = time.monotonic()
+    body = {"model": GLM_ID, "prompt": prompt.tolist(), "max_tokens": tokens}
+    answer = client.post("/v1/completions", json=body)
+    if answer.status_code != 200:
+        raise SystemExit(f"request {number}: {answer.status_code} {answer.text}")
+    new = answer.json()["usage"]["completion_tokens"]
+    print(f"request {number}: {time.monotonic() - start_s:.1f} s {new} tokens", flush=True)
 
 
 def _sample(peak: Peak, group: Path, stop: threading.Event) -> None:
@@ -179,46 +201,35 @@ def _sample(peak: Peak, group: Path, stop: threading.Event) -> None:
         peak.sample(group)
 
 
-def _plan(directory: Path, budget: str, context: int) -> dict[str, int]:
-    command = [sys.executable, "-m", "server.cli", "plan", "--json", "--model", str(directory)]
-    command += ["--stream-experts", "--ram-budget", budget, "--max-context", str(context)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    lines: dict[str, int] = json.loads(done.stdout)["lines"]
-    return lines
-
-
-def _used(client: httpx.Client) -> dict[str, float]:
-    """The most that each line of the ledger was used, as the server tells."""
-    lines = re.findall(r'^glmserve_memory_used_bytes{line="(.+)"} (.+)$', client.get("/metrics").text, re.M)
+def _ledger(client: httpx.Client, kind: str) -> dict[str, float]:
+    """Lines of the ledger as the server tells them: planned, or the most that was used."""
+    told = rf'^glmserve_memory_{kind}_bytes{{line="(.+)"}} (.+)$'
+    lines = re.findall(told, client.get("/metrics").text, re.M)
     return {name: float(value) for name, value in lines}
 
 
-def _report(
-    plan: dict[str, int],
-    used: dict[str, float],
-    peak: Peak,
-    budget_bytes: int,
-    loaded: dict[str, int],
-    after: dict[str, int],
-    cached: int,
-    failures: int,
-    kills: list[str],
-) -> bool:
-    for name, nbytes in plan.items():
-        print(f"  ledger {name:24} {nbytes / 1e6:8.1f} MB, used {used.get(name, 0) / 1e6:8.1f} MB")
-    ledger = sum(plan.values())
-    print(f"ledger {ledger / 1e6:.1f} MB; when loaded the kernel charged rss {loaded['rss'] / 1e6:.1f} MB")
-    print(
-        f"peak of rss + mapped files of the tree {peak.tree_bytes / 1e6:.1f} MB = "
-        f"{peak.tree_bytes / budget_bytes:.1%} of the budget, {peak.tree_bytes / ledger:.1%} of the ledger "
-        f"{ {name: round(value / 1e6) for name, value in peak.rss_at_peak.items()} }"
-    )
-    print(f"charged at the end: rss {after['rss'] / 1e6:.1f} MB, cache {after['cache'] / 1e6:.1f} MB")
-    print(f"page cache of the expert files {cached / 1e6:.2f} MB; times at the limit {failures}; {kills}")
-    was_killed = "oom_kill 0" not in " ".join(kills)
-    is_held = 0 < peak.tree_bytes <= budget_bytes and not was_killed and cached < budget_bytes / 100
-    print("the budget held" if is_held else "the budget was exceeded")
-    return is_held
+def _explain(
+    planned: dict[str, float], used: dict[str, float], peak: Peak, http_bytes: int, watched: Path
+) -> None:
+    """Prints promised, used and explained beside the peak; see the top."""
+    for name, nbytes in planned.items():
+        print(f"  {name:22} promised {nbytes / 1e6:6.1f} MB, most used {used.get(name, 0) / 1e6:6.1f} MB")
+    notes = [json.loads(line) for line in watched.read_text().splitlines()]
+    start, most = notes[0], max(notes, key=lambda note: note["rss"])
+    explained = {
+        "http before requests": http_bytes,
+        "engine before a model": start["rss"],
+        "MLX holds": most["active"],
+        "MLX has freed": most["cache"],
+        "reader buffers": used["reader buffers"],
+        "prefix cache": used["prefix cache"],
+    }
+    for name, nbytes in explained.items():
+        print(f"  explained: {name:22} {nbytes / 1e6:6.1f} MB")
+    measured = {name: f"{nbytes / 1e6:.1f}" for name, nbytes in peak.rss_at_peak.items()}
+    print(f"at the peak {measured}, the engine by its own note {most['rss'] / 1e6:.1f}")
+    for name, total in (("promised", sum(planned.values())), ("explained", sum(explained.values()))):
+        print(f"{name} {total / 1e6:.1f} MB = {total / peak.tree_bytes:.3f} of the peak")
 
 
 def main() -> None:

@@ -21,10 +21,11 @@ from benchmarks.checkpoint import write_checkpoint
 from models.arithmetic import CPU
 from models.attention import Span
 from models.loading import Checkpoint, load_model, open_checkpoint
+from streaming.aligned import buffer_bytes
 from streaming.disk import DirectDisk, aligned_buffer
 from streaming.policy import LeastNearlyChosen
 from streaming.probe import Rate, opened, read_bare
-from streaming.reader import NUM_THREADS, buffer_bytes
+from streaming.reader import NUM_THREADS
 from streaming.runs import largest_run_bytes, plan_runs
 from streaming.store import ExpertStore
 

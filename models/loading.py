@@ -17,16 +17,15 @@ from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
-from models.attention import PART_ROWS
 from models.building import build_model
 from models.cache import cache_bytes_per_token
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
-from models.tiles import tile_rows
+from models.workspace import sweep_row_bytes, workspace_bytes
+from streaming.aligned import buffer_bytes
 from streaming.banks import slot_bytes
 from streaming.headers import ITEM_BYTES, FileStamp, TensorEntry, read_headers
 from streaming.index import ExpertIndex
-from streaming.reader import buffer_bytes
 from streaming.runs import largest_run_bytes
 from streaming.store import ExpertStore
 
@@ -115,7 +114,7 @@ def trunk_bytes(model: Model) -> int:
 def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: int | None = None) -> Geometry:
     """What the checkpoint needs in memory when it is computed with this arithmetic, up to this context."""
     args, index = checkpoint.args, checkpoint.experts
-    itemsize = arithmetic.dtype.size
+    itemsize, context = arithmetic.dtype.size, max_context or args.max_position_embeddings
     index_keys = args.index_head_dim * len(args.full_layers) * itemsize
     return Geometry(
         trunk_bytes=sum(_kept_bytes(entry, itemsize) for entry in checkpoint.trunk.values()),
@@ -124,11 +123,9 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
         experts_per_token=args.num_experts_per_tok,
         kv_bytes_per_token=cache_bytes_per_token(args, itemsize) - index_keys,
         index_key_bytes_per_token=index_keys,
-        workspace_bytes=_workspace_bytes(
-            checkpoint, arithmetic, max_context or checkpoint.args.max_position_embeddings
-        ),
+        workspace_bytes=workspace_bytes(args, arithmetic, checkpoint.trunk, index, context),
         reader_buffer_bytes=buffer_bytes(largest_run_bytes(index)),
-        sweep_row_bytes=_sweep_row_bytes(args, arithmetic),
+        sweep_row_bytes=sweep_row_bytes(args, arithmetic, context),
         ring_slot_bytes=_ring_slot_bytes(index, arithmetic),
         vocab_size=args.vocab_size,
     )
@@ -139,51 +136,6 @@ def _kept_bytes(entry: TensorEntry, itemsize: int) -> int:
     if entry.dtype not in _FLOATS:
         return entry.nbytes
     return prod(entry.shape) * max(itemsize, ITEM_BYTES[entry.dtype])
-
-
-def _workspace_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: int) -> int:
-    """The largest transients of a step, however long the prompt: a part's rows, and beside them the larger of
-    what attention and what experts take, with the weights that lie unpacked meanwhile."""
-    args = checkpoint.args
-    num_rows, heads = min(PART_ROWS, max_context), args.num_attention_heads
-    attention = heads * (2 * args.latent_dim + args.kv_lora_rank + args.qk_head_dim + args.v_head_dim)
-    expert = arithmetic.experts_at_once * (3 * args.moe_intermediate_size + 2 * args.hidden_size)
-    dense = 3 * args.intermediate_size
-    unpacked = (0, 0) if arithmetic.max_packed_rows is None else _unpacked_bytes(checkpoint, arithmetic)
-    tiles = 3 * _tile_elements(args, arithmetic, num_rows, max_context) * 4
-    row_bytes = num_rows * arithmetic.dtype.size
-    return row_bytes * 4 * args.hidden_size + max(
-        row_bytes * attention + tiles + unpacked[0], row_bytes * max(expert, dense) + unpacked[1]
-    )
-
-
-def _tile_elements(args: ModelArgs, arithmetic: Arithmetic, num_rows: int, max_context: int) -> int:
-    """Of a tile's intermediates, at most: scores of attention, and those of the indexer beside its choice."""
-    limit = arithmetic.tile_elements
-    scores = args.num_attention_heads * min(max_context, arithmetic.gather_from * args.index_topk)
-    attention = scores * min(num_rows, tile_rows(scores, limit))
-    selection = max_context * min(num_rows, tile_rows(max_context, limit))
-    return max(attention, limit + selection if max_context > args.index_topk else 0)
-
-
-def _unpacked_bytes(checkpoint: Checkpoint, arithmetic: Arithmetic) -> tuple[int, int]:
-    """The largest weights that lie unpacked at one time: one of the trunk's; a few experts."""
-    args = checkpoint.args
-    packed = [entry for name, entry in checkpoint.trunk.items() if name.endswith(".scales")]
-    # A scale stands for at least 16 values, at most 128: 128 is the safe side.
-    trunk = max((prod(entry.shape) * 128 * 4 for entry in packed), default=0)
-    return trunk, arithmetic.experts_at_once * 3 * args.hidden_size * args.moe_intermediate_size * 4
-
-
-def _sweep_row_bytes(args: ModelArgs, arithmetic: Arithmetic) -> int:
-    """What each row of a sweep takes beside its cache, from layer to layer.
-
-    The hidden state, the experts' float32 sum, the routing (scores and choice of all experts while they are
-    put together, twice), and the selection that shared layers reuse: a mask or positions.
-    """
-    hidden = args.hidden_size * (arithmetic.dtype.size + 4)
-    routing = 4 * 4 * args.n_routed_experts + 16 * args.num_experts_per_tok
-    return hidden + routing + max(4, arithmetic.gather_from) * args.index_topk
 
 
 def _ring_slot_bytes(index: ExpertIndex, arithmetic: Arithmetic) -> int:

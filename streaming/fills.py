@@ -17,7 +17,8 @@ from streaming.banks import Bank
 from streaming.disk import Disk
 from streaming.floats import Bytes
 from streaming.index import ExpertIndex
-from streaming.reader import Batch, Read, ReadClass, ReadDropped, Reader, ReadStatistics
+from streaming.reader import Reader
+from streaming.reads import Batch, Read, ReadClass, ReadDropped, ReadStatistics
 from streaming.runs import Run, largest_run_bytes, plan_runs
 from streaming.tickets import Ticket, TicketOffice
 

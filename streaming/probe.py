@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from config.errors import DiskError
+from streaming.aligned import aligned_range, buffer_bytes
 from streaming.disk import Disk, DiskFile, aligned_buffer
 from streaming.floats import Bytes
 from streaming.index import ExpertIndex
-from streaming.reader import TIMEOUT_S, aligned_range, buffer_bytes
+from streaming.reader import TIMEOUT_S
 from streaming.runs import Run, largest_run_bytes, plan_runs
 
 DEPTHS = (1, 2, 4, 8, 16, 32)

@@ -14,95 +14,27 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from dataclasses import replace
 from pathlib import Path
 
 from config.errors import DiskError
 from config.plan import reader_buffers
-from streaming.disk import MAX_ALIGNMENT, Disk, DiskFile, aligned_buffer
-from streaming.floats import Bytes
+from streaming.aligned import aligned_range, buffer_bytes, read_fully
+from streaming.disk import Disk, DiskFile, aligned_buffer
 from streaming.headers import FileStamp
+from streaming.reads import Batch, Read, ReadClass, ReadDropped, ReadStatistics, Task
 
 NUM_THREADS = 8
 TIMEOUT_S = 30.0
 
 
-class ReadDropped(DiskError):
-    """The read was never started."""
-
-
-class ReadClass(IntEnum):
-    """Lower goes first."""
-
-    DEMAND = 0
-    LOOKAHEAD = 1
-    SWEEP = 2
-    PREFIX = 3
-
-
-@dataclass(eq=False)
-class Read:
-    """One byte range to be read; it settles once, with its bytes delivered or with an error."""
-
-    path: Path
-    offset: int
-    nbytes: int
-    deliver: Callable[[Bytes], None]
-    read_class: ReadClass = ReadClass.DEMAND
-    error: Exception | None = None
-
-
-class Batch:
-    """Reads submitted together, to be waited for together."""
-
-    def __init__(self, reads: Sequence[Read], lock: threading.RLock) -> None:
-        self.reads = reads
-        self.num_pending = len(reads)
-        self.has_failed = False
-        self.changed = threading.Condition(lock)
-
-
-@dataclass(eq=False)
-class _Task:
-    read: Read
-    batch: Batch
-    order: int
-    started_s: float = 0.0
-
-    def __lt__(self, other: "_Task") -> bool:
-        return (self.read.read_class, self.order) < (other.read.read_class, other.order)
-
-
 class _Worker:
     def __init__(self, num_bytes: int) -> None:
         self.buffer = aligned_buffer(num_bytes)
-        self.task: _Task | None = None
+        self.task: Task | None = None
         self.thread = 0
         self.is_delivering = False
         self.is_quarantined = False
-
-
-@dataclass
-class ReadStatistics:
-    """`busy_s`: time during which any read was outstanding; `device_bytes`: with what alignment adds."""
-
-    num_reads: int = 0
-    payload_bytes: int = 0
-    device_bytes: int = 0
-    busy_s: float = 0.0
-    num_timeouts: int = 0
-
-
-def buffer_bytes(max_read_bytes: int) -> int:
-    """One thread's buffer: room for the largest read wherever it starts."""
-    return -(-max_read_bytes // MAX_ALIGNMENT) * MAX_ALIGNMENT + 2 * MAX_ALIGNMENT
-
-
-def aligned_range(alignment: int, offset: int, nbytes: int) -> tuple[int, int]:
-    """Start and length of the aligned read that covers `nbytes` at `offset`."""
-    start = offset // alignment * alignment
-    return start, -(-(offset - start + nbytes) // alignment) * alignment
 
 
 class Reader:
@@ -123,7 +55,7 @@ class Reader:
         self._timeout_s = timeout_s
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
-        self._queue: list[_Task] = []
+        self._queue: list[Task] = []
         self._order = itertools.count()
         self._workers: list[_Worker] = []
         self._num_quarantined = 0
@@ -159,7 +91,7 @@ class Reader:
             self._num_outstanding += len(reads)
             for read in reads:
                 assert read.nbytes <= self._max_read_bytes, "a read is larger than the buffers of the reader"
-                heapq.heappush(self._queue, _Task(read, batch, next(self._order)))
+                heapq.heappush(self._queue, Task(read, batch, next(self._order)))
             self._work.notify(len(reads))
         return batch
 
@@ -219,7 +151,7 @@ class Reader:
                 elif not self._readmit(worker):
                     return
 
-    def _take(self, worker: _Worker) -> _Task | None:
+    def _take(self, worker: _Worker) -> Task | None:
         with self._lock:
             self._work.wait_for(lambda: self._queue or self._is_closed)
             if self._is_closed:
@@ -235,7 +167,7 @@ class Reader:
         start, num_bytes = aligned_range(file.alignment, read.offset, read.nbytes)
         lead = read.offset - start
         try:
-            _read_fully(file, buffer[:num_bytes], start, lead + read.nbytes)
+            read_fully(file, buffer[:num_bytes], start, lead + read.nbytes)
         except OSError as error:
             raise DiskError(
                 f"{read.path}: reading {read.nbytes} bytes at {read.offset}: {error.strerror or error}"
@@ -251,7 +183,7 @@ class Reader:
 
     # Under the lock.
 
-    def _settle(self, task: _Task, error: Exception | None) -> None:
+    def _settle(self, task: Task, error: Exception | None) -> None:
         task.read.error = error
         task.batch.num_pending -= 1
         task.batch.has_failed |= error is not None
@@ -261,7 +193,7 @@ class Reader:
         if error is not None or task.batch.num_pending == 0:
             task.batch.changed.notify_all()
 
-    def _drop(self, is_dropped: Callable[[_Task], bool], why: str) -> int:
+    def _drop(self, is_dropped: Callable[[Task], bool], why: str) -> int:
         dropped = [task for task in self._queue if is_dropped(task)]
         self._queue = [task for task in self._queue if not is_dropped(task)]
         heapq.heapify(self._queue)
@@ -277,7 +209,7 @@ class Reader:
         if not self._workers:
             self._drop(lambda task: True, f"the disk has not answered {self._num_quarantined} earlier reads")
 
-    def _quarantine(self, worker: _Worker, task: _Task) -> None:
+    def _quarantine(self, worker: _Worker, task: Task) -> None:
         worker.is_quarantined = True
         self._workers.remove(worker)
         self._num_quarantined += 1
@@ -287,7 +219,7 @@ class Reader:
         read = task.read
         # Bytes that are being delivered could arrive a second time.
         if not worker.is_delivering and self._files[read.path].give_up(worker.thread):
-            heapq.heappush(self._queue, _Task(read, task.batch, task.order))
+            heapq.heappush(self._queue, Task(read, task.batch, task.order))
             self._work.notify()
             return
         self._settle(
@@ -322,19 +254,3 @@ class Reader:
     def _close_files(self) -> None:
         while self._files:
             self._files.popitem()[1].close()
-
-
-def _read_fully(file: DiskFile, buffer: Bytes, offset: int, num_needed: int) -> None:
-    """Reads until `num_needed` bytes are there, going on after short reads from the last aligned byte."""
-    done = 0
-    while done < num_needed:
-        try:
-            count = file.read_into(buffer[done:], offset + done)
-        except InterruptedError:
-            continue
-        if done + count >= num_needed:
-            return
-        resume = (done + count) // file.alignment * file.alignment
-        if resume <= done:
-            raise OSError(f"the file ends {num_needed - done - count} bytes early")
-        done = resume

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from streaming.banks import Bank
 from streaming.fills import Fill, Filler
 from streaming.index import ExpertIndex, Part
-from streaming.reader import ReadClass
+from streaming.reads import ReadClass
 
 Key = tuple[int, int]  # layer, expert
 

@@ -1,14 +1,14 @@
 """The routed experts of all layers: which are resident, in which slot, and how the others get there.
 
-Owns the banks, the books of their slots and the reader. Made and called on one thread, the engine's; MLX
-arrays are bound to the thread that makes them. The reader's threads touch bytes only, under a ticket.
+Owns the layers, each with its bank and books, and the reader. Made and called on one thread, the engine's;
+MLX arrays are bound to the thread that makes them. The reader's threads touch bytes only, under a ticket.
 
 The caller promises that every gather that names a slot of a layer was evaluated before it calls `begin`,
 `acquire` or `expect` for that layer again: a lazy gather reads the slot as it is when it is evaluated.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -16,13 +16,13 @@ import numpy.typing as npt
 
 from config.errors import CheckpointError, DiskError
 from config.plan import MIN_RING_SLOTS
-from streaming.banks import Bank, BankMaker
+from streaming.banks import BankMaker
 from streaming.disk import DirectDisk, Disk
-from streaming.fills import Fetch, Fill, Filler, raise_failure
+from streaming.fills import Fetch, Filler
 from streaming.index import ExpertIndex
-from streaming.lookahead import Gate
+from streaming.layer import StoreLayer
 from streaming.policy import LeastRecentlyUsed, Policy
-from streaming.reader import NUM_THREADS, TIMEOUT_S, ReadClass
+from streaming.reader import NUM_THREADS, TIMEOUT_S
 from streaming.residency import Residency
 from streaming.ring import Ring
 from streaming.statistics import StoreStatistics
@@ -30,19 +30,6 @@ from streaming.sweep import LayerBank, Place, Sweeper, resident_groups
 
 # Experts that `load_all` asks for in one go: enough to keep every reader busy.
 LOADED_AT_ONCE = 32
-
-
-@dataclass
-class _Layer:
-    bank: Bank
-    books: Residency
-    gates: dict[int, Gate] = field(default_factory=dict)  # by how many layers before it was guessed
-    ahead: dict[int, Fill] = field(default_factory=dict)  # under way before anybody asked
-    fresh: set[int] = field(default_factory=set)  # arrived that way since the layer was last asked
-
-    def __contains__(self, expert: object) -> bool:
-        """Whether it is there or coming."""
-        return expert in self.books or expert in self.ahead
 
 
 class ExpertStore:
@@ -69,10 +56,6 @@ class ExpertStore:
         self._index = index
         self._is_resident = False
         self._looks_ahead = looks_ahead and maker.is_shared
-        self._layers = {
-            layer: _Layer(maker.make(index.parts(layer), count), Residency(make_policy(), count))
-            for layer, count in num_slots.items()
-        }
         self._after = dict(zip(index.layers, [*index.layers[1:], None], strict=True))
         self._unfinished: Fetch | None = None
         self._counts = StoreStatistics()
@@ -80,6 +63,17 @@ class ExpertStore:
             self._filler = Filler(index, disk or DirectDisk(), num_threads=num_threads, timeout_s=timeout_s)
         except DiskError as error:
             raise CheckpointError(str(error)) from error
+        self._layers = {
+            layer: StoreLayer(
+                layer,
+                maker.make(index.parts(layer), count),
+                Residency(make_policy(), count),
+                self._filler,
+                index.expert_bytes(layer),
+                self._counts,
+            )
+            for layer, count in num_slots.items()
+        }
         self._ring = Ring(index, self._filler, maker.make, ring_slots)
         self._sweeper = Sweeper(index, self._ring, self._counts)
 
@@ -159,16 +153,10 @@ class ExpertStore:
         state = self._layers[layer]
         assert len(experts) <= state.books.num_slots, "more experts were asked for than the layer has slots"
         self._abandon_unfinished()
-        for gate in state.gates.values():
-            gate.judge(experts)
-        joined = self._join_ahead(layer, state, experts)
-        missed = [expert for expert in experts if expert not in state.books and expert not in joined]
-        self._count(state, experts, len(missed), len(joined))
-        fills = [*joined.values(), *self._start_missed(layer, state, missed, frozenset(experts))]
+        fills = state.begin(experts)
         slot_of = {fill.expert: fill.slot for fill in fills}
         is_here = [expert not in slot_of for expert in experts]
         slots = [slot_of[e] if e in slot_of else state.books.slot(e) for e in experts]
-        state.books.use([expert for expert in experts if expert not in slot_of])
         fetch = Fetch(layer, np.array(slots, np.int32), np.array(is_here), tuple(fills))
         self._unfinished = fetch if fills else None
         return fetch
@@ -179,7 +167,7 @@ class ExpertStore:
             return
         assert fetch is self._unfinished, "a fetch is finished once, before another begins"
         self._unfinished = None
-        self._wait(fetch.layer, fetch.fills)
+        self._layers[fetch.layer].wait(fetch.fills)
 
     def sweep(self, layer: int, rows_of: Mapping[int, int], at_once: int) -> Iterator[Sequence[Place]]:
         """All experts that a prompt wants, in ascending id, in groups of at most `at_once`, each read once.
@@ -191,7 +179,7 @@ class ExpertStore:
         state = self._layers[layer]
         if self._is_resident:
             return resident_groups(state.bank.arrays, rows_of, at_once)
-        self._wait(layer, list(self._join_ahead(layer, state, tuple(rows_of)).values()))
+        state.wait(list(state.join_ahead(tuple(rows_of)).values()))
         here, following = (self._layer_bank(number) for number in (layer, self._after[layer]))
         assert here is not None, "the index has the layer"
         return self._sweeper.sweep(here, following, rows_of, at_once)
@@ -212,19 +200,7 @@ class ExpertStore:
         Starts reads that give way to those somebody waits for. Errors are nobody's: who really needs the
         expert reads it again.
         """
-        state = self._layers[layer]
-        self._land_ahead(layer, state)
-        keep = frozenset(expert for experts in ranks for expert in experts)
-        # Half of what prediction leaves over stays for what it missed.
-        room = (state.books.num_slots - len(ranks)) // 2 - len(state.ahead)
-        room = min(room, state.books.num_free(keep))
-        gate = state.gates.setdefault(distance, Gate())
-        for expert in gate.choose(ranks, state)[: max(0, room)]:
-            slot = state.books.take(keep)
-            fill = self._filler.make(layer, state.bank, expert, slot, ReadClass.LOOKAHEAD)
-            self._filler.submit([fill])
-            state.ahead[expert] = fill
-            self._counts.ahead_started += 1
+        self._layers[layer].expect(ranks, distance)
 
     def statistics(self) -> StoreStatistics:
         reads = self._filler.statistics
@@ -246,94 +222,14 @@ class ExpertStore:
         assert is_reading or self._filler.num_writers() == 0, "a thread is in a slot that nobody waits for"
         self._ring.check()
         for state in self._layers.values():
-            assert not any(expert in state.books for expert in state.ahead), "an expert has two slots"
-            state.books.check([fill.slot for fill in state.ahead.values()])
+            state.check()
 
     def close(self) -> None:
         self._filler.close()
-
-    # Reads that somebody waits for.
-
-    def _start_missed(
-        self, layer: int, state: _Layer, missed: Sequence[int], keep: frozenset[int]
-    ) -> Sequence[Fill]:
-        """Starts the reads of all; waits for them where the bank is filled by scatter."""
-        while state.ahead and state.books.num_free(keep) < len(missed):
-            _, fill = state.ahead.popitem()
-            self._give_up(state, fill)
-        if state.bank.is_in_place:
-            return self._submit(layer, state, missed, keep)
-        for first in range(0, len(missed), state.bank.max_fill):
-            self._wait(layer, self._submit(layer, state, missed[first : first + state.bank.max_fill], keep))
-        return ()
-
-    def _submit(self, layer: int, state: _Layer, missed: Sequence[int], keep: frozenset[int]) -> list[Fill]:
-        fills = [
-            self._filler.make(layer, state.bank, expert, state.books.take(keep), ReadClass.DEMAND)
-            for expert in missed
-        ]
-        state.bank.begin([fill.slot for fill in fills])
-        if fills:
-            self._filler.submit(fills)
-        return fills
-
-    def _wait(self, layer: int, fills: Sequence[Fill]) -> None:
-        self._counts.stall_s += self._filler.wait(fills)
-        state = self._layers[layer]
-        for fill in fills:
-            self._land(layer, state, fill)
-        state.bank.finish([fill.slot for fill in fills if fill.error is None])
-        self._raise_failure(layer, [fill for fill in fills if fill.error is not None])
-
-    def _land(self, layer: int, state: _Layer, fill: Fill) -> None:
-        """Enters a settled fill into the books."""
-        if fill.error is None:
-            state.books.hold(fill.expert, fill.slot)
-            self._counts.payload_bytes += self._index.expert_bytes(layer)
-        else:
-            self._give_up(state, fill)
-
-    def _give_up(self, state: _Layer, fill: Fill) -> None:
-        self._filler.void(fill)
-        state.books.release(fill.slot)
 
     def _abandon_unfinished(self) -> None:
         """What was computed between `begin` and `finish` failed: its slots are taken back."""
         if (fetch := self._unfinished) is not None:
             self._unfinished = None
             for fill in fetch.fills:
-                self._give_up(self._layers[fetch.layer], fill)
-
-    def _raise_failure(self, layer: int, failed: list[Fill]) -> None:
-        self._counts.failures += len(failed)
-        raise_failure(layer, failed)
-
-    # Reads ahead of anybody's asking.
-
-    def _land_ahead(self, layer: int, state: _Layer) -> None:
-        for expert, fill in [item for item in state.ahead.items() if item[1].is_settled]:
-            del state.ahead[expert]
-            self._land(layer, state, fill)
-            if fill.error is None:
-                state.fresh.add(expert)
-                self._counts.ahead_arrived += 1
-
-    def _join_ahead(self, layer: int, state: _Layer, experts: Sequence[int]) -> dict[int, Fill]:
-        """The wanted ones still under way, hastened; the others are cancelled where that spares a read."""
-        self._land_ahead(layer, state)
-        joined = {}
-        for expert, fill in list(state.ahead.items()):
-            if expert in experts:
-                self._filler.hasten(fill)
-                joined[expert] = state.ahead.pop(expert)
-            elif self._filler.cancel(fill):
-                self._give_up(state, state.ahead.pop(expert))
-        return joined
-
-    def _count(self, state: _Layer, experts: Sequence[int], num_missed: int, num_joined: int) -> None:
-        num_ahead = num_joined + len(state.fresh.intersection(experts))
-        state.fresh.clear()
-        self._counts.misses += num_missed
-        self._counts.ahead_used += num_ahead
-        self._counts.ahead_arrived += num_joined
-        self._counts.hits += len(experts) - num_missed - num_ahead
+                self._layers[fetch.layer].give_up(fill)

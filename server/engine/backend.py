@@ -65,9 +65,11 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     wire(plan.lines["trunk"] + plan.lines["experts"])
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
-    use = MemoryUse(store, trunk_bytes(model), lambda: model.cache_bytes)
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
     prefix = open_prefix_cache(model, fingerprint, plan, config)
+    use = MemoryUse(
+        store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
+    )
     measure = measure_all(measure_store(store, plan, use, probe), prefix)
     return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix)
 

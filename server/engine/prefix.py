@@ -156,6 +156,11 @@ class PrefixCache:
         """The books of memory balance."""
         self._memory.check_integrity()
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of the blocks in memory."""
+        return self._memory.nbytes
+
     def statistics(self) -> dict[str, float]:
         """Counts since the start, and sizes now; names as in `server/api/metrics.py`."""
         values: dict[str, float] = {

@@ -2,9 +2,9 @@
 
 Each figure is the largest seen so far, under the name of its line. MLX knows how much it holds, and the most
 that it held since it was asked last; what of that is neither trunk nor slots nor ring nor a sequence's cache
-is workspace, with the rows of a sweep among it. What is resident beyond that most and the reader's buffers is
-Python with its libraries, of both processes, and saved prompts: the engine's parent serves HTTP. (That most,
-because the allocator keeps what was freed.)
+is workspace, with the rows of a sweep among it. What is resident beyond that most, the reader's buffers and
+saved prompts is Python with its libraries, of both processes: the engine's parent serves HTTP. (That most,
+because between two measurements no more than that was held.)
 """
 
 import os
@@ -18,10 +18,17 @@ from streaming.store import ExpertStore
 
 
 class MemoryUse:
-    """Measures when asked; `cache_bytes` tells what the sequences' caches take now."""
+    """Measures when asked; what sequences' caches and saved prompts take is asked for then."""
 
-    def __init__(self, store: ExpertStore, trunk_bytes: int, cache_bytes: Callable[[], int]) -> None:
-        self._store, self._trunk_bytes, self._cache_bytes = store, trunk_bytes, cache_bytes
+    def __init__(
+        self,
+        store: ExpertStore,
+        trunk_bytes: int,
+        cache_bytes: Callable[[], int],
+        saved_bytes: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._store, self._trunk_bytes = store, trunk_bytes
+        self._cache_bytes, self._saved_bytes = cache_bytes, saved_bytes
         self._largest: dict[str, int] = {}
         self._kv_before = 0
         mx.reset_peak_memory()  # the checkpoint's tensors were cast on their way in
@@ -43,9 +50,8 @@ class MemoryUse:
         self._kv_before = kv
         mx.reset_peak_memory()
         if resident := _resident_bytes():
-            lines["Python and libraries"] = max(
-                0, resident - max(mx.get_active_memory() + freed, peak) - buffers
-            )
+            others = max(mx.get_active_memory() + freed, peak) + buffers + self._saved_bytes()
+            lines["Python and libraries"] = max(0, resident - others)
         return lines
 
 

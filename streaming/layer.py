@@ -1,0 +1,138 @@
+"""One layer of the store: its bank, the books of its slots, and the reads under way into them.
+
+Made and called by the store, on its thread. Some reads are waited for; others run ahead of anybody's asking
+and give way to those.
+"""
+
+from collections.abc import Sequence
+
+from streaming.banks import Bank
+from streaming.fills import Fill, Filler, raise_failure
+from streaming.lookahead import Gate
+from streaming.reads import ReadClass
+from streaming.residency import Residency
+from streaming.statistics import StoreStatistics
+
+
+class StoreLayer:
+    """Brings experts into the slots of one layer; the store's counts are counted on."""
+
+    def __init__(
+        self,
+        number: int,
+        bank: Bank,
+        books: Residency,
+        filler: Filler,
+        expert_bytes: int,
+        counts: StoreStatistics,
+    ) -> None:
+        self.number, self.bank, self.books = number, bank, books
+        self.ahead: dict[int, Fill] = {}  # under way before anybody asked
+        self._filler, self._expert_bytes, self._counts = filler, expert_bytes, counts
+        self._gates: dict[int, Gate] = {}  # by how many layers before it was guessed
+        self._fresh: set[int] = set()  # arrived ahead since the layer was last asked
+
+    def __contains__(self, expert: object) -> bool:
+        """Whether it is there or coming."""
+        return expert in self.books or expert in self.ahead
+
+    def begin(self, experts: Sequence[int]) -> Sequence[Fill]:
+        """Starts to bring what is not here of the experts somebody needs now; the fills to wait for."""
+        for gate in self._gates.values():
+            gate.judge(experts)
+        joined = self.join_ahead(experts)
+        missed = [expert for expert in experts if expert not in self.books and expert not in joined]
+        self._count(experts, len(missed), len(joined))
+        fills = [*joined.values(), *self._start_missed(missed, frozenset(experts))]
+        on_their_way = {fill.expert for fill in fills}
+        self.books.use([expert for expert in experts if expert not in on_their_way])
+        return fills
+
+    def wait(self, fills: Sequence[Fill]) -> None:
+        """Returns once all are in their slots. DiskError names one that could not be read."""
+        self._counts.stall_s += self._filler.wait(fills)
+        for fill in fills:
+            self._land(fill)
+        self.bank.finish([fill.slot for fill in fills if fill.error is None])
+        failed = [fill for fill in fills if fill.error is not None]
+        self._counts.failures += len(failed)
+        raise_failure(self.number, failed)
+
+    def give_up(self, fill: Fill) -> None:
+        """Nobody wants it any more: its slot is free."""
+        self._filler.void(fill)
+        self.books.release(fill.slot)
+
+    def expect(self, ranks: Sequence[Sequence[int]], distance: int) -> None:
+        """As `ExpertStore.expect`."""
+        self._land_ahead()
+        keep = frozenset(expert for experts in ranks for expert in experts)
+        # Half of what prediction leaves over stays for what it missed.
+        room = (self.books.num_slots - len(ranks)) // 2 - len(self.ahead)
+        room = min(room, self.books.num_free(keep))
+        gate = self._gates.setdefault(distance, Gate())
+        for expert in gate.choose(ranks, self)[: max(0, room)]:
+            self.ahead[expert] = fill = self._make(expert, keep, ReadClass.LOOKAHEAD)
+            self._filler.submit([fill])
+            self._counts.ahead_started += 1
+
+    def join_ahead(self, experts: Sequence[int]) -> dict[int, Fill]:
+        """The wanted ones still under way, hastened; the others are cancelled where that spares a read."""
+        self._land_ahead()
+        joined = {}
+        for expert, fill in list(self.ahead.items()):
+            if expert in experts:
+                self._filler.hasten(fill)
+                joined[expert] = self.ahead.pop(expert)
+            elif self._filler.cancel(fill):
+                self.give_up(self.ahead.pop(expert))
+        return joined
+
+    def check(self) -> None:
+        """Every slot is free, held or being filled."""
+        assert not any(expert in self.books for expert in self.ahead), "an expert has two slots"
+        self.books.check([fill.slot for fill in self.ahead.values()])
+
+    def _start_missed(self, missed: Sequence[int], keep: frozenset[int]) -> Sequence[Fill]:
+        """Starts the reads of all; waits for them where the bank is filled by scatter."""
+        while self.ahead and self.books.num_free(keep) < len(missed):
+            self.give_up(self.ahead.popitem()[1])
+        if self.bank.is_in_place:
+            return self._submit(missed, keep)
+        for first in range(0, len(missed), self.bank.max_fill):
+            self.wait(self._submit(missed[first : first + self.bank.max_fill], keep))
+        return ()
+
+    def _submit(self, missed: Sequence[int], keep: frozenset[int]) -> list[Fill]:
+        fills = [self._make(expert, keep, ReadClass.DEMAND) for expert in missed]
+        self.bank.begin([fill.slot for fill in fills])
+        if fills:
+            self._filler.submit(fills)
+        return fills
+
+    def _make(self, expert: int, keep: frozenset[int], read_class: ReadClass) -> Fill:
+        return self._filler.make(self.number, self.bank, expert, self.books.take(keep), read_class)
+
+    def _land(self, fill: Fill) -> None:
+        """Enters a settled fill into the books."""
+        if fill.error is None:
+            self.books.hold(fill.expert, fill.slot)
+            self._counts.payload_bytes += self._expert_bytes
+        else:
+            self.give_up(fill)
+
+    def _land_ahead(self) -> None:
+        for expert, fill in [item for item in self.ahead.items() if item[1].is_settled]:
+            del self.ahead[expert]
+            self._land(fill)
+            if fill.error is None:
+                self._fresh.add(expert)
+                self._counts.ahead_arrived += 1
+
+    def _count(self, experts: Sequence[int], num_missed: int, num_joined: int) -> None:
+        num_ahead = num_joined + len(self._fresh.intersection(experts))
+        self._fresh.clear()
+        self._counts.misses += num_missed
+        self._counts.ahead_used += num_ahead
+        self._counts.ahead_arrived += num_joined
+        self._counts.hits += len(experts) - num_missed - num_ahead

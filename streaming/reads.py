@@ -1,0 +1,72 @@
+"""What a reader is asked for: reads, in batches that are waited for together, and in which order they go.
+
+Made by whoever wants bytes and by the reader; a batch changes under the reader's lock only.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from config.errors import DiskError
+from streaming.floats import Bytes
+
+
+class ReadDropped(DiskError):
+    """The read was never started."""
+
+
+class ReadClass(IntEnum):
+    """Lower goes first."""
+
+    DEMAND = 0
+    LOOKAHEAD = 1
+    SWEEP = 2
+    PREFIX = 3
+
+
+@dataclass(eq=False)
+class Read:
+    """One byte range to be read; it settles once, with its bytes delivered or with an error."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    deliver: Callable[[Bytes], None]
+    read_class: ReadClass = ReadClass.DEMAND
+    error: Exception | None = None
+
+
+class Batch:
+    """Reads submitted together, to be waited for together."""
+
+    def __init__(self, reads: Sequence[Read], lock: threading.RLock) -> None:
+        self.reads = reads
+        self.num_pending = len(reads)
+        self.has_failed = False
+        self.changed = threading.Condition(lock)
+
+
+@dataclass(eq=False)
+class Task:
+    """A read in the reader's queue, the most urgent first, first come first served within a class."""
+
+    read: Read
+    batch: Batch
+    order: int
+    started_s: float = 0.0
+
+    def __lt__(self, other: "Task") -> bool:
+        return (self.read.read_class, self.order) < (other.read.read_class, other.order)
+
+
+@dataclass
+class ReadStatistics:
+    """`busy_s`: time during which any read was outstanding; `device_bytes`: with what alignment adds."""
+
+    num_reads: int = 0
+    payload_bytes: int = 0
+    device_bytes: int = 0
+    busy_s: float = 0.0
+    num_timeouts: int = 0
