@@ -104,17 +104,17 @@ class MlxLm:
 
 def _print_growth(ours: Ours, theirs: MlxLm | None, lengths: list[int], rows: int, rounds: int) -> None:
     ours.measure(lengths[0], rows)
-    times: dict[int, list[tuple[float, ...]]] = {keys: [] for keys in lengths}
+    times: dict[int, list[tuple[float, float]]] = {keys: [] for keys in lengths}
     for _ in range(rounds):
         for keys in lengths:
-            theirs_ms = theirs.measure(keys, rows) if theirs else float("nan")
-            times[keys].append((*ours.measure(keys, rows), theirs_ms))
+            times[keys].append(ours.measure(keys, rows))
     print(f"{rows} rows, medians of {rounds}; milliseconds a row")
-    print("   keys  attention  indexer  ns a (query, key)  mean layer   [lowest highest]  mlx-lm")
+    print("   keys  attention  indexer  ns a (query, key)  mean layer   [lowest highest]  mlx-lm, once")
     first_ms = 0.0
     for keys, taken in times.items():
-        attention, indexer, other = (statistics.median(column) / rows for column in zip(*taken, strict=True))
-        means = sorted((a + i * INDEXERS / LAYERS) / rows for a, i, _ in taken)
+        attention, indexer = (statistics.median(column) / rows for column in zip(*taken, strict=True))
+        other = theirs.measure(keys, rows) / rows if theirs else float("nan")  # once: it takes minutes
+        means = sorted((a + i * INDEXERS / LAYERS) / rows for a, i in taken)
         mean = statistics.median(means)
         first_ms = first_ms or mean
         print(f"{keys:7} {attention:10.3f} {indexer:8.3f} {indexer * 1e6 / keys:18.2f} {mean:11.3f} "

@@ -1,11 +1,11 @@
 """What a prompt costs from a slow disk: `python -m benchmarks.sweep [--rounds 3] [--tokens 512 4096 16384]`.
 
 Experts of 1.05 MiB, a quarter of them in memory, from a simulated disk that needs `--sweep-s` for the rest.
-As on GLM-5.2 a token wants one expert in 32, the
-ring holds half a layer, and about one layer in four has an indexer. The same prompt goes through the
-layers in chunks and as one sweep; two prompts go one after the other and together. Prints seconds, bytes
-read, and the sweep's time over max(compute, bytes / rate), compute being the same pass with every expert in
-memory. Rounds alternate between all of these; medians, lowest and highest.
+As on GLM-5.2 a token wants one expert in 32, the ring holds half a layer, and about one layer in four has an
+indexer. The same prompt goes through the layers in chunks and as one sweep; two prompts go one after the
+other and together. Prints seconds, bytes read, and the sweep's time over max(compute, bytes / rate), compute
+being the same pass with every expert in memory. Rounds alternate between all of these; medians, lowest and
+highest.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from streaming.disk import DirectDisk
 from streaming.store import ExpertStore
 
 CONFIG: dict[str, Any] = BENCH | {
-    "num_hidden_layers": 6, "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+    "num_hidden_layers": 4, "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * 3,
     "num_experts_per_tok": 2, "index_topk": 256, "max_position_embeddings": 65_536,
     "index_topk_freq": 4, "index_skip_topk_offset": 1,
 }  # fmt: skip
@@ -81,7 +81,13 @@ def _prompt(length: int, seed: int) -> list[int]:
 
 
 def compare(
-    length: int, rounds: int, rate: float, resident: "Opened", streamed: "Opened", chunks: Sequence[int]
+    length: int,
+    rounds: int,
+    rate: float,
+    resident: "Opened",
+    streamed: "Opened",
+    chunks: Sequence[int],
+    with_pairs: bool,
 ) -> None:
     """Prints the table of one length."""
     prompts = [_prompt(length, seed) for seed in (1, 2)]
@@ -89,17 +95,20 @@ def compare(
     chunked = [Side(f"chunks of {c}", *streamed, prompts[:1], c) for c in chunks if c < length]
     sweep = Side("one sweep", *streamed, prompts[:1], length)
     together = Side("two prompts together", *streamed, prompts, length)
+    sides = [compute, sweep, *chunked, *([together] if with_pairs else [])]
     for _ in range(rounds):
-        for side in (compute, *chunked, sweep, together):
+        for side in sides:
             side.measure()
     print(f"{length} tokens, {rounds} rounds")
-    for side in (compute, *chunked, sweep, together):
+    for side in sides:
         print(f"  {side}", flush=True)
     pairs = zip(sweep.seconds, sweep.payload_bytes, compute.seconds, strict=True)
     over = sorted(s / max(c, n / rate) for s, n, c in pairs)
     print(f"  sweep / max(compute, disk): {statistics.median(over):.3f} [{over[0]:.3f} {over[-1]:.3f}]")
     for side in chunked:
         print(f"  {side.name} / sweep: {side.median_s / sweep.median_s:.2f}")
+    if not with_pairs:
+        return
     both = sorted(b / (2 * s) for b, s in zip(together.seconds, sweep.seconds, strict=True))
     print(f"  together / one after the other: {statistics.median(both):.3f} [{both[0]:.3f} {both[-1]:.3f}]",
           flush=True)  # fmt: skip
@@ -124,6 +133,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096, 16_384])
     parser.add_argument("--chunks", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--without-pairs", action="store_true", help="no two prompts together")
     parser.add_argument("--ring", type=int, default=RING_SLOTS, help="experts that the ring holds")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -137,7 +147,8 @@ def main() -> None:
         print(f"{missing / 1e6:.2f} MB without a slot, at {rate / 1e6:.1f} MB/s {given.sweep_s} s")
         Side("warming", *streamed, [_prompt(WARMING_TOKENS, 0)], WARMING_TOKENS).measure()  # fills the slots
         for length in given.tokens:
-            compare(length, given.rounds, rate, resident, streamed, given.chunks)
+            compare(length, given.rounds, rate, resident, streamed, given.chunks,
+                    not given.without_pairs)  # fmt: skip
 
 
 if __name__ == "__main__":

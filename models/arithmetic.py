@@ -124,9 +124,16 @@ class Arithmetic:
 # as much as unpacking the weight and a BLAS call at 4 to 8 rows (2 cores, AMD EPYC). 8 keeps a batch of
 # eight agents exact.
 # Unpacked experts lie in memory until they are evaluated: two at a time. Tiles that fit its caches are twice
-# as fast as large ones (docs/measurements.md).
+# as fast as large ones; an exponential is so slow that gathering wins from twice as many keys as are selected
+# (docs/measurements.md).
 CPU = Arithmetic(
-    "cpu", mx.float32, max_packed_rows=8, max_gathered_rows=8, experts_at_once=2, tile_elements=2**20
+    "cpu",
+    mx.float32,
+    max_packed_rows=8,
+    max_gathered_rows=8,
+    experts_at_once=2,
+    gather_from=2,
+    tile_elements=2**20,
 )
 GPU = Arithmetic("gpu", mx.bfloat16, max_packed_rows=None)
 

@@ -183,7 +183,8 @@ class Attention(nn.Module):
         q = q.swapaxes(0, 1) * self._args.qk_head_dim**-0.5  # [n, heads, latent]
         scores = q @ chosen.swapaxes(-1, -2)  # [n, heads, k]
         weights = softmax(mx.where((positions < num_keys)[:, None, :], scores, -mx.inf))
-        out = weights.astype(self._arithmetic.dtype) @ chosen[..., : self._args.kv_lora_rank]
+        # The rotary part is multiplied too and cut off: to cut it off the keys would copy them.
+        out = (weights.astype(self._arithmetic.dtype) @ chosen)[..., : self._args.kv_lora_rank]
         return out.swapaxes(0, 1)
 
 
