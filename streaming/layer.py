@@ -43,10 +43,9 @@ class StoreLayer:
         joined = self.join_ahead(experts)
         missed = [expert for expert in experts if expert not in self.books and expert not in joined]
         self._count(experts, len(missed), len(joined))
-        fills = [*joined.values(), *self._start_missed(missed, frozenset(experts))]
-        on_their_way = {fill.expert for fill in fills}
-        self.books.use([expert for expert in experts if expert not in on_their_way])
-        return fills
+        # Used before the others are held, in every kind of bank: what was read is the most recent.
+        self.books.use([expert for expert in experts if expert in self.books])
+        return [*joined.values(), *self._start_missed(missed, frozenset(experts))]
 
     def wait(self, fills: Sequence[Fill]) -> None:
         """Returns once all are in their slots. DiskError names one that could not be read."""
