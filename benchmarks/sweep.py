@@ -12,7 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from benchmarks.simulated_disk import SimulatedDisk
 from models.arithmetic import choose_arithmetic
 from models.attention import Span
 from models.glm_moe_dsa import Model
-from models.loading import load_model, open_checkpoint
+from models.loading import Checkpoint, load_model, open_checkpoint
 from streaming.disk import DirectDisk
 from streaming.store import ExpertStore
 
@@ -36,6 +36,7 @@ CONFIG: dict[str, Any] = BENCH | {
 }  # fmt: skip
 SLOTS, RING_SLOTS = 16, 32
 WARMING_TOKENS = 600
+Opened = tuple[Model, ExpertStore]
 
 
 @dataclass
@@ -84,8 +85,8 @@ def compare(
     length: int,
     rounds: int,
     rate: float,
-    resident: "Opened",
-    streamed: "Opened",
+    resident: Opened,
+    streamed: Opened,
     chunks: Sequence[int],
     with_pairs: bool,
 ) -> None:
@@ -114,17 +115,10 @@ def compare(
           flush=True)  # fmt: skip
 
 
-Opened = tuple[Model, ExpertStore]
-
-
-def _opener(folder: Path) -> Callable[..., Opened]:
-    checkpoint, arithmetic = open_checkpoint(folder), choose_arithmetic()
-
-    def open_with(slots: int, **options: Any) -> Opened:
-        store = ExpertStore(checkpoint.experts, slots, float_dtype=arithmetic.dtype, **options)
-        return load_model(checkpoint, arithmetic, store), store
-
-    return open_with
+def _open(checkpoint: Checkpoint, slots: int, **options: Any) -> Opened:
+    arithmetic = choose_arithmetic()
+    store = ExpertStore(checkpoint.experts, slots, float_dtype=arithmetic.dtype, **options)
+    return load_model(checkpoint, arithmetic, store), store
 
 
 def main() -> None:
@@ -137,14 +131,16 @@ def main() -> None:
     parser.add_argument("--ring", type=int, default=RING_SLOTS, help="experts that the ring holds")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        open_with = _opener(write_checkpoint(Path(scratch) / "model", CONFIG))
-        resident = open_with(CONFIG["n_routed_experts"])
+        checkpoint = open_checkpoint(write_checkpoint(Path(scratch) / "model", CONFIG))
+        index = checkpoint.experts
+        resident = _open(checkpoint, index.num_experts)
         resident[1].load_all()
-        index = open_checkpoint(Path(scratch) / "model").experts
         missing = (index.num_experts - SLOTS) * sum(index.expert_bytes(layer) for layer in index.layers)
         rate = missing / given.sweep_s
-        streamed = open_with(SLOTS, disk=SimulatedDisk(rate, 1e-4, DirectDisk()), ring_slots=given.ring)
-        print(f"{missing / 1e6:.2f} MB without a slot, at {rate / 1e6:.1f} MB/s {given.sweep_s} s")
+        streamed = _open(
+            checkpoint, SLOTS, disk=SimulatedDisk(rate, 1e-4, DirectDisk()), ring_slots=given.ring
+        )
+        print(f"{missing / 1e6:.2f} MB without a slot, {given.sweep_s} s at {rate / 1e6:.1f} MB/s")
         Side("warming", *streamed, [_prompt(WARMING_TOKENS, 0)], WARMING_TOKENS).measure()  # fills the slots
         for length in given.tokens:
             compare(length, given.rounds, rate, resident, streamed, given.chunks,

@@ -40,7 +40,7 @@ class Indexer(nn.Module):
         return self.weights_proj(x.astype(mx.float32)).astype(mx.float32) * self.num_heads**-0.5
 
 
-def index_scores(queries: mx.array, weights: mx.array, keys: mx.array, max_elements: int = 2**24) -> mx.array:
+def index_scores(queries: mx.array, weights: mx.array, keys: mx.array, max_elements: int) -> mx.array:
     """sum over heads of w_h relu(q_h . k / sqrt(D)): [N, heads, D], [N, heads], [T, D] -> float32 [N, T].
 
     Heads are kept apart for `max_elements` at most: so many keys are scored at a time. The sum over heads is

@@ -40,10 +40,11 @@ def test_keys_queries_and_head_weights_equal_the_reference_module() -> None:
     assert np.abs(np.array(ours.indexer.key_rows(mx.array(x), positions)) - k).max() > 1e-2
 
 
-def test_scores_are_float32_whatever_the_keys_are_kept_in() -> None:
+@pytest.mark.parametrize("max_elements", [1, 3 * 16 * 7, 2**24])  # a key at a time, 7 of 20, all
+def test_scores_are_float32_whatever_the_keys_are_kept_in(max_elements: int) -> None:
     q, w = mx.random.normal((3, 16, 8)), mx.random.normal((3, 16))
     keys = mx.random.normal((20, 8)).astype(mx.bfloat16)
-    got = index_scores(q, w, keys)
+    got = index_scores(q, w, keys, max_elements)
     want = (mx.maximum(q @ keys.astype(mx.float32).T / 8**0.5, 0) * w[..., None]).sum(axis=1)
     assert got.dtype == mx.float32
     assert np.abs(np.array(got - want)).max() < 1e-5

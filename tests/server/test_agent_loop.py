@@ -8,25 +8,13 @@ import anthropic
 import pytest
 
 from server.checkpoint import POCKET
+from tests.server.clients.common import TOOL
 from tests.server.test_serving import Server, start_server, stop_server
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (POCKET / "config.json").exists(), reason="Pocket is not in this checkout"),
 ]
-
-WEATHER: Any = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the current weather for a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "Name of the city"}},
-            "required": ["city"],
-        },
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +28,7 @@ def take_turn(server: Server, messages: list[Any], is_streaming: bool, **options
     fields: dict[str, Any] = {
         "model": "glmserve/pocket",
         "messages": messages,
-        "tools": [WEATHER],
+        "tools": [TOOL],
         "temperature": 0,
         "max_tokens": 300,
     }
@@ -71,7 +59,7 @@ def test_a_question_a_call_its_result_and_the_answer(server: Server, is_streamin
 
 
 def test_the_other_dialects_ask_the_same_and_get_the_same(server: Server) -> None:
-    question, function = "What is the weather in Oslo?", WEATHER["function"]
+    question, function = "What is the weather in Oslo?", TOOL["function"]
     with server.openai() as api:
         tools: Any = [{"type": "function", **function}]
         with api.responses.stream(

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from server.checkpoint import POCKET
-from tests.server.test_agent_loop import WEATHER
+from tests.server.clients.common import TOOL
 from tests.server.test_serving import Server, start_server, stop_server
 
 pytestmark = [
@@ -113,7 +113,7 @@ def test_a_tool_loop_pays_for_its_new_tokens(tmp_path: Path, strips: bool) -> No
         messages: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]
         length_before = 0
         for _ in range(4):
-            result = ask(server, messages, tools=[WEATHER])
+            result = ask(server, messages, tools=[TOOL])
             usage, message = result["usage"], result["choices"][0]["message"]
             num_prefilled = usage["prompt_tokens"] - cached(result)
             if length_before:
