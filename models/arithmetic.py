@@ -54,9 +54,10 @@ class Arithmetic:
     """The forms of arithmetic that one backend is fastest at.
 
     `dtype`: activations, caches and small floating-point weights.
-    `max_packed_rows`: up to this many rows a packed weight is multiplied as it is, each row by itself, so
-    that a row's result does not depend on its company. Above, the weight is unpacked once and the rows go
-    through one BLAS call. None: packed always.
+    `max_packed_rows`: up to this many rows a packed weight is multiplied as it is. Above, the weight is
+    unpacked once and the rows go through one matrix product. None: packed always.
+    `max_alone_rows`: up to this many rows each is computed by itself, so that a row's result does not depend
+    on its company. None: not even two.
     `max_gathered_rows`: up to this many rows each (row, expert) pair is computed by itself; above, each
     expert with all the rows that want it, `experts_at_once` of them between two evaluations.
     `gather_from`: with more keys than this for each selected one, a prompt's rows gather the selected keys;
@@ -67,13 +68,15 @@ class Arithmetic:
     name: str
     dtype: mx.Dtype
     max_packed_rows: int | None
+    max_alone_rows: int | None = None
     max_gathered_rows: int = 32
+    pairs_at_once: int | None = None
     experts_at_once: int = 4
     gather_from: int = 6
     tile_elements: int = 2**24
 
     def is_few(self, rows: int) -> bool:
-        """Whether so many rows are computed row by row, from the packed weights."""
+        """Whether so many rows are multiplied with the weights as they are packed."""
         return self.max_packed_rows is None or rows <= self.max_packed_rows
 
     def gathers(self, rows: int) -> bool:
@@ -87,18 +90,26 @@ class Arithmetic:
 
     def product(self, x: mx.array, w: Weight) -> mx.array:
         """x times the transpose of w. x [..., rows, in], w [..., out, in] -> [..., rows, out]."""
-        q = w.quantization
-        if not self.is_few(x.shape[-2]):
-            dense = w.weight if q is None else self._unpack(w, q)
-            return x @ dense.swapaxes(-1, -2)
+        q, rows = w.quantization, x.shape[-2]
         if q is None:
-            return self._row_by_row(x, w.weight.swapaxes(-1, -2))
+            return self._dense_product(x, w.weight.swapaxes(-1, -2))
+        if not self.is_few(rows):
+            return x @ self._unpack(w, q).swapaxes(-1, -2)
         return mx.quantized_matmul(
             x, w.weight, scales_of(w), w.get("biases"), True, q.group_size, q.bits, q.mode
         )
 
     def gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         """Each row with the matrix in its own slot. x [..., 1, in], w [slots, out, in], slots [...]."""
+        most = self.pairs_at_once
+        if most is None or slots.size <= most:
+            return self._gather(x, w, slots)
+        x = mx.broadcast_to(x, (*slots.shape, *x.shape[-2:])).reshape(-1, *x.shape[-2:])
+        flat = slots.reshape(-1)
+        pieces = [self._gather(x[i : i + most], w, flat[i : i + most]) for i in range(0, flat.size, most)]
+        return mx.concatenate(pieces).reshape(*slots.shape, 1, -1)
+
+    def _gather(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         q = w.quantization
         if q is None:
             return mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
@@ -112,10 +123,10 @@ class Arithmetic:
             w.weight, scales_of(w), w.get("biases"), q.group_size, q.bits, q.mode, dtype=self.dtype
         )
 
-    def _row_by_row(self, x: mx.array, dense: mx.array) -> mx.array:
+    def _dense_product(self, x: mx.array, dense: mx.array) -> mx.array:
         """BLAS rounds differently for one row and for several; few rows are computed as if each was alone."""
         rows = x.shape[-2]
-        if rows == 1 or self.max_packed_rows is None:
+        if rows == 1 or rows > (self.max_alone_rows or 1):
             return x @ dense
         return mx.concatenate([x[..., i : i + 1, :] @ dense for i in range(rows)], axis=-2)
 
@@ -130,15 +141,21 @@ CPU = Arithmetic(
     "cpu",
     mx.float32,
     max_packed_rows=8,
+    max_alone_rows=8,
     max_gathered_rows=8,
     experts_at_once=2,
     gather_from=2,
     tile_elements=2**20,
 )
-# The defaults. Gathering won from 12,288 keys for 2,048 on one H100; Metal was not measured.
-GPU = Arithmetic("gpu", mx.bfloat16, max_packed_rows=None)
+# The defaults; not measured on Metal.
+METAL = Arithmetic("metal", mx.bfloat16, max_packed_rows=None)
+# On one H100 gathering won from 12,288 keys for 2,048. MLX 0.32 multiplies fewer than eight gathered pairs by
+# another kernel than eight: with at most so many at a time, streamed experts give the bits of resident ones.
+CUDA = Arithmetic("cuda", mx.bfloat16, max_packed_rows=32, pairs_at_once=4)
 
 
 def choose_arithmetic() -> Arithmetic:
     """The arithmetic of MLX's default device."""
-    return CPU if mx.default_device().type == mx.DeviceType.cpu else GPU
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return CPU
+    return CUDA if mx.cuda.is_available() else METAL

@@ -16,7 +16,7 @@ from streaming.index import PROJECTIONS, ExpertIndex
 
 Size = tuple[int, int]  # bytes of unpacked weights, and what lies beside them while they are unpacked
 
-# What MLX 0.32 takes on the CPU to unpack a weight, in sizes of the unpacked float32 weight, by bits: the
+# What MLX 0.32 takes on the CPU to unpack a weight, in sizes of the unpacked weight, by bits: the
 # peak over the weights of one MLP and of two, evaluated together. All are unpacked, copies and all, before
 # the down projection is multiplied.
 UNPACKED_COPIES = {2: 2, 3: 4, 4: 2, 5: 6, 6: 7, 8: 2}
@@ -109,7 +109,7 @@ class _Unpacked:
         index: ExpertIndex,
     ) -> None:
         self._args, self._trunk, self._index = args, trunk, index
-        self._unpacks = arithmetic.max_packed_rows is not None
+        self._unpacks, self._itemsize = arithmetic.max_packed_rows is not None, arithmetic.dtype.size
 
     def attention(self) -> Size:
         """The largest of its weights."""
@@ -164,5 +164,5 @@ class _Unpacked:
             return 0, 0
         bits = words[-1] * 32 // width
         copies = FLOAT4_COPIES if scales_dtype == "U8" and bits == 4 else UNPACKED_COPIES.get(bits, 7)
-        unpacked = prod(words[:-1]) * width * 4
+        unpacked = prod(words[:-1]) * width * self._itemsize
         return unpacked, (copies - 1) * unpacked

@@ -77,7 +77,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
     return Limits(
         pass_rows=plan.sweep_tokens,
-        decode_rows=arithmetic.max_packed_rows or MAX_RUNNING,
+        decode_rows=arithmetic.max_alone_rows or MAX_RUNNING,
         kv_tokens=plan.max_context,
         agent_inflight=config.max_inflight_per_agent,
         decode_share=config.decode_share,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models.args import ModelArgs
-from models.arithmetic import CPU, GPU
+from models.arithmetic import CPU, CUDA
 from models.cache import SequenceCache
 from models.cache_blocks import bytes_per_token, cache_fingerprint, fill_blocks, read_blocks
 from tests.models.make_golden import SEED
@@ -64,7 +64,7 @@ def test_a_block_of_the_wrong_size_leaves_the_cache_as_it_was() -> None:
 def test_the_fingerprint_tells_checkpoints_and_arithmetic_apart(tmp_path: Path) -> None:
     weights = make_weights(SHARED, 1)
     one = save_checkpoint(tmp_path / "one", SHARED, weights)
-    found = {cache_fingerprint(one, ARGS, CPU), cache_fingerprint(one, ARGS, GPU)}
+    found = {cache_fingerprint(one, ARGS, CPU), cache_fingerprint(one, ARGS, CUDA)}
     assert cache_fingerprint(one, ARGS, CPU) in found
     two = save_checkpoint(tmp_path / "two", SHARED, make_weights(SHARED, 2))
     found |= {
