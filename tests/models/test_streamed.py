@@ -22,7 +22,7 @@ from tests.tiny_model import logits
 
 SLOTS = [4, 5, 11, 16]  # the smallest that a token needs, two in the middle, everything
 # The packed form for any number of rows, as on a GPU.
-PACKED_ONLY = Arithmetic("packed", mx.float32, max_packed_rows=None, pairs_at_once=3)
+PACKED_ONLY = Arithmetic("packed", mx.float32, max_packed_rows=None, min_pairs=8)
 
 
 @pytest.fixture(scope="module")
