@@ -149,8 +149,8 @@ CPU = Arithmetic(
 )
 # The defaults; not measured on Metal.
 METAL = Arithmetic("metal", mx.bfloat16, max_packed_rows=None)
-# On one H100 gathering selected keys won from 12,288 keys for 2,048, and unpacked weights from about 32 rows.
-# MLX 0.32 multiplies fewer than eight gathered pairs by another kernel than eight and more; one kernel for all
+# On one H100 gathering selected keys won from 12,288 keys for 2,048, unpacked weights from about 32 rows. MLX
+# 0.32 multiplies fewer than eight gathered pairs by another kernel than eight and more; one kernel for all
 # gives streamed experts the bits of resident ones. Eight pairs in one call are also faster than in two.
 CUDA = Arithmetic("cuda", mx.bfloat16, max_packed_rows=32, min_pairs=8)
 
