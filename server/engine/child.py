@@ -24,7 +24,7 @@ STOP_TIMEOUT_S = 5.0
 # glibc raises the size from which it maps memory to that of what was freed, up to 32 MB, and then keeps up to
 # twice as much of what MLX frees, in nobody's line of the plan: 37 of 403 MB (`benchmarks.ceiling`). A fixed
 # size gives it back at once. Every mapping is zeroed page by page, so it is the size of a tile's largest
-# intermediate on the CPU: with 1 MiB a prompt took a quarter longer. Other systems' libraries do not look at it.
+# intermediate on the CPU: with 1 MiB a prompt took a quarter longer. Other systems' libraries ignore it.
 MAPPED_FROM = {"MALLOC_MMAP_THRESHOLD_": str(2**22)}
 
 log = logging.getLogger(__name__)
