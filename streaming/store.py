@@ -83,6 +83,11 @@ class ExpertStore:
         """Whether expert i lies in slot i of every layer, and stays there."""
         return self._is_resident
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that have experts, in order."""
+        return self._index.layers
+
     def watches_scores(self, layer: int) -> bool:
         """Whether the policy wants the router's scores; not where every expert has a slot of its own."""
         books = self._layers[layer].books
