@@ -43,3 +43,12 @@ def test_refusals_name_the_numbers() -> None:
     assert min(replan(GLM, PLAN, running, physical_bytes=PHYSICAL).slots_per_layer) == 8
     assert started < running
     make_plan(GLM, started, 32_768, physical_bytes=PHYSICAL)
+
+
+def test_a_budget_with_which_no_engine_could_be_started_again_is_refused() -> None:
+    """Fewer threads than a start sets buffers aside for: what they leave over must not count."""
+    least = PLAN.minimum_budget_bytes
+    small = make_plan(GLM, least, 32_768, reader_threads=1, physical_bytes=PHYSICAL)
+    assert replan(GLM, small, least, physical_bytes=PHYSICAL) == small
+    with pytest.raises(BudgetError, match="is too small"):
+        replan(GLM, small, least - 1, physical_bytes=PHYSICAL)

@@ -133,11 +133,16 @@ def test_every_layer_gives_up_the_same_share_in_one_go(machine: Machine) -> None
     assert max(after.values()) < min(before.values())
 
 
-def test_what_banks_give_up_goes_back_while_a_pass_is_paused(governed: Governed) -> None:
-    """A pass over few rows is lazy: its products would hold the old banks, and read what is not theirs."""
+@pytest.mark.parametrize("num_layers", [7, 9, 10])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_banks_give_up_goes_back_while_a_pass_is_paused(
+    folder: Path, in_place: bool, num_layers: int
+) -> None:
+    """A pass over few rows is lazy: its last products, with more experts than slots, would hold a bank."""
+    governed = open_governed(folder, more_slots=4, in_place=in_place)
     machine = Machine(governed, World())
     governor = governed.govern(machine)
-    rows = run_paused(governed, lambda: None)
+    rows = run_paused(governed, num_layers, lambda: None)
     fell: list[tuple[int, int]] = []
 
     def press() -> None:
@@ -148,22 +153,23 @@ def test_what_banks_give_up_goes_back_while_a_pass_is_paused(governed: Governed)
         settle(governor)
         fell.append((before - mx.get_active_memory(), bytes_before - governed.store.slot_bytes))
 
-    assert mx.array_equal(run_paused(governed, press), rows)
+    assert mx.array_equal(run_paused(governed, num_layers, press), rows)
     [(active, banks)] = fell
     assert banks >= governed.plan.lines["experts"] / 8
     assert active > 0.95 * banks
     governed.store.check_integrity()
+    governed.store.close()
 
 
-def run_paused(governed: Governed, at_pause: Callable[[], object]) -> mx.array:
+def run_paused(governed: Governed, num_layers: int, at_pause: Callable[[], object]) -> mx.array:
     """Hidden rows of a short prompt, with something happening in the middle of its layers."""
-    model, prompt = governed.model, PROMPTS["agent2"]
+    model, prompt = governed.model, PROMPTS["agent3"][:8]
     request = Generate("a", prompt, 5)
     sampler = start_sampling(request.sampling, prompt, 64)
     reader = sequence.Sequence(request, sampler, Constraint(request, None), cache=model.make_cache())
     one = Pass(model, [Part(reader, len(prompt))])
     while (hidden := one.advance()) is None:
-        if one.num_layers_done == 8:
+        if one.num_layers_done == num_layers:
             at_pause()
     mx.eval(hidden)
     return hidden
@@ -176,7 +182,8 @@ def test_banks_do_not_swing(machine: Machine) -> None:
     machine.neighbour = lambda now_s: 0.6
     slots = rest(governor, machine, 5000)
     assert len(set(slots[1000:])) == 1
-    assert governor.measure()["shrinks"] <= 2
+    assert slots[-1] < sum(machine.governed.plan.slots_per_layer)
+    assert 1 <= governor.measure()["shrinks"] <= 2
 
 
 def test_who_comes_and_goes_in_a_rhythm_is_given_way_to_more_and_more_patiently(machine: Machine) -> None:
@@ -242,22 +249,27 @@ def test_another_budget_and_policy_under_way_change_no_bit(
     )
     governor = governed.govern(machine)
     slots: dict[str, int] = {}
+    watching: dict[str, set[bool]] = {}
+    told: dict[str, object] = {}
+    made: dict[str, object] = {}
 
     def note(event: Event) -> None:
         if isinstance(event, Replanned):
             plan = governor.plan
-            assert event.plan["slots_per_layer"] == list(plan.slots_per_layer)
-            assert event.ram_budget_bytes == plan.budget_bytes
+            told[event.request_id] = (event.plan["slots_per_layer"], event.ram_budget_bytes)
+            made[event.request_id] = (list(plan.slots_per_layer), plan.budget_bytes)
             slots[event.request_id] = sum(plan.slots_per_layer)
-            watches = {state.books.watches_scores for state in governed.store._layers.values()}
-            assert watches == {event.request_id == "back"}
+            books = [state.books for state in governed.store._layers.values()]
+            watching[event.request_id] = {one.watches_scores for one in books}
 
     machine.world.on_event = note
     seen: list[int] = []
     serve(governed, machine.world, governor, lambda: seen.append(governed.store.total_slots))
     assert answers(machine.world) == expected
+    assert told == made
     assert slots["less"] < sum(governed.plan.slots_per_layer) < slots["more"] == slots["back"]
     assert slots["less"] in seen
+    assert watching == {"less": {False}, "more": {False}, "back": {True}}, "only nearness looks at scores"
     assert governed.store.total_slots == slots["more"]
     assert governor.measure()["policy.nearness"] == 1.0
 
