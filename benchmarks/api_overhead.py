@@ -31,10 +31,12 @@ from server.checkpoint import POCKET
 from server.engine.interface import EngineStatus
 from server.engine.messages import (
     Administer,
+    Failed,
     Finished,
     Generate,
     ModelInfo,
     Progress,
+    Replan,
     RequestEvent,
     Token,
     TokenScore,
@@ -72,6 +74,10 @@ class WrittenEngine:
 
     def cancel(self, request_id: str) -> None:
         """Nothing runs on."""
+
+    async def replan(self, command: Replan) -> Failed:
+        """There is no plan."""
+        return Failed(command.request_id, "request", "there is no plan here")
 
     async def generate(self, request: Generate) -> AsyncGenerator[RequestEvent, None]:
         """The script, once."""

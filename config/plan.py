@@ -128,7 +128,7 @@ def make_plan(
         "sweep rows": tokens * geometry.sweep_row_bytes,
         "sweep ring": ring_slots * geometry.ring_slot_bytes,
     }
-    slots = _divide(geometry, budget_bytes - sum(lines.values()))
+    slots = divide(geometry, budget_bytes - sum(lines.values()))
     experts = sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
     return MemoryPlan(
         budget_bytes=budget_bytes,
@@ -212,8 +212,8 @@ def render_plan(plan: MemoryPlan) -> str:
     console.print(table)
     console.print(f"{slots} of {plan.num_experts} experts of each layer stay in memory.")
     console.print(f"A sweep of the experts serves up to {plan.sweep_tokens} tokens of prompts.")
-    console.print(f"The smallest budget that works is {_round_up(plan.minimum_budget_bytes)};")
-    console.print(f"with {_round_up(plan.resident_bytes)} every expert stays in memory.")
+    console.print(f"The smallest budget that works is {round_up(plan.minimum_budget_bytes)};")
+    console.print(f"with {round_up(plan.resident_bytes)} every expert stays in memory.")
     return out.getvalue()
 
 
@@ -237,7 +237,7 @@ def _prefix_bounds(geometry: Geometry, max_context: int, given: int | None) -> t
     if 0 < given < least:
         raise BudgetError(
             f"--prefix-cache-memory {format_size(given)} is too little to copy blocks: give at least "
-            f"{_round_up(least)}, or 0 for no prefix cache"
+            f"{round_up(least)}, or 0 for no prefix cache"
         )
     return given, given
 
@@ -250,12 +250,12 @@ def _check_budget(geometry: Geometry, budget: int, max_context: int, minimum: in
     if budget < minimum:
         raise BudgetError(
             f"a memory budget of {format_size(budget)} is too small: this checkpoint with a context of "
-            f"{max_context} tokens needs {_round_up(minimum)} (trunk {format_size(geometry.trunk_bytes)}, "
+            f"{max_context} tokens needs {round_up(minimum)} (trunk {format_size(geometry.trunk_bytes)}, "
             f"{geometry.experts_per_token} experts in each of {len(geometry.expert_bytes)} layers, the rest)"
         )
 
 
-def _divide(geometry: Geometry, room: int) -> tuple[int, ...]:
+def divide(geometry: Geometry, room: int) -> tuple[int, ...]:
     """As many slots for every layer as fit; the remainder gives one more to the first layers that it fits."""
     per_slot = sum(geometry.expert_bytes)
     even = min(room // per_slot, geometry.num_experts) if per_slot else geometry.num_experts
@@ -268,7 +268,7 @@ def _divide(geometry: Geometry, room: int) -> tuple[int, ...]:
     return tuple(slots)
 
 
-def _round_up(num_bytes: int) -> str:
+def round_up(num_bytes: int) -> str:
     """A size that, typed back as a budget, is enough: 1.2G, in tenths of a unit and never below."""
     unit, factor = next(
         (

@@ -74,6 +74,12 @@ class Experts:
         """Whether a guess at this layer's experts would be used."""
         return rows <= GUESSED_ROWS and self._source.looks_ahead(self._layer)
 
+    def settle(self) -> None:
+        """Evaluates whatever may still read a slot of this layer's bank."""
+        if self._pending is not None:
+            mx.eval(self._pending)
+            self._pending = None
+
     def anticipate(self, guess: mx.array) -> None:
         """Starts to read what is guessed, int32 [N, k]: for the first sparse layer, which none precedes."""
         mx.eval(*(array for array in (guess, self._pending) if array is not None))
@@ -234,9 +240,7 @@ class Experts:
 
     def _acquire(self, group: list[int]) -> NDArray[np.int32]:
         """Slots of the group; before, whatever may still read a slot of this bank is evaluated."""
-        if self._pending is not None:
-            mx.eval(self._pending)
-            self._pending = None
+        self.settle()
         return self._source.acquire(self._layer, group)
 
     def _remember(self, out: mx.array) -> mx.array:

@@ -68,6 +68,9 @@ class MoeMlp(nn.Module):
                 added = added + self.shared_experts(norm(x[part.rows]))
             replace_rows(x, part, x[part.rows] + added)
 
+    def settle(self) -> None:
+        self._experts.settle()
+
     def precede(self, following: "MoeMlp") -> None:
         self._experts.precede(following._experts)
 
@@ -183,6 +186,12 @@ class Model(nn.Module):
     def cache_bytes(self) -> int:
         """Of all caches that are still somebody's."""
         return sum(cache.nbytes for cache in self._caches)
+
+    def settle(self) -> None:
+        """Evaluates whatever may still read a slot of a bank, of passes that are under way or given up."""
+        for layer in self.model.layers:
+            if isinstance(layer.mlp, MoeMlp):
+                layer.mlp.settle()
 
     def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
         """One pass over all layers, pausing after each; the value returned is the hidden state [N, H].

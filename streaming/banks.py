@@ -49,6 +49,13 @@ class Bank(Protocol):
         """Copies an expert out of a slot of another bank of the same kind and parts."""
         ...
 
+    def resize(self, kept: Sequence[int], num_slots: int) -> None:
+        """Makes new arrays of so many slots; slot i holds what slot `kept[i]` held, the rest anything.
+
+        While it runs both are in memory. An error, of memory that is not there, leaves the bank as it was.
+        """
+        ...
+
 
 class BankMaker:
     """Makes the banks of one store, all of the same kind."""
@@ -94,22 +101,24 @@ class SharedBank:
     is_in_place = True
 
     def __init__(self, parts: tuple[Part, ...], kept: tuple[str, ...], num_slots: int) -> None:
-        self.max_fill = num_slots
         self._parts = parts
         self._kept = kept
+        self._make(num_slots)
+
+    def _make(self, num_slots: int) -> None:
+        names = [part.name for part in self._parts]
         owners = [
-            mx.zeros((num_slots, *part.shape), _MLX_CARRIERS[name])
-            for part, name in zip(parts, kept, strict=True)
+            mx.zeros((num_slots, *part.shape), _MLX_CARRIERS[kept])
+            for part, kept in zip(self._parts, self._kept, strict=True)
         ]
         mx.eval(owners)
-        self._views = [np.array(owner, copy=False).reshape(num_slots, -1) for owner in owners]
-        arrays = [_as_float(owner, name) for owner, name in zip(owners, kept, strict=True)]
+        views = [np.array(owner, copy=False).reshape(num_slots, -1) for owner in owners]
+        arrays = [_as_float(owner, kept) for owner, kept in zip(owners, self._kept, strict=True)]
         mx.eval(arrays)
-        self.arrays: Mapping[str, mx.array] = {
-            part.name: array for part, array in zip(parts, arrays, strict=True)
-        }
-        for view, array in zip(self._views, arrays, strict=True):
+        for view, array in zip(views, arrays, strict=True):
             _check_aliasing(view, array)
+        self._views, self.max_fill = views, num_slots
+        self.arrays: Mapping[str, mx.array] = dict(zip(names, arrays, strict=True))
 
     def begin(self, slots: Sequence[int]) -> None:
         pass
@@ -123,6 +132,13 @@ class SharedBank:
     def copy(self, slot: int, source: "SharedBank", source_slot: int) -> None:
         for view, other in zip(self._views, source._views, strict=True):
             np.copyto(view[slot], other[source_slot])
+
+    def resize(self, kept: Sequence[int], num_slots: int) -> None:
+        before = self._views
+        self._make(num_slots)
+        for view, other in zip(self._views, before, strict=True):
+            for slot, old_slot in enumerate(kept):
+                np.copyto(view[slot], other[old_slot])
 
 
 class StagedBank:
@@ -170,6 +186,12 @@ class StagedBank:
         for name, array in self.arrays.items():
             array[slot] = source.arrays[name][source_slot]
         mx.eval(list(self.arrays.values()))
+
+    def resize(self, kept: Sequence[int], num_slots: int) -> None:
+        old_slots = mx.array([*kept, *[0] * (num_slots - len(kept))])
+        arrays = {name: array[old_slots] for name, array in self.arrays.items()}
+        mx.eval(list(arrays.values()))
+        self.arrays = arrays
 
 
 def _commit_row(row: npt.NDArray[np.generic], kept: str, start: int, raw: Bytes, dtype: str) -> None:

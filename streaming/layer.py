@@ -87,6 +87,16 @@ class StoreLayer:
                 self.give_up(self.ahead.pop(expert))
         return joined
 
+    def resize(self, num_slots: int) -> None:
+        """As `ExpertStore.resize`. Reads that run ahead are given up: who needs them asks again."""
+        self._land_ahead()
+        while self.ahead:
+            self.give_up(self.ahead.popitem()[1])
+        kept = self.books.shed(num_slots)
+        self.bank.resize(kept, num_slots)
+        self.books.resize(kept, num_slots)
+        self._fresh = {expert for expert in self._fresh if expert in self.books}
+
     def check(self) -> None:
         """Every slot is free, held or being filled."""
         assert not any(expert in self.books for expert in self.ahead), "an expert has two slots"

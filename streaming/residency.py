@@ -41,13 +41,7 @@ class Residency:
 
     def take(self, keep: Container[int]) -> int:
         """A slot for new bytes, of an expert not in `keep` if none is free."""
-        if self._free:
-            return self._free.pop()
-        expert = self._policy.victim(keep)
-        assert expert not in keep, "the policy gave up an expert that the same request needs"
-        self._policy.forget(expert)
-        self.num_evictions += 1
-        return self._slot_of.pop(expert)
+        return self._free.pop() if self._free else self._evict(keep)
 
     def hold(self, expert: int, slot: int) -> None:
         """The bytes have arrived in a slot that was taken."""
@@ -58,6 +52,35 @@ class Residency:
         """They have not."""
         self._free.append(slot)
         self._free.sort(reverse=True)
+
+    def shed(self, num_slots: int) -> list[int]:
+        """Gives up experts until so many slots hold the rest; the slots that are held then, ascending."""
+        while len(self._slot_of) > num_slots:
+            self.release(self._evict(()))
+        return sorted(self._slot_of.values())
+
+    def resize(self, kept: Sequence[int], num_slots: int) -> None:
+        """There are so many slots now, and what lay in slot `kept[i]` lies in slot i; none is taken."""
+        slot_of = {old: slot for slot, old in enumerate(kept)}
+        self._slot_of = {expert: slot_of[old] for expert, old in self._slot_of.items()}
+        self._free = list(reversed(range(len(kept), num_slots)))
+        self.num_slots = num_slots
+
+    def follow(self, policy: Policy) -> None:
+        """Another policy takes over: it is told what is resident, in the order of the old one's victims."""
+        for _ in range(len(self)):
+            expert = self._policy.victim(())
+            self._policy.forget(expert)
+            policy.use((expert,))
+        self._policy, self.watches_scores = policy, policy.watches_scores
+
+    def _evict(self, keep: Container[int]) -> int:
+        """The slot of the expert that the policy gives up."""
+        expert = self._policy.victim(keep)
+        assert expert not in keep, "the policy gave up an expert that the same request needs"
+        self._policy.forget(expert)
+        self.num_evictions += 1
+        return self._slot_of.pop(expert)
 
     def check(self, taken: Sequence[int]) -> None:
         """Every slot is free, held or taken, and only one of them."""

@@ -4,7 +4,8 @@ Owns the layers, each with its bank and books, and the reader. Made and called o
 MLX arrays are bound to the thread that makes them. The reader's threads touch bytes only, under a ticket.
 
 The caller promises that every gather that names a slot of a layer was evaluated before it calls `begin`,
-`acquire` or `expect` for that layer again: a lazy gather reads the slot as it is when it is evaluated.
+`acquire`, `expect` or `resize` for that layer again: a lazy gather reads the slot as it is when it is
+evaluated, and keeps the bank of its time in memory until then.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,6 +82,11 @@ class ExpertStore:
     def is_resident(self) -> bool:
         """Whether expert i lies in slot i of every layer, and stays there."""
         return self._is_resident
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that have experts, in order."""
+        return self._index.layers
 
     def watches_scores(self, layer: int) -> bool:
         """Whether the policy wants the router's scores; not where every expert has a slot of its own."""
@@ -201,6 +207,26 @@ class ExpertStore:
         expert reads it again.
         """
         self._layers[layer].expect(ranks, distance)
+
+    def resize(self, layer: int, num_slots: int) -> None:
+        """Moves a layer into a bank of so many slots; between passes, or between two layers of one.
+
+        What is resident stays, but for those that the policy gives up first. Both banks are in memory
+        meanwhile; then the old one goes back to the system. An error, of memory that is not there, leaves
+        the old one. What a sweep has read ahead for this layer lies in the ring and is used as before.
+        """
+        assert not self._is_resident, "where expert i lies in slot i there is nothing to resize"
+        self._abandon_unfinished()
+        try:
+            self._layers[layer].resize(min(num_slots, self._index.num_experts))
+        finally:
+            mx.clear_cache()
+
+    def follow(self, make_policy: Callable[[], Policy]) -> None:
+        """Other policies take over what is resident, one a layer; between layers of a pass."""
+        self._abandon_unfinished()
+        for state in self._layers.values():
+            state.books.follow(make_policy())
 
     def statistics(self) -> StoreStatistics:
         reads = self._filler.statistics

@@ -10,6 +10,7 @@ from server.api.chat import chat_router
 from server.api.completions import completion_router
 from server.api.errors import install_error_handlers
 from server.api.keys import Access, Guard
+from server.api.memory import memory_router
 from server.api.messages import messages_router
 from server.api.metrics import metrics_router
 from server.api.openapi import BASES, DescribedApp
@@ -54,6 +55,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(account_router(service, access.keys), prefix=base)
         app.include_router(tokenize_router(service), prefix=base)
         app.include_router(cache_router(service), prefix=base)
+        app.include_router(memory_router(service), prefix=base)
     app.include_router(health_router(service))
     app.include_router(metrics_router(service.engine, service.ledger))
     install_error_handlers(app)

@@ -27,6 +27,7 @@ COUNTERS = {
     "num_timeouts": ("read_timeouts", "reads that did not come back in time"),
     "ahead_started": ("lookahead_experts", "experts read because the next layer was expected to want them"),
     "ahead_used": ("lookahead_used", "those of them that it did want"),
+    "shrinks": ("bank_shrinks", "times that experts gave up their places because memory was short"),
     "prefix_asked_tokens": ("prefix_asked_tokens", "prompt tokens looked for in the prefix cache"),
     "prefix_restored_tokens": (
         "prefix_restored_tokens",
@@ -45,6 +46,8 @@ COUNTERS = {
 }
 GAUGES = {
     "slots": ("expert_slots", "experts that fit in memory"),
+    "slots_planned": ("expert_slots_planned", "those that the plan gives; fewer fit while memory is short"),
+    "available_bytes": ("available_bytes", "memory that the system could still give, when it was seen last"),
     "resident_experts": ("resident_experts", "experts in memory now"),
     "ahead_recall": ("lookahead_recall", "share of the absent experts that lookahead had begun to read"),
     "ahead_precision": ("lookahead_precision", "share of the experts read ahead that were wanted"),
@@ -54,7 +57,7 @@ GAUGES = {
         "pinned blocks on disk",
     ),
     "prefix_disk_bytes": ("prefix_disk_bytes", "blocks of saved prompts on disk"),
-    "budget_bytes": ("ram_budget_bytes", "--ram-budget"),
+    "budget_bytes": ("ram_budget_bytes", "--ram-budget, or the one that was given since"),
     "running": ("requests_running", "requests that are worked on"),
     "waiting": ("requests_waiting", "requests in line at the engine"),
     "agents": ("agents", "agents that have requests here"),
@@ -63,6 +66,17 @@ GAUGES = {
     "batch_width": ("batch_width", "answers that go forward in one step, at most"),
     "probe_bytes_per_s": ("probe_bytes_per_second", "rate at which the disk read experts at start-up"),
     "probe_depth": ("probe_depth", "reads at a time that this takes: the reader's threads"),
+}
+# The same for names that go on behind a dot: what stands there is the value of a label.
+LABELLED = {
+    "decode_rate": (
+        "decode_tokens_per_second",
+        "what was measured of the widths that were tried, undisturbed",
+        "batch_width",
+    ),
+    "policy": ("expert_policy", "--expert-policy, or the one that was chosen since", "policy"),
+    "planned": ("memory_planned_bytes", "the ledger, planned", "line"),
+    "used": ("memory_used_bytes", "the ledger, used", "line"),
 }
 PREFIX = "glmserve_"
 
@@ -97,29 +111,16 @@ class _EngineCollector(Collector):
         for key, (name, text) in GAUGES.items():
             if key in values:
                 yield GaugeMetricFamily(PREFIX + name, text, value=values[key])
-        yield from _rates(values)
-        for kind in ("planned", "used"):
-            yield from _ledger(kind, values)
+        for prefix, (name, text, label) in LABELLED.items():
+            yield from _labelled(values, f"{prefix}.", PREFIX + name, text, label)
 
 
-def _ledger(kind: str, values: dict[str, float]) -> Iterable[Metric]:
-    lines = {key.removeprefix(f"{kind}."): v for key, v in values.items() if key.startswith(f"{kind}.")}
-    if lines:
-        family = GaugeMetricFamily(f"{PREFIX}memory_{kind}_bytes", f"the ledger, {kind}", labels=["line"])
-        for line, value in lines.items():
-            family.add_metric([line], value)
-        yield family
-
-
-def _rates(values: dict[str, float]) -> Iterable[Metric]:
-    rates = {
-        key.removeprefix("decode_rate."): v for key, v in values.items() if key.startswith("decode_rate.")
-    }
-    if rates:
-        text = "what was measured of the widths that were tried, undisturbed"
-        family = GaugeMetricFamily(f"{PREFIX}decode_tokens_per_second", text, labels=["batch_width"])
-        for width, rate in rates.items():
-            family.add_metric([width], rate)
+def _labelled(values: dict[str, float], prefix: str, name: str, text: str, label: str) -> Iterable[Metric]:
+    found = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    if found:
+        family = GaugeMetricFamily(name, text, labels=[label])
+        for key, value in found.items():
+            family.add_metric([key], value)
         yield family
 
 

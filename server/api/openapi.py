@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 from server.api import declared
 from server.api.chat_schema import ChatRequest
 from server.api.completion_schema import CompletionRequest
+from server.api.memory import PlanRequest
 from server.api.messages_schema import MESSAGES_IGNORED, CountRequest, MessagesRequest
 from server.api.responses_schema import ResponsesRequest
 from server.api.schema import IGNORED
@@ -67,6 +68,7 @@ OPERATIONS = {
     "/cache/clear": Operation(declared.Found),
     "/cache/pin": Operation(declared.Found, ChatRequest, IGNORED),
     "/cache/unpin": Operation(declared.Found, ChatRequest, IGNORED),
+    "/memory/plan": Operation(declared.Found, PlanRequest),
     "/health": Operation(declared.Health, error=declared.Health),
 }
 

@@ -1,9 +1,11 @@
 """What Apple's machines need to keep their speed. Nothing here does anything on another platform.
 
 None of it was ever run by us: each function says whose report it rests on (collected for this project in
-November 2026). The worker passes its events through `with_activity`; the backend calls `wire` after loading.
+November 2026). The worker passes its events through `with_activity`; the backend calls `wire` after loading,
+the governor under another plan; `pressure.py` asks for the `pressure_level`.
 """
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -18,6 +20,8 @@ from config.sizes import format_size
 from server.engine.messages import Event, Progress, Token
 
 DARWIN = "darwin"
+# Of `pressure_level`; 2 is a warning, 4 is critical.
+NORMAL_PRESSURE = 1
 # A token of a slow disk takes two seconds.
 WARM_S = 5.0
 BEAT_S = 0.0005
@@ -50,6 +54,22 @@ def wire(nbytes: int, platform: str = sys.platform) -> None:
         mx.set_wired_limit(min(nbytes, limit))
     except (RuntimeError, ValueError) as error:
         log.warning("macOS does not keep the model from being paged out: %s", error)
+
+
+def pressure_level(platform: str = sys.platform) -> int:
+    """The kernel's own verdict on memory: 1 normal, 2 warning, 4 critical.
+
+    Based on: doc/vm/memorystatus_notify.md of XNU, which tells of these levels, and published output of
+    `sysctl kern.memorystatus_vm_pressure_level` on machines with much and with little memory left (1 and 4).
+    Never run by us.
+    """
+    if platform != DARWIN:
+        return NORMAL_PRESSURE
+    level, size = ctypes.c_int(NORMAL_PRESSURE), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+    name = b"kern.memorystatus_vm_pressure_level"
+    if ctypes.CDLL(None).sysctlbyname(name, ctypes.byref(level), ctypes.byref(size), None, 0):
+        return NORMAL_PRESSURE
+    return level.value
 
 
 def with_activity(send: Send, platform: str = sys.platform) -> Send:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import mlx.core as mx
 
@@ -13,12 +12,15 @@ from config.plan import MemoryPlan, make_plan, render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
 from models.cache_blocks import cache_fingerprint
+from models.glm_moe_dsa import Model as GlmModel
 from models.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
 from server.engine.limits import MAX_RUNNING, Limits
-from server.engine.messages import EngineConfig, ModelInfo
+from server.engine.memory import Governor, Ungoverned
+from server.engine.messages import EngineConfig, ExpertPolicy, ModelInfo
 from server.engine.model import Backend, Model, ReportProgress
 from server.engine.prefix import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
+from server.engine.pressure import choose_room
 from server.engine.telemetry import measure_all, measure_store
 from server.engine.use import MemoryUse
 from streaming.disk import DirectDisk, Disk
@@ -49,7 +51,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         checkpoint.experts,
         slots,
         float_dtype=arithmetic.dtype,
-        make_policy=_policy_maker(config.expert_policy, checkpoint),
+        make_policy=_policy_maker(checkpoint, config.expert_policy),
         disk=disk,
         num_threads=probe.depth if probe else NUM_THREADS,
         ring_slots=plan.ring_slots,
@@ -70,8 +72,13 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     use = MemoryUse(
         store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
     )
-    measure = measure_all(measure_store(store, plan, use, probe), prefix)
-    return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix)
+    memory = _make_memory(checkpoint, arithmetic, config, plan, store, model)
+    measure = measure_all(
+        measure_store(store, lambda: memory.plan if isinstance(memory, Governor) else plan, use, probe),
+        prefix.statistics if prefix else dict,
+        memory.measure,
+    )
+    return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix, memory)
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
@@ -124,7 +131,24 @@ def open_prefix_cache(
         return PrefixCache(fingerprint, max_bytes)
 
 
-def _policy_maker(name: Literal["lru", "nearness"], checkpoint: Checkpoint) -> Callable[[], Policy]:
+def _make_memory(
+    checkpoint: Checkpoint,
+    arithmetic: Arithmetic,
+    config: EngineConfig,
+    plan: MemoryPlan,
+    store: ExpertStore,
+    model: GlmModel,
+) -> Governor | Ungoverned:
+    if plan.is_resident:
+        return Ungoverned()
+    geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
+    make_policy = partial(_policy_maker, checkpoint)
+    return Governor(
+        store, geometry, plan, model.settle, make_policy, config.expert_policy, measure_room=choose_room()
+    )
+
+
+def _policy_maker(checkpoint: Checkpoint, name: ExpertPolicy) -> Callable[[], Policy]:
     args = checkpoint.args
     if name == "lru":
         return LeastRecentlyUsed

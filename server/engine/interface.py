@@ -4,7 +4,16 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from server.engine.messages import Administer, Generate, ModelInfo, RequestEvent, Stats
+from server.engine.messages import (
+    Administer,
+    Failed,
+    Generate,
+    ModelInfo,
+    Replan,
+    Replanned,
+    RequestEvent,
+    Stats,
+)
 
 
 @dataclass(frozen=True)
@@ -39,3 +48,6 @@ class Engine(Protocol):
 
     def administer(self, command: Administer) -> None:
         """Change what the prefix cache keeps."""
+
+    async def replan(self, command: Replan) -> Replanned | Failed:
+        """Go on with another budget or policy; what is taken outlives a restart of the engine."""

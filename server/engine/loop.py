@@ -8,34 +8,31 @@ leave through `send`.
 
 import logging
 from collections.abc import Callable
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from time import monotonic
 
 import mlx.core as mx
 
-from config.errors import RequestError
-from server.engine.answers import Answers, kind_of
-from server.engine.constraint import Constraint
+from server.engine.answers import Answers
 from server.engine.grammar import Grammars
 from server.engine.messages import (
     Administer,
     Cancel,
     Command,
     Event,
-    Failed,
-    Finished,
     Generate,
     Queued,
+    Replan,
     Shutdown,
     Started,
-    Usage,
 )
 from server.engine.model import Backend
 from server.engine.orphans import is_worth_its_end
 from server.engine.pace import Pace
 from server.engine.passes import Pass
 from server.engine.prefixes import NoPrefixes, Prefixes
-from server.engine.sampling import start_sampling
+from server.engine.reception import Reception
 from server.engine.scheduler import Part, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.width import Width
@@ -68,11 +65,11 @@ class EngineLoop:
         beat: Callable[[bool], None] = lambda is_idle: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._model, self._info, self._limits = backend.model, backend.info, backend.limits
+        self._model, self._limits, self._memory = backend.model, backend.limits, backend.memory
         self._inbox, self._send, self._beat, self._clock = inbox, send, beat, clock
-        self._grammars = grammars
         self._prefixes = prefixes or NoPrefixes()
         self._scheduler = Scheduler(self._limits, clock)
+        self._reception = Reception(backend.info, self._limits, self._scheduler, grammars, send)
         self._pace = Pace(self._limits.decode_share)
         self._answers = Answers(
             self._model, self._scheduler, self._prefixes, send, max_rows=self._limits.decode_rows
@@ -90,6 +87,8 @@ class EngineLoop:
         """Step until told to stop."""
         self._take_commands(wait=True)
         while not self._is_stopping:
+            while self._memory.govern():
+                self._beat(False)
             self._step()
             self._beat(self._scheduler.is_idle)
             self._take_commands(wait=self._scheduler.is_idle)
@@ -116,47 +115,27 @@ class EngineLoop:
     # commands
 
     def _take_commands(self, wait: bool = False) -> None:
-        while wait or not self._inbox.empty():
+        """`wait`: until there is one, or the memory wants to be looked at."""
+        if wait:
+            with suppress(Empty):
+                self._obey(self._inbox.get(timeout=self._memory.pause_s))
+        while not self._inbox.empty():
             self._obey(self._inbox.get())
-            wait = False
 
     def _obey(self, command: Command) -> None:
         match command:
             case Generate():
-                self._receive(command)
+                self._reception.receive(command)
             case Cancel(request_id):
                 self._scheduler.cancel(request_id)
             case Administer():
                 self._prefixes.administer(command)
+            case Replan():
+                self._send(self._memory.replan(command))
             case Shutdown():
                 self._is_stopping = True
             case _:
                 raise AssertionError(f"the loop was sent {command!r}")
-
-    def _receive(self, request: Generate) -> None:
-        num_tokens = len(request.token_ids) + request.max_tokens
-        most = min(self._info.context_length, self._limits.kv_tokens)
-        if not request.token_ids or num_tokens > most:
-            message = f"{num_tokens} tokens do not fit a context of {most}"
-            self._send(Failed(request.request_id, "request", message))
-            return
-        if request.max_tokens == 0 and not request.score_prompt:
-            self._send(Finished(request.request_id, "length", Usage(len(request.token_ids), 0)))
-            return
-        try:
-            constraint = self._make_constraint(request)
-        except Exception as error:  # a grammar that cannot be followed ends its own request only
-            self._send(Failed(request.request_id, kind_of(error), str(error)))
-            return
-        sampler = start_sampling(request.sampling, request.token_ids, self._info.vocab_size)
-        self._scheduler.add(Sequence(request, sampler, constraint))
-
-    def _make_constraint(self, request: Generate) -> Constraint:
-        if not request.grammar:
-            return Constraint(request, None)
-        if self._grammars is None:
-            raise RequestError("this engine was started without grammars")
-        return Constraint(request, self._grammars.make_matcher(request.grammar, request.stop_token_ids))
 
     # choosing
 

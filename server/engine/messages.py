@@ -13,6 +13,9 @@ FinishReason = Literal["stop", "length"]
 # Background requests run when nobody else wants to, or when they have waited long.
 Priority = Literal["interactive", "background"]
 
+# As --expert-policy has them.
+ExpertPolicy = Literal["lru", "nearness"]
+
 # Whose fault a failure is. `server/api/errors.py` turns it into a status.
 FailureKind = Literal["request", "engine", "disk", "died", "busy", "timeout"]
 
@@ -29,7 +32,7 @@ class EngineConfig:
     decode_share: float = 0.3
     max_inflight_per_agent: int = 8
     batch_width: int | None = None
-    expert_policy: Literal["lru", "nearness"] = "nearness"
+    expert_policy: ExpertPolicy = "nearness"
     mirror: Path | None = None
     sweep_tokens: int | None = None  # None: what the plan gives
     prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache
@@ -113,11 +116,23 @@ class Administer:
 
 
 @dataclass(frozen=True)
+class Replan:
+    """Go on with another budget, or another policy; None leaves either as it is.
+
+    The answer is Replanned, or Failed with the numbers where that needs a restart.
+    """
+
+    request_id: str
+    ram_budget_bytes: int | None = None
+    expert_policy: ExpertPolicy | None = None
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """End after the current step."""
 
 
-Command = Load | Generate | Cancel | Administer | Shutdown
+Command = Load | Generate | Cancel | Administer | Replan | Shutdown
 
 
 # Events about the engine
@@ -252,6 +267,21 @@ class Failed:
     retry_after_s: int | None = None
 
 
-RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed
+@dataclass(frozen=True)
+class Replanned:
+    """This is in force now, and what an engine that is started again must be given.
+
+    `plan` is `config.plan.as_dict` of it, `memory_lines` the same for people. The banks follow between the
+    next steps.
+    """
+
+    request_id: str
+    ram_budget_bytes: int
+    expert_policy: ExpertPolicy
+    plan: dict[str, object]
+    memory_lines: tuple[str, ...]
+
+
+RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed | Replanned
 EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Stats
 Event = EngineEvent | RequestEvent

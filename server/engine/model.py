@@ -9,6 +9,7 @@ import mlx.core as mx
 from models.attention import Span
 from models.cache import SequenceCache
 from server.engine.limits import Limits
+from server.engine.memory import Memory, Ungoverned
 from server.engine.messages import EngineConfig, ModelInfo
 from server.engine.prefix import PrefixCache
 
@@ -35,6 +36,7 @@ class Backend:
     measure: Callable[[], Mapping[str, float]] = dict
     limits: Limits = field(default_factory=Limits)
     prefix: PrefixCache | None = None
+    memory: Memory = field(default_factory=Ungoverned)
 
 
 ReportProgress = Callable[[float, str], None]

@@ -26,6 +26,8 @@ from server.engine.messages import (
     LoadFailed,
     Loading,
     Ready,
+    Replan,
+    Replanned,
     RequestEvent,
     Started,
     Stats,
@@ -123,6 +125,7 @@ class EngineProcess:
         if self._child is None or self._status.state != "ready":
             yield Failed(request_id, "died", self._status.text)
             return
+        self._line.enter(request_id)
         events = self._send(request)
         started_at = asyncio.get_running_loop().time()
         deadline, is_over = started_at + self._deadlines.queue_s, False
@@ -153,15 +156,32 @@ class EngineProcess:
         if self._child:
             self._child.send(command)
 
-    def _send(self, request: Generate) -> asyncio.Queue[RequestEvent]:
+    async def replan(self, command: Replan) -> Replanned | Failed:
+        """Go on with another budget or policy; what the child has taken, the next one is started with."""
+        if self._child is None or self._status.state != "ready":
+            return Failed(command.request_id, "died", self._status.text)
+        events = self._send(command)
+        try:
+            event = await events.get()
+        finally:
+            self._requests.pop(command.request_id, None)
+        assert isinstance(event, Replanned | Failed), "there is one answer"
+        return event
+
+    def _send(self, command: Generate | Replan) -> asyncio.Queue[RequestEvent]:
         assert self._child, "requests are sent to a child"
         if not self._requests:
             self._busy_since = time.monotonic()
-        self._line.enter(request.request_id)
         events: asyncio.Queue[RequestEvent] = asyncio.Queue()
-        self._requests[request.request_id] = events
-        self._child.send(request)
+        self._requests[command.request_id] = events
+        self._child.send(command)
         return events
+
+    def _note_plan(self, event: Replanned) -> None:
+        budget, policy = event.ram_budget_bytes, event.expert_policy
+        self._config = replace(self._config, ram_budget_bytes=budget, expert_policy=policy)
+        if info := self._status.info:
+            self._status = replace(self._status, info=replace(info, memory_lines=event.memory_lines))
 
     def _too_late(self, request_id: str) -> Failed:
         if self._line.is_waiting(request_id):
@@ -206,7 +226,9 @@ class EngineProcess:
                 self._line.start(request_id)
             case Finished():
                 self._num_deaths = 0
-        is_over = isinstance(event, Finished | Failed)
+            case Replanned():
+                self._note_plan(event)
+        is_over = isinstance(event, Finished | Failed | Replanned)
         if is_over:
             self._line.leave(event.request_id)
         events = (

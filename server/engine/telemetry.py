@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from config.plan import MemoryPlan
 from config.sizes import format_size
 from server.engine.messages import Event, Failed, Finished, Heartbeat, Stats
-from server.engine.prefix import PrefixCache
 from server.engine.use import MemoryUse
 from streaming.probe import DiskProbe
 from streaming.store import ExpertStore
@@ -52,7 +51,7 @@ class Telemetry:
         now_s = time.monotonic()
         if is_idle or now_s - self._stats_s > INTERVAL_S:
             self._send_stats()
-        if now_s - self._alive_s > HEARTBEAT_S:
+        if not is_idle and now_s - self._alive_s > HEARTBEAT_S:
             self._alive_s = now_s
             self._send_on(Heartbeat())
 
@@ -67,7 +66,7 @@ class Telemetry:
 
     def _log(self, request_id: str, values: Mapping[str, float]) -> None:
         """Steps are shared, so what is told is what all have cost since a request ended last."""
-        change = {name: value - self._before[name] for name, value in values.items()}
+        change = {name: value - self._before.get(name, 0.0) for name, value in values.items()}
         self._before = values
         asked = change["hits"] + change["ahead_used"] + change["misses"]
         log.info(
@@ -81,10 +80,13 @@ class Telemetry:
         )
 
 
-def measure_store(store: ExpertStore, plan: MemoryPlan, use: MemoryUse, probe: DiskProbe | None) -> Measure:
+def measure_store(
+    store: ExpertStore, plan_in_force: Callable[[], MemoryPlan], use: MemoryUse, probe: DiskProbe | None
+) -> Measure:
     """Counts of the store, and the ledger: `planned.LINE` and, where it is known, `used.LINE`."""
 
     def measure() -> dict[str, float]:
+        plan = plan_in_force()
         counts = store.statistics()
         values = {name: float(value) for name, value in vars(counts).items()}
         values |= {"slots": store.total_slots, "resident_experts": store.num_resident}
@@ -99,8 +101,6 @@ def measure_store(store: ExpertStore, plan: MemoryPlan, use: MemoryUse, probe: D
     return measure
 
 
-def measure_all(measure: Measure, prefix: PrefixCache | None) -> Measure:
-    """The store's counts and, where there is a prefix cache, its own."""
-    if prefix is None:
-        return measure
-    return lambda: {**measure(), **prefix.statistics()}
+def measure_all(*measures: Measure) -> Measure:
+    """The counts of all."""
+    return lambda: {name: value for measure in measures for name, value in measure().items()}

@@ -1,6 +1,7 @@
 """What the lines of the memory plan are used for, as far as it can be measured. Runs on the engine's thread.
 
-Each figure is the largest seen so far, under the name of its line. MLX knows how much it holds, and the most
+Each figure is the largest seen so far, under the name of its line; that of the experts is what their banks
+take now, because they may shrink. MLX knows how much it holds, and the most
 that it held since it was asked last; what of that is neither trunk nor slots nor ring nor a sequence's cache
 is workspace, with the rows of a sweep among it. What is resident beyond that most, the reader's buffers and
 saved prompts is Python with its libraries, of both processes: the engine's parent serves HTTP. (That most,
@@ -30,12 +31,13 @@ class MemoryUse:
         self._store, self._trunk_bytes = store, trunk_bytes
         self._cache_bytes, self._saved_bytes = cache_bytes, saved_bytes
         self._largest: dict[str, int] = {}
-        self._kv_before = 0
+        self._kv_before = self._slots_before = 0
         mx.reset_peak_memory()  # the checkpoint's tensors were cast on their way in
 
     def lines(self) -> dict[str, int]:
         for name, nbytes in self._now().items():
             self._largest[name] = max(nbytes, self._largest.get(name, 0))
+        self._largest["experts"] = self._slots_before
         return dict(self._largest)
 
     def _now(self) -> dict[str, int]:
@@ -46,8 +48,9 @@ class MemoryUse:
         lines["sweep ring"] = ring
         lines["MLX buffer cache"] = freed
         peak = mx.get_peak_memory()
-        lines["workspace"] = max(0, peak - trunk - slots - ring - max(kv, self._kv_before))
-        self._kv_before = kv
+        slots_then = max(slots, self._slots_before)
+        lines["workspace"] = max(0, peak - trunk - slots_then - ring - max(kv, self._kv_before))
+        self._kv_before, self._slots_before = kv, slots
         mx.reset_peak_memory()
         if resident := _resident_bytes():
             others = max(mx.get_active_memory() + freed, peak) + buffers + self._saved_bytes()

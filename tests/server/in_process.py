@@ -19,6 +19,8 @@ from server.engine.messages import (
     Finished,
     Generate,
     ModelInfo,
+    Replan,
+    Replanned,
     RequestEvent,
     Shutdown,
 )
@@ -53,6 +55,9 @@ class LoopEngine:
 
     def administer(self, command: Administer) -> None:
         self.inbox.put(command)
+
+    async def replan(self, command: Replan) -> Replanned | Failed:
+        return Failed(command.request_id, "request", "there is no plan here")
 
     def cancel(self, request_id: str) -> None:
         self._requests.pop(request_id, None)

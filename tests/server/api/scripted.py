@@ -14,6 +14,8 @@ from server.engine.messages import (
     ModelInfo,
     Progress,
     PromptScored,
+    Replan,
+    Replanned,
     RequestEvent,
     Token,
     TokenScore,
@@ -39,6 +41,8 @@ class ScriptedEngine:
     requests: list[Generate] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     administered: list[Administer] = field(default_factory=list)
+    replanned: list[Replan] = field(default_factory=list)
+    refusal: Failed | None = None
 
     @property
     def status(self) -> EngineStatus:
@@ -54,6 +58,13 @@ class ScriptedEngine:
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
+
+    async def replan(self, command: Replan) -> Replanned | Failed:
+        """Takes everything, or what is written down."""
+        self.replanned.append(command)
+        budget, policy = command.ram_budget_bytes or 10**9, command.expert_policy or "nearness"
+        answer = Replanned(command.request_id, budget, policy, {"lines": {"experts": budget}}, ())
+        return self.refusal or answer
 
     async def generate(self, request: Generate) -> AsyncGenerator[RequestEvent, None]:
         self.requests.append(request)

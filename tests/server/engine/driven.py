@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import cast
 
 import mlx.core as mx
@@ -38,10 +38,13 @@ class World:
     def empty(self) -> bool:
         return not self.arrivals or self.arrivals[0][0] > self.now_s
 
-    def get(self) -> Command:
-        """The next arrival, however long it takes; Shutdown when nobody comes any more."""
+    def get(self, timeout: float | None = None) -> Command:
+        """The next arrival, if it comes in time; Shutdown when nobody comes any more."""
         if not self.arrivals:
             return Shutdown()
+        if timeout is not None and self.arrivals[0][0] > self.now_s + timeout:
+            self.now_s += timeout
+            raise Empty
         time_s, command = self.arrivals.pop(0)
         self.now_s = max(self.now_s, time_s)
         return command
