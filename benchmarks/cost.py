@@ -3,13 +3,15 @@
 All hits: decode with every expert in a slot of the store, synchronising at each layer, against resident
 decode, interleaved token by token. Bookkeeping: `begin`, `observe` and `expect` of a layer whose experts are
 all there. Bytes: payload against the experts that were missed, device against payload. Rate: the store's
-reads against the start-up probe's, of the same pieces with as many threads, in interleaved blocks.
+reads against the start-up probe's, of the same pieces with as many threads, in interleaved blocks;
+of this geometry's pieces and of pieces as large as GLM-5.2's.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,17 +19,25 @@ from statistics import median
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.checkpoint import write_checkpoint
+from benchmarks.checkpoint import BENCH, write_checkpoint
 from models.arithmetic import CPU
 from models.attention import Span
 from models.loading import Checkpoint, load_model, open_checkpoint
 from streaming.aligned import buffer_bytes
 from streaming.disk import DirectDisk, aligned_buffer
+from streaming.index import ExpertIndex
 from streaming.policy import LeastNearlyChosen
 from streaming.probe import Rate, opened, read_bare
 from streaming.reader import NUM_THREADS
-from streaming.runs import largest_run_bytes, plan_runs
+from streaming.runs import Run, largest_run_bytes, plan_runs
 from streaming.store import ExpertStore
+
+# Experts of GLM-5.2's own size, 21 MB: pieces of 6 MB and of 0.4 MB. 1.4 GB in two layers.
+WIDE = BENCH | {
+    "hidden_size": 6144, "moe_intermediate_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1,
+    "mlp_layer_types": ["dense"] + ["sparse"] * 2, "n_routed_experts": 32, "num_experts_per_tok": 8,
+    "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 512,
+}  # fmt: skip
 
 
 def make_store(checkpoint: Checkpoint, slots: int, depth: int = NUM_THREADS) -> ExpertStore:
@@ -102,44 +112,66 @@ def bookkeeping(checkpoint: Checkpoint, rounds: int) -> None:
     store.close()
 
 
-def rate(checkpoint: Checkpoint, blocks: int, experts_per_block: int, depth: int) -> None:
+def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float) -> None:
     """GB/s over the time that reads are outstanding: store and bare threads read the same experts in turn.
 
-    Who goes first alternates, so that a disk that remembers helps both.
+    A block is as many layers, half of the experts of each, as take the probe `block_s`. Both sides read layer
+    by layer and wait for each; who goes first alternates, so that a disk that remembers helps both.
     """
     index, rng = checkpoint.experts, np.random.default_rng(1)
-    store = make_store(checkpoint, experts_per_block, depth)
+    half = index.num_experts // 2
+    store = make_store(checkpoint, half, depth)
     buffers = [aligned_buffer(buffer_bytes(largest_run_bytes(index))) for _ in range(depth)]
     rates: dict[str, list[Rate]] = {"engine": [], "probe": []}
+    layers = itertools.cycle(index.layers)
     with opened(DirectDisk(), index) as files:
+        # Slots and buffers that were never touched would cost page faults in the first block.
+        for layer in index.layers:
+            store.acquire(layer, range(half))
+        read_bare(files, _runs(index, index.layers[0], range(half)), buffers)
+        warm = store.statistics()
         for block in range(blocks):
-            layer = index.layers[block % len(index.layers)]
-            missing = _absent(store, layer, index.num_experts, rng)[:experts_per_block]
-            runs = [run for expert in missing for run in plan_runs(index.pieces(layer, expert))]
-            sides: dict[str, Callable[[], Rate]] = {
-                "engine": partial(_engine, store, layer, sorted(missing)),
-                "probe": partial(read_bare, files, iter(runs), buffers),
-            }
-            for name in sorted(sides, reverse=bool(block % 2)):
-                rates[name].append(sides[name]())
-    ratios = [e.per_s / p.per_s for e, p in zip(rates["engine"], rates["probe"], strict=True)]
-    overall = {
-        name: sum(r.num_bytes for r in some) / sum(r.seconds for r in some) for name, some in rates.items()
-    }
-    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-    print(
-        f"rate at depth {depth}: engine {overall['engine'] / 1e9:.2f} GB/s, probe "
-        f"{overall['probe'] / 1e9:.2f}, of all bytes {overall['engine'] / overall['probe']:.2f}; "
-        f"block by block {middle:.2f}, quartiles [{low:.2f} {high:.2f}], range "
-        f"[{min(ratios):.2f} {max(ratios):.2f}] of {len(ratios)} blocks"
-    )
+            done: dict[str, list[Rate]] = {"engine": [], "probe": []}
+            while _total(done["probe"]).seconds < block_s:
+                layer = next(layers)
+                missing = sorted(_absent(store, layer, index.num_experts, rng)[:half])
+                sides: dict[str, Callable[[], Rate]] = {
+                    "engine": partial(_engine, store, layer, missing),
+                    "probe": partial(read_bare, files, _runs(index, layer, missing), buffers),
+                }
+                for name in sorted(sides, reverse=bool((block + len(done["probe"])) % 2)):
+                    done[name].append(sides[name]())
+            for name, some in done.items():
+                rates[name].append(_total(some))
+    _report_rate(rates["engine"], rates["probe"], depth)
     counts = store.statistics()
-    expected = counts.misses * index.expert_bytes(index.layers[0])
+    payload, device = counts.payload_bytes - warm.payload_bytes, counts.device_bytes - warm.device_bytes
+    expected = (counts.misses - warm.misses) * index.expert_bytes(index.layers[0])
     print(
-        f"bytes: payload {counts.payload_bytes}, of the experts missed {expected}, "
-        f"device / payload {counts.device_bytes / counts.payload_bytes:.4f}"
+        f"bytes: payload {payload} in {counts.num_reads - warm.num_reads} reads, of the experts missed "
+        f"{expected}, device / payload {device / payload:.4f}"
     )
     store.close()
+
+
+def _report_rate(engine: Sequence[Rate], probe: Sequence[Rate], depth: int) -> None:
+    ratios = [e.per_s / p.per_s for e, p in zip(engine, probe, strict=True)]
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    e, p = _total(engine), _total(probe)
+    print(
+        f"rate at depth {depth}: engine {e.per_s / 1e9:.2f} GB/s, probe {p.per_s / 1e9:.2f}, of all bytes "
+        f"{e.per_s / p.per_s:.2f}; block by block {middle:.2f}, quartiles [{low:.2f} {high:.2f}], range "
+        f"[{min(ratios):.2f} {max(ratios):.2f}] of {len(ratios)} blocks "
+        f"of {e.num_bytes / len(ratios) / 1e6:.0f} MB"
+    )
+
+
+def _total(rates: Sequence[Rate]) -> Rate:
+    return Rate(sum(rate.num_bytes for rate in rates), sum(rate.seconds for rate in rates))
+
+
+def _runs(index: ExpertIndex, layer: int, experts: Sequence[int]) -> Iterator[Run]:
+    return iter([run for expert in experts for run in plan_runs(index.pieces(layer, expert))])
 
 
 def _absent(store: ExpertStore, layer: int, num_experts: int, rng: np.random.Generator) -> list[int]:
@@ -158,13 +190,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--block-s", type=float, default=0.3)
     parser.add_argument("--depth", type=int, default=NUM_THREADS)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = open_checkpoint(given.checkpoint or write_checkpoint(Path(scratch) / "bench"))
         bookkeeping(checkpoint, 2000)
-        rate(checkpoint, given.blocks, 24, given.depth)
+        rate(checkpoint, given.blocks, given.depth, given.block_s)
+        if given.checkpoint is None:
+            wide = open_checkpoint(write_checkpoint(Path(scratch) / "wide", WIDE))
+            rate(wide, given.blocks, given.depth, given.block_s)
         all_hits(checkpoint, given.tokens)
 
 

@@ -7,6 +7,7 @@ scattered in one batch, because a write through a view would make the whole bank
 16 MiB on an H100).
 """
 
+import mmap
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Protocol
@@ -108,10 +109,9 @@ class SharedBank:
     def _make(self, num_slots: int) -> None:
         names = [part.name for part in self._parts]
         owners = [
-            mx.zeros((num_slots, *part.shape), _MLX_CARRIERS[kept])
+            _zeros_on_page((num_slots, *part.shape), _MLX_CARRIERS[kept])
             for part, kept in zip(self._parts, self._kept, strict=True)
         ]
-        mx.eval(owners)
         views = [np.array(owner, copy=False).reshape(num_slots, -1) for owner in owners]
         arrays = [_as_float(owner, kept) for owner, kept in zip(owners, self._kept, strict=True)]
         mx.eval(arrays)
@@ -202,6 +202,21 @@ def _commit_row(row: npt.NDArray[np.generic], kept: str, start: int, raw: Bytes,
 def _as_float(array: mx.array, name: str) -> mx.array:
     """A bfloat16 array kept as its bits, seen as bfloat16; shares the memory."""
     return array.view(mx.bfloat16) if name == "BF16" else array
+
+
+def _zeros_on_page(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Zeros that start on a page, as readers' buffers do; a view of an array that is a page longer.
+
+    MLX's own start 24 bytes into one, and a copy from the start of a page to 1 to 63 bytes into another takes
+    four times as long on Zen 3 (`rep movsb`; 177 against 44 microseconds for 320 KiB).
+    """
+    size = prod(shape)
+    longer = mx.zeros(size + mmap.PAGESIZE // dtype.size, dtype)
+    mx.eval(longer)
+    first = -np.array(longer, copy=False).ctypes.data % mmap.PAGESIZE // dtype.size
+    zeros = longer[first : first + size].reshape(shape)
+    mx.eval(zeros)
+    return zeros
 
 
 def _host_array(part: Part, name: str, num_rows: int) -> npt.NDArray[np.generic]:

@@ -21,14 +21,17 @@ CARRIERS: dict[str, np.dtype[np.generic]] = {
 
 
 def commit(target: npt.NDArray[np.generic], target_dtype: str, raw: Bytes, dtype: str) -> None:
-    """Writes the values that `raw` holds as `dtype` into the flat `target`, kept as `target_dtype`."""
+    """Writes the values that `raw` holds as `dtype` into the flat `target`, kept as `target_dtype`.
+
+    A target that is wider than its values must have been zeros once and only ever written by this.
+    """
     values = raw.view(CARRIERS[dtype])
     if target_dtype == dtype:
         np.copyto(target, values)
     elif target_dtype == "F32" and dtype == "BF16":
-        bits = target.view(np.uint32)
-        np.copyto(bits, values)
-        np.left_shift(bits, 16, out=bits)
+        # The upper half of each; the lower stays zero. One pass, because after each the thread waits for the
+        # interpreter lock again.
+        np.copyto(target.view(np.uint16)[1::2], values)
     elif target_dtype == "BF16":
         np.copyto(target, bfloat16_bits(_to_float32(values, dtype)))
     else:

@@ -55,7 +55,7 @@ class Reader:
         self._timeout_s = timeout_s
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
-        self._queue: list[Task] = []
+        self._queue: list[tuple[int, int, Task]] = []  # by class, then in order of arrival
         self._order = itertools.count()
         self._workers: list[_Worker] = []
         self._num_quarantined = 0
@@ -91,7 +91,7 @@ class Reader:
             self._num_outstanding += len(reads)
             for read in reads:
                 assert read.nbytes <= self._max_read_bytes, "a read is larger than the buffers of the reader"
-                heapq.heappush(self._queue, Task(read, batch, next(self._order)))
+                self._push(Task(read, batch, next(self._order)))
             self._work.notify(len(reads))
         return batch
 
@@ -110,6 +110,7 @@ class Reader:
         with self._lock:
             for read in batch.reads:
                 read.read_class = read_class
+            self._queue = [(task.read.read_class, order, task) for _, order, task in self._queue]
             heapq.heapify(self._queue)
 
     def cancel(self, batch: Batch) -> bool:
@@ -136,31 +137,38 @@ class Reader:
 
     def _run(self, worker: _Worker) -> None:
         worker.thread = threading.get_ident()
-        while (task := self._take(worker)) is not None:
+        task = self._next(worker, None, None)
+        while task is not None:
             error: Exception | None = None
             try:
                 self._perform(task.read, worker)
             except Exception as caught:
                 # The thread's end of the line: whatever happened is told to the one who waits for this read.
                 error = caught
-            with self._lock:
-                worker.task = None
-                worker.is_delivering = False
-                if not worker.is_quarantined:
-                    self._settle(task, error)
-                elif not self._readmit(worker):
-                    return
+            task = self._next(worker, task, error)
 
-    def _take(self, worker: _Worker) -> Task | None:
+    def _next(self, worker: _Worker, done: Task | None, error: Exception | None) -> Task | None:
+        """Settles what the thread has done and gives it the next read; None when the thread has to end.
+
+        One turn under the lock for both: with small pieces, taking turns is most of what a read costs.
+        """
         with self._lock:
-            self._work.wait_for(lambda: self._queue or self._is_closed)
+            worker.task, worker.is_delivering = None, False
+            if worker.is_quarantined:
+                if not self._readmit(worker):
+                    return None
+            elif done is not None:
+                self._settle(done, error)
+            while not self._queue and not self._is_closed:
+                self._work.wait()
             if self._is_closed:
                 self._workers.remove(worker)
                 self._work.notify_all()
                 return None
-            worker.task = heapq.heappop(self._queue)
-            worker.task.started_s = time.monotonic()
-            return worker.task
+            *_, task = heapq.heappop(self._queue)
+            task.started_s = time.monotonic()
+            worker.task = task
+            return task
 
     def _perform(self, read: Read, worker: _Worker) -> None:
         buffer, file = worker.buffer, self._files[read.path]
@@ -193,9 +201,14 @@ class Reader:
         if error is not None or task.batch.num_pending == 0:
             task.batch.changed.notify_all()
 
+    def _push(self, task: Task) -> None:
+        heapq.heappush(self._queue, (task.read.read_class, task.order, task))
+
     def _drop(self, is_dropped: Callable[[Task], bool], why: str) -> int:
-        dropped = [task for task in self._queue if is_dropped(task)]
-        self._queue = [task for task in self._queue if not is_dropped(task)]
+        dropped = [task for *_, task in self._queue if is_dropped(task)]
+        if not dropped:
+            return 0
+        self._queue = [entry for entry in self._queue if not is_dropped(entry[-1])]
         heapq.heapify(self._queue)
         for task in dropped:
             self._settle(task, ReadDropped(f"{task.read.path}: {why}"))
@@ -219,7 +232,7 @@ class Reader:
         read = task.read
         # Bytes that are being delivered could arrive a second time.
         if not worker.is_delivering and self._files[read.path].give_up(worker.thread):
-            heapq.heappush(self._queue, Task(read, task.batch, task.order))
+            self._push(Task(read, task.batch, task.order))
             self._work.notify()
             return
         self._settle(

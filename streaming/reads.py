@@ -50,15 +50,12 @@ class Batch:
 
 @dataclass(eq=False)
 class Task:
-    """A read in the reader's queue, the most urgent first, first come first served within a class."""
+    """A read in the reader's queue or in the hands of one of its threads; `order` is that of arrival."""
 
     read: Read
     batch: Batch
     order: int
     started_s: float = 0.0
-
-    def __lt__(self, other: "Task") -> bool:
-        return (self.read.read_class, self.order) < (other.read.read_class, other.order)
 
 
 @dataclass

@@ -28,7 +28,8 @@ class TicketOffice:
     def __init__(self) -> None:
         self._generations: defaultdict[Slot, int] = defaultdict(int)
         self._writers: defaultdict[Slot, int] = defaultdict(int)
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._left = threading.Condition(self._lock)
 
     def issue(self, bank: Hashable, slot: int) -> Ticket:
         """A new ticket; earlier tickets for this slot are void and their writers gone when it returns."""
@@ -36,25 +37,28 @@ class TicketOffice:
 
     def revoke(self, bank: Hashable, slot: int) -> int:
         """Voids the slot's ticket and waits until nobody writes under it; returns the new generation."""
-        with self._changed:
+        with self._lock:
             self._generations[bank, slot] += 1
-            self._changed.wait_for(lambda: self._writers[bank, slot] == 0)
+            self._left.wait_for(lambda: self._writers[bank, slot] == 0)
             return self._generations[bank, slot]
 
     def enter(self, ticket: Ticket) -> bool:
         """Whether the ticket still holds; if so, the caller may write until it calls `leave`."""
-        with self._changed:
-            if self._generations[ticket.bank, ticket.slot] != ticket.generation:
+        slot = ticket.bank, ticket.slot
+        with self._lock:
+            if self._generations[slot] != ticket.generation:
                 return False
-            self._writers[ticket.bank, ticket.slot] += 1
+            self._writers[slot] += 1
             return True
 
     def leave(self, ticket: Ticket) -> None:
-        with self._changed:
-            self._writers[ticket.bank, ticket.slot] -= 1
-            self._changed.notify_all()
+        slot = ticket.bank, ticket.slot
+        with self._lock:
+            self._writers[slot] -= 1
+            if self._generations[slot] != ticket.generation:
+                self._left.notify_all()  # somebody has voided it meanwhile and waits
 
     def num_writers(self) -> int:
         """Writers inside any slot; 0 whenever no read is outstanding."""
-        with self._changed:
+        with self._lock:
             return sum(self._writers.values())
