@@ -108,7 +108,7 @@ class ReplayedModel:
         """[M, H] -> [M, V]."""
         return self._inner.logits(hidden)
 
-    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         """As the model's own."""
         rows = self._place(tokens, spans)
         layers = self._inner.forward(tokens, spans)

@@ -9,7 +9,7 @@ model knows. Outputs of a row's experts are added in ascending expert id in ever
 with an expert does not depend on the slot that holds it, so any budget gives the same bits.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -98,7 +98,7 @@ class Experts:
         if self._arithmetic.gathers(x.shape[0]):
             pairs = self._all_pairs(x, ids, scores, guess, beside)
             return (pairs * weights[..., None]).sum(axis=1).astype(x.dtype)
-        return self.sweep(lambda rows: x[rows], ids, weights, scores).astype(x.dtype)
+        return run_through(self.sweep(lambda rows: x[rows], ids, weights, scores)).astype(x.dtype)
 
     def _all_pairs(
         self,
@@ -187,9 +187,10 @@ class Experts:
         ids: mx.array,
         weights: mx.array,
         scores: mx.array | None = None,
-    ) -> mx.array:
+    ) -> Generator[None, None, mx.array]:
         """Many rows: each expert multiplied once with all that want it, added up in ascending id.
 
+        Pauses after each group of experts, when nothing pending refers to a bank.
         `take`: numbered rows of the input, [n] -> [n, H]; ids, weights, scores as above -> float32 [N, H].
         """
         wanted, _ = self._synchronise(ids, None if self._source.is_resident else scores, None)
@@ -205,6 +206,7 @@ class Experts:
                     if rows.size == EXPERT_ROWS:
                         mx.eval(out)
             mx.eval(out)
+            yield
         return out
 
     def _unpacked(self, place: Place, num_rows: int) -> Callable[[mx.array], mx.array]:
@@ -234,6 +236,16 @@ class Experts:
         if not self._source.is_resident:
             self._pending = out
         return out
+
+
+def run_through(steps: Generator[object, None, mx.array]) -> mx.array:
+    """What a computation that pauses comes to, without its pauses."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: mx.array = stop.value
+            return result
 
 
 def _pieces(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Iterator[tuple[mx.array, mx.array]]:

@@ -198,7 +198,8 @@ class ExpertStore:
     def _layer_bank(self, layer: int | None) -> LayerBank | None:
         if layer is None:
             return None
-        return LayerBank(layer, self._layers[layer].bank, self._layers[layer].books)
+        state = self._layers[layer]
+        return LayerBank(layer, state.bank, state.books, state.ahead)
 
     def observe(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
         """By what the router chose among all experts, `[tokens, experts]`."""
