@@ -113,21 +113,18 @@ def _ask(name: str, number: int) -> Generate:
     return Generate(name, tuple(int(t) for t in ids), MAX_TOKENS, Sampling(temperature=0), agent=name)
 
 
-def find_rate(bench: Bench, num_steps: int) -> tuple[float, dict[int, float]]:
-    """Bytes per second that give a lone agent the target's balance; seconds of compute by width."""
-    compute_s = {
-        width: min(decode(bench, None, "synthetic", width, width, num_steps).step_s for _ in range(2))
-        for width in WIDTHS
-    }
-    alone = decode(bench, 1e12, "synthetic", 1, 1, 2 * num_steps)
-    return alone.bytes_per_step / (IO_PER_COMPUTE * compute_s[1]), compute_s
+def find_rate(bench: Bench, num_steps: int) -> float:
+    """Bytes per second that give a lone agent the target's balance."""
+    compute_s = min(decode(bench, None, "synthetic", 1, 1, num_steps).step_s for _ in range(2))
+    alone = decode(bench, 1e12, "synthetic", 1, 1, num_steps)
+    return alone.bytes_per_step / (IO_PER_COMPUTE * compute_s)
 
 
 def bench_agents(
     console: Console, bench: Bench, kinds: Sequence[str], widths: Sequence[int], steps: int, rounds: int
 ) -> None:
     """The table of agents."""
-    rate, _ = find_rate(bench, steps)
+    rate = find_rate(bench, steps)
     seen: dict[tuple[str, int], list[Decoded]] = {}
     compute: dict[int, list[float]] = {width: [] for width in widths}
     for _ in range(rounds):
@@ -156,7 +153,7 @@ def bench_widths(
     console: Console, bench: Bench, kinds: Sequence[str], steps: int, rounds: int, chosen_steps: int
 ) -> None:
     """The table of widths. Each fixed width gets as many tokens."""
-    rate, _ = find_rate(bench, steps)
+    rate = find_rate(bench, steps)
     table = Table(title=f"tokens/s of eight agents by width of the step, a disk of {rate / 1e6:.1f} MB/s")
     for column in ("routing", *map(str, WIDTHS), "chosen", "of the best", "on the way"):
         table.add_column(column, justify="right")
