@@ -2,10 +2,12 @@
 
 Through the product's own path, one token at a time, sampled at temperature 0.8, so that the routes are those
 of text that the model writes and not of right answers. Other questions than those of `pocket-router.npz`:
-what is tuned on one trace is tested on the other.
+what is tuned on one trace is tested on the other. With `--shared` eight conversations that begin with the
+same 2,048 tokens: sources, as agents of one repository read them.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import models
+from benchmarks.drive import use_fast_blas
+from benchmarks.slow_pocket import text_tokens
 from models.arithmetic import CPU
 from models.attention import Span
 from models.loading import load_model, open_checkpoint
@@ -21,6 +25,7 @@ from server.glm.tokenizer import load_tokenizer
 from streaming.policy import LeastRecentlyUsed, Scores
 from streaming.store import ExpertStore
 
+SHARED_TOKENS = 2048
 POCKET = Path(models.__file__).with_name("pocket")
 QUESTIONS = (
     "Who are you, and what can you do for me?", "Write a short poem about the sea.",
@@ -46,7 +51,9 @@ class Recorder(LeastRecentlyUsed):
             self.rows.append(scores[0].copy())
 
 
-def record(tokens_per_answer: int) -> dict[str, NDArray[np.generic]]:
+def record(
+    tokens_per_answer: int, common: list[int], questions: Sequence[str]
+) -> dict[str, NDArray[np.generic]]:
     checkpoint, recorders = open_checkpoint(POCKET), list[Recorder]()
 
     def make_policy() -> Recorder:
@@ -56,8 +63,8 @@ def record(tokens_per_answer: int) -> dict[str, NDArray[np.generic]]:
     store = ExpertStore(checkpoint.experts, 48, float_dtype=CPU.dtype, make_policy=make_policy)
     model, tokenizer = load_model(checkpoint, CPU, store), load_tokenizer(POCKET)
     template, sequence = load_chat_template(POCKET), list[int]()
-    for number, question in enumerate(QUESTIONS):
-        ids = tokenizer.encode(template.render([{"role": "user", "content": question}], None, {}))
+    for number, question in enumerate(questions):
+        ids = common + tokenizer.encode(template.render([{"role": "user", "content": question}], None, {}))
         cache, key = model.make_cache(), mx.random.key(number)
         for _ in range(tokens_per_answer + 1):
             logits = model.logits(model(mx.array(ids), [Span(cache, 0, len(ids))])[-1:])[0]
@@ -81,8 +88,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=70, help="of each answer")
+    parser.add_argument("--shared", action="store_true", help="eight behind 2,048 tokens in common")
     given = parser.parse_args()
-    trace = record(given.tokens)
+    use_fast_blas("benchmarks.record_routing")
+    common = list(text_tokens(0, SHARED_TOKENS)) if given.shared else []
+    trace = record(given.tokens, common, QUESTIONS[:8] if given.shared else QUESTIONS)
     np.savez_compressed(given.out, **trace)  # type: ignore[arg-type]
     print(f"{len(trace['sequence'])} tokens -> {given.out}")
 

@@ -8,6 +8,7 @@ experts touched in 75 tokens, the top four take 4.3 % of the selections).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,15 @@ def load_routing(path: Path, k: int) -> Routing:
     with np.load(path) as file:
         scores = file["scores"].astype(np.float32) / 255 + file["bias"]
         return _route(scores, k)
+
+
+def load_conversations(path: Path, k: int) -> list[Routing]:
+    """The conversations of a recorded trace, each by itself."""
+    whole = load_routing(path, k)
+    with np.load(path) as file:
+        sequence = file["sequence"]
+    starts = [0, *(np.flatnonzero(np.diff(sequence)) + 1), len(sequence)]
+    return [Routing(whole.experts[a:b], whole.scores[a:b]) for a, b in pairwise(starts)]
 
 
 def _route(scores: NDArray[np.float32], k: int) -> Routing:

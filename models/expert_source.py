@@ -56,19 +56,23 @@ class ExpertSource(Protocol):
         """Whether `expect` is worth calling."""
         ...
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> NDArray[np.int32]:
-        """Slots of these experts (unique, ascending, at most num_slots), resident until the next call.
-
-        The caller guarantees that no product which names a slot of this layer is still to be evaluated.
-        """
-        ...
-
     def begin(self, layer: int, experts: Sequence[int]) -> Any:
-        """The same without waiting: a Fetch, to be given to `finish` before the next call."""
+        """Starts to bring these experts (unique, ascending, at most num_slots): a Fetch for `finish`.
+
+        It is finished before the next call, until which they stay. The caller guarantees that no product
+        which names a slot of this layer is still to be evaluated.
+        """
         ...
 
     def finish(self, fetch: Any) -> None:
         """Waits until all experts of the fetch are in their slots."""
+        ...
+
+    def take_turns(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """The same for more than num_slots: some at a time, ascending, and their slots.
+
+        The caller evaluates every product with them before it asks for the next.
+        """
         ...
 
     def sweep(self, layer: int, rows_of: Mapping[int, int], at_once: int) -> Iterator[Sequence[Place]]:
@@ -84,5 +88,5 @@ class ExpertSource(Protocol):
         ...
 
     def expect(self, layer: int, ranks: Sequence[Sequence[int]]) -> None:
-        """A guess at what is asked for next, `ranks[0]` likeliest; the same guarantee as for `acquire`."""
+        """A guess at what is asked for next, `ranks[0]` likeliest; the same guarantee as for `begin`."""
         ...

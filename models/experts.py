@@ -9,7 +9,7 @@ model knows. Outputs of a row's experts are added in ascending expert id in ever
 with an expert does not depend on the slot that holds it, so any budget gives the same bits.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -104,7 +104,7 @@ class Experts:
         if self._arithmetic.gathers(x.shape[0]):
             pairs = self._all_pairs(x, ids, scores, guess, beside)
             return (pairs * weights[..., None]).sum(axis=1).astype(x.dtype)
-        return self.sweep(lambda rows: x[rows], ids, weights, scores).astype(x.dtype)
+        return run_through(self.sweep(lambda rows: x[rows], ids, weights, scores)).astype(x.dtype)
 
     def _all_pairs(
         self,
@@ -119,15 +119,15 @@ class Experts:
             return self._gathered(x[:, None, None, :], ids)
         wanted, guessed = self._synchronise(ids, scores, guess)
         # One row's experts are unique and ascending as they are.
-        groups = list(self._groups(wanted[0] if len(wanted) == 1 else np.unique(wanted)))
-        if len(groups) > 1:
-            return self._pairs_in_groups(x, wanted, groups)
-        fetch = self._source.begin(self._layer, groups[0])
+        experts = (wanted[0] if len(wanted) == 1 else np.unique(wanted)).tolist()
+        if len(experts) > self._source.num_slots(self._layer):
+            return self._pairs_in_turns(x, wanted, experts, beside)
+        fetch = self._source.begin(self._layer, experts)
         if guessed is not None and self._next is not None:
             self._source.expect(self._next._layer, guessed.T.tolist())
         slots, is_here = fetch.slots[None], fetch.is_here[None]
         if len(wanted) > 1:
-            places = np.searchsorted(groups[0], wanted)
+            places = np.searchsorted(experts, wanted)
             slots, is_here = fetch.slots[places], fetch.is_here[places]
         if is_here.all():
             pairs = self._gathered(x[:, None, None, :], mx.array(slots))
@@ -173,15 +173,18 @@ class Experts:
         rows = mx.array(pairs // slots.shape[1])
         return self._gathered(x[rows, None, :], mx.array(slots.ravel()[pairs]))
 
-    def _pairs_in_groups(self, x: mx.array, wanted: NDArray[np.int32], groups: list[list[int]]) -> mx.array:
-        """More experts than slots: one group of experts after the other, each pair computed alone."""
+    def _pairs_in_turns(
+        self, x: mx.array, wanted: NDArray[np.int32], experts: list[int], beside: Sequence[mx.array]
+    ) -> mx.array:
+        """More experts than slots: some at a time, each pair computed alone."""
         num_rows, k = wanted.shape
         out = mx.zeros((num_rows * k, x.shape[1]), dtype=x.dtype)
-        for group in groups:
-            pairs = np.flatnonzero(np.isin(wanted, group))
-            slots = self._acquire(group)[np.searchsorted(group, wanted.ravel()[pairs])]
+        mx.async_eval(*beside)
+        for turn, places in self._source.take_turns(self._layer, experts):
+            pairs = np.flatnonzero(np.isin(wanted, turn))
+            slots = np.array(places, np.int32)[np.searchsorted(turn, wanted.ravel()[pairs])]
             out[mx.array(pairs)] = self._gathered(x[mx.array(pairs // k), None, :], mx.array(slots))
-            self._remember(out)
+            mx.eval(out)
         return out.reshape(num_rows, k, -1)
 
     def sweep(
@@ -190,9 +193,10 @@ class Experts:
         ids: mx.array,
         weights: mx.array,
         scores: mx.array | None = None,
-    ) -> mx.array:
+    ) -> Generator[None, None, mx.array]:
         """Many rows: each expert multiplied once with all that want it, added up in ascending id.
 
+        Pauses after each group of experts, when nothing pending refers to a bank.
         `take`: numbered rows of the input, [n] -> [n, H]; ids, weights, scores as above -> float32 [N, H].
         """
         wanted, _ = self._synchronise(ids, None if self._source.is_resident else scores, None)
@@ -208,6 +212,7 @@ class Experts:
                     if rows.size == EXPERT_ROWS:
                         mx.eval(out)
             mx.eval(out)
+            yield
         return out
 
     def _unpacked(self, place: Place, num_rows: int) -> Callable[[mx.array], mx.array]:
@@ -232,22 +237,21 @@ class Experts:
         hidden = nn.silu(product(x, "gate_proj")) * product(x, "up_proj")
         return product(hidden, "down_proj")[..., 0, :]
 
-    def _groups(self, experts: NDArray[np.int32]) -> Iterator[list[int]]:
-        """The experts in ascending id, in groups that fit the slots."""
-        slots = self._source.num_slots(self._layer)
-        for start in range(0, len(experts), slots):
-            yield experts[start : start + slots].tolist()
-
-    def _acquire(self, group: list[int]) -> NDArray[np.int32]:
-        """Slots of the group; before, whatever may still read a slot of this bank is evaluated."""
-        self.settle()
-        return self._source.acquire(self._layer, group)
-
     def _remember(self, out: mx.array) -> mx.array:
         """A lazy product reads its slots when it is evaluated: keep it until then."""
         if not self._source.is_resident:
             self._pending = out
         return out
+
+
+def run_through(steps: Generator[object, None, mx.array]) -> mx.array:
+    """What a computation that pauses comes to, without its pauses."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: mx.array = stop.value
+            return result
 
 
 def _pieces(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Iterator[tuple[mx.array, mx.array]]:

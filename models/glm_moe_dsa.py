@@ -15,7 +15,7 @@ from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.attention import Attention, Part, Span, make_parts
 from models.cache import SequenceCache
-from models.experts import Experts
+from models.experts import Experts, run_through
 from models.linear import Linear
 from models.router import Router
 from models.tiles import EAGER_ROWS
@@ -53,15 +53,15 @@ class MoeMlp(nn.Module):
         shared = self.shared_experts(x)
         return self._experts(x, ids, weights, choice, guess=guess, beside=(shared,)) + shared
 
-    def sweep(self, x: mx.array, norm: nn.RMSNorm, parts: Sequence[Part]) -> None:
-        """Adds what it makes of norm(x) to x [N, H], for many rows.
+    def sweep(self, x: mx.array, norm: nn.RMSNorm, parts: Sequence[Part]) -> Generator[None, None, None]:
+        """Adds what it makes of norm(x) to x [N, H], for many rows, with pauses.
 
         As long as the prompt are x, the experts' sum and the routing; all else is made part by part.
         """
         routing = [self.gate(norm(x[part.rows])) for part in parts]
         ids, weights, choice = (mx.concatenate(list(column)) for column in zip(*routing, strict=True))
         mx.eval(ids, weights, choice)
-        routed = self._experts.sweep(lambda rows: norm(x[rows]), ids, weights, choice)
+        routed = yield from self._experts.sweep(lambda rows: norm(x[rows]), ids, weights, choice)
         for part in parts:
             added = routed[part.rows].astype(x.dtype)
             if "shared_experts" in self:
@@ -111,9 +111,7 @@ class DecoderLayer(nn.Module):
             self._first_sparse = lambda: sparse  # not its module's child
 
     def __call__(self, x: mx.array, parts: Sequence[Part]) -> mx.array:
-        """x [N, H] -> [N, H]. Large parts are computed one after the other, in x itself."""
-        if any(part.is_large for part in parts):
-            return self._piece_by_piece(x, parts)
+        """x [N, H] -> [N, H], of few rows."""
         [part] = parts
         h = self._attended(x, part)
         normed = self.post_attention_layernorm(h)
@@ -124,17 +122,18 @@ class DecoderLayer(nn.Module):
             self._first_sparse().anticipate(lambda: guess(h), h.shape[0])
         return h + self.mlp(normed)
 
-    def _piece_by_piece(self, x: mx.array, parts: Sequence[Part]) -> mx.array:
-        """The same for many rows, part by part and in x itself."""
+    def piece_by_piece(self, x: mx.array, parts: Sequence[Part]) -> Generator[None, None, None]:
+        """The same for many rows, part by part and in x itself, pausing when nothing is pending."""
         for part in parts:
             replace_rows(x, part, self._attended(x[part.rows], part))
+            yield
         if isinstance(self.mlp, MoeMlp):
-            self.mlp.sweep(x, self.post_attention_layernorm, parts)
-            return x
+            yield from self.mlp.sweep(x, self.post_attention_layernorm, parts)
+            return
         for part in parts:
             rows = x[part.rows]
             replace_rows(x, part, rows + self.mlp(self.post_attention_layernorm(rows)))
-        return x
+            yield
 
     def _attended(self, x: mx.array, part: Part) -> mx.array:
         return x + self.self_attn(self.input_layernorm(x), part)
@@ -193,33 +192,31 @@ class Model(nn.Module):
             if isinstance(layer.mlp, MoeMlp):
                 layer.mlp.settle()
 
-    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         """One pass over all layers, pausing after each; the value returned is the hidden state [N, H].
 
-        tokens int32 [N]; the spans cover the rows without gaps and own different caches. At each pause of
-        a pass over many rows all work so far is evaluated, so nothing pending refers to a bank and the
-        graph stays small; a pass over few rows stays lazy until somebody reads its result.
+        tokens int32 [N]; the spans cover the rows without gaps and own different caches. A pass over many
+        rows pauses amid its layers too, with None, where a group of experts or a part of the rows is done.
+        At each of its pauses all work so far is evaluated, so nothing pending refers to a bank and the
+        graph stays small; a pass over few rows stays lazy until somebody reads its result. Amid a layer
+        other passes over few rows may run, but not over many: they would take over the experts on their way.
         """
         parts = make_parts(spans)
         for span in spans:
             span.cache.expect(span.rows)
         x = self.model.embed_tokens(tokens).astype(self.arithmetic.dtype)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, parts)
-            if tokens.shape[0] > EAGER_ROWS:
+            if tokens.shape[0] <= EAGER_ROWS:
+                x = layer(x, parts)
+            else:
+                yield from layer.piece_by_piece(x, parts)
                 mx.eval(x, *(state for span in spans for state in span.cache.states(i)))
             yield i
         return self.model.norm(x)
 
     def __call__(self, tokens: mx.array, spans: Sequence[Span]) -> mx.array:
         """The hidden state [N, H] after all layers and the last norm, without pauses."""
-        steps = self.forward(tokens, spans)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as stop:
-                hidden: mx.array = stop.value
-                return hidden
+        return run_through(self.forward(tokens, spans))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden [M, H] -> float32 [M, vocab]."""

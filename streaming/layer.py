@@ -4,7 +4,7 @@ Made and called by the store, on its thread. Some reads are waited for; others r
 and give way to those.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from streaming.banks import Bank
 from streaming.fills import Fill, Filler, raise_failure
@@ -38,6 +38,11 @@ class StoreLayer:
 
     def begin(self, experts: Sequence[int]) -> Sequence[Fill]:
         """Starts to bring what is not here of the experts somebody needs now; the fills to wait for."""
+        joined, missed = self.ask(experts)
+        return [*joined.values(), *self._start_missed(missed, frozenset(experts))]
+
+    def ask(self, experts: Sequence[int]) -> tuple[dict[int, Fill], list[int]]:
+        """Notes that somebody needs these now: those that are on their way, and those that are to be read."""
         for gate in self._gates.values():
             gate.judge(experts)
         joined = self.join_ahead(experts)
@@ -45,7 +50,15 @@ class StoreLayer:
         self._count(experts, len(missed), len(joined))
         # Used before the others are held, in every kind of bank: what was read is the most recent.
         self.books.use([expert for expert in experts if expert in self.books])
-        return [*joined.values(), *self._start_missed(missed, frozenset(experts))]
+        return joined, missed
+
+    def start(self, missed: Sequence[int], keep: Collection[int]) -> Sequence[Fill]:
+        """Starts the reads of these, in slots of experts not in `keep`; as many as the bank fills at once."""
+        fills = [self._make(expert, keep, ReadClass.DEMAND) for expert in missed]
+        self.bank.begin([fill.slot for fill in fills])
+        if fills:
+            self._filler.submit(fills)
+        return fills
 
     def wait(self, fills: Sequence[Fill]) -> None:
         """Returns once all are in their slots. DiskError names one that could not be read."""
@@ -107,19 +120,12 @@ class StoreLayer:
         while self.ahead and self.books.num_free(keep) < len(missed):
             self.give_up(self.ahead.popitem()[1])
         if self.bank.is_in_place:
-            return self._submit(missed, keep)
+            return self.start(missed, keep)
         for first in range(0, len(missed), self.bank.max_fill):
-            self.wait(self._submit(missed[first : first + self.bank.max_fill], keep))
+            self.wait(self.start(missed[first : first + self.bank.max_fill], keep))
         return ()
 
-    def _submit(self, missed: Sequence[int], keep: frozenset[int]) -> list[Fill]:
-        fills = [self._make(expert, keep, ReadClass.DEMAND) for expert in missed]
-        self.bank.begin([fill.slot for fill in fills])
-        if fills:
-            self._filler.submit(fills)
-        return fills
-
-    def _make(self, expert: int, keep: frozenset[int], read_class: ReadClass) -> Fill:
+    def _make(self, expert: int, keep: Collection[int], read_class: ReadClass) -> Fill:
         return self._filler.make(self.number, self.bank, expert, self.books.take(keep), read_class)
 
     def _land(self, fill: Fill) -> None:

@@ -8,7 +8,7 @@ The caller promises that every gather that names a slot of a layer was evaluated
 evaluated, and keeps the bank of its time in memory until then.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -28,6 +28,7 @@ from streaming.residency import Residency
 from streaming.ring import Ring
 from streaming.statistics import StoreStatistics
 from streaming.sweep import LayerBank, Place, Sweeper, resident_groups
+from streaming.turns import Turn, take_turns
 
 # Experts that `load_all` asks for in one go: enough to keep every reader busy.
 LOADED_AT_ONCE = 32
@@ -59,6 +60,7 @@ class ExpertStore:
         self._looks_ahead = looks_ahead and maker.is_shared
         self._after = dict(zip(index.layers, [*index.layers[1:], None], strict=True))
         self._unfinished: Fetch | None = None
+        self._turns: Generator[Turn] | None = None
         self._counts = StoreStatistics()
         try:
             self._filler = Filler(index, disk or DirectDisk(), num_threads=num_threads, timeout_s=timeout_s)
@@ -175,6 +177,15 @@ class ExpertStore:
         self._unfinished = None
         self._layers[fetch.layer].wait(fetch.fills)
 
+    def take_turns(self, layer: int, experts: Sequence[int]) -> Iterator[Turn]:
+        """More experts (unique, ascending) than the layer has slots, some at a time, with their slots.
+
+        Asking for the next says that every product with the last ones is evaluated. Raises as `acquire` does.
+        """
+        self._abandon_unfinished()
+        self._turns = take_turns(self._layers[layer], experts)
+        return self._turns
+
     def sweep(self, layer: int, rows_of: Mapping[int, int], at_once: int) -> Iterator[Sequence[Place]]:
         """All experts that a prompt wants, in ascending id, in groups of at most `at_once`, each read once.
 
@@ -193,7 +204,8 @@ class ExpertStore:
     def _layer_bank(self, layer: int | None) -> LayerBank | None:
         if layer is None:
             return None
-        return LayerBank(layer, self._layers[layer].bank, self._layers[layer].books)
+        state = self._layers[layer]
+        return LayerBank(layer, state.bank, state.books, state.ahead)
 
     def observe(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
         """By what the router chose among all experts, `[tokens, experts]`."""
@@ -254,7 +266,9 @@ class ExpertStore:
         self._filler.close()
 
     def _abandon_unfinished(self) -> None:
-        """What was computed between `begin` and `finish` failed: its slots are taken back."""
+        """What was computed with a fetch, or with a turn, failed: slots on their way are taken back."""
+        if self._turns is not None:
+            self._turns.close()
         if (fetch := self._unfinished) is not None:
             self._unfinished = None
             for fill in fetch.fills:

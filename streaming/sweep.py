@@ -6,7 +6,7 @@ layer where that is sure to want them. The hottest stay in the layer's bank. A s
 it wants nearly every expert, so it says nothing about which one decode wants next.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -35,11 +35,12 @@ class Place:
 
 @dataclass(frozen=True)
 class LayerBank:
-    """A layer with its bank and the bank's books."""
+    """A layer with its bank, the bank's books, and what is on its way into it."""
 
     layer: int
     bank: Bank
     books: Residency
+    coming: Container[int]
 
 
 class Sweeper:
@@ -54,18 +55,22 @@ class Sweeper:
         """Groups of at most `at_once` places, in ascending expert id.
 
         `rows_of`: how many rows want each expert. Asking for the next group says that all products with
-        the last one are evaluated. DiskError names what could not be read.
+        the last one are evaluated. Before that the banks may serve others, but no other sweep may begin.
+        DiskError names what could not be read.
         """
         experts = sorted(rows_of)
         missing = [expert for expert in experts if expert not in here.books]
-        self._counts.sweep_hits += len(experts) - len(missing)
         self._ring.begin(self._order(here.layer, missing, following, len(experts)))
         hottest = _hottest(here.books, rows_of, missing)
         at_once = min(at_once, max(1, self._ring.num_slots // 2))
         try:
             for first in range(0, len(experts), at_once):
                 group = experts[first : first + at_once]
-                read = [expert for expert in group if expert not in here.books]
+                left = [expert for expert in experts[first:] if expert not in here.books]
+                if left != missing:  # decode steps ran meanwhile, and changed what is there
+                    self._ring.begin(self._order(here.layer, left, following, len(experts)))
+                read = [expert for expert in group if expert in left]
+                missing = left[len(read) :]
                 yield self._bring(here, group, read)
                 for expert in hottest.intersection(read):
                     self._admit(here, rows_of, expert)
@@ -90,6 +95,7 @@ class Sweeper:
         if failed := [fill for fill in fills if fill.error is not None]:
             self._counts.failures += len(failed)
             raise_failure(here.layer, failed)
+        self._counts.sweep_hits += len(group) - len(read)
         self._counts.sweep_reads += len(read)
         self._counts.payload_bytes += len(read) * self._index.expert_bytes(here.layer)
         in_ring = {fill.expert: fill.slot for fill in fills}
@@ -106,7 +112,7 @@ class Sweeper:
         slot_of_ring = self._ring.slot(here.layer, expert)
         books = here.books
         keep = {e for e, rows in rows_of.items() if e in books and (e > expert or rows >= rows_of[expert])}
-        if books.num_free(keep) == 0:
+        if expert in books or expert in here.coming or books.num_free(keep) == 0:
             return
         slot = books.take(keep)
         here.bank.copy(slot, self._ring.bank(here.layer), slot_of_ring)

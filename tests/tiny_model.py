@@ -5,7 +5,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from models.args import ModelArgs
 from models.arithmetic import CPU
@@ -48,14 +47,14 @@ class MemoryExperts:
     def bank(self, layer: int) -> Mapping[str, mx.array]:
         return self._banks[layer]
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> NDArray[np.int32]:
-        return np.array(experts, dtype=np.int32)
-
     def begin(self, layer: int, experts: Sequence[int]) -> None:
         raise AssertionError("resident experts are never fetched")
 
     def finish(self, fetch: None) -> None:
         raise AssertionError("resident experts are never fetched")
+
+    def take_turns(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+        raise AssertionError("resident experts take no turns")
 
     def sweep(self, layer: int, rows_of: Mapping[int, int], at_once: int) -> Iterator[Sequence[Place]]:
         return resident_groups(self._banks[layer], rows_of, at_once)

@@ -1,9 +1,9 @@
 """The engine's loop: take commands, choose, run one step, hand out tokens.
 
-A step is a decode step of all that decode, or one layer of a pass over prompts. At most two passes are under
-way: a large one, and one over short prompts that came later and would wait too long. Runs on the thread that
-opened the model, the only one that touches MLX. Commands arrive in a queue that another thread fills; events
-leave through `send`.
+A step is a decode step of all that decode, or one layer of a pass over prompts, or a part of one. At most two
+passes are under way: a large one, and one over short prompts that came later and would wait too long. Runs
+on the thread that opened the model, the only one that touches MLX. Commands arrive in a queue that another
+thread fills; events leave through `send`.
 """
 
 import logging
@@ -51,7 +51,8 @@ log = logging.getLogger(__name__)
 class EngineLoop:
     """Serves commands until Shutdown.
 
-    `beat` is called before each layer and each step, and, with True, before the loop waits for commands.
+    `beat` is called before each layer, each part of one and each step, and, with True, before the loop waits
+    for commands.
     """
 
     def __init__(
@@ -150,7 +151,12 @@ class EngineLoop:
         if batch and not (self._passes and not self._pace.is_step_due(len(batch))):
             self._decode(batch)
         elif self._passes:
-            self._advance(min(self._passes, key=lambda one: one.turn_s), is_contended=bool(batch))
+            self._advance(self._whose_layer(), is_contended=bool(batch))
+
+    def _whose_layer(self) -> Pass:
+        """A pass that is amid a layer goes on; else the one that has had less."""
+        amid = [one for one in self._passes if one.is_amid_layer]
+        return amid[0] if amid else min(self._passes, key=lambda one: one.turn_s)
 
     def _clear_away(self) -> None:
         """Who is not wanted any more gives up its place, and who has outgrown the KV waits again."""

@@ -17,8 +17,8 @@ from server.engine.prefix import PrefixCache
 class Model(Protocol):
     """A language model over flat batches."""
 
-    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
-        """Yield after each layer; return the hidden rows [N, H]."""
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
+        """Yield after each layer, with None also amid those of many rows; return the hidden rows [N, H]."""
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[M, H] -> [M, V], fp32."""

@@ -20,6 +20,7 @@ class Pass:
     def __init__(self, model: Model, parts: Rows[Part]) -> None:
         self.parts = list(parts)
         self.num_layers_done = 0
+        self.is_amid_layer = False  # other steps may run now, but no other pass over many rows
         self.seconds = 0.0  # spent on it, by the loop's clock
         self.turn_s = 0.0  # of them, since it shares the time with another pass
         self.is_reading = not all(part.sequence.is_decoding for part in parts)
@@ -45,7 +46,7 @@ class Pass:
         return not all(part.sequence.is_cancelled for part in self.parts)
 
     def advance(self) -> mx.array | None:  # [N, H]
-        """One more layer; the hidden rows after the last one."""
+        """One more layer, or a part of one; the hidden rows after the last one."""
         try:
             layer = next(self._layers)
         except StopIteration as end:
@@ -53,6 +54,9 @@ class Pass:
             # index keys that nothing has read yet would otherwise stay pending, step after step
             mx.async_eval(hidden, *self._written)  # type: ignore[no-untyped-call]
             return hidden
+        self.is_amid_layer = layer is None
+        if layer is None:
+            return None
         self.num_layers_done += 1
         for cache in self._caches:
             self._written += cache.states(layer)

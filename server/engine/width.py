@@ -2,17 +2,25 @@
 
 A wider step saves synchronisations and arithmetic but hardly any bytes, and the conversations in it dilute
 one cache of experts, which may hold two of them and not three: which width gives the most tokens per second
-is measured. The powers of two are tried in turn, for a few steps each, more and more seldom while nothing
-better is found.
+is measured. A survey runs the powers of two by turns, the one in use among them, in three rounds, and the
+best median is taken: what slows the machine for a while slows all of them, and one disturbed measurement
+decides nothing. Between surveys passes a multiple of the time that the last one took.
 """
 
-# Steps of a trial, the first of which are not counted: the cache still holds what the last width wanted.
-TRIAL_STEPS, SETTLING_STEPS = 24, 8
-# Steps between trials: at first, and at most.
-FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
+from collections import defaultdict
+from statistics import median
+
+# Steps of each width in a round. The first are a turn in which the cache comes to hold what this width wants,
+# the others a whole turn, with what it costs to begin one.
+SETTLING_STEPS, COUNTED_STEPS = 8, 8
+ROUNDS = 3
+# What is so much slower than the best of a round is not tried again in this survey.
+HOPELESS = 0.75
 # A width must be better by this part to be taken instead.
-MARGIN = 0.03
-FRESHNESS = 1 / 16
+MARGIN = 0.02
+# Steps before the first survey, and pauses after it in times of its length: at first, and at most.
+FIRST_STEPS = 16
+FIRST_PAUSE, LONGEST_PAUSE = 4, 16
 
 
 class Width:
@@ -20,56 +28,79 @@ class Width:
 
     def __init__(self, most: int, fixed: int | None, *, adapts: bool) -> None:
         self._most, self._fixed, self._adapts = most, fixed, adapts
-        self.rates: dict[int, float] = {}  # tokens/s by width
+        self.rates: dict[int, float] = {}  # tokens/s by width, in the last survey
         self.chosen = fixed or most
-        self._trial: int | None = None
-        self._trial_steps = 0
-        self._trial_s = 0.0
-        self._last_tried = most
-        self._pause = self._steps_left = FIRST_PAUSE
+        self._widths: list[int] = []  # of the survey under way; the first is being measured
+        self._seen: dict[int, list[float]] = {}  # tokens/s by width, one a round
+        self._survey_s = self._pause_s = 0.0
+        self._pause = FIRST_PAUSE
+        self._num_steps = self._num_rows = 0
+        self._counted_s = 0.0
 
     def choose(self, num_decoding: int) -> int:
         """Rows of the next step, where so many sequences decode."""
         if self._fixed or not self._adapts:
             return self._fixed or self._most
         most = min(num_decoding, self._most)
-        if self._trial is None and self._steps_left <= 0 and most > 1:
-            self._begin_trial(most)
-        return min(self._trial or self.chosen, most) if most else self.chosen
+        if self._widths and 0 < most <= self._widths[0] // 2:  # so few say nothing about this width
+            self._end_survey()
+        if not self._widths and most > 1 and self._num_steps >= FIRST_STEPS and self._pause_s <= 0:
+            self._begin_survey(most)
+        width = self._widths[0] if self._widths else self.chosen
+        return min(width, most) if most else width
 
     def note(self, width: int, seconds: float) -> None:
         """An undisturbed step of so many rows took so long."""
         if self._fixed or not self._adapts:
             return
-        if width == self._trial:
-            self._trial_steps += 1
-            if self._trial_steps > SETTLING_STEPS:
-                self._trial_s += seconds
-            if self._trial_steps == TRIAL_STEPS:
-                self._end_trial()
+        if not self._widths:
+            self._num_steps += 1
+            self._pause_s -= seconds
             return
-        self._steps_left -= 1
-        if seconds > 0:
-            rate = width / seconds
-            self.rates[width] = self.rates.get(width, rate) + FRESHNESS * (rate - self.rates.get(width, rate))
+        self._survey_s += seconds
+        self._num_steps += 1
+        if self._num_steps > SETTLING_STEPS:
+            self._num_rows += width
+            self._counted_s += seconds
+        if self._num_steps == SETTLING_STEPS + COUNTED_STEPS:
+            self._end_turn()
 
-    def _begin_trial(self, most: int) -> None:
-        """The next of the widths that are not in use, the widest after the narrowest."""
-        current = min(self.chosen, most)
-        widths = [width for width in (1, 2, 4, 8, 16) if width < most] + [most]
-        others = [width for width in reversed(widths) if width != current]
-        narrower = [width for width in others if width < self._last_tried]
-        self._trial = self._last_tried = (narrower or others)[0]
-        self._trial_steps, self._trial_s = 0, 0.0
-        if not narrower:  # all have been tried
+    def _begin_survey(self, most: int) -> None:
+        """Widths from the narrowest to all that decode, which count as the next power of two."""
+        self._widths = [2**i for i in range(self._most.bit_length() + 1) if 2**i < 2 * most]
+        self._seen, self._survey_s = defaultdict(list), 0.0
+        self._begin_turn()
+
+    def _begin_turn(self) -> None:
+        self._num_steps = self._num_rows = 0
+        self._counted_s = 0.0
+
+    def _end_turn(self) -> None:
+        width = self._widths.pop(0)
+        self._seen[width].append(self._num_rows / max(self._counted_s, 1e-9))
+        self._begin_turn()
+        if not self._widths:
+            self._end_round()
+
+    def _end_round(self) -> None:
+        rates = {width: median(seen) for width, seen in self._seen.items()}
+        num_rounds = max(map(len, self._seen.values()))
+        going_on = [width for width, rate in rates.items() if rate >= HOPELESS * max(rates.values())]
+        if num_rounds < ROUNDS and len(going_on) > 1:
+            self._widths = going_on
+            return
+        self._take(rates)
+
+    def _take(self, rates: dict[int, float]) -> None:
+        """The best, unless the one in use is nearly as good."""
+        self.rates = rates
+        best, current = max(rates, key=rates.__getitem__), min(self.chosen, max(rates))
+        if rates[best] > (1 + MARGIN) * rates[current]:
+            self.chosen, self._pause = best, FIRST_PAUSE
+        else:
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        self._end_survey()
 
-    def _end_trial(self) -> None:
-        width = self._trial
-        assert width, "a trial ends once"
-        self.rates[width] = width * (TRIAL_STEPS - SETTLING_STEPS) / max(self._trial_s, 1e-9)
-        is_better = self.rates[width] > (1 + MARGIN) * self.rates.get(self.chosen, 0.0)
-        if is_better:
-            self.chosen = width
-            self._pause = FIRST_PAUSE
-        self._trial, self._steps_left = None, self._pause
+    def _end_survey(self) -> None:
+        self._widths, self._num_steps = [], FIRST_STEPS
+        self._pause_s = self._pause * self._survey_s

@@ -149,9 +149,10 @@ def test_the_first_sparse_layer_is_guessed_by_the_dense_one_before_it(folder: Pa
 def test_the_test_notices_a_slot_that_is_overwritten_too_early(
     folder: Path, resident: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plant the fault: forget the lazy output, so that a later group overwrites what it still has to read."""
+    """Plant the fault: ask for the next turn before the products with the last one are evaluated."""
+    right = ExpertStore.take_turns
+    monkeypatch.setattr(ExpertStore, "take_turns", lambda *given: iter(list(right(*given))))
     opened = open_model(folder, slots=5)  # fewer than 7 rows want
-    monkeypatch.setattr(Experts, "_remember", lambda self, out: out)
     ids = tokens(WIDER, 60)
     assert not np.array_equal(logits(opened.model, ids, 7), logits(resident.model, ids, 7))
     opened.store.close()

@@ -91,15 +91,21 @@ class TimedModel(CountingModel):
     world: World = field(default_factory=World)
     cost: Callable[[int], float] = lambda rows: 0.001 * rows
     num_layers: int = 10
+    num_parts: int = 1  # of a layer of more than eight rows
+    parts: list[tuple[int, int | None]] = field(default_factory=list)  # rows and layer of each pause
 
-    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         layers = super().forward(tokens, spans)
         self.num_layers_run = 0
         for layer in range(self.num_layers):
             if layer == 0:
                 next(layers)
-            self.world.now_s += self.cost(tokens.shape[0])
-            yield layer
+            num_parts = self.num_parts if tokens.shape[0] > 8 else 1
+            for part in range(1, num_parts + 1):
+                self.world.now_s += self.cost(tokens.shape[0]) / num_parts
+                pause = layer if part == num_parts else None
+                self.parts.append((tokens.shape[0], pause))
+                yield pause
         return tokens.astype(mx.float32)[:, None]
 
 

@@ -24,7 +24,7 @@ FATAL_TOKEN = 13
 class FreezingModel(CountingModel):
     """Never comes back from a step over the fatal token."""
 
-    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         if FATAL_TOKEN in tokens.tolist():  # type: ignore[operator]
             time.sleep(1000)
         return super().forward(tokens, spans)

@@ -45,7 +45,7 @@ class CountingModel:
     on_layer: Callable[[], object] = bool
     num_layers_run: int = 0
 
-    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         ids = [int(str(item)) for item in tokens.tolist()]  # type: ignore[union-attr]
         self.forwards.append(len(ids))
         for span in spans:

@@ -108,7 +108,7 @@ class ClockedModel:
     on_layer: Callable[[], object] = bool
     num_layers: list[int] = field(default_factory=lambda: [0])
 
-    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         layers = self.inner.forward(tokens, spans)
         while True:
             try:

@@ -52,7 +52,7 @@ class CountedModel:
     row_layers: int = 0  # rows times layers, of all passes
     on_layer: Callable[[], object] = bool
 
-    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int, None, mx.array]:
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         self.rows.append(tokens.shape[0])
         layers = self.inner.forward(tokens, spans)
         while True:
@@ -61,8 +61,9 @@ class CountedModel:
             except StopIteration as end:
                 hidden: mx.array = end.value
                 return hidden
-            self.row_layers += tokens.shape[0]
-            self.on_layer()
+            if layer is not None:
+                self.row_layers += tokens.shape[0]
+                self.on_layer()
             yield layer
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -1,6 +1,7 @@
 """Who runs with whom: decode in flat batches, prompts that share a pass, steps between its layers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -102,6 +103,31 @@ def test_steps_run_between_the_layers_of_a_pass(
         assert longest_gap(times) <= 3 * STEP_S + layer_s + 1e-9
         assert len(times) / (end_s - 10) >= 0.3 * (1 / STEP_S) * 0.99
     assert end_s - 10 <= 1.6 * alone_s
+
+
+def test_steps_run_amid_the_layers_of_a_pass(world: World, model: TimedModel) -> None:
+    """A layer of 16k rows takes 16 s here: nobody waits for more than a part of it."""
+    model.num_parts = 20
+    world.at(0, ask("a", 20, 3000))
+    world.at(10, ask("long", 16_000, 1))
+    world.run(model, limits=Limits(pass_rows=16_000, kv_tokens=100_000))
+    [end_s] = world.times_of("long")
+    times = [time_s for time_s in world.times_of("a") if 9 < time_s < end_s]
+    assert longest_gap(times) <= 3 * STEP_S + row_cost(16_000) / 20 + 1e-9
+    assert len(times) / (end_s - 10) >= 0.3 / STEP_S * 0.99
+    assert end_s - 10 <= 1.6 * 160
+
+
+def test_passes_change_places_between_layers_only(world: World, model: TimedModel) -> None:
+    """Amid a layer the experts on their way are those that this pass will want."""
+    model.num_parts = 5
+    world.at(0, ask("long", 16_000, 1), ask("other", 30, 2))
+    world.at(21, ask("short", 200, 1))
+    world.run(model, limits=Limits(pass_rows=16_384, kv_tokens=100_000))
+    large = [(rows, pause) for rows, pause in model.parts if rows > 8]
+    changes = [(a, b) for a, b in pairwise(large) if a[0] != b[0]]
+    assert len(changes) == 2, "the short one goes between"
+    assert all(pause is not None for (_, pause), _ in changes)
 
 
 @pytest.mark.parametrize(("slower", "rate"), [(1.2, 0.3), (5, 0.3 * 1.25 / 5)])

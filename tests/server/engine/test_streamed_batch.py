@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -15,7 +16,9 @@ from server.engine.messages import Generate
 from server.engine.passes import Pass
 from server.engine.sampling import start_sampling
 from server.engine.scheduler import Part
-from streaming.fills import Fetch
+from streaming.banks import Bank
+from streaming.fills import Fetch, Fill
+from streaming.turns import Turn
 from tests.checkpoints import Opened, open_model, save_packed
 from tests.server.engine.test_loop_on_glm import PROMPTS
 from tests.tiny_glm import WIDER, make_weights
@@ -62,6 +65,51 @@ def test_each_expert_is_asked_for_once_and_the_bytes_are_those_of_the_misses(
         assert after.payload_bytes - before.payload_bytes == sum(absent_bytes)
         num_missed += len(absent_bytes)
     assert num_missed, "the test means nothing where everything is there"
+
+
+@pytest.mark.parametrize("slots", [4, 9, 16])
+def test_more_experts_than_slots_are_each_read_once_and_those_that_are_there_not_at_all(
+    tmp_path: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_packed(tmp_path, CONFIG, make_weights(CONFIG, 3), lambda path: None)
+    opened = open_model(folder, slots, looks_ahead=False)
+    store, index = opened.store, opened.checkpoint.experts
+    parts = [Part(make_decoding(opened.model, prompt), 1) for prompt in PROMPTS.values()]
+    read: list[tuple[int, int]] = []
+    absent: list[tuple[int, int]] = []
+    make, take_turns, begin = store._filler.make, store.take_turns, store.begin
+    num_turns = 0
+
+    def note_read(layer: int, bank: Bank, expert: int, *given: Any, **named: Any) -> Fill:
+        read.append((layer, expert))
+        return make(layer, bank, expert, *given, **named)
+
+    def note_absent(layer: int, experts: Sequence[int]) -> Fetch:
+        absent.extend((layer, e) for e in experts if e not in store._layers[layer].books)
+        return begin(layer, experts)
+
+    def note_turns(layer: int, experts: Sequence[int]) -> Iterator[Turn]:
+        nonlocal num_turns
+        num_turns += 1
+        absent.extend((layer, e) for e in experts if e not in store._layers[layer].books)
+        return take_turns(layer, experts)
+
+    monkeypatch.setattr(store._filler, "make", note_read)
+    monkeypatch.setattr(store, "begin", note_absent)
+    monkeypatch.setattr(store, "take_turns", note_turns)
+    with closing(store):
+        for _ in range(6):
+            read.clear()
+            absent.clear()
+            before = store.statistics()
+            step(opened.model, parts)
+            after = store.statistics()
+            assert sorted(read) == sorted(absent), "what is there stays until it is computed with"
+            assert len(set(read)) == len(read)
+            assert after.misses - before.misses == len(read)
+            assert after.payload_bytes - before.payload_bytes == sum(index.expert_bytes(e) for e, _ in read)
+            store.check_integrity()
+        assert num_turns, "the test means nothing where all fit"
 
 
 def make_decoding(model: Model, prompt: tuple[int, ...]) -> sequence.Sequence:

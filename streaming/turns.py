@@ -1,0 +1,50 @@
+"""More experts in one request than a layer has slots, a few at a time, each read at most once.
+
+What is there is computed with first, where it lies. The others pass through a quarter of the slots: while
+some are computed with, the next are read. So most of the bank keeps what the policy holds dearest; if all of
+it were passed through, a request would find nothing that the one before had read. Called by the store, on its
+thread; the books are the layer's.
+"""
+
+from collections import deque
+from collections.abc import Generator, Sequence
+
+from streaming.fills import Fill
+from streaming.layer import StoreLayer
+
+PASSED_SHARE = 0.25
+
+Turn = tuple[list[int], list[int]]  # experts, ascending, and their slots
+
+
+def take_turns(state: StoreLayer, experts: Sequence[int]) -> Generator[Turn]:
+    """All of the experts (unique), turn by turn. Asking for the next says that all products are evaluated.
+
+    DiskError names what could not be read.
+    """
+    joined, missed = state.ask(experts)
+    here = [expert for expert in experts if expert in state.books]
+    under_way: deque[Sequence[Fill]] = deque([list(joined.values())] if joined else [])
+    uncomputed, left = set(here), deque(missed)
+    # Two turns at a time; where a bank is filled by scatter one, since its staging rows are everybody's.
+    at_once = 2 if state.bank.is_in_place else 1
+    most = min(max(1, int(PASSED_SHARE * state.books.num_slots) // 2), state.bank.max_fill)
+    try:
+        while here or left or under_way:
+            while left and len(under_way) < at_once:
+                room = min(most, len(left), state.books.num_free(uncomputed))
+                if room == 0:
+                    break  # every slot holds what is computed with now
+                under_way.append(state.start([left.popleft() for _ in range(room)], uncomputed))
+            if not here:
+                fills = under_way.popleft()
+                state.wait(fills)
+                here = [fill.expert for fill in fills]
+                uncomputed.update(here)
+            here.sort()
+            yield here, [state.books.slot(expert) for expert in here]
+            uncomputed.difference_update(here)
+            here = []
+    finally:  # the one who computes gave up, or a read failed: nobody asks for the rest
+        for fill in [fill for fills in under_way for fill in fills]:
+            state.give_up(fill)
