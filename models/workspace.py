@@ -35,7 +35,7 @@ def workspace_bytes(
     """The largest transients of a step, however long the prompt.
 
     Beside a part's rows there is the largest of what attention, experts, a dense layer and the vocabulary
-    take, each with the weights that lie unpacked meanwhile.
+    take, each with the weights that lie unpacked meanwhile, and a layer's old rows while its cache grows.
     """
     rows = min(PART_ROWS, max_context)
     row_bytes = rows * arithmetic.dtype.size
@@ -46,6 +46,7 @@ def workspace_bytes(
         _experts_bytes(args, row_bytes, arithmetic.experts_at_once, unpacked),
         _mlp_bytes(max(args.intermediate_size, _shared_size(args)), row_bytes, unpacked),
         scored + sum(unpacked.head()),
+        max_context * args.latent_dim * arithmetic.dtype.size,
     )
 
 
