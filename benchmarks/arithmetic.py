@@ -1,4 +1,4 @@
-"""Packed or unpacked products on this machine, by rows: `python -m benchmarks.arithmetic`.
+"""Products packed or unpacked, and what lies between products: `python -m benchmarks.arithmetic`.
 
 Run it with the BLAS that the engine gets: LD_PRELOAD=libopenblas.so.0 on Linux CPU.
 """
@@ -6,10 +6,16 @@ Run it with the BLAS that the engine gets: LD_PRELOAD=libopenblas.so.0 on Linux 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from models.arithmetic import CPU, Arithmetic
+from models.selection import causal_mask
 
 SHAPES = ((256, 1024), (1024, 2048))
 ROWS = (1, 4, 8, 32, 128)
@@ -37,6 +43,42 @@ def measure(inputs: int, outputs: int, rows: int) -> tuple[float, float]:
     )
 
 
+def elementwise(rows: int, width: int, heads: int = 8) -> dict[str, dict[str, float]]:
+    """Milliseconds an element of what lies between products, in MLX and as the CPU's arithmetic does."""
+    scores, gate, up = (mx.random.normal(shape) for shape in ((heads, rows, width), *[(rows, width)] * 2))
+    seen, chosen = causal_mask(width - rows, rows, width), np.arange(0, 2 * rows, 2)
+    out, added = mx.zeros((4 * rows, width)), mx.random.normal((rows, width))
+    mx.eval(scores, gate, up, seen, out, added)
+    times = {}
+    for name, arithmetic in (("mlx", replace(CPU, has_slow_exp=False)), ("ours", CPU)):
+        times[name] = {
+            "softmax under a mask": median_ms(partial(_softmax, arithmetic, scores, seen)) / scores.size,
+            "silu(gate) * up": median_ms(partial(_gated, arithmetic, gate, up)) / gate.size,
+            "rows added to some": median_ms(partial(arithmetic.add_rows, out, chosen, added)) / added.size,
+        }
+    return times
+
+
+def _softmax(arithmetic: Arithmetic, scores: mx.array, seen: mx.array) -> mx.array:
+    return arithmetic.softmax(scores + 0.0, seen, scores.shape[1])  # a copy: it may be overwritten
+
+
+def _gated(arithmetic: Arithmetic, gate: mx.array, up: mx.array) -> mx.array:
+    return arithmetic.gated(gate + 0.0, up)
+
+
+def print_elementwise() -> None:
+    table = Table(title=f"nanoseconds an element, median of {ROUNDS}")
+    for column in ("rows x width", "what", "MLX", "as the CPU's arithmetic"):
+        table.add_column(column)
+    for rows, width in ((64, 1024), (256, 256)):
+        times = elementwise(rows, width)
+        for what in times["mlx"]:
+            cells = [f"{times[side][what] * 1e6:.2f}" for side in ("mlx", "ours")]
+            table.add_row(f"{rows} x {width}", what, *cells)
+    Console().print(table)
+
+
 def main() -> None:
     table = Table(title=f"milliseconds, median of {ROUNDS}")
     for column in ("in x out", "rows", "packed", "unpacked"):
@@ -46,6 +88,7 @@ def main() -> None:
             packed, unpacked = measure(inputs, outputs, rows)
             table.add_row(f"{inputs} x {outputs}", str(rows), f"{packed:.2f}", f"{unpacked:.2f}")
     Console(width=100).print(table)
+    print_elementwise()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from models.args import ModelArgs
 from models.arithmetic import choose_arithmetic
 from models.attention import Attention, Part, Span, make_parts
 from models.cache import SequenceCache
+from models.tiles import select_tiles
 from tests.tiny_glm import SHARED
 
 CONFIG: dict[str, Any] = SHARED | {
@@ -75,6 +76,31 @@ class Ours:
         return shared_ms, full_ms - shared_ms
 
 
+class Scoring:
+    """Scores and selection of GLM-5.2's indexer alone, over random index keys."""
+
+    def __init__(self, keys: int, rows: int) -> None:
+        args = self._args = ModelArgs.from_config(CONFIG)
+        self._arithmetic = choose_arithmetic()
+        self._queries = mx.random.normal((rows, args.index_n_heads, args.index_head_dim))
+        self._weights = mx.random.normal((rows, args.index_n_heads))
+        self._keys = mx.random.normal((keys, args.index_head_dim)).astype(self._arithmetic.dtype)
+        mx.eval(self._queries, self._weights, self._keys)
+
+    def nanoseconds(self, pairs: int) -> float:
+        """Of a (query, key), over at least so many of them."""
+        count = self._queries.shape[0] * self._keys.shape[0]
+        repeats = -(-pairs // count)
+        start_s = time.perf_counter()
+        for _ in range(repeats):
+            tiles = select_tiles(
+                self._queries, self._weights, self._keys, self._args.index_topk,
+                heads=self._args.num_attention_heads, arithmetic=self._arithmetic,
+            )  # fmt: skip
+            mx.eval([tile.keys for tile in tiles if tile.keys is not None])
+        return (time.perf_counter() - start_s) / (repeats * count) * 1e9
+
+
 class MlxLm:
     """mlx-lm's layer: attention and indexer together."""
 
@@ -122,6 +148,20 @@ def _print_growth(ours: Ours, theirs: MlxLm | None, lengths: list[int], rows: in
               flush=True)  # fmt: skip
 
 
+def _print_scoring(lengths: list[int], rows: int, rounds: int) -> None:
+    """Each round takes all lengths in turn, the same number of pairs of each; the first does not count."""
+    sides = [Scoring(keys, rows) for keys in lengths]
+    taken: list[list[float]] = []
+    for _ in range(1 + rounds):
+        taken.append([side.nanoseconds(max(lengths) * rows) for side in sides])
+    del taken[0]
+    print(f"indexer alone, {rows} rows, {rounds} rounds: keys, ns a (query, key), times the first length's")
+    for keys, column in zip(lengths, zip(*taken, strict=True), strict=True):
+        ratios = sorted(ns / first for ns, (first, *_) in zip(column, taken, strict=True))
+        print(f"{keys:7} {statistics.median(column):8.1f}  {statistics.median(ratios):.3f} "
+              f"[{ratios[0]:.3f} {ratios[-1]:.3f}]", flush=True)  # fmt: skip
+
+
 def _print_forms(shares: list[int], rows: int, rounds: int) -> None:
     masked, gathered = Ours(10**6), Ours(1)
     print(
@@ -141,10 +181,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--forms", type=int, nargs="*", default=[2, 3, 4, 5, 6, 7, 8, 12],
                         help="keys for each selected one, for the comparison of forms")  # fmt: skip
+    parser.add_argument("--scoring-rounds", type=int, default=9, help="of the indexer alone; 0 for none")
+    parser.add_argument("--without-layers", action="store_true", help="no whole layers, only what is above")
     parser.add_argument("--without-mlx-lm", action="store_true")
     given = parser.parse_args()
     if given.forms:
         _print_forms(given.forms, given.rows, given.rounds)
+    if given.scoring_rounds:
+        _print_scoring(given.keys, given.rows, given.scoring_rounds)
+    if given.without_layers:
+        return
     theirs = None if given.without_mlx_lm else MlxLm()
     _print_growth(Ours(), theirs, given.keys, given.rows, given.rounds)
 

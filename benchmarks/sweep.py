@@ -1,11 +1,12 @@
 """What a prompt costs from a slow disk: `python -m benchmarks.sweep [--rounds 3] [--tokens 512 4096 16384]`.
 
 Experts of 1.05 MiB, a quarter of them in memory, from a simulated disk that needs `--sweep-s` for the rest.
-As on GLM-5.2 a token wants one expert in 32, the ring holds half a layer, and about one layer in four has an
-indexer. The same prompt goes through the layers in chunks and as one sweep; two prompts go one after the
-other and together. Prints seconds, bytes read, and the sweep's time over max(compute, bytes / rate), compute
-being the same pass with every expert in memory. Rounds alternate between all of these; medians, lowest and
-highest.
+As on GLM-5.2 the ring holds half a layer, about one layer in four has an indexer, and experts, attention and
+indexers divide the multiply-adds (printed; before, indexers had 31 times their share). The same prompt goes
+through the layers in chunks and as one sweep; two prompts go one after the other and together. Prints
+seconds, bytes read, and the sweep's time over max(compute, bytes / rate), compute being the same pass with
+every expert in memory. Rounds alternate between all of these; medians, lowest and highest. Parts of it run
+alone with `--tokens`, `--chunks` and `--without-pairs`.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 
 from benchmarks.checkpoint import BENCH, write_checkpoint
 from benchmarks.simulated_disk import SimulatedDisk
+from models.args import ModelArgs
 from models.arithmetic import choose_arithmetic
 from models.attention import Span
 from models.glm_moe_dsa import Model
@@ -30,10 +32,14 @@ from streaming.disk import DirectDisk
 from streaming.store import ExpertStore
 
 CONFIG: dict[str, Any] = BENCH | {
-    "num_hidden_layers": 4, "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * 3,
-    "num_experts_per_tok": 2, "index_topk": 256, "max_position_embeddings": 65_536,
+    "num_hidden_layers": 7, "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * 6,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "index_n_heads": 4, "index_head_dim": 32,
+    "num_experts_per_tok": 4, "index_topk": 512, "max_position_embeddings": 65_536,
     "index_topk_freq": 4, "index_skip_topk_offset": 1,
 }  # fmt: skip
+# At 8,192 keys: GLM-5.2's experts of a token take 340 M multiply-adds in a layer, its attention 308 M, an
+# indexer 43 M in 21 of 78 layers.
+TARGET = {"experts": 1.10, "indexers": 0.038}
 SLOTS, RING_SLOTS = 16, 32
 WARMING_TOKENS = 600
 Opened = tuple[Model, ExpertStore]
@@ -48,14 +54,21 @@ class Side:
     store: ExpertStore
     prompts: Sequence[list[int]]
     chunk: int
+    disk: SimulatedDisk | None = None
     seconds: list[float] = field(default_factory=list)
     payload_bytes: list[int] = field(default_factory=list)
+    rest_s: list[float] = field(default_factory=list)  # of the disk, between its first read and its last
+    stall_s: list[float] = field(default_factory=list)  # of the computation, waiting for experts
 
     def measure(self) -> None:
-        before, start_s = self.store.statistics().payload_bytes, time.monotonic()
+        before, start_s = self.store.statistics(), time.monotonic()
         _read(self.model, self.prompts, self.chunk)
         self.seconds.append(time.monotonic() - start_s)
-        self.payload_bytes.append(self.store.statistics().payload_bytes - before)
+        after = self.store.statistics()
+        self.payload_bytes.append(after.payload_bytes - before.payload_bytes)
+        self.stall_s.append(after.stall_s - before.stall_s)
+        if self.disk is not None:
+            self.rest_s.append(self.disk.idle_s(start_s))
 
     @property
     def median_s(self) -> float:
@@ -77,6 +90,22 @@ def _read(model: Model, prompts: Sequence[list[int]], chunk: int) -> None:
         mx.eval(model(mx.array([t for part in parts for t in part]), spans))
 
 
+def balance(args: ModelArgs, keys: int) -> dict[str, float]:
+    """Multiply-adds of a row behind so many keys, the mean of a sparse layer: for each of attention's own."""
+    heads, hidden = args.num_attention_heads, args.hidden_size
+    latent = args.kv_lora_rank * (args.qk_nope_head_dim + args.v_head_dim)
+    projections = hidden * (args.q_lora_rank + args.latent_dim + heads * args.v_head_dim)
+    projections += heads * (args.q_lora_rank * args.qk_head_dim + latent)
+    scores = heads * min(keys, args.index_topk) * (args.latent_dim + args.kv_lora_rank)
+    experts = args.num_experts_per_tok + args.n_shared_experts
+    indexer = args.index_n_heads * args.index_head_dim * (args.q_lora_rank + keys)
+    indexer += hidden * (args.index_n_heads + args.index_head_dim)
+    return {
+        "experts": experts * 3 * hidden * args.moe_intermediate_size / (projections + scores),
+        "indexers": indexer * len(args.full_layers) / args.num_hidden_layers / (projections + scores),
+    }
+
+
 def _prompt(length: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(4, CONFIG["vocab_size"], length).tolist()
 
@@ -84,9 +113,9 @@ def _prompt(length: int, seed: int) -> list[int]:
 def compare(
     length: int,
     rounds: int,
-    rate: float,
     resident: Opened,
     streamed: Opened,
+    disk: SimulatedDisk,
     chunks: Sequence[int],
     with_pairs: bool,
 ) -> None:
@@ -94,7 +123,7 @@ def compare(
     prompts = [_prompt(length, seed) for seed in (1, 2)]
     compute = Side("all experts in memory", *resident, prompts[:1], length)
     chunked = [Side(f"chunks of {c}", *streamed, prompts[:1], c) for c in chunks if c < length]
-    sweep = Side("one sweep", *streamed, prompts[:1], length)
+    sweep = Side("one sweep", *streamed, prompts[:1], length, disk)
     together = Side("two prompts together", *streamed, prompts, length)
     sides = [compute, sweep, *chunked, *([together] if with_pairs else [])]
     for _ in range(rounds):
@@ -104,7 +133,9 @@ def compare(
     for side in sides:
         print(f"  {side}", flush=True)
     pairs = zip(sweep.seconds, sweep.payload_bytes, compute.seconds, strict=True)
-    over = sorted(s / max(c, n / rate) for s, n, c in pairs)
+    over = sorted(s / max(c, n / disk.bytes_per_s) for s, n, c in pairs)
+    rest_s, stall_s = statistics.median(sweep.rest_s), statistics.median(sweep.stall_s)
+    print(f"  of one sweep the disk rested for {rest_s:.2f} s, the computation waited for {stall_s:.2f} s")
     print(f"  sweep / max(compute, disk): {statistics.median(over):.3f} [{over[0]:.3f} {over[-1]:.3f}]")
     for side in chunked:
         print(f"  {side.name} / sweep: {side.median_s / sweep.median_s:.2f}")
@@ -133,17 +164,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = open_checkpoint(write_checkpoint(Path(scratch) / "model", CONFIG))
         index = checkpoint.experts
+        for what, share in balance(checkpoint.args, 8192).items():
+            print(
+                f"multiply-adds of {what} / attention at 8,192 keys: {share:.3f} (GLM-5.2 {TARGET[what]:.3f})"
+            )
         resident = _open(checkpoint, index.num_experts)
         resident[1].load_all()
         missing = (index.num_experts - SLOTS) * sum(index.expert_bytes(layer) for layer in index.layers)
         rate = missing / given.sweep_s
-        streamed = _open(
-            checkpoint, SLOTS, disk=SimulatedDisk(rate, 1e-4, DirectDisk()), ring_slots=given.ring
-        )
+        disk = SimulatedDisk(rate, 1e-4, DirectDisk())
+        streamed = _open(checkpoint, SLOTS, disk=disk, ring_slots=given.ring)
         print(f"{missing / 1e6:.2f} MB without a slot, {given.sweep_s} s at {rate / 1e6:.1f} MB/s")
         Side("warming", *streamed, [_prompt(WARMING_TOKENS, 0)], WARMING_TOKENS).measure()  # fills the slots
         for length in given.tokens:
-            compare(length, given.rounds, rate, resident, streamed, given.chunks,
+            compare(length, given.rounds, resident, streamed, disk, given.chunks,
                     not given.without_pairs)  # fmt: skip
 
 

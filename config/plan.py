@@ -20,9 +20,13 @@ from config.sizes import format_size, physical_memory_bytes
 RUNTIME_BYTES = 180 * 10**6
 # The tokenizer's tables: 104 MB for 154,000 tokens.
 VOCABULARY_BYTES_PER_TOKEN = 680
-# Tokens by which a sequence's cache grows: growth in proportion would take up to a quarter more than the
-# context needs. To copy all rows once in so many tokens is little beside reading them for each token.
-KV_STEP = 256
+# A cache that is full grows by a sixteenth of its rows, so that a row is copied at most 17 times however long
+# the sequence becomes, and in whole steps. The steps are small because each running sequence may hold most of
+# one for nothing.
+KV_DIVISOR = 16
+KV_STEP = 64
+# Sequences whose caches are in memory at once, whatever the room for KV; if they decode, they take turns.
+MAX_RUNNING = 32
 # MLX keeps freed buffers for reuse, by default without bound (published: 15.1 GB resident for a 10 GB
 # target). A quarter of the workspace, within these bounds, holds what decode reuses; a prompt's largest
 # transients are allocated again in each layer, which takes milliseconds beside its seconds.
@@ -47,6 +51,16 @@ RING_SHARE = 0.02
 PREFIX_DIVISOR = 25
 PREFIX_CONTEXTS = 4
 MIN_PREFIX_TOKENS = 2048
+
+
+def cache_rows(rows: int) -> int:
+    """Rows that a cache has room for once it grew to hold so many."""
+    return -(-(rows + rows // KV_DIVISOR) // KV_STEP) * KV_STEP
+
+
+def most_cache_rows(tokens: int) -> int:
+    """Rows of all caches together, at most, while the lengths of the sequences add up to so many tokens."""
+    return tokens + tokens // KV_DIVISOR + KV_STEP * min(tokens, MAX_RUNNING)
 
 
 @dataclass(frozen=True)
@@ -221,7 +235,7 @@ def _fixed_lines(geometry: Geometry, max_context: int) -> dict[str, int]:
     cache = min(max(geometry.workspace_bytes // 4, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
     return {
         "trunk": geometry.trunk_bytes,
-        "KV cache": geometry.context_bytes_per_token * -(-max_context // KV_STEP) * KV_STEP,
+        "KV cache": geometry.context_bytes_per_token * most_cache_rows(max_context),
         "workspace": geometry.workspace_bytes,
         "reader buffers": reader_buffers(MIN_READER_THREADS) * geometry.reader_buffer_bytes,
         "MLX buffer cache": cache,

@@ -5,9 +5,12 @@ in docs/measurements.md; the command is `python -m benchmarks.arithmetic`.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Arithmetic:
     `gather_from`: with more keys than this for each selected one, a prompt's rows gather the selected keys;
     with fewer they attend to all keys under a mask.
     `tile_elements`: of the largest intermediate of attention and indexer, within `models.tiles`' bounds.
+    `has_slow_exp`: for many rows exponentials and sums over chosen rows are NumPy's, evaluated at once.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Arithmetic:
     experts_at_once: int = 4
     gather_from: int = 6
     tile_elements: int = 2**24
+    has_slow_exp: bool = False
 
     def is_few(self, rows: int) -> bool:
         """Whether so many rows are multiplied with the weights as they are packed."""
@@ -118,6 +123,43 @@ class Arithmetic:
             transpose=True, group_size=q.group_size, bits=q.bits, mode=q.mode,
         )  # fmt: skip
 
+    def softmax(self, scores: mx.array, visible: mx.array | None, rows: int) -> mx.array:
+        """Softmax over the last axis in float32; what is not visible (bool, broadcast) counts for nothing.
+
+        The scores belong to so many rows of a sequence, and nobody else refers to them.
+        """
+        if not self.has_slow_exp or self.is_few(rows):
+            seen = scores if visible is None else mx.where(visible, scores, -mx.inf)
+            return mx.softmax(seen, axis=-1, precise=True)
+        values = _view(scores)
+        if visible is not None:
+            values += np.where(_view(visible), np.float32(0), np.float32(-np.inf))
+        values -= values.max(axis=-1, keepdims=True)
+        np.exp(values, out=values)
+        values /= values.sum(axis=-1, keepdims=True)
+        return scores
+
+    def gated(self, gate: mx.array, up: mx.array) -> mx.array:
+        """silu(gate) * up, [..., rows, width]; nobody else refers to the gate."""
+        if not self.has_slow_exp or self.is_few(gate.shape[-2]):
+            return nn.silu(gate) * up
+        mx.eval(gate, up)
+        values = _view(gate)
+        with np.errstate(over="ignore"):  # of a large negative gate: nothing is left of it
+            inverse = np.exp(-values)
+        inverse += 1
+        values /= inverse
+        values *= _view(up)
+        return gate
+
+    def add_rows(self, out: mx.array, rows: NDArray[np.int64], added: mx.array) -> mx.array:
+        """out [N, H] with added [n, H] on top of these rows, each named once; nobody else refers to out."""
+        if not self.has_slow_exp:
+            return out.at[mx.array(rows)].add(added)
+        mx.eval(out, added)
+        _view(out)[rows] += _view(added)
+        return out
+
     def _unpack(self, w: Weight, q: Quantization) -> mx.array:
         return mx.dequantize(
             w.weight, scales_of(w), w.get("biases"), q.group_size, q.bits, q.mode, dtype=self.dtype
@@ -131,21 +173,28 @@ class Arithmetic:
         return mx.concatenate([x[..., i : i + 1, :] @ dense for i in range(rows)], axis=-2)
 
 
+def _view(array: mx.array) -> NDArray[Any]:
+    """The array's own memory, once it is evaluated."""
+    mx.eval(array)
+    return np.array(array, copy=False)
+
+
 # bfloat16 products are 8 times slower than float32 ones in MLX's CPU kernels, and one packed product costs
 # as much as unpacking the weight and a BLAS call at 4 to 8 rows (2 cores, AMD EPYC). 8 keeps a batch of
 # eight agents exact.
-# Unpacked experts lie in memory until they are evaluated: two at a time. Tiles that fit its caches are twice
-# as fast as large ones; an exponential is so slow that gathering wins from twice as many keys as are selected
-# (docs/measurements.md).
+# Unpacked experts lie in memory until they are evaluated: one at a time. Tiles that fit its caches are twice
+# as fast as large ones. An exponential takes 25 ns and NumPy's 3, a sum over chosen rows 11 ns and NumPy's 1
+# (python -m benchmarks.arithmetic). Gathering wins from twice as many keys as are selected.
 CPU = Arithmetic(
     "cpu",
     mx.float32,
     max_packed_rows=8,
     max_alone_rows=8,
     max_gathered_rows=8,
-    experts_at_once=2,
+    experts_at_once=1,
     gather_from=2,
     tile_elements=2**20,
+    has_slow_exp=True,
 )
 # The defaults; not measured on Metal.
 METAL = Arithmetic("metal", mx.bfloat16, max_packed_rows=None)

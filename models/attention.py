@@ -163,7 +163,7 @@ class Attention(nn.Module):
     def _attend_masked(self, q: mx.array, keys: mx.array, visible: mx.array | None) -> mx.array:
         """All keys, those not visible [n, T] at -inf."""
         scores = (q * self._args.qk_head_dim**-0.5) @ keys.T  # [heads, n, T]
-        weights = softmax(scores if visible is None else mx.where(visible, scores, -mx.inf))
+        weights = self._arithmetic.softmax(scores, visible, q.shape[1])
         return weights.astype(self._arithmetic.dtype) @ keys[:, : self._args.kv_lora_rank]
 
     def _attend_gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
@@ -172,22 +172,18 @@ class Attention(nn.Module):
         height = max(1, self._arithmetic.tile_elements // (k * keys.shape[1]))
         outs = []
         for first in range(0, rows, height):
-            outs.append(self._gathered(q[:, first : first + height], keys, positions[first : first + height]))
+            piece = slice(first, first + height)
+            outs.append(self._gathered(q[:, piece], keys, positions[piece], rows))
             if rows > height:
                 mx.eval(outs[-1])
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
-    def _gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
+    def _gathered(self, q: mx.array, keys: mx.array, positions: mx.array, rows: int) -> mx.array:
         num_keys = keys.shape[0]
         chosen = keys[mx.minimum(positions, num_keys - 1)]  # [n, k, latent]
         q = q.swapaxes(0, 1) * self._args.qk_head_dim**-0.5  # [n, heads, latent]
         scores = q @ chosen.swapaxes(-1, -2)  # [n, heads, k]
-        weights = softmax(mx.where((positions < num_keys)[:, None, :], scores, -mx.inf))
+        weights = self._arithmetic.softmax(scores, (positions < num_keys)[:, None, :], rows)
         # The rotary part is multiplied too and cut off: to cut it off the keys would copy them.
         out = (weights.astype(self._arithmetic.dtype) @ chosen)[..., : self._args.kv_lora_rank]
         return out.swapaxes(0, 1)
-
-
-def softmax(scores: mx.array) -> mx.array:
-    """Softmax over the last axis, accumulated in float32 as in the reference."""
-    return mx.softmax(scores, axis=-1, precise=True)

@@ -6,7 +6,7 @@ one row of index keys. Shared layers keep no index keys: they reuse a selection 
 
 import mlx.core as mx
 
-from config.plan import KV_STEP
+from config.plan import cache_rows
 from models.args import ModelArgs
 
 
@@ -48,12 +48,14 @@ class RowCache:
         return self._buffer
 
     def _reserve(self, rows: int) -> None:
-        capacity, width = self._buffer.shape
-        if rows <= capacity:
+        if rows <= self._buffer.shape[0]:
             return
-        grown = -(-max(rows, self._expected) // KV_STEP) * KV_STEP
-        extra = mx.zeros((grown - capacity, width), dtype=self._buffer.dtype)
-        self._buffer = mx.concatenate([self._buffer, extra])
+        room = cache_rows(max(rows, self._expected))
+        grown = mx.zeros((room, self._buffer.shape[1]), dtype=self._buffer.dtype)
+        if self.length:
+            grown[: self.length] = self._buffer[: self.length]
+            mx.eval(grown)  # at once, or the old rows of all layers might lie beside the new ones
+        self._buffer = grown
 
 
 class SequenceCache:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +24,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EXPERT_ROWS = 2048
 # More rows together want so many experts of a layer that little is left to guess.
 GUESSED_ROWS = 4
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,10 @@ class Experts:
             for place in group:
                 mlp = self._unpacked(place, counts[place.expert])
                 for rows, columns in _pieces(*rows_of[place.expert]):
-                    y = mlp(take(rows)) * weights[rows, columns, None]
-                    out = out.at[rows].add(y)  # in place: nothing else refers to it
-                    if rows.size == EXPERT_ROWS:
+                    chosen = mx.array(rows)
+                    y = mlp(take(chosen)) * weights[chosen, mx.array(columns), None]
+                    out = self._arithmetic.add_rows(out, rows, y)
+                    if len(rows) == EXPERT_ROWS:
                         mx.eval(out)
             mx.eval(out)
             yield
@@ -224,7 +225,8 @@ class Experts:
             for projection in PROJECTIONS
         )
         product = self._arithmetic.product
-        return lambda x: product(nn.silu(product(x, gate)) * product(x, up), down)
+        gated = self._arithmetic.gated
+        return lambda x: product(gated(product(x, gate), product(x, up)), down)
 
     def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
         """x [..., 1, H] against slots [...] -> [..., H]."""
@@ -234,7 +236,7 @@ class Experts:
             w = BankWeight(bank, projection, self._quantizations[projection])
             return self._arithmetic.gathered_product(rows, w, slots)
 
-        hidden = nn.silu(product(x, "gate_proj")) * product(x, "up_proj")
+        hidden = self._arithmetic.gated(product(x, "gate_proj"), product(x, "up_proj"))
         return product(hidden, "down_proj")[..., 0, :]
 
     def _remember(self, out: mx.array) -> mx.array:
@@ -254,14 +256,14 @@ def run_through(steps: Generator[object, None, mx.array]) -> mx.array:
             return result
 
 
-def _pieces(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Iterator[tuple[mx.array, mx.array]]:
+def _pieces(rows: Indices, columns: Indices) -> Iterator[tuple[Indices, Indices]]:
     """An expert's rows, and its place among each row's experts, in pieces."""
     for first in range(0, len(rows), EXPERT_ROWS):
         piece = slice(first, first + EXPERT_ROWS)
-        yield mx.array(rows[piece]), mx.array(columns[piece])
+        yield rows[piece], columns[piece]
 
 
-def _rows_by_expert(wanted: NDArray[np.int32]) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def _rows_by_expert(wanted: NDArray[np.int32]) -> dict[int, tuple[Indices, Indices]]:
     """Expert id -> (rows that want it, place of it among the row's experts). wanted [N, k]."""
     order = np.argsort(wanted, axis=None, kind="stable")
     ids, starts = np.unique(wanted.ravel()[order], return_index=True)

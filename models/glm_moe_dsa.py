@@ -26,12 +26,13 @@ class DenseMlp(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int, arithmetic: Arithmetic) -> None:
         super().__init__()
+        self._arithmetic = arithmetic
         self.gate_proj = Linear(hidden, intermediate, arithmetic)
         self.up_proj = Linear(hidden, intermediate, arithmetic)
         self.down_proj = Linear(intermediate, hidden, arithmetic)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self._arithmetic.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class MoeMlp(nn.Module):

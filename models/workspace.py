@@ -4,7 +4,7 @@ Each figure is a bound on what lies in memory at one time, whatever the routing 
 repeated sends all its rows to the same experts.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 from models.args import ModelArgs
@@ -16,9 +16,8 @@ from streaming.index import PROJECTIONS, ExpertIndex
 
 Size = tuple[int, int]  # bytes of unpacked weights, and what lies beside them while they are unpacked
 
-# What MLX 0.32 takes on the CPU to unpack a weight, in sizes of the unpacked weight, by bits: the
-# peak over the weights of one MLP and of two, evaluated together. All are unpacked, copies and all, before
-# the down projection is multiplied.
+# What MLX 0.32 takes on the CPU to unpack a weight, in sizes of the unpacked weight, by bits. Of an
+# MLP gate and up are unpacked together, copies and all; then, beside them, down.
 UNPACKED_COPIES = {2: 2, 3: 4, 4: 2, 5: 6, 6: 7, 8: 2}
 FLOAT4_COPIES = 4  # mxfp4, nvfp4
 SCORED_ROWS = 64  # of a prompt whose tokens' probabilities are asked for, at one time
@@ -35,7 +34,7 @@ def workspace_bytes(
     """The largest transients of a step, however long the prompt.
 
     Beside a part's rows there is the largest of what attention, experts, a dense layer and the vocabulary
-    take, each with the weights that lie unpacked meanwhile.
+    take, each with the weights that lie unpacked meanwhile, and a layer's old rows while its cache grows.
     """
     rows = min(PART_ROWS, max_context)
     row_bytes = rows * arithmetic.dtype.size
@@ -46,6 +45,7 @@ def workspace_bytes(
         _experts_bytes(args, row_bytes, arithmetic.experts_at_once, unpacked),
         _mlp_bytes(max(args.intermediate_size, _shared_size(args)), row_bytes, unpacked),
         scored + sum(unpacked.head()),
+        max_context * args.latent_dim * arithmetic.dtype.size,
     )
 
 
@@ -97,6 +97,12 @@ def _tile_elements(args: ModelArgs, arithmetic: Arithmetic, num_rows: int, max_c
     return max(attention, limit + selection if max_context > args.index_topk else 0)
 
 
+def _gated_size(sizes: Sequence[Size]) -> Size:
+    """Of gate, up and down: all weights, and the most beside them, before or while down is unpacked."""
+    (gate, gate_copies), (up, up_copies), (down, down_copies) = sizes
+    return gate + up + down, max(gate_copies + up_copies, down_copies)
+
+
 class _Unpacked:
     """Bytes of unpacked weights, and what unpacking takes beside them; nothing where packed ones are
     multiplied as they are."""
@@ -125,8 +131,7 @@ class _Unpacked:
         """The three weights of a dense layer, or of shared experts."""
         dense = self._each("mlp", self._widths(self._args.intermediate_size))
         shared = self._each("shared_experts", self._widths(_shared_size(self._args)))
-        weight, copies = max((*dense, *shared), default=(0, 0))
-        return 3 * weight, 3 * copies
+        return _gated_size([max((*dense, *shared), default=(0, 0))] * 3)
 
     def head(self) -> Size:
         return max(self._each("", {"lm_head": self._args.hidden_size}), default=(0, 0))
@@ -139,10 +144,11 @@ class _Unpacked:
             parts = {part.name: part for part in self._index.parts(layer)}
             sizes = [
                 self._size(parts[f"{name}.weight"].shape, parts[f"{name}.scales"].dtype, widths[name])
-                for name in PROJECTIONS
                 if f"{name}.scales" in parts
+                else (0, 0)
+                for name in PROJECTIONS
             ]
-            most = max(most, (sum(weight for weight, _ in sizes), sum(copies for _, copies in sizes)))
+            most = max(most, _gated_size(sizes))
         return most
 
     def _widths(self, intermediate: int) -> dict[str, int]:

@@ -8,14 +8,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from config.errors import CheckpointError, DiskError, UsageError
-from config.plan import MemoryPlan, make_plan, render_plan
+from config.plan import MAX_RUNNING, MemoryPlan, make_plan, render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
 from models.cache_blocks import cache_fingerprint
 from models.glm_moe_dsa import Model as GlmModel
 from models.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
-from server.engine.limits import MAX_RUNNING, Limits
+from server.engine.limits import Limits
 from server.engine.memory import Governor, Ungoverned
 from server.engine.messages import EngineConfig, ExpertPolicy, ModelInfo
 from server.engine.model import Backend, Model, ReportProgress

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-# Sequences whose caches are in memory at once, whatever the room for KV; if they decode, they take turns.
-MAX_RUNNING = 32
-
 
 @dataclass(frozen=True)
 class Limits:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
+from config.plan import MAX_RUNNING
 from server.engine.fairness import AGING_S, Shares
-from server.engine.limits import MAX_RUNNING, Limits
+from server.engine.limits import Limits
 from server.engine.sequence import Sequence
 
 # Tokens of an answer for which room is set aside on admission. Longer answers take it as they grow.

@@ -25,7 +25,7 @@ GLM = Geometry(
 
 def test_a_hundred_gigabytes_give_glm_about_sixty_five_slots_a_layer() -> None:
     plan = make_plan(GLM, 100 * GB, 32_768, physical_bytes=128 * GB)
-    assert plan.lines["KV cache"] == 95_232 * 32_768
+    assert plan.lines["KV cache"] == 95_232 * (32_768 * 17 // 16 + 32 * 64)
     assert sum(plan.lines.values()) <= 100 * GB
     assert 100 * GB - sum(plan.lines.values()) < 16_515_072, "less than a slot may be left over"
     assert 60 <= min(plan.slots_per_layer) <= max(plan.slots_per_layer) <= 70

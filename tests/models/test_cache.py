@@ -2,8 +2,11 @@
 
 import mlx.core as mx
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from config.plan import KV_STEP
+from config.plan import KV_DIVISOR, MAX_RUNNING, cache_rows, most_cache_rows
 from models.args import ModelArgs
 from models.cache import RowCache, SequenceCache
 from tests.models.make_golden import SEED
@@ -20,11 +23,95 @@ def test_rows_come_back_as_they_were_appended_in_pieces_of_any_size() -> None:
     assert cache.length == 1007
 
 
-def test_growth_is_bounded() -> None:
-    cache = RowCache(4, mx.float32)
-    for n in (1, 254, 1, 1, 1000, 3000):
-        cache.append(mx.zeros((n, 4)))
-        assert cache.nbytes == -(-cache.length // KV_STEP) * KV_STEP * 16, "what the plan counts on"
+def copied_rows(cache: RowCache, num_rows: int) -> int:
+    """Appends rows one by one, as decoding does; how many rows growing copied."""
+    copied, row = 0, mx.zeros((1, 1))
+    for length in range(num_rows):
+        before = cache.nbytes
+        cache.append(row)
+        copied += length if cache.nbytes > before else 0
+        if length % 64 == 0:
+            mx.eval(cache.state)
+    return copied
+
+
+def test_a_row_is_copied_a_few_times_however_long_the_sequence_becomes() -> None:
+    copies = {length: copied_rows(RowCache(1, mx.float32), length) / length for length in (1000, 65_536)}
+    assert max(copies.values()) <= KV_DIVISOR + 1
+
+
+def test_growth_by_steps_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant the fault: a fixed step copies all rows ever more often."""
+    monkeypatch.setattr("models.cache.cache_rows", lambda rows: -(-rows // 256) * 256)
+    assert copied_rows(RowCache(1, mx.float32), 20_000) / 20_000 > 2 * (KV_DIVISOR + 1)
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=MAX_RUNNING))
+def test_caches_take_what_the_plan_counts_on(lengths: list[int]) -> None:
+    """One large or many small ones, rows that come together or by and by."""
+    held = 0
+    for i, length in enumerate(lengths):
+        cache = RowCache(1, mx.float32)
+        if i % 2:
+            cache.expect(length)
+        for piece in (length // 3, length - length // 3):
+            cache.append(mx.zeros((piece, 1)))
+        held += cache.nbytes
+    assert held <= 4 * most_cache_rows(sum(lengths))
+
+
+def peak_of_growth(cache: SequenceCache, num_rows: int) -> int:
+    """Most bytes held beside the grown cache, while every layer of one lazy step takes a row more."""
+    for part in cache._all():
+        part.append(mx.zeros((num_rows, part.state.shape[1])))
+    mx.eval([part.state for part in cache._all()])
+    assert all(part.state.shape[0] > num_rows for part in cache._all())
+    for part in cache._all():
+        part.append(mx.zeros((part.state.shape[0] - num_rows, part.state.shape[1])))  # full now
+    mx.eval([part.state for part in cache._all()])
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    for part in cache._all():
+        part.append(mx.zeros((1, part.state.shape[1])))
+    mx.eval([part.state for part in cache._all()])
+    return mx.get_peak_memory() - mx.get_active_memory()
+
+
+def test_layers_grow_one_after_the_other() -> None:
+    args = ModelArgs.from_config(SHARED)
+    before = mx.get_active_memory()
+    cache = SequenceCache(args, mx.float32)
+    peak = peak_of_growth(cache, 20_000)
+    assert mx.get_active_memory() - before <= cache.nbytes + 4096
+    assert peak <= 1.05 * max(part.nbytes for part in cache._all())
+
+
+def test_growth_of_all_layers_at_once_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant the fault: growth that is evaluated with the step it belongs to."""
+
+    def reserve(self: RowCache, rows: int) -> None:
+        capacity, width = self._buffer.shape
+        if rows > capacity:
+            extra = mx.zeros((cache_rows(rows) - capacity, width), dtype=self._buffer.dtype)
+            self._buffer = mx.concatenate([self._buffer, extra])
+
+    monkeypatch.setattr(RowCache, "_reserve", reserve)
+    cache = SequenceCache(ModelArgs.from_config(SHARED), mx.float32)
+    assert peak_of_growth(cache, 20_000) > 1.05 * max(part.nbytes for part in cache._all())
+
+
+def test_a_row_more_copies_nothing_while_there_is_room() -> None:
+    cache = RowCache(64, mx.float32)
+    cache.append(mx.zeros((10_000, 64)))
+    mx.eval(cache.state)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(20):
+        held = cache.append(mx.zeros((1, 64)))
+        mx.eval(held.sum())
+        del held
+    assert mx.get_peak_memory() - before < cache.nbytes / 10
 
 
 def test_shared_layers_keep_no_index_keys() -> None:

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
 from config.errors import CheckpointError
+from config.plan import cache_rows
 from models.args import ModelArgs
 from models.arithmetic import CPU, Quantization
 from models.building import infer_quantization
@@ -214,7 +215,7 @@ def test_the_geometry_counts_what_the_model_holds(tmp_path: Path) -> None:
     cache = opened.model.make_cache()
     for rows in cache._all():
         rows.append(mx.zeros((256, rows.state.shape[1])))
-    assert cache.nbytes == 256 * geometry.context_bytes_per_token
+    assert cache.nbytes == cache_rows(256) * geometry.context_bytes_per_token
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
