@@ -116,7 +116,8 @@ class ClockedModel:
             except StopIteration as end:
                 hidden: mx.array = end.value
                 return hidden
-            self.world.now_s += 0.5
+            if layer is not None:  # and not a pause amid it
+                self.world.now_s += 0.5
             self.on_layer()
             yield layer
 
