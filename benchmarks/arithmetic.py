@@ -45,15 +45,14 @@ def measure(inputs: int, outputs: int, rows: int) -> tuple[float, float]:
 
 def elementwise(rows: int, width: int, heads: int = 8) -> dict[str, dict[str, float]]:
     """Milliseconds an element of what lies between products, in MLX and as the CPU's arithmetic does."""
-    scores, gate, up = (mx.random.normal(shape) for shape in ((heads, rows, width), *[(rows, width)] * 2))
+    scores = mx.random.normal((heads, rows, width))
     seen, chosen = causal_mask(width - rows, rows, width), np.arange(0, 2 * rows, 2)
     out, added = mx.zeros((4 * rows, width)), mx.random.normal((rows, width))
-    mx.eval(scores, gate, up, seen, out, added)
+    mx.eval(scores, seen, out, added)
     times = {}
     for name, arithmetic in (("mlx", replace(CPU, has_slow_exp=False)), ("ours", CPU)):
         times[name] = {
             "softmax under a mask": median_ms(partial(_softmax, arithmetic, scores, seen)) / scores.size,
-            "silu(gate) * up": median_ms(partial(_gated, arithmetic, gate, up)) / gate.size,
             "rows added to some": median_ms(partial(arithmetic.add_rows, out, chosen, added)) / added.size,
         }
     return times
@@ -61,10 +60,6 @@ def elementwise(rows: int, width: int, heads: int = 8) -> dict[str, dict[str, fl
 
 def _softmax(arithmetic: Arithmetic, scores: mx.array, seen: mx.array) -> mx.array:
     return arithmetic.softmax(scores + 0.0, seen, scores.shape[1])  # a copy: it may be overwritten
-
-
-def _gated(arithmetic: Arithmetic, gate: mx.array, up: mx.array) -> mx.array:
-    return arithmetic.gated(gate + 0.0, up)
 
 
 def print_elementwise() -> None:

@@ -66,7 +66,8 @@ class Arithmetic:
     `gather_from`: with more keys than this for each selected one, a prompt's rows gather the selected keys;
     with fewer they attend to all keys under a mask.
     `tile_elements`: of the largest intermediate of attention and indexer, within `models.tiles`' bounds.
-    `has_slow_exp`: for many rows exponentials and sums over chosen rows are NumPy's, evaluated at once.
+    `has_slow_exp`: for many rows attention's exponentials and sums over chosen rows are NumPy's, evaluated at
+    once.
     """
 
     name: str
@@ -140,17 +141,15 @@ class Arithmetic:
         return scores
 
     def gated(self, gate: mx.array, up: mx.array) -> mx.array:
-        """silu(gate) * up, [..., rows, width]; nobody else refers to the gate."""
-        if not self.has_slow_exp or self.is_few(gate.shape[-2]):
-            return nn.silu(gate) * up
-        mx.eval(gate, up)
-        values = _view(gate)
-        with np.errstate(over="ignore"):  # of a large negative gate: nothing is left of it
-            inverse = np.exp(-values)
-        inverse += 1
-        values /= inverse
-        values *= _view(up)
-        return gate
+        """silu(gate) * up, [..., rows, width].
+
+        Always MLX's: how many rows an expert gets depends on their company, and their bits must not. Of many
+        it is evaluated at once, so that unpacked weights of both are gone before those of down come.
+        """
+        out = nn.silu(gate) * up
+        if self.has_slow_exp and not self.is_few(gate.shape[-2]):
+            mx.eval(out)
+        return out
 
     def add_rows(self, out: mx.array, rows: NDArray[np.int64], added: mx.array) -> mx.array:
         """out [N, H] with added [n, H] on top of these rows, each named once; nobody else refers to out."""
