@@ -90,7 +90,7 @@ def test_a_sweep_admits_the_hottest_and_leaves_decode_the_rest(streamed: Opened)
 def test_rows_in_parts_give_the_same_within_rounding(
     resident: Opened, streamed: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = tokens(WIDER, 230, seed=1)  # seed 7 has two keys whose scores are the same within rounding
+    ids = tokens(WIDER, 230)
     whole = logits(resident.model, ids)
     monkeypatch.setattr("models.glm_moe_dsa.make_parts", partial(make_parts, num_rows=50))
     parts = logits(resident.model, ids)
@@ -101,7 +101,8 @@ def test_rows_in_parts_give_the_same_within_rounding(
 @pytest.mark.parametrize("gather_from", [1, 1000])
 def test_gathered_and_masked_attention_agree(folder: Path, resident: Opened, gather_from: int) -> None:
     opened = open_model(folder, arithmetic=replace(CPU, gather_from=gather_from))
-    ids = tokens(WIDER, 300, seed=1)  # as above
+    # Few rows and many round differently, and seed 7 (of 1 to 10 the only one) has keys that tie within that.
+    ids = tokens(WIDER, 300, seed=1)
     assert np.abs(logits(opened.model, ids) - logits(resident.model, ids, 8)).max() < 1e-5
     opened.store.close()
 
