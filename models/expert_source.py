@@ -83,6 +83,10 @@ class ExpertSource(Protocol):
         """
         ...
 
+    def anticipate_sweep(self, layer: int) -> None:
+        """All experts of the layer will be wanted: what is not there may be read while others compute."""
+        ...
+
     def observe(self, layer: int, scores: NDArray[np.float32]) -> None:
         """By what the router chose among all experts, [N, E]."""
         ...

@@ -187,6 +187,11 @@ class Experts:
             mx.eval(out)
         return out.reshape(num_rows, k, -1)
 
+    def anticipate_sweep(self) -> None:
+        """All experts will be wanted, once many rows have come so far."""
+        if not self._source.is_resident:
+            self._source.anticipate_sweep(self._layer)
+
     def sweep(
         self,
         take: Callable[[mx.array], mx.array],

@@ -20,6 +20,9 @@ from models.linear import Linear
 from models.router import Router
 from models.tiles import EAGER_ROWS
 
+# A prompt that uses each expert so many times in the mean wants nearly every one.
+SURE_USES = 8
+
 
 class DenseMlp(nn.Module):
     """silu(gate x) * up x, then down: the leading dense layers and the shared experts."""
@@ -42,6 +45,7 @@ class MoeMlp(nn.Module):
         super().__init__()
         self.gate = Router(args, arithmetic)
         self._experts = experts
+        self._top_k, self._num_experts = args.num_experts_per_tok, args.n_routed_experts
         if args.n_shared_experts:
             width = args.moe_intermediate_size * args.n_shared_experts
             self.shared_experts = DenseMlp(args.hidden_size, width, arithmetic)
@@ -68,6 +72,11 @@ class MoeMlp(nn.Module):
             if "shared_experts" in self:
                 added = added + self.shared_experts(norm(x[part.rows]))
             replace_rows(x, part, x[part.rows] + added)
+
+    def anticipate_sweep(self, rows: int) -> None:
+        """Starts to read this layer's experts, where so many rows are sure to want nearly all."""
+        if rows * self._top_k >= SURE_USES * self._num_experts:
+            self._experts.anticipate_sweep()
 
     def settle(self) -> None:
         self._experts.settle()
@@ -187,6 +196,11 @@ class Model(nn.Module):
         """Of all caches that are still somebody's."""
         return sum(cache.nbytes for cache in self._caches)
 
+    @property
+    def _first_sparse(self) -> MoeMlp | None:
+        """The disk would have nothing to do until its routing is known, after all dense layers."""
+        return next((layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoeMlp)), None)
+
     def settle(self) -> None:
         """Evaluates whatever may still read a slot of a bank, of passes that are under way or given up."""
         for layer in self.model.layers:
@@ -205,6 +219,8 @@ class Model(nn.Module):
         parts = make_parts(spans)
         for span in spans:
             span.cache.expect(span.rows)
+        if tokens.shape[0] > EAGER_ROWS and (sparse := self._first_sparse) is not None:
+            sparse.anticipate_sweep(tokens.shape[0])
         x = self.model.embed_tokens(tokens).astype(self.arithmetic.dtype)
         for i, layer in enumerate(self.model.layers):
             if tokens.shape[0] <= EAGER_ROWS:

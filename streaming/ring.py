@@ -87,6 +87,11 @@ class Ring:
         return sum(array.nbytes for lane in lanes for array in lane.bank.arrays.values())
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way or held."""
+        return not self._wanted and not self._fills
+
+    @property
     def is_reading(self) -> bool:
         return any(not fill.is_settled for fill in self._fills.values())
 

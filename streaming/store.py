@@ -197,13 +197,15 @@ class ExpertStore:
         if self._is_resident:
             return resident_groups(state.bank.arrays, rows_of, at_once)
         state.wait(list(state.join_ahead(tuple(rows_of)).values()))
-        here, following = (self._layer_bank(number) for number in (layer, self._after[layer]))
-        assert here is not None, "the index has the layer"
-        return self._sweeper.sweep(here, following, rows_of, at_once)
+        after = self._after[layer]
+        following = None if after is None else self._layer_bank(after)
+        return self._sweeper.sweep(self._layer_bank(layer), following, rows_of, at_once)
 
-    def _layer_bank(self, layer: int | None) -> LayerBank | None:
-        if layer is None:
-            return None
+    def anticipate_sweep(self, layer: int) -> None:
+        """A sweep will want all experts of the layer: the ring reads what it can hold, if it is free."""
+        self._sweeper.anticipate(self._layer_bank(layer))
+
+    def _layer_bank(self, layer: int) -> LayerBank:
         state = self._layers[layer]
         return LayerBank(layer, state.bank, state.books, state.ahead)
 

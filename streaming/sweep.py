@@ -79,6 +79,12 @@ class Sweeper:
             self._ring.clear()
             raise
 
+    def anticipate(self, here: LayerBank) -> None:
+        """Reads ahead for a sweep that will want all experts; not while the ring serves another."""
+        if self._ring.is_idle:
+            experts = range(self._index.num_experts)
+            self._ring.begin([(here.layer, expert) for expert in experts if expert not in here.books])
+
     def _order(
         self, layer: int, missing: Sequence[int], following: LayerBank | None, num_wanted: int
     ) -> list[tuple[int, int]]:

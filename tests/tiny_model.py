@@ -59,6 +59,9 @@ class MemoryExperts:
     def sweep(self, layer: int, rows_of: Mapping[int, int], at_once: int) -> Iterator[Sequence[Place]]:
         return resident_groups(self._banks[layer], rows_of, at_once)
 
+    def anticipate_sweep(self, layer: int) -> None:
+        raise AssertionError("resident experts are not read")
+
     def observe(self, layer: int, scores: Array) -> None:
         raise AssertionError("resident experts need no policy")
 

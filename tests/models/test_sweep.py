@@ -191,3 +191,16 @@ def test_what_grows_with_a_prompt_is_in_the_plan(folder: Path, monkeypatch: pyte
     assert (peaks[2000] - peaks[1000]) / 1000 < planned
     queries = 4 * WIDER["num_attention_heads"] * tiled.checkpoint.args.latent_dim
     assert planned < 3 * queries, "the test could not tell if all queries lay in memory"
+
+
+@pytest.mark.parametrize("num_rows", [32, 500])
+def test_the_disk_works_while_a_prompt_goes_through_the_dense_layers(streamed: Opened, num_rows: int) -> None:
+    """Where so many rows are sure to want all experts; what was read then is not read again."""
+    model, store = streamed.model, streamed.store
+    steps = model.forward(mx.array(tokens(WIDER, num_rows)), [Span(model.make_cache(), 0, num_rows)])
+    next(steps)
+    assert store._ring.is_idle == (num_rows == 32)
+    for _ in steps:
+        pass
+    counts = store.statistics()
+    assert counts.payload_bytes == counts.sweep_reads * streamed.checkpoint.experts.expert_bytes(3)
