@@ -20,7 +20,7 @@ HOPELESS = 0.75
 MARGIN = 0.02
 # Steps before the first survey, and pauses after it in times of its length: at first, and at most.
 FIRST_STEPS = 16
-FIRST_PAUSE, LONGEST_PAUSE = 4, 16
+FIRST_PAUSE, LONGEST_PAUSE = 4, 24
 
 
 class Width:
