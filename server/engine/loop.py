@@ -208,7 +208,8 @@ class EngineLoop:
             [large] = self._passes
             has_room = large.num_rows < self._limits.pass_rows
             num_lost = self._num_lost_layers + large.num_layers_done
-            if has_room and num_lost < RESTART * self._num_layers:
+            is_early = num_lost < RESTART * self._num_layers
+            if has_room and is_early and self._scheduler.has_reader_for(large.parts):
                 self._num_lost_layers = num_lost
                 self._give_up(large)
             else:

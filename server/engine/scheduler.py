@@ -19,6 +19,9 @@ KV_HEADROOM = 256
 TURN_STEPS = 8
 # A prompt is short up to this part of a pass's rows, and so much of a pass is for short prompts first.
 SHORT, FOR_SHORT = 1 / 8, 1 / 4
+# Up to this part of the longest prompt in a pass another does better in a pass of its own, though that reads
+# the experts once more: published for the target, one reading hides the compute of some 8,000 rows, not more.
+TINY = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,16 @@ class Scheduler:
         """Whether anybody has a prompt to read and no pass."""
         return bool(self._readers())
 
+    def has_reader_for(self, parts: list[Part]) -> bool:
+        """Whether anybody would board with these: has a prompt that is not tiny beside the longest."""
+        tiny = TINY * max(part.num_rows for part in parts)
+        return any(sequence.num_unread > tiny for sequence in self._readers())
+
     def board(self, num_rows: int) -> list[Part]:
-        """Parts of prompts for a pass over at most so many rows: some room for short ones, then by turn."""
+        """Parts of prompts for a pass over at most so many rows: some room for short ones, then by turn.
+
+        Those that are tiny beside the longest stay out: `board_short` is theirs.
+        """
         ranked = self.shares.rank(self._readers(), self._clock(), self._cost)
         parts = self._take_whole(ranked, int(num_rows * FOR_SHORT), int(num_rows * SHORT))
         left, taken = num_rows - sum(part.num_rows for part in parts), {part.sequence for part in parts}
@@ -133,6 +144,8 @@ class Scheduler:
             if sequence not in taken and left:
                 parts.append(Part(sequence, min(left, sequence.num_unread)))
                 left -= parts[-1].num_rows
+        tiny = TINY * max((part.num_rows for part in parts), default=0)
+        parts = [part for part in parts if part.sequence.num_unread > tiny]
         self._in_pass |= {part.sequence for part in parts}
         return parts
 

@@ -121,9 +121,9 @@ def test_steps_run_amid_the_layers_of_a_pass(world: World, model: TimedModel) ->
 def test_passes_change_places_between_layers_only(world: World, model: TimedModel) -> None:
     """Amid a layer the experts on their way are those that this pass will want."""
     model.num_parts = 5
-    world.at(0, ask("long", 16_000, 1), ask("other", 30, 2))
+    world.at(0, ask("long", 16_000, 1), ask("other", 600, 2))
     world.at(21, ask("short", 200, 1))
-    world.run(model, limits=Limits(pass_rows=16_384, kv_tokens=100_000))
+    world.run(model, limits=Limits(pass_rows=16_600, kv_tokens=100_000))
     large = [(rows, pause) for rows, pause in model.parts if rows > 8]
     changes = [(a, b) for a, b in pairwise(large) if a[0] != b[0]]
     assert len(changes) == 2, "the short one goes between"
@@ -170,6 +170,22 @@ def test_a_short_prompt_overtakes_a_long_one_between_its_layers(world: World, mo
     assert first_s - 3 <= 2 * own_s + 2 * layer_s
     [end_s] = world.times_of("long")
     assert end_s == pytest.approx(160 + own_s), "the long one loses what the short one took, and no more"
+
+
+@pytest.mark.parametrize("behind_s", [0, 0.5, 3])
+@pytest.mark.parametrize("pass_rows", [16_384, 40_000])
+def test_a_tiny_prompt_needs_no_more_where_the_pass_has_room_for_it(
+    world: World, model: TimedModel, behind_s: float, pass_rows: int
+) -> None:
+    """Reading the experts once more takes less time than computing the whole of a long pass."""
+    model.num_parts = 5
+    world.at(0, ask("first", 30, 1))  # the loop knows how many layers there are
+    world.at(10, ask("long", 16_000, 1))
+    world.at(10 + behind_s, ask("short", 200, 1))
+    world.run(model, limits=Limits(pass_rows=pass_rows, kv_tokens=100_000))
+    own_s, layer_s = 10 * row_cost(200), row_cost(16_000)
+    assert world.times_of("short")[0] - 10 - behind_s <= 2 * own_s + 2 * layer_s
+    assert world.times_of("long")[0] == pytest.approx(170 + own_s)
 
 
 def test_a_short_prompt_behind_a_long_one_in_parts_is_in_its_next_part(
