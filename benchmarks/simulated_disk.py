@@ -8,6 +8,7 @@ ends, to the nanosecond, however late the thread wakes. Called by the reader's t
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,15 +69,21 @@ class SimulatedDisk:
 
 
 class _SimulatedFile:
+    may_repeat = False
+
     def __init__(self, disk: SimulatedDisk, inner: DiskFile | None) -> None:
         self.alignment = inner.alignment if inner else ALIGNMENT
         self._disk, self._inner = disk, inner
 
-    def read_into(self, buffer: Bytes, offset: int) -> int:
-        service = self._disk.serve(len(buffer))
-        count = self._inner.read_into(buffer, offset) if self._inner else len(buffer)
+    def read_into(self, buffers: Sequence[Bytes], offset: int) -> int:
+        service = self._disk.serve(num_bytes := sum(map(len, buffers)))
+        count = self._inner.read_into(buffers, offset) if self._inner else num_bytes
         time.sleep(max(0.0, service.end_s - time.monotonic()))
         return count
+
+    def check(self) -> None:
+        if self._inner:
+            self._inner.check()
 
     def give_up(self, thread: int) -> bool:
         return False

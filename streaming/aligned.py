@@ -1,10 +1,25 @@
 """Reads of whole aligned blocks, as a disk without page cache wants them.
 
-Pure functions, used by the reader's threads and by the probe, which must read as they do.
+Functions without state, used by the reader's threads and by the probe, which must read as they do.
 """
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from config.errors import DiskError
 from streaming.disk import MAX_ALIGNMENT, DiskFile
 from streaming.floats import Bytes
+from streaming.reads import Read, Target
+
+
+class Scatter(NamedTuple):
+    """What a read fills, one after the other, and what is copied then: from the second into the first."""
+
+    filled: list[Bytes]
+    copies: list[tuple[Bytes, Bytes]]
+    is_direct: bool  # some of `filled` is memory of targets
 
 
 def buffer_bytes(max_read_bytes: int) -> int:
@@ -18,12 +33,66 @@ def aligned_range(alignment: int, offset: int, nbytes: int) -> tuple[int, int]:
     return start, -(-(offset - start + nbytes) // alignment) * alignment
 
 
-def read_fully(file: DiskFile, buffer: Bytes, offset: int, num_needed: int) -> None:
+def perform(read: Read, file: DiskFile, buffer: Bytes, start: int, is_wanted: Callable[[], bool]) -> None:
+    """Reads what `buffer` holds from `start` on and puts what the read wants of it where it belongs.
+
+    `is_wanted` is asked once the bytes are there. DiskError says what could not be read.
+    """
+    lead = read.offset - start
+    # A hung read that comes back when another brought the bytes would write over who lies there then.
+    filled, copies, is_inside = scatter(
+        buffer, lead, read.targets, None if file.may_repeat else file.alignment
+    )
+    if is_inside and not read.enter():
+        return  # nobody wants it any more
+    try:
+        read_fully(file, filled, start, lead + read.nbytes)
+        if is_wanted() and (is_inside or read.enter()):
+            is_inside = True
+            for into, what in copies:
+                np.copyto(into, what)
+            read.deliver(buffer[lead : lead + read.nbytes])
+    except OSError as error:
+        raise DiskError(
+            f"{read.path}: reading {read.nbytes} bytes at {read.offset}: {error.strerror or error}"
+        ) from error
+    finally:
+        if is_inside:
+            read.leave()
+
+
+def scatter(buffer: Bytes, lead: int, targets: Sequence[Target], alignment: int | None) -> Scatter:
+    """How an aligned read that starts `lead` bytes before what is wanted goes into its targets.
+
+    Of each, whole blocks that lie in memory as they lie on disk are read straight into it; the others come by
+    way of their places in the buffer, and so does everything where `alignment` is None.
+    """
+    filled: list[Bytes] = []
+    copies: list[tuple[Bytes, Bytes]] = []
+    done = 0
+    for target in targets:
+        first, memory = lead + target.at, target.memory
+        start = stop = last = first + len(memory)
+        if alignment and (target.address - first) % alignment == 0 and last - first >= 2 * alignment:
+            start, stop = -(-first // alignment) * alignment, last // alignment * alignment
+            filled += [buffer[done:start], memory[start - first : stop - first]]
+            done = stop
+        copies += [
+            (memory[: start - first], buffer[first:start]),
+            (memory[stop - first :], buffer[stop:last]),
+        ]
+    filled.append(buffer[done:])
+    return Scatter(
+        [part for part in filled if len(part)], [copy for copy in copies if len(copy[0])], done > 0
+    )
+
+
+def read_fully(file: DiskFile, buffers: Sequence[Bytes], offset: int, num_needed: int) -> None:
     """Reads until `num_needed` bytes are there, going on after short reads from the last aligned byte."""
     done = 0
     while done < num_needed:
         try:
-            count = file.read_into(buffer[done:], offset + done)
+            count = file.read_into(_behind(buffers, done) if done else buffers, offset + done)
         except InterruptedError:
             continue
         if done + count >= num_needed:
@@ -32,3 +101,13 @@ def read_fully(file: DiskFile, buffer: Bytes, offset: int, num_needed: int) -> N
         if resume <= done:
             raise OSError(f"the file ends {num_needed - done - count} bytes early")
         done = resume
+
+
+def _behind(buffers: Sequence[Bytes], num_bytes: int) -> list[Bytes]:
+    """What is left of the buffers behind so many bytes."""
+    left: list[Bytes] = []
+    for buffer in buffers:
+        if num_bytes < len(buffer):
+            left.append(buffer[num_bytes:])
+        num_bytes = max(0, num_bytes - len(buffer))
+    return left

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from streaming.floats import CARRIERS, FLOATS, Bytes, commit
 from streaming.headers import ITEM_BYTES
 from streaming.index import Part
+from streaming.reads import Target
 
 # Experts that one scatter carries; bounds the staging memory.
 STAGED_ROWS = 16
@@ -36,6 +37,13 @@ class Bank(Protocol):
 
     def begin(self, slots: Sequence[int]) -> None:
         """Prepares to fill these slots, at most `max_fill`."""
+        ...
+
+    def target(self, slot: int, part: int, start: int, nbytes: int, at: int) -> Target | None:
+        """Memory for file bytes of the numbered part, from byte `start` of it on, that are kept as they are.
+
+        They are bytes `at` and following of a read. None: give them to `write`.
+        """
         ...
 
     def write(self, slot: int, part: int, start: int, raw: Bytes) -> None:
@@ -66,10 +74,11 @@ class BankMaker:
         self.is_shared = shares_memory() if is_shared is None else is_shared
         self._staging: dict[tuple[Part, ...], list[npt.NDArray[np.generic]]] = {}
 
-    def make(self, parts: tuple[Part, ...], num_slots: int) -> Bank:
+    def make(self, parts: tuple[Part, ...], num_slots: int, leads: Sequence[int] = ()) -> Bank:
+        """`leads`: how far behind the start of a page each part's bytes lie on disk, if always the same."""
         kept = tuple(kept_dtype(part, self._float_name) for part in parts)
         if self.is_shared:
-            return SharedBank(parts, kept, num_slots)
+            return SharedBank(parts, kept, num_slots, leads or (0,) * len(parts))
         if parts not in self._staging:
             self._staging[parts] = [
                 _host_array(part, name, STAGED_ROWS) for part, name in zip(parts, kept, strict=True)
@@ -97,20 +106,23 @@ def slot_bytes(parts: Sequence[Part], float_dtype: mx.Dtype) -> int:
 
 
 class SharedBank:
-    """Written through views that share MLX's memory."""
+    """Written through views that share MLX's memory, and read into straight from the disk."""
 
     is_in_place = True
 
-    def __init__(self, parts: tuple[Part, ...], kept: tuple[str, ...], num_slots: int) -> None:
+    def __init__(
+        self, parts: tuple[Part, ...], kept: tuple[str, ...], num_slots: int, leads: Sequence[int]
+    ) -> None:
         self._parts = parts
         self._kept = kept
+        self._leads = leads
         self._make(num_slots)
 
     def _make(self, num_slots: int) -> None:
         names = [part.name for part in self._parts]
         owners = [
-            _zeros_on_page((num_slots, *part.shape), _MLX_CARRIERS[kept])
-            for part, kept in zip(self._parts, self._kept, strict=True)
+            _zeros_at((num_slots, *part.shape), _MLX_CARRIERS[kept], lead if kept == part.dtype else 0)
+            for part, kept, lead in zip(self._parts, self._kept, self._leads, strict=True)
         ]
         views = [np.array(owner, copy=False).reshape(num_slots, -1) for owner in owners]
         arrays = [_as_float(owner, kept) for owner, kept in zip(owners, self._kept, strict=True)]
@@ -118,10 +130,21 @@ class SharedBank:
         for view, array in zip(views, arrays, strict=True):
             _check_aliasing(view, array)
         self._views, self.max_fill = views, num_slots
+        self._bytes = [
+            view.view(np.uint8) if kept == part.dtype else None
+            for view, kept, part in zip(views, self._kept, self._parts, strict=True)
+        ]
+        self._addresses = [view.ctypes.data for view in views]
         self.arrays: Mapping[str, mx.array] = dict(zip(names, arrays, strict=True))
 
     def begin(self, slots: Sequence[int]) -> None:
         pass
+
+    def target(self, slot: int, part: int, start: int, nbytes: int, at: int) -> Target | None:
+        if (rows := self._bytes[part]) is None:
+            return None
+        address = self._addresses[part] + slot * rows.shape[1] + start
+        return Target(at, rows[slot, start : start + nbytes], address)
 
     def write(self, slot: int, part: int, start: int, raw: Bytes) -> None:
         _commit_row(self._views[part][slot], self._kept[part], start, raw, self._parts[part].dtype)
@@ -168,6 +191,9 @@ class StagedBank:
         assert len(slots) <= self.max_fill, "more slots are filled at once than there are staging rows"
         self._rows = {slot: row for row, slot in enumerate(slots)}
 
+    def target(self, slot: int, part: int, start: int, nbytes: int, at: int) -> Target | None:
+        return None
+
     def write(self, slot: int, part: int, start: int, raw: Bytes) -> None:
         row = self._staging[part][self._rows[slot]].reshape(-1)
         _commit_row(row, self._kept[part], start, raw, self._parts[part].dtype)
@@ -204,16 +230,18 @@ def _as_float(array: mx.array, name: str) -> mx.array:
     return array.view(mx.bfloat16) if name == "BF16" else array
 
 
-def _zeros_on_page(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Zeros that start on a page, as readers' buffers do; a view of an array that is a page longer.
+def _zeros_at(shape: tuple[int, ...], dtype: mx.Dtype, lead: int) -> mx.array:
+    """Zeros that start `lead` bytes behind the start of a page; a view of an array that is a page longer.
 
-    MLX's own start 24 bytes into one, and a copy from the start of a page to 1 to 63 bytes into another takes
-    four times as long on Zen 3 (`rep movsb`; 177 against 44 microseconds for 320 KiB).
+    Bytes that lie so on disk too can be read without a copy. Where they are copied, it is from the start of a
+    page or `lead` behind one; MLX's own arrays start 24 bytes into one, and a copy from the start of a page
+    to 1 to 63 bytes into another takes four times as long on Zen 3 (`rep movsb`; 177 against 44 microseconds
+    for 320 KiB).
     """
     size = prod(shape)
     longer = mx.zeros(size + mmap.PAGESIZE // dtype.size, dtype)
     mx.eval(longer)
-    first = -np.array(longer, copy=False).ctypes.data % mmap.PAGESIZE // dtype.size
+    first = (lead - np.array(longer, copy=False).ctypes.data) % mmap.PAGESIZE // dtype.size
     zeros = longer[first : first + size].reshape(shape)
     mx.eval(zeros)
     return zeros

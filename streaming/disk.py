@@ -14,6 +14,7 @@ import logging
 import mmap
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,12 +31,23 @@ MAX_ALIGNMENT = 16_384
 
 
 class DiskFile(Protocol):
-    """One open file. Offset, length and address of a read are multiples of `alignment`."""
+    """One open file. Offset, lengths and addresses of a read are multiples of `alignment`.
+
+    `may_repeat`: a read that hangs may be asked for again while the first can still come back.
+    """
 
     alignment: int
+    may_repeat: bool
 
-    def read_into(self, buffer: Bytes, offset: int) -> int:
-        """Reads at most `len(buffer)` bytes at `offset`; returns how many, 0 at the end of the file."""
+    def read_into(self, buffers: Sequence[Bytes], offset: int) -> int:
+        """Reads from `offset` on, at most what the buffers hold, filled one after the other.
+
+        Returns how many bytes, 0 at the end of the file.
+        """
+        ...
+
+    def check(self) -> None:
+        """DiskError if what was read until now may be of another file than was opened."""
         ...
 
     def give_up(self, thread: int) -> bool:
@@ -61,7 +73,7 @@ class DirectDisk:
             raise DiskError(f"{path}: {error.strerror}") from error
         file = _File(path, fd, alignment, stamp)
         try:
-            file.check_stamp()
+            file.check()
         except DiskError:
             file.close()
             raise
@@ -69,6 +81,8 @@ class DirectDisk:
 
 
 class _File:
+    may_repeat = False
+
     def __init__(self, path: Path, fd: int, alignment: int, stamp: FileStamp) -> None:
         self.alignment = max(alignment, 1)
         self._is_buffered = alignment == 0
@@ -76,10 +90,8 @@ class _File:
         self._fd = fd
         self._stamp = stamp
 
-    def read_into(self, buffer: Bytes, offset: int) -> int:
-        count = os.preadv(self._fd, [buffer.data], offset)
-        # After the read: bytes that were there before a change of the file may not pass as the new ones.
-        self.check_stamp()
+    def read_into(self, buffers: Sequence[Bytes], offset: int) -> int:
+        count = os.preadv(self._fd, [buffer.data for buffer in buffers], offset)
         if self._is_buffered and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
         return count
@@ -87,7 +99,7 @@ class _File:
     def give_up(self, thread: int) -> bool:
         return False
 
-    def check_stamp(self) -> None:
+    def check(self) -> None:
         if FileStamp.from_stat(os.fstat(self._fd)) != self._stamp:
             raise DiskError(f"{self._path} was replaced or changed since start-up; restart the server")
 

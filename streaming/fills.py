@@ -19,7 +19,7 @@ from streaming.floats import Bytes
 from streaming.index import ExpertIndex
 from streaming.reader import Reader
 from streaming.reads import Batch, Read, ReadClass, ReadDropped, ReadStatistics
-from streaming.runs import Run, largest_run_bytes, plan_runs
+from streaming.runs import Run, Segment, largest_run_bytes, plan_runs
 from streaming.tickets import Ticket, TicketOffice
 
 
@@ -113,11 +113,27 @@ class Filler:
         `owner` names the bank where it is not the layer's own.
         """
         ticket = self._tickets.issue(layer if owner is None else owner, slot)
-        reads = [
-            Read(run.path, run.offset, run.nbytes, partial(self._commit, bank, ticket, run), read_class)
-            for run in plan_runs(self._index.pieces(layer, expert))
-        ]
-        return Fill(expert, ticket, reads)
+        runs = plan_runs(self._index.pieces(layer, expert))
+        return Fill(expert, ticket, [self._read(run, bank, ticket, read_class) for run in runs])
+
+    def _read(self, run: Run, bank: Bank, ticket: Ticket, read_class: ReadClass) -> Read:
+        targets, others = [], []
+        for segment in run.segments:
+            target = bank.target(ticket.slot, segment.part, segment.start, segment.nbytes, segment.at)
+            if target is None:
+                others.append(segment)
+            else:
+                targets.append(target)
+        return Read(
+            run.path,
+            run.offset,
+            run.nbytes,
+            partial(_write, bank, ticket.slot, others),
+            read_class,
+            targets,
+            partial(self._tickets.enter, ticket),
+            partial(self._tickets.leave, ticket),
+        )
 
     def submit(self, fills: Sequence[Fill]) -> None:
         """Starts the reads of fills that will be waited for together."""
@@ -144,9 +160,15 @@ class Filler:
         return time.monotonic() - start_s
 
     def void(self, fill: Fill) -> None:
-        """Nobody wants it any more: when this returns its slot can be given to another."""
-        self.cancel(fill)
+        """Nobody wants it any more. Waits for what was started; after a hung read the slot `is_written`."""
+        if not fill.is_settled:
+            self.cancel(fill)
+            self.wait([fill])
         self._tickets.revoke(fill.ticket.bank, fill.slot)
+
+    def is_written(self, owner: Hashable, slot: int) -> bool:
+        """Whether a read that hangs may yet write into the slot: nobody can have it."""
+        return self._tickets.is_written(owner, slot)
 
     def num_writers(self) -> int:
         return self._tickets.num_writers()
@@ -154,14 +176,8 @@ class Filler:
     def close(self) -> None:
         self._reader.close()
 
-    def _commit(self, bank: Bank, ticket: Ticket, run: Run, raw: Bytes) -> None:
-        """On a reader's thread: puts a run's bytes into the slot, if the slot is still this ticket's."""
-        if not self._tickets.enter(ticket):
-            return
-        try:
-            for segment in run.segments:
-                bank.write(
-                    ticket.slot, segment.part, segment.start, raw[segment.at : segment.at + segment.nbytes]
-                )
-        finally:
-            self._tickets.leave(ticket)
+
+def _write(bank: Bank, slot: int, segments: Sequence[Segment], raw: Bytes) -> None:
+    """On a reader's thread: puts those of a run's bytes into the slot that are not kept as they are."""
+    for segment in segments:
+        bank.write(slot, segment.part, segment.start, raw[segment.at : segment.at + segment.nbytes])

@@ -5,6 +5,7 @@ read by the store. Three layouts: MLX stacked (`switch_mlp`), one tensor per exp
 stacks.
 """
 
+import mmap
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -52,10 +53,13 @@ class Piece:
 
 
 class _Source(Protocol):
-    """Where the experts of one layer keep one part."""
+    """Where the experts of one layer keep one part; `lead`: how far behind the start of a page."""
 
     @property
     def part(self) -> Part: ...
+
+    @property
+    def lead(self) -> int: ...
 
     def locate(self, expert: int) -> Piece: ...
 
@@ -69,6 +73,10 @@ class _Stack:
     start: int
     stride: int
 
+    @property
+    def lead(self) -> int:
+        return self.start % mmap.PAGESIZE
+
     def locate(self, expert: int) -> Piece:
         return Piece(self.part, self.path, self.start + expert * self.stride)
 
@@ -79,6 +87,10 @@ class _Separate:
 
     part: Part
     places: tuple[tuple[Path, int], ...]
+
+    @property
+    def lead(self) -> int:
+        return self.places[0][1] % mmap.PAGESIZE
 
     def locate(self, expert: int) -> Piece:
         return Piece(self.part, *self.places[expert])
@@ -112,6 +124,10 @@ class ExpertIndex:
 
     def parts(self, layer: int) -> tuple[Part, ...]:
         return tuple(source.part for source in self._sources[layer])
+
+    def leads(self, layer: int) -> tuple[int, ...]:
+        """How far behind the start of a page each part of the first expert lies, in the order of `parts`."""
+        return tuple(source.lead for source in self._sources[layer])
 
     def pieces(self, layer: int, expert: int) -> tuple[Piece, ...]:
         """Where the parts of one expert lie, in the order of `parts`."""

@@ -6,6 +6,7 @@ and give way to those.
 
 from collections.abc import Collection, Sequence
 
+from config.errors import DiskError
 from streaming.banks import Bank
 from streaming.fills import Fill, Filler, raise_failure
 from streaming.lookahead import Gate
@@ -31,6 +32,12 @@ class StoreLayer:
         self._filler, self._expert_bytes, self._counts = filler, expert_bytes, counts
         self._gates: dict[int, Gate] = {}  # by how many layers before it was guessed
         self._fresh: set[int] = set()  # arrived ahead since the layer was last asked
+        self._cancelled: list[Fill] = []  # of them some reads had been started
+
+    @property
+    def under_way(self) -> list[Fill]:
+        """Reads that nobody waits for."""
+        return [*self.ahead.values(), *self._cancelled]
 
     def __contains__(self, expert: object) -> bool:
         """Whether it is there or coming."""
@@ -97,14 +104,15 @@ class StoreLayer:
                 self._filler.hasten(fill)
                 joined[expert] = self.ahead.pop(expert)
             elif self._filler.cancel(fill):
-                self.give_up(self.ahead.pop(expert))
+                self._cancelled.append(self.ahead.pop(expert))
+        self._bury()
         return joined
 
     def resize(self, num_slots: int) -> None:
         """As `ExpertStore.resize`. Reads that run ahead are given up: who needs them asks again."""
         self._land_ahead()
-        while self.ahead:
-            self.give_up(self.ahead.popitem()[1])
+        while self.under_way:
+            self._give_up_one()
         kept = self.books.shed(num_slots)
         self.bank.resize(kept, num_slots)
         self.books.resize(kept, num_slots)
@@ -113,17 +121,32 @@ class StoreLayer:
     def check(self) -> None:
         """Every slot is free, held or being filled."""
         assert not any(expert in self.books for expert in self.ahead), "an expert has two slots"
-        self.books.check([fill.slot for fill in self.ahead.values()])
+        self.books.check([fill.slot for fill in self.under_way])
 
     def _start_missed(self, missed: Sequence[int], keep: frozenset[int]) -> Sequence[Fill]:
         """Starts the reads of all; waits for them where the bank is filled by scatter."""
-        while self.ahead and self.books.num_free(keep) < len(missed):
-            self.give_up(self.ahead.popitem()[1])
+        self.make_room(len(missed), keep)
         if self.bank.is_in_place:
             return self.start(missed, keep)
         for first in range(0, len(missed), self.bank.max_fill):
             self.wait(self.start(missed[first : first + self.bank.max_fill], keep))
         return ()
+
+    def make_room(self, num_wanted: int, keep: Collection[int]) -> None:
+        """Gives up what is under way until so many slots are free; DiskError if hung reads hold too many."""
+        while self.under_way and self.books.num_free(keep) < num_wanted:
+            self._give_up_one()
+        if self.books.num_free(keep) < num_wanted:
+            raise DiskError(f"layer {self.number}: reads that the disk never answered hold its slots")
+
+    def _give_up_one(self) -> None:
+        self.give_up(self._cancelled.pop() if self._cancelled else self.ahead.popitem()[1])
+
+    def _bury(self) -> None:
+        """The slots of what was cancelled are free once nothing is under way into them."""
+        for fill in [fill for fill in self._cancelled if fill.is_settled]:
+            self._cancelled.remove(fill)
+            self.give_up(fill)
 
     def _make(self, expert: int, keep: Collection[int], read_class: ReadClass) -> Fill:
         return self._filler.make(self.number, self.bank, expert, self.books.take(keep), read_class)
@@ -137,8 +160,10 @@ class StoreLayer:
             self.give_up(fill)
 
     def _land_ahead(self) -> None:
+        self._bury()
         for expert, fill in [item for item in self.ahead.items() if item[1].is_settled]:
             del self.ahead[expert]
+            self._filler.wait([fill])
             self._land(fill)
             if fill.error is None:
                 self._fresh.add(expert)

@@ -8,7 +8,7 @@ when a read hangs.
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,15 +92,19 @@ class MirroredDisk:
 
 
 class _MirroredFile:
+    may_repeat = True
+
     def __init__(self, disk: MirroredDisk, files: tuple[DiskFile, DiskFile]) -> None:
         self.alignment = max(file.alignment for file in files)
         self._disk, self._files = disk, files
 
-    def read_into(self, buffer: Bytes, offset: int) -> int:
+    def read_into(self, buffers: Sequence[Bytes], offset: int) -> int:
         while True:
-            number = self._disk.start(len(buffer))
+            number = self._disk.start(sum(map(len, buffers)))
             try:
-                return self._files[number].read_into(buffer, offset)
+                count = self._files[number].read_into(buffers, offset)
+                self._files[number].check()
+                return count
             except InterruptedError:
                 raise
             except (OSError, DiskError) as error:
@@ -108,6 +112,9 @@ class _MirroredFile:
                     raise
             finally:
                 self._disk.end(number)
+
+    def check(self) -> None:
+        """Each read was, by the side that served it."""
 
     def give_up(self, thread: int) -> bool:
         return self._disk.give_up(thread)

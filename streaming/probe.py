@@ -134,7 +134,7 @@ class _Crew:
             file = self._files[str(run.path)]
             start, num_bytes = aligned_range(file.alignment, run.offset, run.nbytes)
             try:
-                file.read_into(buffer[:num_bytes], start)
+                file.read_into([buffer[:num_bytes]], start)
             except OSError as error:
                 self.errors.append(DiskError(f"{run.path}: {error.strerror or error}"))
                 return

@@ -4,9 +4,12 @@ Owns the open files, the threads and their buffers. The engine's thread submits 
 reader's thread hands the bytes to the read's `deliver`, which must not keep them. It knows no experts and
 no slots.
 
+Bytes go straight into a read's targets where both lie alike (`scatter`), else by way of the thread's buffer.
+
 A read that does not come back in time fails with DiskError, or is asked for again where there is another
 disk; its thread is written off, buffer and all (quarantine), and another takes its place. If the read returns
-after all, its bytes go nowhere and its thread rejoins when there is room.
+after all, its bytes go nowhere, but for those that went straight to a target: the thread is inside until then
+(`Read.enter`). Then it rejoins when there is room.
 """
 
 import heapq
@@ -19,7 +22,7 @@ from pathlib import Path
 
 from config.errors import DiskError
 from config.plan import reader_buffers
-from streaming.aligned import aligned_range, buffer_bytes, read_fully
+from streaming.aligned import aligned_range, buffer_bytes, perform
 from streaming.disk import Disk, DiskFile, aligned_buffer
 from streaming.headers import FileStamp
 from streaming.reads import Batch, Read, ReadClass, ReadDropped, ReadStatistics, Task
@@ -35,6 +38,7 @@ class _Worker:
         self.thread = 0
         self.is_delivering = False
         self.is_quarantined = False
+        self.num_device_bytes = 0  # read and not yet counted
 
 
 class Reader:
@@ -96,7 +100,10 @@ class Reader:
         return batch
 
     def wait(self, batch: Batch) -> None:
-        """Returns when every read of the batch has settled; after a failure the unstarted are dropped."""
+        """Returns when every read of the batch has settled; after a failure the unstarted are dropped.
+
+        Then looks whether the files are still those that were opened: else none of the batch is good.
+        """
         with self._lock:
             while batch.num_pending:
                 self._give_up_hung_reads()
@@ -104,6 +111,17 @@ class Reader:
                     self._drop(lambda task: task.batch is batch, "dropped after another read had failed")
                 if batch.num_pending:
                     batch.changed.wait(self._next_timeout_s())
+        if not batch.is_checked:
+            batch.is_checked = True
+            self._check_files(batch)
+
+    def _check_files(self, batch: Batch) -> None:
+        try:
+            for path in {read.path for read in batch.reads}:
+                self._files[path].check()
+        except DiskError as error:
+            for read in batch.reads:
+                read.error = read.error or error
 
     def promote(self, batch: Batch, read_class: ReadClass) -> None:
         """Those of the batch that wait in the queue wait in this class from now on."""
@@ -154,10 +172,15 @@ class Reader:
         """
         with self._lock:
             worker.task, worker.is_delivering = None, False
+            self._statistics.device_bytes += worker.num_device_bytes
+            worker.num_device_bytes = 0
             if worker.is_quarantined:
                 if not self._readmit(worker):
                     return None
             elif done is not None:
+                if error is None:
+                    self._statistics.num_reads += 1
+                    self._statistics.payload_bytes += done.read.nbytes
                 self._settle(done, error)
             while not self._queue and not self._is_closed:
                 self._work.wait()
@@ -171,28 +194,23 @@ class Reader:
             return task
 
     def _perform(self, read: Read, worker: _Worker) -> None:
-        buffer, file = worker.buffer, self._files[read.path]
+        file = self._files[read.path]
         start, num_bytes = aligned_range(file.alignment, read.offset, read.nbytes)
-        lead = read.offset - start
-        try:
-            read_fully(file, buffer[:num_bytes], start, lead + read.nbytes)
-        except OSError as error:
-            raise DiskError(
-                f"{read.path}: reading {read.nbytes} bytes at {read.offset}: {error.strerror or error}"
-            ) from error
-        with self._lock:
-            self._statistics.device_bytes += num_bytes
-            if worker.is_quarantined:
-                return  # the read was settled, or is with another disk, which may have delivered already
+
+        def is_ours() -> bool:
+            """Else it was settled, or is with another disk."""
+            # Without the lock: who quarantines it says so first and looks at `is_delivering` then.
+            worker.num_device_bytes += num_bytes
             worker.is_delivering = True
-            self._statistics.num_reads += 1
-            self._statistics.payload_bytes += read.nbytes
-        read.deliver(buffer[lead : lead + read.nbytes])
+            return not worker.is_quarantined
+
+        perform(read, file, worker.buffer[:num_bytes], start, is_ours)
 
     # Under the lock.
 
     def _settle(self, task: Task, error: Exception | None) -> None:
         task.read.error = error
+        task.read.targets = ()  # whoever keeps the read does not keep the memory
         task.batch.num_pending -= 1
         task.batch.has_failed |= error is not None
         self._num_outstanding -= 1

@@ -26,25 +26,42 @@ class ReadClass(IntEnum):
     PREFIX = 3
 
 
+@dataclass(frozen=True)
+class Target:
+    """Memory, at this address, that bytes `at` and following of a read are put into as they are."""
+
+    at: int
+    memory: Bytes
+    address: int
+
+
 @dataclass(eq=False)
 class Read:
-    """One byte range to be read; it settles once, with its bytes delivered or with an error."""
+    """One byte range to be read; it settles once, with its bytes delivered or with an error.
+
+    Targets (ascending) are written to only between an `enter` that said yes and its `leave`; so is `deliver`
+    called, with the buffer: bytes of targets need not be in it.
+    """
 
     path: Path
     offset: int
     nbytes: int
     deliver: Callable[[Bytes], None]
     read_class: ReadClass = ReadClass.DEMAND
+    targets: Sequence[Target] = ()
+    enter: Callable[[], bool] = lambda: True
+    leave: Callable[[], None] = lambda: None
     error: Exception | None = None
 
 
 class Batch:
-    """Reads submitted together, to be waited for together."""
+    """Reads submitted together, to be waited for together, before what they brought is used."""
 
     def __init__(self, reads: Sequence[Read], lock: threading.RLock) -> None:
         self.reads = reads
         self.num_pending = len(reads)
         self.has_failed = False
+        self.is_checked = False  # that the files are still those that were opened
         self.changed = threading.Condition(lock)
 
 

@@ -1,9 +1,10 @@
 """Which expert lies in which slot of one layer. Owned by the store, called on its thread.
 
-A slot is free, held by a resident expert, or taken: out of the books while bytes are on their way into it.
+A slot is free, held by a resident expert, or taken: out of the books while bytes are on their way into it. A
+free slot into which a read that hangs may yet write stays free: nobody can take it.
 """
 
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 
 from streaming.policy import Policy, Scores
 
@@ -11,11 +12,14 @@ from streaming.policy import Policy, Scores
 class Residency:
     """One layer's books."""
 
-    def __init__(self, policy: Policy, num_slots: int) -> None:
+    def __init__(
+        self, policy: Policy, num_slots: int, is_written: Callable[[int], bool] = lambda slot: False
+    ) -> None:
         self.num_slots = num_slots
         self.num_evictions = 0
         self.watches_scores = policy.watches_scores
         self._policy = policy
+        self._is_written = is_written
         self._slot_of: dict[int, int] = {}
         self._free = list(reversed(range(num_slots)))  # descending, so that the lowest slot is taken first
 
@@ -37,11 +41,16 @@ class Residency:
 
     def num_free(self, keep: Collection[int]) -> int:
         """How many slots can be taken without giving up an expert in `keep`, each named once."""
-        return len(self._free) + len(self._slot_of) - sum(expert in self._slot_of for expert in keep)
+        num_usable = sum(not self._is_written(slot) for slot in self._free)
+        return num_usable + len(self._slot_of) - sum(expert in self._slot_of for expert in keep)
 
     def take(self, keep: Container[int]) -> int:
         """A slot for new bytes, of an expert not in `keep` if none is free."""
-        return self._free.pop() if self._free else self._evict(keep)
+        for slot in reversed(self._free):
+            if not self._is_written(slot):
+                self._free.remove(slot)
+                return slot
+        return self._evict(keep)
 
     def hold(self, expert: int, slot: int) -> None:
         """The bytes have arrived in a slot that was taken."""

@@ -8,6 +8,7 @@ the next. The order may go on into the next layer, so that the disk does not res
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from config.errors import DiskError
 from streaming.banks import Bank
 from streaming.fills import Fill, Filler
 from streaming.index import ExpertIndex, Part
@@ -60,6 +61,8 @@ class Ring:
         lane = self._lane_of[layer]
         if not lane.bank.is_in_place:
             return self._bring_staged(lane, layer, experts)
+        if any((layer, expert) not in self._fills for expert in experts):
+            raise DiskError(f"layer {layer}: reads that the disk never answered hold its slots")
         fills = [self._fills[layer, expert] for expert in experts]
         return fills, self._filler.wait(fills)
 
@@ -107,12 +110,18 @@ class Ring:
     def _start(self) -> None:
         while self._wanted:
             lane = self._lane_of[self._wanted[0][0]]
-            if not lane.bank.is_in_place or not lane.free:
+            if not lane.bank.is_in_place or self._usable(lane) is None:
                 return
             self._filler.submit([self._make(lane, *self._wanted.popleft())])
 
+    def _usable(self, lane: _Lane) -> int | None:
+        """A free slot that no read which hangs may yet write into."""
+        return next((slot for slot in lane.free if not self._filler.is_written(lane.name, slot)), None)
+
     def _make(self, lane: _Lane, layer: int, expert: int) -> Fill:
-        slot = lane.free.pop(0)
+        slot = self._usable(lane)
+        assert slot is not None, "an expert is read once there is a slot for it"
+        lane.free.remove(slot)
         fill = self._filler.make(layer, lane.bank, expert, slot, ReadClass.SWEEP, owner=lane.name)
         self._fills[layer, expert] = fill
         return fill

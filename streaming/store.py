@@ -10,6 +10,7 @@ evaluated, and keeps the bank of its time in memory until then.
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -69,8 +70,8 @@ class ExpertStore:
         self._layers = {
             layer: StoreLayer(
                 layer,
-                maker.make(index.parts(layer), count),
-                Residency(make_policy(), count),
+                maker.make(index.parts(layer), count, index.leads(layer)),
+                Residency(make_policy(), count, partial(self._filler.is_written, layer)),
                 self._filler,
                 index.expert_bytes(layer),
                 self._counts,
@@ -257,8 +258,8 @@ class ExpertStore:
     def check_integrity(self) -> None:
         """Balances the books; nobody writes into a slot that no fill has taken."""
         assert self._unfinished is None, "a fetch was begun and not finished"
-        ahead = [fill for state in self._layers.values() for fill in state.ahead.values()]
-        is_reading = bool(ahead) or self._ring.is_reading
+        under_way = [fill for state in self._layers.values() for fill in state.under_way]
+        is_reading = bool(under_way) or self._ring.is_reading
         assert is_reading or self._filler.num_writers() == 0, "a thread is in a slot that nobody waits for"
         self._ring.check()
         for state in self._layers.values():

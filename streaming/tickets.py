@@ -1,8 +1,9 @@
 """Permission to write into a slot, and how it is taken back.
 
 Owns each slot's generation. A reader's thread writes only between `enter` and `leave`, and `enter` says no
-once the slot has been issued again or revoked: a read that comes late can never write into somebody else's
-slot.
+once the slot has been issued again or revoked. A thread that reads straight into a slot is inside for as long
+as its read takes, and one whose read hangs stays there: such a slot is nobody's until `is_written` says no.
+So a read that comes late can never write into somebody else's slot.
 """
 
 import threading
@@ -23,24 +24,27 @@ class Ticket:
 
 
 class TicketOffice:
-    """All slots' generations. Any thread may call it; no call waits for longer than one copy in memory."""
+    """All slots' generations. Any thread may call it; no call waits."""
 
     def __init__(self) -> None:
         self._generations: defaultdict[Slot, int] = defaultdict(int)
         self._writers: defaultdict[Slot, int] = defaultdict(int)
-        self._lock = threading.RLock()
-        self._left = threading.Condition(self._lock)
+        self._lock = threading.Lock()
 
     def issue(self, bank: Hashable, slot: int) -> Ticket:
-        """A new ticket; earlier tickets for this slot are void and their writers gone when it returns."""
+        """A new ticket, for a slot that nobody writes into; earlier ones are void."""
+        assert not self.is_written(bank, slot), "a slot was issued that a late read may write into"
         return Ticket(bank, slot, self.revoke(bank, slot))
 
     def revoke(self, bank: Hashable, slot: int) -> int:
-        """Voids the slot's ticket and waits until nobody writes under it; returns the new generation."""
+        """Voids the slot's ticket; returns the new generation."""
         with self._lock:
             self._generations[bank, slot] += 1
-            self._left.wait_for(lambda: self._writers[bank, slot] == 0)
             return self._generations[bank, slot]
+
+    def is_written(self, bank: Hashable, slot: int) -> bool:
+        """Whether anybody is inside, under whichever ticket."""
+        return self._writers.get((bank, slot), 0) > 0
 
     def enter(self, ticket: Ticket) -> bool:
         """Whether the ticket still holds; if so, the caller may write until it calls `leave`."""
@@ -52,11 +56,8 @@ class TicketOffice:
             return True
 
     def leave(self, ticket: Ticket) -> None:
-        slot = ticket.bank, ticket.slot
         with self._lock:
-            self._writers[slot] -= 1
-            if self._generations[slot] != ticket.generation:
-                self._left.notify_all()  # somebody has voided it meanwhile and waits
+            self._writers[ticket.bank, ticket.slot] -= 1
 
     def num_writers(self) -> int:
         """Writers inside any slot; 0 whenever no read is outstanding."""

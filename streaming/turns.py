@@ -34,7 +34,10 @@ def take_turns(state: StoreLayer, experts: Sequence[int]) -> Generator[Turn]:
             while left and len(under_way) < at_once:
                 room = min(most, len(left), state.books.num_free(uncomputed))
                 if room == 0:
-                    break  # every slot holds what is computed with now
+                    if here or under_way:
+                        break  # every slot holds what is computed with now
+                    state.make_room(1, uncomputed)
+                    continue
                 under_way.append(state.start([left.popleft() for _ in range(room)], uncomputed))
             if not here:
                 fills = under_way.popleft()

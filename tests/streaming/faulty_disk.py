@@ -1,14 +1,14 @@
 """A disk that goes wrong on command, behind the reader's seam."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from streaming.disk import DirectDisk, DiskFile
 from streaming.floats import Bytes
 from streaming.headers import FileStamp
 
-# Given the read's number, its buffer and its offset: a count of bytes, or None to read properly.
+# Given the read's number, its first buffer and its offset: a count of bytes, or None to read properly.
 Fault = Callable[[int, Bytes, int], int | None]
 
 
@@ -30,15 +30,20 @@ class FaultyDisk:
 
 
 class _FaultyFile:
+    may_repeat = False
+
     def __init__(self, disk: FaultyDisk, file: DiskFile) -> None:
         self.alignment = file.alignment
         self._disk = disk
         self._file = file
 
-    def read_into(self, buffer: Bytes, offset: int) -> int:
+    def read_into(self, buffers: Sequence[Bytes], offset: int) -> int:
         number = self._disk.next_number()
-        count = self._disk.fault(number, buffer, offset) if self._disk.fault else None
-        return self._file.read_into(buffer, offset) if count is None else count
+        count = self._disk.fault(number, buffers[0], offset) if self._disk.fault else None
+        return self._file.read_into(buffers, offset) if count is None else count
+
+    def check(self) -> None:
+        self._file.check()
 
     def give_up(self, thread: int) -> bool:
         return False
