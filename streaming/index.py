@@ -10,9 +10,10 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from config.errors import CheckpointError
 from streaming.headers import ITEM_BYTES, FileStamp, TensorEntry
@@ -38,13 +39,12 @@ class Part:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """The byte range that holds one part of one expert."""
 
     part: Part

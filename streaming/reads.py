@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from config.errors import DiskError
 from streaming.floats import Bytes
@@ -26,8 +27,7 @@ class ReadClass(IntEnum):
     PREFIX = 3
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Memory, at this address, that bytes `at` and following of a read are put into as they are."""
 
     at: int
