@@ -3,8 +3,9 @@
 All hits: decode with every expert in a slot of the store, synchronising at each layer, against resident
 decode, interleaved token by token. Bookkeeping: `begin`, `observe` and `expect` of a layer whose experts are
 all there. Bytes: payload against the experts that were missed, device against payload. Rate: the store's
-reads against the start-up probe's, of the same pieces with as many threads, in interleaved blocks;
-of this geometry's pieces and of pieces as large as GLM-5.2's.
+reads against the start-up probe's, of the same pieces with as many threads, in interleaved blocks; of this
+geometry's pieces and of pieces as large as GLM-5.2's, with scales kept as on a GPU, as they are on disk, and
+as on a CPU, where they are widened.
 """
 
 import argparse
@@ -40,12 +41,14 @@ WIDE = BENCH | {
 }  # fmt: skip
 
 
-def make_store(checkpoint: Checkpoint, slots: int, depth: int = NUM_THREADS) -> ExpertStore:
+def make_store(
+    checkpoint: Checkpoint, slots: int, depth: int = NUM_THREADS, float_dtype: mx.Dtype = CPU.dtype
+) -> ExpertStore:
     args = checkpoint.args
     return ExpertStore(
         checkpoint.experts,
         slots,
-        float_dtype=CPU.dtype,
+        float_dtype=float_dtype,
         make_policy=lambda: LeastNearlyChosen(args.n_routed_experts, args.num_experts_per_tok),
         num_threads=depth,
     )
@@ -112,7 +115,7 @@ def bookkeeping(checkpoint: Checkpoint, rounds: int) -> None:
     store.close()
 
 
-def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float) -> None:
+def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float, float_dtype: mx.Dtype) -> None:
     """GB/s over the time that reads are outstanding: store and bare threads read the same experts in turn.
 
     A block is as many layers, half of the experts of each, as take the probe `block_s`. Both sides read layer
@@ -120,7 +123,7 @@ def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float) -> Non
     """
     index, rng = checkpoint.experts, np.random.default_rng(1)
     half = index.num_experts // 2
-    store = make_store(checkpoint, half, depth)
+    store = make_store(checkpoint, half, depth, float_dtype)
     buffers = [aligned_buffer(buffer_bytes(largest_run_bytes(index))) for _ in range(depth)]
     rates: dict[str, list[Rate]] = {"engine": [], "probe": []}
     layers = itertools.cycle(index.layers)
@@ -143,6 +146,7 @@ def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float) -> Non
                     done[name].append(sides[name]())
             for name, some in done.items():
                 rates[name].append(_total(some))
+    print(f"experts of {index.expert_bytes(index.layers[0]) / 1e6:.1f} MB, floats kept as {float_dtype}:")
     _report_rate(rates["engine"], rates["probe"], depth)
     counts = store.statistics()
     payload, device = counts.payload_bytes - warm.payload_bytes, counts.device_bytes - warm.device_bytes
@@ -197,10 +201,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = open_checkpoint(given.checkpoint or write_checkpoint(Path(scratch) / "bench"))
         bookkeeping(checkpoint, 2000)
-        rate(checkpoint, given.blocks, given.depth, given.block_s)
+        measured = [checkpoint]
         if given.checkpoint is None:
-            wide = open_checkpoint(write_checkpoint(Path(scratch) / "wide", WIDE))
-            rate(wide, given.blocks, given.depth, given.block_s)
+            measured.append(open_checkpoint(write_checkpoint(Path(scratch) / "wide", WIDE)))
+        for one in measured:
+            for float_dtype in (mx.bfloat16, mx.float32):
+                rate(one, given.blocks, given.depth, given.block_s, float_dtype)
         all_hits(checkpoint, given.tokens)
 
 
