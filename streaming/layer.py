@@ -125,7 +125,8 @@ class StoreLayer:
 
     def _start_missed(self, missed: Sequence[int], keep: frozenset[int]) -> Sequence[Fill]:
         """Starts the reads of all; waits for them where the bank is filled by scatter."""
-        self.make_room(len(missed), keep)
+        if missed:
+            self.make_room(len(missed), keep)
         if self.bank.is_in_place:
             return self.start(missed, keep)
         for first in range(0, len(missed), self.bank.max_fill):
