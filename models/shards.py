@@ -1,22 +1,24 @@
 """Safetensors files written piece by piece. Called by the converter.
 
-Tensor data starts on a 4,096-byte boundary, and tensors of whole pages come first, so that they all lie on
-page boundaries: the reader of experts then takes exactly their bytes with direct reads. The format allows
-no gaps between tensors, so the order is the only way to align them; each tensor of GLM-5.2's experts is a
-number of whole pages.
+Tensor data starts on a boundary of 16 KiB, Apple's page, and tensors of whole pages come first, then those of
+whole 8 KiB, and so on: each lies on a boundary of the largest power of two that its size is a multiple of, up
+to a page. The reader of experts then takes exactly their bytes, straight into the slots. The format allows no
+gaps between tensors, so the order is the only way to align them; each tensor of GLM-5.2's experts is a number
+of whole pages.
 """
 
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 from types import TracebackType
 
+from streaming.disk import MAX_ALIGNMENT
 from streaming.headers import ITEM_BYTES
 
-PAGE = 4096
+PAGE = MAX_ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ShardWriter:
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
-        ordered = sorted(specs.items(), key=lambda item: (item[1].nbytes % PAGE != 0, item[0]))
+        ordered = sorted(specs.items(), key=lambda item: (-gcd(item[1].nbytes, PAGE), item[0]))
         header, self._offsets = _layout(dict(ordered))
         self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         _write_fully(self._fd, header, 0)
