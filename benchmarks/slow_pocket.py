@@ -16,13 +16,13 @@ import numpy as np
 
 import server
 from benchmarks.simulated_disk import SimulatedDisk
+from models.arithmetic import choose_arithmetic
 from models.attention import Span
 from server.checkpoint import POCKET
 from server.engine.limits import Limits
 from server.engine.messages import ModelInfo
 from server.engine.model import Backend
 from server.glm.tokenizer import load_tokenizer
-from streaming.banks import slot_bytes
 from streaming.disk import DirectDisk
 from tests.checkpoints import Opened, open_model
 
@@ -42,13 +42,13 @@ class SlowPocket:
 
     def __post_init__(self) -> None:
         self.disk = SimulatedDisk(self.rate, LATENCY_S, DirectDisk())
-        self.opened = open_model(POCKET, SLOTS, disk=self.disk)
+        self.opened = open_model(POCKET, SLOTS, choose_arithmetic(), disk=self.disk)
 
     @property
     def sweep_bytes(self) -> int:
         """All experts of all layers."""
         index = self.opened.checkpoint.experts
-        return index.num_experts * sum(slot_bytes(index.parts(layer), mx.float32) for layer in index.layers)
+        return index.num_experts * sum(index.expert_bytes(layer) for layer in index.layers)
 
     def backend(self, pass_rows: int) -> Backend:
         """For the engine's loop."""
@@ -62,8 +62,9 @@ def rate_like_the_target(num_tokens: int = 64) -> float:
 
     The time of a token with all experts in memory, and the bytes that one reads with `SLOTS` of them.
     """
-    seconds, _ = _decode(open_model(POCKET), num_tokens)
-    _, num_bytes = _decode(open_model(POCKET, SLOTS), num_tokens)
+    arithmetic = choose_arithmetic()
+    seconds, _ = _decode(open_model(POCKET, None, arithmetic), num_tokens)
+    _, num_bytes = _decode(open_model(POCKET, SLOTS, arithmetic), num_tokens)
     rate = num_bytes / (IO_PER_COMPUTE * seconds)
     print(
         f"a token takes {1000 * seconds:.1f} ms to compute and reads {num_bytes / 1e6:.2f} MB: "
