@@ -25,6 +25,7 @@ from config.plan import reader_buffers
 from streaming.aligned import aligned_range, buffer_bytes, perform
 from streaming.disk import Disk, DiskFile, aligned_buffer
 from streaming.headers import FileStamp
+from streaming.precedence import Precedence
 from streaming.reads import Batch, Read, ReadClass, ReadDropped, ReadStatistics, Task
 
 NUM_THREADS = 8
@@ -39,6 +40,7 @@ class _Worker:
         self.is_delivering = False
         self.is_quarantined = False
         self.num_device_bytes = 0  # read and not yet counted
+        self.is_background = False  # what it reads counts for `Precedence`
 
 
 class Reader:
@@ -59,8 +61,9 @@ class Reader:
         self._timeout_s = timeout_s
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
-        self._queue: list[tuple[int, int, Task]] = []  # by class, then in order of arrival
+        self._queue: list[tuple[ReadClass, int, Task]] = []  # by class, then in order of arrival
         self._order = itertools.count()
+        self._precedence = Precedence(num_threads)
         self._workers: list[_Worker] = []
         self._num_quarantined = 0
         self._num_outstanding = 0
@@ -111,21 +114,12 @@ class Reader:
                     self._drop(lambda task: task.batch is batch, "dropped after another read had failed")
                 if batch.num_pending:
                     batch.changed.wait(self._next_timeout_s())
-        if not batch.is_checked:
-            batch.is_checked = True
-            self._check_files(batch)
-
-    def _check_files(self, batch: Batch) -> None:
-        try:
-            for path in {read.path for read in batch.reads}:
-                self._files[path].check()
-        except DiskError as error:
-            for read in batch.reads:
-                read.error = read.error or error
+        batch.check(self._files)
 
     def promote(self, batch: Batch, read_class: ReadClass) -> None:
         """Those of the batch that wait in the queue wait in this class from now on."""
         with self._lock:
+            self._precedence.note(read_class)
             for read in batch.reads:
                 read.read_class = read_class
             self._queue = [(task.read.read_class, order, task) for _, order, task in self._queue]
@@ -182,8 +176,9 @@ class Reader:
                     self._statistics.num_reads += 1
                     self._statistics.payload_bytes += done.read.nbytes
                 self._settle(done, error)
-            while not self._queue and not self._is_closed:
-                self._work.wait()
+            self._free(worker)
+            while not self._is_closed and (pause_s := self._pause_s()) != 0:
+                self._work.wait(pause_s)
             if self._is_closed:
                 self._workers.remove(worker)
                 self._work.notify_all()
@@ -191,6 +186,7 @@ class Reader:
             *_, task = heapq.heappop(self._queue)
             task.started_s = time.monotonic()
             worker.task = task
+            worker.is_background = self._precedence.start(task.read.read_class)
             return task
 
     def _perform(self, read: Read, worker: _Worker) -> None:
@@ -209,6 +205,7 @@ class Reader:
     # Under the lock.
 
     def _settle(self, task: Task, error: Exception | None) -> None:
+        self._precedence.note(task.read.read_class)
         task.read.error = error
         task.read.targets = ()  # whoever keeps the read does not keep the memory
         task.batch.num_pending -= 1
@@ -219,7 +216,19 @@ class Reader:
         if error is not None or task.batch.num_pending == 0:
             task.batch.changed.notify_all()
 
+    def _pause_s(self) -> float | None:
+        """How long the most urgent read waits before a thread may take it; None: there is none."""
+        return self._precedence.pause_s(self._queue[0][0]) if self._queue else None
+
+    def _free(self, worker: _Worker) -> None:
+        """What the thread reads, or read, holds up nobody any more."""
+        if worker.is_background:
+            worker.is_background = False
+            self._precedence.end()
+            self._work.notify()
+
     def _push(self, task: Task) -> None:
+        self._precedence.note(task.read.read_class)
         heapq.heappush(self._queue, (task.read.read_class, task.order, task))
 
     def _drop(self, is_dropped: Callable[[Task], bool], why: str) -> int:
@@ -242,6 +251,7 @@ class Reader:
 
     def _quarantine(self, worker: _Worker, task: Task) -> None:
         worker.is_quarantined = True
+        self._free(worker)
         self._workers.remove(worker)
         self._num_quarantined += 1
         self._statistics.num_timeouts += 1

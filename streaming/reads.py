@@ -4,13 +4,14 @@ Made by whoever wants bytes and by the reader; a batch changes under the reader'
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
 from config.errors import DiskError
+from streaming.disk import DiskFile
 from streaming.floats import Bytes
 
 
@@ -61,8 +62,20 @@ class Batch:
         self.reads = reads
         self.num_pending = len(reads)
         self.has_failed = False
-        self.is_checked = False  # that the files are still those that were opened
         self.changed = threading.Condition(lock)
+        self._is_checked = False
+
+    def check(self, files: Mapping[Path, DiskFile]) -> None:
+        """Once all has settled: none of it is good if a file is not the one any more that was opened."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        try:
+            for path in {read.path for read in self.reads}:
+                files[path].check()
+        except DiskError as error:
+            for read in self.reads:
+                read.error = read.error or error
 
 
 @dataclass(eq=False)
