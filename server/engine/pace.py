@@ -5,7 +5,8 @@ computes for at most so many undisturbed steps' time as leaves one step in every
 share of 0.3 no gap between tokens is longer than three undisturbed steps and one layer of the pass.
 
 A step among the layers of a pass is slower than one alone. What agents feel is their rate, so a step counts
-as what it would have taken undisturbed, as long as that leaves the pass enough.
+as what it would have taken undisturbed, as long as that leaves the pass enough. Their share is theirs at any
+moment, also when the pass ends: a step goes first where the next part of a layer would leave them less.
 """
 
 # Weight of a new measurement in the running mean of a step's time.
@@ -25,6 +26,7 @@ class Pace:
         most_slower = min(MOST_SLOWER, (1 + decode_share) / (2 * decode_share))
         self._most_share = max(decode_share * most_slower, 1 / every if every > 1 else 0.0)
         self._decode_s = self._used_s = self._wall_s = self._since_step_s = 0.0
+        self._part_s = 0.0  # the last part of a layer
 
     def note_step(self, seconds: float, width: int, *, is_disturbed: bool) -> None:
         """A decode step took so long."""
@@ -35,7 +37,7 @@ class Pace:
             self._used_s += seconds
             self._wall_s += seconds
         else:  # nobody owes the other anything
-            self._decode_s = self._used_s = self._wall_s = 0.0
+            self._decode_s = self._used_s = self._wall_s = self._part_s = 0.0
             mean = self._step_s.get(width, seconds)
             self._step_s[width] = mean + FRESHNESS * (seconds - mean)
 
@@ -43,12 +45,13 @@ class Pace:
         """A layer of a pass took so long, while somebody wanted to decode."""
         self._wall_s += seconds
         self._since_step_s += seconds
+        self._part_s = seconds
 
     def is_step_due(self, width: int) -> bool:
         """Whether a decode step of so many rows goes before the next layer."""
         if self._used_s > self._most_share * self._wall_s:
             return False
-        if self._decode_s < self._share * self._wall_s:
+        if self._decode_s < self._share * (self._wall_s + self._part_s):
             return True
         step_s = self._step_s.get(width)
         if step_s is None:

@@ -155,7 +155,7 @@ def test_the_share_of_decode_is_what_was_asked_for(world: World, model: TimedMod
     [end_s] = world.times_of("long")
     times = [time_s for time_s in world.times_of("a") if 10 < time_s < end_s]
     used = len(times) * STEP_S / (end_s - 10)
-    assert share * 0.97 <= used <= share + 0.05
+    assert share - 1e-9 <= used <= share + 0.05, "also at the end, not on the way only"
     layer_s = row_cost(100)
     assert longest_gap(times) <= math.floor(1 / share) * STEP_S + layer_s + 1e-9
 
