@@ -173,7 +173,7 @@ def bench_mixed(console: Console, sweep_s: float, length: int) -> None:
         ("undisturbed step, ms", f"{1e3 * step_s:.1f}", ""),
         ("longest part of a layer / layer, s", f"{part_s:.2f} / {layer_s:.2f}", ""),
         ("longest gap, s", f"{max(during):.2f}", f"<= {gap_s:.2f}: 3 steps and a part"),
-        ("rate, of undisturbed", f"{rate:.2f}", ">= 0.30"),
+        ("rate, of undisturbed", f"{rate:.3f}", ">= 0.300"),
         (f"first token of {length}, s", f"{served.first_s('long'):.1f}",
          f"<= {1.6 * alone_s:.1f}: 1.6 x alone"),
         ("first token of 200, s", f"{behind.first_s('short'):.2f}",
