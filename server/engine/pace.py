@@ -9,8 +9,12 @@ as what it would have taken undisturbed, as long as that leaves the pass enough.
 moment, also when the pass ends: a step goes first where the next part of a layer would leave them less.
 """
 
-# Weight of a new measurement in the running mean of a step's time.
-FRESHNESS = 0.25
+from collections import defaultdict, deque
+from statistics import median
+
+# Steps of whose times the median is what a step takes. Now and then one waits much longer for the disk than
+# most; a running mean that follows it would leave decode a twentieth less than its share.
+NUM_STEPS = 9
 # How much slower than undisturbed steps may be at the cost of the pass: 0.3 x 1.25 leaves it 1 / 1.6.
 MOST_SLOWER = 1.25
 
@@ -22,7 +26,7 @@ class Pace:
         self._share = decode_share
         every = int(1 / decode_share)
         self._max_gap_steps = every - 1
-        self._step_s: dict[int, float] = {}  # by width
+        self._undisturbed: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=NUM_STEPS))
         most_slower = min(MOST_SLOWER, (1 + decode_share) / (2 * decode_share))
         self._most_share = max(decode_share * most_slower, 1 / every if every > 1 else 0.0)
         self._decode_s = self._used_s = self._wall_s = self._since_step_s = 0.0
@@ -32,14 +36,14 @@ class Pace:
         """A decode step took so long."""
         self._since_step_s = 0.0
         if is_disturbed:
-            undisturbed_s = self._step_s.setdefault(width, seconds)
-            self._decode_s += min(seconds, undisturbed_s)
+            if not self._undisturbed[width]:  # better than to know nothing
+                self._undisturbed[width].append(seconds)
+            self._decode_s += min(seconds, self._step_s(width) or seconds)
             self._used_s += seconds
             self._wall_s += seconds
         else:  # nobody owes the other anything
             self._decode_s = self._used_s = self._wall_s = self._part_s = 0.0
-            mean = self._step_s.get(width, seconds)
-            self._step_s[width] = mean + FRESHNESS * (seconds - mean)
+            self._undisturbed[width].append(seconds)
 
     def note_layer(self, seconds: float) -> None:
         """A layer of a pass took so long, while somebody wanted to decode."""
@@ -51,9 +55,13 @@ class Pace:
         """Whether a decode step of so many rows goes before the next layer."""
         if self._used_s > self._most_share * self._wall_s:
             return False
-        if self._decode_s < self._share * (self._wall_s + self._part_s):
-            return True
-        step_s = self._step_s.get(width)
+        step_s = self._step_s(width)
         if step_s is None:
             return True
+        if self._decode_s < self._share * (self._wall_s + self._part_s + step_s):
+            return True
         return self._since_step_s > 0 and self._since_step_s >= self._max_gap_steps * step_s
+
+    def _step_s(self, width: int) -> float | None:
+        """An undisturbed step of so many rows; None while there was none."""
+        return median(self._undisturbed[width]) if self._undisturbed[width] else None
