@@ -85,7 +85,7 @@ def _cuts(number: int, piece: Piece) -> Iterator[_Cut]:
         yield _Cut(piece.path, piece.offset, nbytes, number, 0)
         return
     count = -(-nbytes // MAX_READ_BYTES)
-    step = -(-nbytes // (count * _CUT)) * _CUT if count else 1
+    step = -(-nbytes // (count * _CUT)) * _CUT
     for start in range(0, nbytes, step):
         yield _Cut(piece.path, piece.offset + start, min(step, nbytes - start), number, start)
 
