@@ -5,7 +5,8 @@ decode, interleaved token by token. Bookkeeping: `begin`, `observe` and `expect`
 all there. Bytes: payload against the experts that were missed, device against payload. Rate: the store's
 reads against the start-up probe's, of the same pieces with as many threads, in interleaved blocks; of this
 geometry's pieces and of pieces as large as GLM-5.2's, with scales kept as on a GPU, as they are on disk, and
-as on a CPU, where they are widened.
+as on a CPU, where they are widened. The probe reads into a few buffers again and again; beside it the same
+threads read into as much memory as the slots take (`spread`), which a virtual disk fills more slowly.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from models.attention import Span
 from models.loading import Checkpoint, load_model, open_checkpoint
 from streaming.aligned import buffer_bytes
 from streaming.disk import DirectDisk, aligned_buffer
+from streaming.floats import Bytes
 from streaming.index import ExpertIndex
 from streaming.policy import LeastNearlyChosen
 from streaming.probe import Rate, opened, read_bare
@@ -33,6 +35,7 @@ from streaming.reader import NUM_THREADS
 from streaming.runs import Run, largest_run_bytes, plan_runs
 from streaming.store import ExpertStore
 
+SIDES = ("engine", "probe", "spread")
 # Experts of GLM-5.2's own size, 21 MB: pieces of 6 MB and of 0.4 MB. 1.4 GB in two layers.
 WIDE = BENCH | {
     "hidden_size": 6144, "moe_intermediate_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1,
@@ -118,14 +121,15 @@ def bookkeeping(checkpoint: Checkpoint, rounds: int) -> None:
 def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float, float_dtype: mx.Dtype) -> None:
     """GB/s over the time that reads are outstanding: store and bare threads read the same experts in turn.
 
-    A block is as many layers, half of the experts of each, as take the probe `block_s`. Both sides read layer
-    by layer and wait for each; who goes first alternates, so that a disk that remembers helps both.
+    A block is as many layers, half of the experts of each, as take the probe `block_s`. All sides read layer
+    by layer and wait for each; who goes first changes, so that a disk that remembers helps all.
     """
     index, rng = checkpoint.experts, np.random.default_rng(1)
     half = index.num_experts // 2
     store = make_store(checkpoint, half, depth, float_dtype)
     buffers = [aligned_buffer(buffer_bytes(largest_run_bytes(index))) for _ in range(depth)]
-    rates: dict[str, list[Rate]] = {"engine": [], "probe": []}
+    shelf = Shelf(index, half, depth)
+    rates: dict[str, list[Rate]] = {name: [] for name in SIDES}
     layers = itertools.cycle(index.layers)
     with opened(DirectDisk(), index) as files:
         # Slots and buffers that were never touched would cost page faults in the first block.
@@ -134,20 +138,24 @@ def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float, float_
         read_bare(files, _runs(index, index.layers[0], range(half)), buffers)
         warm = store.statistics()
         for block in range(blocks):
-            done: dict[str, list[Rate]] = {"engine": [], "probe": []}
+            done: dict[str, list[Rate]] = {name: [] for name in SIDES}
             while _total(done["probe"]).seconds < block_s:
                 layer = next(layers)
                 missing = sorted(_absent(store, layer, index.num_experts, rng)[:half])
+                runs = list(_runs(index, layer, missing))
                 sides: dict[str, Callable[[], Rate]] = {
                     "engine": partial(_engine, store, layer, missing),
-                    "probe": partial(read_bare, files, _runs(index, layer, missing), buffers),
+                    "probe": partial(read_bare, files, iter(runs), buffers),
+                    "spread": partial(read_bare, files, iter(runs), shelf.next()),
                 }
-                for name in sorted(sides, reverse=bool((block + len(done["probe"])) % 2)):
+                first = (block + len(done["probe"])) % len(SIDES)
+                for name in (*SIDES[first:], *SIDES[:first]):
                     done[name].append(sides[name]())
             for name, some in done.items():
                 rates[name].append(_total(some))
     print(f"experts of {index.expert_bytes(index.layers[0]) / 1e6:.1f} MB, floats kept as {float_dtype}:")
-    _report_rate(rates["engine"], rates["probe"], depth)
+    for name in SIDES[1:]:
+        _report_rate(rates["engine"], rates[name], f"{name} at depth {depth}")
     counts = store.statistics()
     payload, device = counts.payload_bytes - warm.payload_bytes, counts.device_bytes - warm.device_bytes
     expected = (counts.misses - warm.misses) * index.expert_bytes(index.layers[0])
@@ -158,12 +166,31 @@ def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float, float_
     store.close()
 
 
-def _report_rate(engine: Sequence[Rate], probe: Sequence[Rate], depth: int) -> None:
+class Shelf:
+    """Memory as large as the slots, for bare threads to read into: another part of it each time."""
+
+    def __init__(self, index: ExpertIndex, experts: int, depth: int) -> None:
+        share = experts * index.expert_bytes(index.layers[0]) // depth  # of one thread, in one turn
+        self._part_bytes = buffer_bytes(share * 5 // 4 + largest_run_bytes(index))
+        self._num_parts = max(2, share * len(index.layers) // self._part_bytes)
+        self._memory = [aligned_buffer(self._num_parts * self._part_bytes) for _ in range(depth)]
+        self._turn = 0
+        for memory in self._memory:
+            memory.fill(1)
+
+    def next(self) -> list[Bytes]:
+        """For each thread what was not read into for longest."""
+        start = self._turn % self._num_parts * self._part_bytes
+        self._turn += 1
+        return [memory[start : start + self._part_bytes] for memory in self._memory]
+
+
+def _report_rate(engine: Sequence[Rate], probe: Sequence[Rate], name: str) -> None:
     ratios = [e.per_s / p.per_s for e, p in zip(engine, probe, strict=True)]
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     e, p = _total(engine), _total(probe)
     print(
-        f"rate at depth {depth}: engine {e.per_s / 1e9:.2f} GB/s, probe {p.per_s / 1e9:.2f}, of all bytes "
+        f"rate: engine {e.per_s / 1e9:.2f} GB/s, {name} {p.per_s / 1e9:.2f}, of all bytes "
         f"{e.per_s / p.per_s:.2f}; block by block {middle:.2f}, quartiles [{low:.2f} {high:.2f}], range "
         f"[{min(ratios):.2f} {max(ratios):.2f}] of {len(ratios)} blocks "
         f"of {e.num_bytes / len(ratios) / 1e6:.0f} MB"

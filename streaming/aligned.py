@@ -72,19 +72,22 @@ def scatter(buffer: Bytes, lead: int, targets: Sequence[Target], alignment: int 
     done = 0
     for target in targets:
         first, memory = lead + target.at, target.memory
-        start = stop = last = first + len(memory)
-        if alignment and (target.address - first) % alignment == 0 and last - first >= 2 * alignment:
-            start, stop = -(-first // alignment) * alignment, last // alignment * alignment
-            filled += [buffer[done:start], memory[start - first : stop - first]]
-            done = stop
-        copies += [
-            (memory[: start - first], buffer[first:start]),
-            (memory[stop - first :], buffer[stop:last]),
-        ]
-    filled.append(buffer[done:])
-    return Scatter(
-        [part for part in filled if len(part)], [copy for copy in copies if len(copy[0])], done > 0
-    )
+        last = first + len(memory)
+        if not alignment or (target.address - first) % alignment or last - first < 2 * alignment:
+            copies.append((memory, buffer[first:last]))
+            continue
+        start, stop = -(-first // alignment) * alignment, last // alignment * alignment
+        if done < start:
+            filled.append(buffer[done:start])
+        filled.append(memory[start - first : stop - first])
+        done = stop
+        if first < start:
+            copies.append((memory[: start - first], buffer[first:start]))
+        if stop < last:
+            copies.append((memory[stop - first :], buffer[stop:last]))
+    if done < len(buffer):
+        filled.append(buffer[done:])
+    return Scatter(filled, copies, done > 0)
 
 
 def read_fully(file: DiskFile, buffers: Sequence[Bytes], offset: int, num_needed: int) -> None:

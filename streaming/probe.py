@@ -105,7 +105,8 @@ def _mean(rates: Sequence[Rate]) -> float:
 def read_bare(
     files: Mapping[str, DiskFile], runs: Iterator[Run], buffers: Sequence[Bytes], timeout_s: float = TIMEOUT_S
 ) -> Rate:
-    """Reads with a thread for each buffer; the bytes are those asked for, without alignment."""
+    """Reads with a thread for each buffer, from its start to its end and again; the bytes are those asked
+    for, without alignment."""
     crew = _Crew(files, runs)
     threads = [threading.Thread(target=crew.work, args=(buffer,), daemon=True) for buffer in buffers]
     start_s = time.monotonic()
@@ -130,17 +131,21 @@ class _Crew:
         self._lock = threading.Lock()
 
     def work(self, buffer: Bytes) -> None:
+        at = 0
         while (run := self._next()) is not None:
             file = self._files[str(run.path)]
             start, num_bytes = aligned_range(file.alignment, run.offset, run.nbytes)
+            if at + num_bytes > len(buffer):
+                at = 0
             try:
-                file.read_into([buffer[:num_bytes]], start)
+                file.read_into([buffer[at : at + num_bytes]], start)
             except OSError as error:
                 self.errors.append(DiskError(f"{run.path}: {error.strerror or error}"))
                 return
             except DiskError as error:
                 self.errors.append(error)
                 return
+            at += num_bytes
             with self._lock:
                 self.num_bytes += run.nbytes
 
