@@ -7,7 +7,8 @@ Every eighth prompt is one token repeated, so that all its rows want the same ex
 
 Beside the rss stand two sums. Promised: the plan's lines. Explained: what the owners held when the engine's
 rss was largest, none of it derived from the rss: both processes before there was a model, what MLX held and
-had freed, the reader's buffers, saved prompts. What is left is nobody's.
+had freed, what the C library had not given back of what was freed, the reader's buffers, saved prompts. What
+is left is nobody's.
 """
 
 import argparse
@@ -221,6 +222,7 @@ def _explain(
         "engine before a model": start["rss"],
         "MLX holds": most["active"],
         "MLX has freed": most["cache"],
+        "the C library has freed": most["free"] - start["free"],
         "reader buffers": used["reader buffers"],
         "prefix cache": used["prefix cache"],
     }

@@ -4,6 +4,7 @@
 appends to the file that GLMSERVE_WATCH names: one JSON object a line, the first before there is a model.
 """
 
+import ctypes
 import json
 import os
 import sys
@@ -18,15 +19,38 @@ GROWTH_BYTES = 250_000
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+class MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`; `fordblks`: bytes that were freed and not given back to the system."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
 def work() -> int:
     # imported here because the HTTP process must not load MLX
     import mlx.core as mx
 
     from server.engine.worker import main as work_on
 
+    info = ctypes.CDLL(None).mallinfo2
+    info.restype = MallocInfo
+
     def note(resident: int) -> str:
         held = {"rss": resident, "active": mx.get_active_memory(), "cache": mx.get_cache_memory()}
-        return json.dumps(held)
+        return json.dumps(held | {"free": info().fordblks})
 
     path = Path(os.environ["GLMSERVE_WATCH"])
     threading.Thread(target=watch, args=(path, note), daemon=True).start()

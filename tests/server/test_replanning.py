@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.test_serving import SUM, Server, ask, start_server, stop_server
 
-BUDGET = "372M"
+BUDGET = "408M"
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,13 @@ def engine_of(server: Server) -> int:
 def test_a_budget_and_a_policy_are_changed_shown_and_outlive_the_engine(server: Server) -> None:
     before, slots = ask(server, SUM), metric(server, "expert_slots")
     assert "42" in before
-    answer = change(server, ram_budget="362M", expert_policy="lru")
+    answer = change(server, ram_budget="398M", expert_policy="lru")
     assert answer.status_code == 202, answer.text
     plan = answer.json()["data"]
-    assert (plan["budget_bytes"], plan["expert_policy"]) == (362 * 10**6, "lru")
+    assert (plan["budget_bytes"], plan["expert_policy"]) == (398 * 10**6, "lru")
     assert sum(plan["slots_per_layer"]) < slots
     wait_for(server, "expert_slots", sum(plan["slots_per_layer"]))
-    wait_for(server, "ram_budget_bytes", 362e6)
+    wait_for(server, "ram_budget_bytes", 398e6)
     assert metric(server, 'expert_policy{policy="lru"}') == 1
     assert metric(server, 'memory_planned_bytes{line="experts"}') == plan["lines"]["experts"]
     assert metric(server, 'memory_used_bytes{line="experts"}') == plan["lines"]["experts"]
@@ -67,7 +67,7 @@ def test_a_budget_and_a_policy_are_changed_shown_and_outlive_the_engine(server: 
         assert time.monotonic() < deadline
         time.sleep(0.02)
     wait_for(server, "ready", 1)
-    wait_for(server, "ram_budget_bytes", 362e6)
+    wait_for(server, "ram_budget_bytes", 398e6)
     assert metric(server, 'expert_policy{policy="lru"}') == 1
     assert metric(server, 'expert_policy{policy="nearness"}') == 0
     assert ask(server, SUM) == before
