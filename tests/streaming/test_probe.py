@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from config.errors import DiskError
+from streaming.aligned import buffer_bytes
+from streaming.disk import aligned_buffer
 from streaming.floats import Bytes
 from streaming.headers import read_headers
 from streaming.index import ExpertIndex
-from streaming.probe import choose_depth, probe_disk
+from streaming.probe import choose_depth, opened, probe_disk, read_bare
+from streaming.runs import plan_runs
 from tests.streaming.expert_files import separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk
 
@@ -56,6 +59,25 @@ def test_depths_that_there_is_no_memory_for_are_not_tried(index: ExpertIndex) ->
 def test_the_fewest_threads_that_come_near_to_the_best_rate_are_chosen() -> None:
     assert choose_depth({1: 9.0, 2: 15.0, 4: 16.5, 8: 17.0, 16: 17.1}) == 4
     assert choose_depth({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}) == 8
+
+
+def test_a_thread_fills_its_buffer_from_start_to_end_and_again(index: ExpertIndex) -> None:
+    addresses: list[int] = []
+
+    def note(number: int, buffer: Bytes, offset: int) -> int | None:
+        addresses.append(buffer.ctypes.data)
+        return None
+
+    runs = [run for expert in range(3) for run in plan_runs(index.pieces(2, expert))]
+    most = max(run.nbytes for run in runs)
+    buffer = aligned_buffer(2 * buffer_bytes(most))
+    with opened(FaultyDisk(note), index) as files:
+        rate = read_bare(files, iter(runs * 40), [buffer])
+    assert rate.num_bytes == 40 * sum(run.nbytes for run in runs)
+    start = buffer.ctypes.data
+    assert addresses[0] == start < addresses[1], "the second read lies behind the first"
+    assert addresses.count(start) > 1, "at the end it begins anew"
+    assert all(address + most <= start + len(buffer) for address in addresses)
 
 
 def test_a_disk_with_an_error_is_refused(index: ExpertIndex) -> None:
