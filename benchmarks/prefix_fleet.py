@@ -2,7 +2,9 @@
 
 Agents share a beginning and take turns of a tool's result and an answer: all at once, against one request at
 a time. Both have the same prefix cache, empty at the start, over Pocket with a quarter of its experts in
-memory and the rest on a simulated disk, by default as slow beside this machine as the target's.
+memory and the rest on a simulated disk, by default as slow beside this machine as the target's. With
+`--token-ms` the machine's compute is simulated too (`benchmarks.simulated_device`): what a batch costs a CPU
+grows with its rows, and on the target most of it does not.
 
 Run it alone on the machine; `--scale 24` makes all lengths shorter, and less like the target's.
 """
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.drive import Served, drive, use_fast_blas
+from benchmarks.simulated_device import PacedStore
 from benchmarks.slow_pocket import SlowPocket, rate_like_the_target, text_tokens
 from server.engine.messages import Finished, Generate, Sampling, Token
 from server.engine.prefix import PrefixCache
@@ -37,13 +40,13 @@ class Fleet:
         return self.shared + self.turns * (self.result + self.answer)
 
 
-def measure_fleet(rate: float, fleet: Fleet, ways: Sequence[str]) -> None:
+def measure_fleet(rate: float, token_s: float | None, fleet: Fleet, ways: Sequence[str]) -> None:
     """Print one way of serving the conversations, or both and their ratio."""
     # What is made once, as kernels are, is not the first way's to pay.
     _serve_fleet(SlowPocket(1e12), Fleet(8, 1, 256, 64, 8), True)
     walls = {}
     for way in ways:
-        pocket = SlowPocket(rate)
+        pocket = SlowPocket(rate, token_s)
         started = time.monotonic()
         served = _serve_fleet(pocket, fleet, way == "together")
         wall = walls[way] = time.monotonic() - started
@@ -51,6 +54,7 @@ def measure_fleet(rate: float, fleet: Fleet, ways: Sequence[str]) -> None:
             f"{way:8} {wall:7.1f} s, computed {served.num_prefilled} of "
             f"{sum(usage.num_prompt_tokens for usage in served.usage.values())} prompt tokens, read "
             f"{pocket.disk.num_bytes / 1e6:.0f} MB, {pocket.disk.num_bytes / pocket.sweep_bytes:.1f} sweeps"
+            f"{_late(pocket)}"
         )
         for agent in range(fleet.agents):
             waits = [served.first_s(f"{agent}.{turn}") for turn in range(fleet.turns)]
@@ -59,6 +63,12 @@ def measure_fleet(rate: float, fleet: Fleet, ways: Sequence[str]) -> None:
             )
     if len(walls) == 2:
         print(f"together takes {walls['together'] / walls['alone']:.2f} of the time (wanted: at most 0.50)")
+
+
+def _late(pocket: SlowPocket) -> str:
+    """How far this machine was behind the simulated device, which then took as long."""
+    store = pocket.opened.store
+    return f", {store.late_s:.1f} s behind the device" if isinstance(store, PacedStore) else ""
 
 
 def _serve_fleet(pocket: SlowPocket, fleet: Fleet, is_together: bool) -> Served:
@@ -99,13 +109,17 @@ def main() -> None:
     parser.add_argument(
         "--rate", type=float, help="bytes per second of the simulated disk (default: measured)"
     )
+    parser.add_argument(
+        "--token-ms", type=float, help="what a lone token computes, simulated (default: this machine's own)"
+    )
     parser.add_argument("--scale", type=int, default=1, help="divide all lengths by so much")
     parser.add_argument("--way", choices=["alone", "together"], help="only this way (default: both)")
     given = parser.parse_args()
     use_fast_blas("benchmarks.prefix_fleet")
-    rate = given.rate or rate_like_the_target()
+    token_s = given.token_ms / 1000 if given.token_ms else None
+    rate = given.rate or rate_like_the_target(token_s=token_s)
     fleet = Fleet(8, 6, 4096 // given.scale, 500 // given.scale, 100 // given.scale)
-    measure_fleet(rate, fleet, [given.way] if given.way else ["alone", "together"])
+    measure_fleet(rate, token_s, fleet, [given.way] if given.way else ["alone", "together"])
 
 
 if __name__ == "__main__":

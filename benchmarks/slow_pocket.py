@@ -2,12 +2,12 @@
 
 The target's published decode spends 0.22 s of a token on bytes and 0.16 s on everything else. A disk of
 `rate_like_the_target` gives Pocket's decode the same balance on this machine, with what it reads by its own
-routing. Used by benchmarks of saved prompts.
+routing; or both are simulated, then a lone token computes for `token_s`. Used by benchmarks of saved prompts.
 """
 
 import time
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 import server
+from benchmarks.simulated_device import PacedStore
 from benchmarks.simulated_disk import SimulatedDisk
 from models.arithmetic import choose_arithmetic
 from models.attention import Span
@@ -24,10 +25,11 @@ from server.engine.messages import ModelInfo
 from server.engine.model import Backend
 from server.glm.tokenizer import load_tokenizer
 from streaming.disk import DirectDisk
+from streaming.store import ExpertStore
 from tests.checkpoints import Opened, open_model
 
 LATENCY_S = 1e-4
-SLOTS = 16
+SLOTS, TOP = 16, 8  # of 64 experts
 IO_PER_COMPUTE = 0.22 / 0.16
 CONTEXT = 40_000
 
@@ -37,12 +39,14 @@ class SlowPocket:
     """A model whose experts come from a simulated disk; of them nothing is in memory at first."""
 
     rate: float
+    token_s: float | None = None  # None: as this machine computes
     disk: SimulatedDisk = field(init=False)
     opened: Opened = field(init=False)
 
     def __post_init__(self) -> None:
         self.disk = SimulatedDisk(self.rate, LATENCY_S, DirectDisk())
-        self.opened = open_model(POCKET, SLOTS, choose_arithmetic(), disk=self.disk)
+        make_store = partial(PacedStore, token_s=self.token_s, top_k=TOP) if self.token_s else ExpertStore
+        self.opened = open_model(POCKET, SLOTS, choose_arithmetic(), disk=self.disk, make_store=make_store)
 
     @property
     def sweep_bytes(self) -> int:
@@ -57,13 +61,14 @@ class SlowPocket:
         return Backend(self.opened.model, info, limits=limits)
 
 
-def rate_like_the_target(num_tokens: int = 64) -> float:
+def rate_like_the_target(num_tokens: int = 64, token_s: float | None = None) -> float:
     """Bytes per second at which decoding alone has the target's balance, from two measurements.
 
-    The time of a token with all experts in memory, and the bytes that one reads with `SLOTS` of them.
+    The time of a token with all experts in memory, if not `token_s`, and the bytes that one reads with
+    `SLOTS` of them.
     """
     arithmetic = choose_arithmetic()
-    seconds, _ = _decode(open_model(POCKET, None, arithmetic), num_tokens)
+    seconds = token_s or _decode(open_model(POCKET, None, arithmetic), num_tokens)[0]
     _, num_bytes = _decode(open_model(POCKET, SLOTS, arithmetic), num_tokens)
     rate = num_bytes / (IO_PER_COMPUTE * seconds)
     print(

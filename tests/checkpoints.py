@@ -83,11 +83,12 @@ def open_model(
     *,
     looks_ahead: bool = True,
     disk: Disk | None = None,
+    make_store: Callable[..., ExpertStore] = ExpertStore,
 ) -> Opened:
     """The model of a folder; `slots` None: all experts resident, else so many per layer."""
     checkpoint = open_checkpoint(directory)
     num_slots = checkpoint.args.n_routed_experts if slots is None else slots
-    store = ExpertStore(
+    store = make_store(
         checkpoint.experts, num_slots, float_dtype=arithmetic.dtype, looks_ahead=looks_ahead, disk=disk
     )
     if slots is None:
