@@ -144,7 +144,12 @@ class SavedPrefixes:
         return True
 
     def _claim(self, sequence: Sequence) -> None:
-        self._claims = {name: owner for name, owner in self._claims.items() if _is_reading(owner, name)}
+        # Its own are of an earlier place, which it gave away: it would wait for itself.
+        self._claims = {
+            name: owner
+            for name, owner in self._claims.items()
+            if owner is not sequence and _is_reading(owner, name)
+        }
         prompt = sequence.tokens(0, sequence.num_tokens)
         names = self._saved.names_from(prompt, _cache_of(sequence).length)
         leader = self._claims.get(names[0]) if names else None
