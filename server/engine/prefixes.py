@@ -14,7 +14,7 @@ from server.engine.prefix import PrefixCache
 from server.engine.sequence import Sequence
 from streaming.prefix_format import BlockName
 
-# Between two steps of others blocks are copied for so long: half a step of the target.
+# Between two steps blocks are copied for so long: half a step of the target.
 COPY_S = 0.2
 
 
@@ -100,7 +100,7 @@ class SavedPrefixes:
         while held and held[0].restoring and held[0].restoring.wait(wait_s):
             if self._advance(held[0]):
                 restored.append(held.pop(0))
-            if not wait_s and monotonic() > until_s:
+            if monotonic() > until_s:  # commands are looked at, and whoever is complete has steps now
                 break
         return restored
 
