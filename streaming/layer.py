@@ -46,7 +46,12 @@ class StoreLayer:
     def begin(self, experts: Sequence[int]) -> Sequence[Fill]:
         """Starts to bring what is not here of the experts somebody needs now; the fills to wait for."""
         joined, missed = self.ask(experts)
-        return [*joined.values(), *self._start_missed(missed, frozenset(experts))]
+        try:
+            return [*joined.values(), *self._start_missed(missed, frozenset(experts))]
+        except DiskError:  # nobody waits for those on their way now
+            for fill in joined.values():
+                self.give_up(fill)
+            raise
 
     def ask(self, experts: Sequence[int]) -> tuple[dict[int, Fill], list[int]]:
         """Notes that somebody needs these now: those that are on their way, and those that are to be read."""

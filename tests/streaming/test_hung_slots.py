@@ -1,0 +1,39 @@
+"""Slots into which a read that hangs may yet write: nobody gets them, and nobody else loses one by them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from config.errors import DiskError
+from streaming.index import ExpertIndex
+from streaming.store import ExpertStore
+from tests.streaming.test_direct import Hang, assert_hold, opened, write
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ExpertIndex:
+    return write(tmp_path, 8)
+
+
+@contextmanager
+def with_hung_slot(index: ExpertIndex, hang: Hang, num_slots: int) -> Iterator[ExpertStore]:
+    """The lowest slot of layer 1 is free, but for a read that hangs."""
+    with opened(index, num_slots, hang.disk, timeout_s=0.1) as store:
+        with pytest.raises(DiskError, match="no answer"):
+            store.acquire(1, [0])
+        assert store._filler.is_written(1, 0)
+        yield store
+
+
+def test_a_guess_that_is_wanted_where_others_find_no_slot_gives_its_own_back(index: ExpertIndex) -> None:
+    hang = Hang(1)
+    with with_hung_slot(index, hang, 3) as store:
+        hang._numbers = tuple(range(1, 100))
+        store.expect(1, [[4]])
+        with pytest.raises(DiskError, match="hold its slots"):
+            store.acquire(1, [4, 5, 6])
+        hang.release(store)
+        store.check_integrity()
+        assert_hold(index, store, store.acquire(1, [4, 5, 6]), (4, 5, 6))
