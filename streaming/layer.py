@@ -120,6 +120,7 @@ class StoreLayer:
             self._give_up_one()
         kept = self.books.shed(num_slots)
         self.bank.resize(kept, num_slots)
+        self._filler.renew(self.number)
         self.books.resize(kept, num_slots)
         self._fresh = {expert for expert in self._fresh if expert in self.books}
 

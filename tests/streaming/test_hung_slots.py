@@ -37,3 +37,16 @@ def test_a_guess_that_is_wanted_where_others_find_no_slot_gives_its_own_back(ind
         hang.release(store)
         store.check_integrity()
         assert_hold(index, store, store.acquire(1, [4, 5, 6]), (4, 5, 6))
+
+
+def test_a_hung_read_into_a_bank_that_is_gone_holds_no_slot_of_the_next_one(index: ExpertIndex) -> None:
+    hang = Hang(1)
+    with with_hung_slot(index, hang, 4) as store:
+        store.acquire(1, [4, 5, 6])
+        store.resize(1, 3)
+        assert_hold(index, store, store.acquire(1, [1, 2, 3]), (1, 2, 3))
+        hang.release(store)
+        assert_hold(index, store, store.acquire(1, [1, 2, 3]), (1, 2, 3))
+        store.resize(1, 4)
+        assert_hold(index, store, store.acquire(1, [1, 2, 3, 7]), (1, 2, 3, 7))
+        store.check_integrity()
