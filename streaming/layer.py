@@ -177,7 +177,8 @@ class StoreLayer:
                 self._counts.ahead_arrived += 1
 
     def _count(self, experts: Sequence[int], num_missed: int, num_joined: int) -> None:
-        num_ahead = num_joined + len(self._fresh.intersection(experts))
+        # One that came ahead may have been given up before anybody asked.
+        num_ahead = num_joined + sum(expert in self.books for expert in self._fresh.intersection(experts))
         self._fresh.clear()
         self._counts.misses += num_missed
         self._counts.ahead_used += num_ahead
