@@ -1,12 +1,16 @@
 """Saved KV through the real loop: the same text with fewer rows, and never a wrong token."""
 
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
+from models.attention import Span
 from models.cache_blocks import bytes_per_token
-from server.engine.messages import Generate
+from server.engine.messages import Command, Event, Failed, Generate, Shutdown
 from server.engine.prefix import BLOCK_TOKENS, PrefixCache
 from streaming.prefix_format import HEADER_BYTES
 from tests.server.engine.prefix_runs import (
@@ -17,6 +21,7 @@ from tests.server.engine.prefix_runs import (
     generate,
     leave_after,
     make_counted_model,
+    make_loop,
     open_prefix,
 )
 from tests.tiny_glm import tokens
@@ -154,6 +159,32 @@ def test_damaged_files_cost_time_and_never_a_token(model: CountedModel, tmp_path
         assert again.usage.num_cached_tokens == int(victim.name.split("-")[0])
         assert reopened.statistics()["prefix_damaged"] == 1
         reopened.close(20)
+
+
+class DamagedModel(CountedModel):
+    """What it computes is no number."""
+
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
+        hidden = yield from super().forward(tokens, spans)
+        return hidden * mx.nan
+
+
+@pytest.mark.parametrize("rows", [64, 2048])
+def test_rows_that_are_no_numbers_are_not_kept(model: CountedModel, rows: int) -> None:
+    """Else whoever begins with the same tokens would get no answer either, also after a restart."""
+    prefix, prompt, events = open_prefix(), tokens(CONFIG, 200), list[Event]()
+    inbox: SimpleQueue[Command] = SimpleQueue()
+
+    def send(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Failed):
+            inbox.put(Shutdown())
+
+    inbox.put(Generate("a", tuple(prompt), 4, GREEDY))
+    make_loop(DamagedModel(model.inner), prefix, inbox, send, rows).run()
+    assert isinstance(events[-1], Failed)
+    assert "NaN" in events[-1].message
+    assert prefix.count_saved(prompt) == 0
 
 
 def test_a_prompt_whose_scores_are_wanted_is_read_whole(model: CountedModel) -> None:
