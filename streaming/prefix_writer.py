@@ -131,10 +131,12 @@ class BlockWriter:
         if self._files.has(item):  # another server was quicker
             return
         block = self._memory.get(item.key)
-        if block is None or not self._may_write(block.nbytes) or not self._files.write(block):
-            self.num_dropped += 1
-        else:
+        # In this order: what a directory that is left alone does not get is not taken off the allowance.
+        may_try = self._files.is_writable
+        if block and may_try and self._may_write(block.nbytes) and self._files.write(block):
             self.num_written += 1
+        else:
+            self.num_dropped += 1
 
     def _may_write(self, nbytes: int) -> bool:
         may = self._allowance.take(nbytes)
