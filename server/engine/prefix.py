@@ -99,7 +99,7 @@ class PrefixCache:
             tail = Block(
                 self._key_before(names, len(names)),
                 end,
-                tokens[end:],
+                tokens[end:].copy(),
                 read_blocks(cache, end, [tokens.size - end])[0],
             )
             self._put(tail)
@@ -227,7 +227,7 @@ class PrefixCache:
         payloads = read_blocks(cache, first * BLOCK_TOKENS, [BLOCK_TOKENS] * (stop - first))
         for index, payload in enumerate(payloads, start=first):
             start = index * BLOCK_TOKENS
-            ids = tokens[start : start + BLOCK_TOKENS]
+            ids = tokens[start : start + BLOCK_TOKENS].copy()  # else it holds those of the whole conversation
             self._put(Block(self._key_before(names, index), start, ids, payload))
         return list(names[first:stop])
 

@@ -82,6 +82,15 @@ def test_forty_turns_of_a_tool_loop_prefill_their_new_tokens(model: CountedModel
     assert answer.tokens == ask(model, None, prompt[:-5], num_tokens=5).tokens
 
 
+def test_a_block_in_memory_holds_no_more_than_it_counts(model: CountedModel, tmp_path: Path) -> None:
+    prefix, prompt = open_prefix(tmp_path), tokens(CONFIG, 150)
+    ask(model, prefix, prompt)
+    blocks = list(prefix._memory._blocks.values())
+    assert len(blocks) == 4, "two whole ones, and the ends of prompt and answer"
+    assert all(array.base is None for block in blocks for array in (block.tokens, block.payload))
+    prefix.close(20)
+
+
 def test_a_restart_finds_what_was_on_disk(model: CountedModel, tmp_path: Path) -> None:
     prompt = tokens(CONFIG, 300)
     before = open_prefix(tmp_path)
