@@ -67,6 +67,11 @@ class BlockWriter:
         self._thread = threading.Thread(target=self._run, name="prefix-writer", daemon=True)
         self._thread.start()
 
+    @property
+    def num_waiting(self) -> int:
+        """At least as many as blocks that are still to be written."""
+        return len(self._waiting)
+
     def write(self, names: Sequence[BlockName], chain: Sequence[BlockName]) -> None:
         """Queue blocks, parents first, and then mark the whole chain as used. Never blocks."""
         with self._changed:

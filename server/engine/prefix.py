@@ -86,16 +86,18 @@ class PrefixCache:
     ) -> int:
         """Keep what the cache holds of these tokens from `start` on, where all before is saved already.
 
-        With `keeps_tail` a last part of less than a block is kept too. Returns the `start` of the next call.
+        With `keeps_tail` a last part of less than a block is kept too. Returns the `start` of the next call,
+        which is not the end where memory cannot take all of it now.
         """
         tokens = as_tokens(token_ids)[: cache.length]
         names = self._names(tokens)
         first = start // BLOCK_TOKENS
+        stop = min(len(names), max(first, self._room_after(first, block_bytes(cache))))
         fresh: list[BlockName] = []
-        for group in range(first, len(names), GROUP):
-            fresh += self._keep(tokens, names, cache, group, min(group + GROUP, len(names)))
-        end = len(names) * BLOCK_TOKENS
-        if keeps_tail and end < tokens.size:
+        for group in range(first, stop, GROUP):
+            fresh += self._keep(tokens, names, cache, group, min(group + GROUP, stop))
+        end = stop * BLOCK_TOKENS
+        if keeps_tail and stop == len(names) and end < tokens.size:
             tail = Block(
                 self._key_before(names, len(names)),
                 end,
@@ -104,9 +106,10 @@ class PrefixCache:
             )
             self._put(tail)
             fresh.append(tail.name)
-            names = [*names, tail.name]
+            names.append(tail.name)
+            stop += 1
         if fresh:
-            self._use(names, fresh)
+            self._use(names[:stop], fresh)
         return end
 
     def names_from(self, token_ids: Sequence[int], start: int) -> list[BlockName]:
@@ -230,6 +233,14 @@ class PrefixCache:
             ids = tokens[start : start + BLOCK_TOKENS].copy()  # else it holds those of the whole conversation
             self._put(Block(self._key_before(names, index), start, ids, payload))
         return list(names[first:stop])
+
+    def _room_after(self, first: int, nbytes: int) -> int:
+        """The block up to which those from `first` on fit beside what is still to be written, and a tail.
+
+        More would drive out the beginning of their own chain, without which the rest is never found.
+        """
+        room = self._memory.max_bytes // nbytes - 1
+        return first + room - self._writer.num_waiting if self._writer else room
 
     def _put(self, block: Block) -> None:
         self._memory.put(block.name.key, block)

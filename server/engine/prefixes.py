@@ -109,7 +109,7 @@ class SavedPrefixes:
         restoring: list[Sequence] = []
         for sequence in sequences:
             leader = sequence.leader
-            if leader and (leader.cache is None or leader.num_saved_tokens >= sequence.follows_to):
+            if leader and (not _reads(leader) or leader.num_saved_tokens >= sequence.follows_to):
                 sequence.leader = None
                 self.restore(sequence)
             if sequence.restoring:
@@ -161,7 +161,12 @@ class SavedPrefixes:
 
 
 def _is_reading(owner: Sequence, name: BlockName) -> bool:
-    return owner.cache is not None and owner.num_saved_tokens <= name.start
+    return _reads(owner) and owner.num_saved_tokens <= name.start
+
+
+def _reads(sequence: Sequence) -> bool:
+    """Once it decodes, what is not saved of its prompt does not come soon: memory had no room for it."""
+    return sequence.cache is not None and not sequence.is_decoding
 
 
 def _cache_of(sequence: Sequence) -> SequenceCache:

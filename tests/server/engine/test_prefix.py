@@ -145,6 +145,35 @@ def test_memory_that_holds_almost_nothing_is_no_obstacle(model: CountedModel, tm
     small.close(20)
 
 
+@pytest.mark.parametrize("has_disk", [True, False])
+def test_a_prompt_that_memory_cannot_hold_is_kept_from_its_beginning(
+    model: CountedModel, tmp_path: Path, has_disk: bool
+) -> None:
+    """Read in one pass, so that all of it comes at once; six blocks and the end of an answer fit."""
+    prompt = tokens(CONFIG, 600)
+    prefix = open_prefix(tmp_path if has_disk else None, memory=7 * 64 * 1000)
+    first = ask(model, prefix, prompt)
+    assert prefix.flush(20)
+    again = ask(model, prefix, prompt)
+    assert again.tokens == first.tokens
+    assert again.usage.num_cached_tokens >= 6 * 64
+    prefix.check_integrity()
+    prefix.close(20)
+    if has_disk:
+        reopened = open_prefix(tmp_path)
+        assert ask(model, reopened, prompt).usage.num_cached_tokens > again.usage.num_cached_tokens
+        reopened.close(20)
+
+
+def test_a_prompt_that_shares_one_that_memory_cannot_hold_does_not_wait_for_its_answer(
+    model: CountedModel,
+) -> None:
+    prefix, prompt = open_prefix(memory=7 * 64 * 1000), tuple(tokens(CONFIG, 600))
+    one, other = Generate("one", prompt, 40, GREEDY), Generate("other", (*prompt, 1), 2, GREEDY)
+    ends = list(generate(model, prefix, one, other))
+    assert ends == ["other", "one"]
+
+
 def test_damaged_files_cost_time_and_never_a_token(model: CountedModel, tmp_path: Path) -> None:
     prompt, prefix = tokens(CONFIG, 400), open_prefix(tmp_path)
     uncached = ask(model, None, prompt)
