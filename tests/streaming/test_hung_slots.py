@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from config.errors import DiskError
 from streaming.index import ExpertIndex
 from streaming.store import ExpertStore
-from tests.streaming.test_direct import Hang, assert_hold, opened, write
+from tests.streaming.test_direct import NUM_EXPERTS, Hang, assert_hold, opened, raw, write
 
 
 @pytest.fixture
@@ -49,4 +50,24 @@ def test_a_hung_read_into_a_bank_that_is_gone_holds_no_slot_of_the_next_one(inde
         assert_hold(index, store, store.acquire(1, [1, 2, 3]), (1, 2, 3))
         store.resize(1, 4)
         assert_hold(index, store, store.acquire(1, [1, 2, 3, 7]), (1, 2, 3, 7))
+        store.check_integrity()
+
+
+def test_a_sweep_whose_order_changes_reads_on_in_the_slots_that_are_left(tmp_path: Path) -> None:
+    """Of the ring's four a hung read holds one; one that was there has to be read now, before others."""
+    index, hang, wanted = write(tmp_path, 0), Hang(1), dict.fromkeys(range(NUM_EXPERTS), 1)
+    with opened(index, 1, hang.disk, timeout_s=0.1) as store:
+        with pytest.raises(DiskError, match="no answer"):
+            list(store.sweep(1, wanted, 2))
+        store.acquire(1, [2])
+        seen = []
+        for places in store.sweep(1, wanted, 2):
+            for place in places:
+                weight = np.array(place.arrays["up_proj.weight"][place.slot])
+                assert weight.tobytes() == raw(index, 1, place.expert)
+                seen.append(place.expert)
+            if len(seen) == 2:
+                store.acquire(1, [7])  # a step of others, which drives expert 2 out
+        assert seen == list(range(NUM_EXPERTS))
+        hang.release(store)
         store.check_integrity()
