@@ -60,6 +60,8 @@ class PrefixCache:
             BlockWriter(self._files, self._memory, disk.bytes_per_day) if disk and self._files else None
         )
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="prefix-reader")
+        # Tails do not stand behind groups: short prompts have nothing else.
+        self._tail_reader = ThreadPoolExecutor(1, thread_name_prefix="prefix-tail")
         self.num_asked_tokens = self.num_restored_tokens = self.num_saved_tokens = 0
 
     def restore(self, token_ids: Sequence[int], cache: SequenceCache) -> Restoring:
@@ -70,8 +72,11 @@ class PrefixCache:
         tokens = as_tokens(token_ids)
         names = self._names(tokens)
 
-        def find_tail(num_whole: int) -> Block | None:
-            return self._find_tail(tokens, num_whole * BLOCK_TOKENS, self._key_before(names, num_whole))
+        def find_tail(num_whole: int) -> "Future[Block | None]":
+            where = num_whole * BLOCK_TOKENS, self._key_before(names, num_whole)
+            if self._files:
+                return self._tail_reader.submit(self._find_tail, tokens, *where)
+            return _known(self._find_tail(tokens, *where))
 
         return Restoring(cache, names, BLOCK_TOKENS, len(token_ids) - 1, self._look_up, find_tail)
 
@@ -149,7 +154,8 @@ class PrefixCache:
         """Write what waits, for so long; then nothing works any more."""
         if self._writer:
             self._writer.close(timeout_s)
-        self._readers.shutdown(cancel_futures=True)
+        for readers in (self._readers, self._tail_reader):
+            readers.shutdown(cancel_futures=True)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was saved is on disk, or dropped; whether that came in time."""
@@ -210,9 +216,7 @@ class PrefixCache:
         block = self._memory.get(name.key)
         if block is None and self._files:
             return self._readers.submit(self._read, name)
-        known: Future[Block | None] = Future()
-        known.set_result(block)
-        return known
+        return _known(block)
 
     def _read(self, name: BlockName) -> Block | None:
         assert self._files, "only a cache with a directory reads"
@@ -250,6 +254,12 @@ class PrefixCache:
         self._memory.use(name.key for name in chain)
         if self._writer and chain:
             self._writer.write(fresh, chain)
+
+
+def _known(block: Block | None) -> "Future[Block | None]":
+    future: Future[Block | None] = Future()
+    future.set_result(block)
+    return future
 
 
 def block_bytes(cache: SequenceCache) -> int:

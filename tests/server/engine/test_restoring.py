@@ -134,9 +134,12 @@ def test_a_disk_that_is_stuck_is_given_up(
     uncached: list[int],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Also where all that is looked for is the end of a prompt."""
     gate, prefix = Gate(monkeypatch), open_prefix(on_disk)
     monkeypatch.setattr(restoring, "PATIENCE_S", 0.2)
-    assert run(model, prefix, [SAVED]).tokens["saved"] == uncached
+    served = run(model, prefix, [SAVED, SHORT])
+    assert served.tokens["saved"] == uncached
+    assert len(served.tokens["short"]) == 60
     assert gate.num_too_late == 0
     assert "read anew" in caplog.text
     gate.opened.set()
