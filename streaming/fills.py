@@ -166,6 +166,10 @@ class Filler:
             self.wait([fill])
         self._tickets.revoke(fill.ticket.bank, fill.slot)
 
+    def renew(self, owner: Hashable) -> None:
+        """The slots of this bank are other memory now; a read that hangs keeps what it writes into."""
+        self._tickets.renew(owner)
+
     def is_written(self, owner: Hashable, slot: int) -> bool:
         """Whether a read that hangs may yet write into the slot: nobody can have it."""
         return self._tickets.is_written(owner, slot)

@@ -46,7 +46,12 @@ class StoreLayer:
     def begin(self, experts: Sequence[int]) -> Sequence[Fill]:
         """Starts to bring what is not here of the experts somebody needs now; the fills to wait for."""
         joined, missed = self.ask(experts)
-        return [*joined.values(), *self._start_missed(missed, frozenset(experts))]
+        try:
+            return [*joined.values(), *self._start_missed(missed, frozenset(experts))]
+        except DiskError:  # nobody waits for those on their way now
+            for fill in joined.values():
+                self.give_up(fill)
+            raise
 
     def ask(self, experts: Sequence[int]) -> tuple[dict[int, Fill], list[int]]:
         """Notes that somebody needs these now: those that are on their way, and those that are to be read."""
@@ -115,6 +120,7 @@ class StoreLayer:
             self._give_up_one()
         kept = self.books.shed(num_slots)
         self.bank.resize(kept, num_slots)
+        self._filler.renew(self.number)
         self.books.resize(kept, num_slots)
         self._fresh = {expert for expert in self._fresh if expert in self.books}
 
@@ -171,7 +177,8 @@ class StoreLayer:
                 self._counts.ahead_arrived += 1
 
     def _count(self, experts: Sequence[int], num_missed: int, num_joined: int) -> None:
-        num_ahead = num_joined + len(self._fresh.intersection(experts))
+        # One that came ahead may have been given up before anybody asked.
+        num_ahead = num_joined + sum(expert in self.books for expert in self._fresh.intersection(experts))
         self._fresh.clear()
         self._counts.misses += num_missed
         self._counts.ahead_used += num_ahead

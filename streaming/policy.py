@@ -89,6 +89,8 @@ class LeastNearlyChosen:
         distance = scores - threshold
         behind = np.minimum(-distance / (self._scale * _spread(scores, threshold) + 1e-9), 30)
         near = np.add.reduce(1 / (1 + np.exp(behind)), axis=0) / len(scores)
+        if np.isnan(near).any():  # the request that it is of ends; a mean would never be a number again
+            return
         keep = self._keep ** len(scores)
         self._nearness += (1 - keep) * (near - self._nearness)
 

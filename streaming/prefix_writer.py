@@ -67,6 +67,11 @@ class BlockWriter:
         self._thread = threading.Thread(target=self._run, name="prefix-writer", daemon=True)
         self._thread.start()
 
+    @property
+    def num_waiting(self) -> int:
+        """At least as many as blocks that are still to be written."""
+        return len(self._waiting)
+
     def write(self, names: Sequence[BlockName], chain: Sequence[BlockName]) -> None:
         """Queue blocks, parents first, and then mark the whole chain as used. Never blocks."""
         with self._changed:
@@ -131,10 +136,12 @@ class BlockWriter:
         if self._files.has(item):  # another server was quicker
             return
         block = self._memory.get(item.key)
-        if block is None or not self._may_write(block.nbytes) or not self._files.write(block):
-            self.num_dropped += 1
-        else:
+        # In this order: what a directory that is left alone does not get is not taken off the allowance.
+        may_try = self._files.is_writable
+        if block and may_try and self._may_write(block.nbytes) and self._files.write(block):
             self.num_written += 1
+        else:
+            self.num_dropped += 1
 
     def _may_write(self, nbytes: int) -> bool:
         may = self._allowance.take(nbytes)

@@ -105,7 +105,9 @@ class Ring:
             assert sorted([*lane.free, *held]) == list(range(lane.num_slots)), f"{lane.name}: a slot is lost"
 
     def _first_of(self, lane: _Lane, order: Sequence[Key]) -> list[Key]:
-        return [key for key in order if self._lane_of[key[0]] is lane][: lane.num_slots]
+        """Those that have a slot now; more of them would hold the slots of those whose turn comes before."""
+        num_held = sum(self._filler.is_written(lane.name, slot) for slot in lane.free)
+        return [key for key in order if self._lane_of[key[0]] is lane][: lane.num_slots - num_held]
 
     def _start(self) -> None:
         while self._wanted:

@@ -29,6 +29,7 @@ class TicketOffice:
     def __init__(self) -> None:
         self._generations: defaultdict[Slot, int] = defaultdict(int)
         self._writers: defaultdict[Slot, int] = defaultdict(int)
+        self._renewed: dict[Slot, int] = {}  # the generation since which a slot is other memory
         self._lock = threading.Lock()
 
     def issue(self, bank: Hashable, slot: int) -> Ticket:
@@ -41,6 +42,15 @@ class TicketOffice:
         with self._lock:
             self._generations[bank, slot] += 1
             return self._generations[bank, slot]
+
+    def renew(self, bank: Hashable) -> None:
+        """The bank's slots are other memory now: whoever is still inside writes into none of them."""
+        with self._lock:
+            for slot, count in self._writers.items():
+                if slot[0] == bank and count:
+                    self._generations[slot] += 1
+                    self._renewed[slot] = self._generations[slot]
+                    self._writers[slot] = 0
 
     def is_written(self, bank: Hashable, slot: int) -> bool:
         """Whether anybody is inside, under whichever ticket."""
@@ -56,8 +66,10 @@ class TicketOffice:
             return True
 
     def leave(self, ticket: Ticket) -> None:
+        slot = ticket.bank, ticket.slot
         with self._lock:
-            self._writers[ticket.bank, ticket.slot] -= 1
+            if ticket.generation >= self._renewed.get(slot, 0):
+                self._writers[slot] -= 1
 
     def num_writers(self) -> int:
         """Writers inside any slot; 0 whenever no read is outstanding."""

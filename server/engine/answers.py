@@ -53,15 +53,15 @@ class Answers:
         complete: list[tuple[Sequence, int]] = []
         for index, part in enumerate(done.parts):
             sequence, (start, stop) = part.sequence, done.rows_of(index)
-            if sequence.is_cancelled:
-                continue
             try:
-                if done.is_reading:
+                if done.is_reading or sequence.is_cancelled:  # its rows are kept before it draws a token
+                    _check_rows(hidden[start:stop])
+                if done.is_reading and not sequence.is_cancelled:
                     self._report(sequence, hidden[start:stop])
             except Exception as error:  # damaged numbers: this request ends
                 self.fail(sequence, error)
                 continue
-            if sequence.num_unread == 0:
+            if sequence.num_unread == 0 and not sequence.is_cancelled:
                 complete.append((sequence, stop - 1))
         self._hand_out(complete, hidden)
 
@@ -184,6 +184,16 @@ def kind_of(error: Exception) -> FailureKind:
             return "engine"
 
 
+def _check_rows(hidden: mx.array) -> None:  # [n, H]
+    """A row of the cache is no better than what was computed from it."""
+    if mx.isnan(hidden.sum(axis=-1)).any().item():
+        raise _not_a_number()
+
+
 def _check_finite(scores: list[TokenScore]) -> None:
     if any(score.logprob is not None and math.isnan(score.logprob) for score in scores):
-        raise EngineError("the model computed NaN; its weights are damaged or its arithmetic overflowed")
+        raise _not_a_number()
+
+
+def _not_a_number() -> EngineError:
+    return EngineError("the model computed NaN; its weights are damaged or its arithmetic overflowed")

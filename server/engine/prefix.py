@@ -60,6 +60,8 @@ class PrefixCache:
             BlockWriter(self._files, self._memory, disk.bytes_per_day) if disk and self._files else None
         )
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="prefix-reader")
+        # Tails do not stand behind groups: short prompts have nothing else.
+        self._tail_reader = ThreadPoolExecutor(1, thread_name_prefix="prefix-tail")
         self.num_asked_tokens = self.num_restored_tokens = self.num_saved_tokens = 0
 
     def restore(self, token_ids: Sequence[int], cache: SequenceCache) -> Restoring:
@@ -70,8 +72,11 @@ class PrefixCache:
         tokens = as_tokens(token_ids)
         names = self._names(tokens)
 
-        def find_tail(num_whole: int) -> Block | None:
-            return self._find_tail(tokens, num_whole * BLOCK_TOKENS, self._key_before(names, num_whole))
+        def find_tail(num_whole: int) -> "Future[Block | None]":
+            where = num_whole * BLOCK_TOKENS, self._key_before(names, num_whole)
+            if self._files:
+                return self._tail_reader.submit(self._find_tail, tokens, *where)
+            return _known(self._find_tail(tokens, *where))
 
         return Restoring(cache, names, BLOCK_TOKENS, len(token_ids) - 1, self._look_up, find_tail)
 
@@ -86,27 +91,30 @@ class PrefixCache:
     ) -> int:
         """Keep what the cache holds of these tokens from `start` on, where all before is saved already.
 
-        With `keeps_tail` a last part of less than a block is kept too. Returns the `start` of the next call.
+        With `keeps_tail` a last part of less than a block is kept too. Returns the `start` of the next call,
+        which is not the end where memory cannot take all of it now.
         """
         tokens = as_tokens(token_ids)[: cache.length]
         names = self._names(tokens)
         first = start // BLOCK_TOKENS
+        stop = min(len(names), max(first, self._room_after(first, block_bytes(cache))))
         fresh: list[BlockName] = []
-        for group in range(first, len(names), GROUP):
-            fresh += self._keep(tokens, names, cache, group, min(group + GROUP, len(names)))
-        end = len(names) * BLOCK_TOKENS
-        if keeps_tail and end < tokens.size:
+        for group in range(first, stop, GROUP):
+            fresh += self._keep(tokens, names, cache, group, min(group + GROUP, stop))
+        end = stop * BLOCK_TOKENS
+        if keeps_tail and stop == len(names) and end < tokens.size:
             tail = Block(
                 self._key_before(names, len(names)),
                 end,
-                tokens[end:],
+                tokens[end:].copy(),
                 read_blocks(cache, end, [tokens.size - end])[0],
             )
             self._put(tail)
             fresh.append(tail.name)
-            names = [*names, tail.name]
+            names.append(tail.name)
+            stop += 1
         if fresh:
-            self._use(names, fresh)
+            self._use(names[:stop], fresh)
         return end
 
     def names_from(self, token_ids: Sequence[int], start: int) -> list[BlockName]:
@@ -146,7 +154,8 @@ class PrefixCache:
         """Write what waits, for so long; then nothing works any more."""
         if self._writer:
             self._writer.close(timeout_s)
-        self._readers.shutdown(cancel_futures=True)
+        for readers in (self._readers, self._tail_reader):
+            readers.shutdown(cancel_futures=True)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was saved is on disk, or dropped; whether that came in time."""
@@ -207,9 +216,7 @@ class PrefixCache:
         block = self._memory.get(name.key)
         if block is None and self._files:
             return self._readers.submit(self._read, name)
-        known: Future[Block | None] = Future()
-        known.set_result(block)
-        return known
+        return _known(block)
 
     def _read(self, name: BlockName) -> Block | None:
         assert self._files, "only a cache with a directory reads"
@@ -227,9 +234,17 @@ class PrefixCache:
         payloads = read_blocks(cache, first * BLOCK_TOKENS, [BLOCK_TOKENS] * (stop - first))
         for index, payload in enumerate(payloads, start=first):
             start = index * BLOCK_TOKENS
-            ids = tokens[start : start + BLOCK_TOKENS]
+            ids = tokens[start : start + BLOCK_TOKENS].copy()  # else it holds those of the whole conversation
             self._put(Block(self._key_before(names, index), start, ids, payload))
         return list(names[first:stop])
+
+    def _room_after(self, first: int, nbytes: int) -> int:
+        """The block up to which those from `first` on fit beside what is still to be written, and a tail.
+
+        More would drive out the beginning of their own chain, without which the rest is never found.
+        """
+        room = self._memory.max_bytes // nbytes - 1
+        return first + room - self._writer.num_waiting if self._writer else room
 
     def _put(self, block: Block) -> None:
         self._memory.put(block.name.key, block)
@@ -239,6 +254,12 @@ class PrefixCache:
         self._memory.use(name.key for name in chain)
         if self._writer and chain:
             self._writer.write(fresh, chain)
+
+
+def _known(block: Block | None) -> "Future[Block | None]":
+    future: Future[Block | None] = Future()
+    future.set_result(block)
+    return future
 
 
 def block_bytes(cache: SequenceCache) -> int:

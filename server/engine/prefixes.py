@@ -14,7 +14,7 @@ from server.engine.prefix import PrefixCache
 from server.engine.sequence import Sequence
 from streaming.prefix_format import BlockName
 
-# Between two steps of others blocks are copied for so long: half a step of the target.
+# Between two steps blocks are copied for so long: half a step of the target.
 COPY_S = 0.2
 
 
@@ -100,7 +100,7 @@ class SavedPrefixes:
         while held and held[0].restoring and held[0].restoring.wait(wait_s):
             if self._advance(held[0]):
                 restored.append(held.pop(0))
-            if not wait_s and monotonic() > until_s:
+            if monotonic() > until_s:  # commands are looked at, and whoever is complete has steps now
                 break
         return restored
 
@@ -109,7 +109,7 @@ class SavedPrefixes:
         restoring: list[Sequence] = []
         for sequence in sequences:
             leader = sequence.leader
-            if leader and (leader.cache is None or leader.num_saved_tokens >= sequence.follows_to):
+            if leader and (not _reads(leader) or leader.num_saved_tokens >= sequence.follows_to):
                 sequence.leader = None
                 self.restore(sequence)
             if sequence.restoring:
@@ -144,7 +144,12 @@ class SavedPrefixes:
         return True
 
     def _claim(self, sequence: Sequence) -> None:
-        self._claims = {name: owner for name, owner in self._claims.items() if _is_reading(owner, name)}
+        # Its own are of an earlier place, which it gave away: it would wait for itself.
+        self._claims = {
+            name: owner
+            for name, owner in self._claims.items()
+            if owner is not sequence and _is_reading(owner, name)
+        }
         prompt = sequence.tokens(0, sequence.num_tokens)
         names = self._saved.names_from(prompt, _cache_of(sequence).length)
         leader = self._claims.get(names[0]) if names else None
@@ -156,7 +161,12 @@ class SavedPrefixes:
 
 
 def _is_reading(owner: Sequence, name: BlockName) -> bool:
-    return owner.cache is not None and owner.num_saved_tokens <= name.start
+    return _reads(owner) and owner.num_saved_tokens <= name.start
+
+
+def _reads(sequence: Sequence) -> bool:
+    """Once it decodes, what is not saved of its prompt does not come soon: memory had no room for it."""
+    return sequence.cache is not None and not sequence.is_decoding
 
 
 def _cache_of(sequence: Sequence) -> SequenceCache:

@@ -94,7 +94,11 @@ class EngineProcess:
         """Start the child. Call from the event loop."""
         self._status = EngineStatus("loading", "the engine is starting")
         loop = asyncio.get_running_loop()
-        self._child = child = Child(self._worker)
+        try:
+            self._child = child = Child(self._worker)
+        except OSError as error:  # no process or descriptor is to be had at the moment
+            self._start_again(f"the engine process could not be started ({error.strerror})")
+            return
         child.send(Load(self._config))
         child.read_events(
             lambda event: loop.call_soon_threadsafe(self._on_event, child, event),
@@ -263,8 +267,11 @@ class EngineProcess:
         self._fail_all(reason)
         if self._timer:
             self._timer.cancel()
-        if self._is_closed:
-            return
+        if not self._is_closed:
+            self._start_again(reason)
+
+    def _start_again(self, reason: str) -> None:
+        """In a while, unless that was tried too often."""
         log.error(reason)
         if self._ready_since and time.monotonic() - self._ready_since > STABLE_S:
             self._num_deaths = 0

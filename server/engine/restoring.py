@@ -18,10 +18,14 @@ from streaming.prefix_format import Block, BlockName
 GROUP = 8
 # A disk that takes longer for a group is stuck: the prompt is read instead.
 PATIENCE_S = 10.0
+# A tail is waited for so long between two steps: looking for files that are not there takes a millisecond,
+# and who finds nothing should not have to wait for a step of others.
+TAIL_S = 0.01
 
 log = logging.getLogger(__name__)
 
 LookUp = Callable[[BlockName], Future[Block | None]]
+FindTail = Callable[[int], Future[Block | None]]
 
 
 class Restoring:
@@ -39,7 +43,7 @@ class Restoring:
         block_tokens: int,
         most: int,
         look_up: LookUp,
-        find_tail: Callable[[int], Block | None],
+        find_tail: FindTail,
     ) -> None:
         self.length_before = cache.length
         self._cache, self._most = cache, most
@@ -47,6 +51,7 @@ class Restoring:
         self._rest = deque(names[self._num_whole :])
         self._look_up, self._find_tail = look_up, find_tail
         self._coming: deque[Future[Block | None]] = deque()
+        self._tail: Future[Block | None] | None = None  # asked for when all whole blocks have come
         self._since_s: float | None = None  # the group that comes was asked for
         self._is_stuck = False
 
@@ -54,7 +59,8 @@ class Restoring:
         """Whether the next group has come, at the latest after so long, or its disk is stuck."""
         self._read_ahead()
         self._since_s = self._since_s or monotonic()
-        if not wait(self._coming, wait_s).not_done:
+        awaited = [self._tail] if self._tail else self._coming
+        if not wait(awaited, max(wait_s, TAIL_S) if self._tail else wait_s).not_done:
             return True
         self._is_stuck = monotonic() > self._since_s + PATIENCE_S
         if self._is_stuck:
@@ -66,6 +72,9 @@ class Restoring:
 
     def advance(self) -> bool:
         """Copy the group that has come; whether it was the last. An error leaves the groups before it."""
+        if self._tail:
+            tail = self._tail.result() if self._tail.done() else None  # its disk is stuck
+            return self._end([tail] if tail else [])
         assert all(future.done() for future in self._coming), "nobody waits here"
         group: list[Block] = []
         while self._coming and (block := self._coming.popleft().result()):
@@ -75,14 +84,19 @@ class Restoring:
         if is_last:
             self._rest.clear()
             self._coming.clear()
-        tail = self._find_tail(self._num_whole) if is_last and not self._is_stuck else None
-        self._fill([*group, tail] if tail else group)
+        if self._is_stuck:
+            return self._end(group)
+        self._fill(group)
+        self._since_s = monotonic()
+        self._read_ahead()
         if is_last:
-            self._cache.trim(min(self._cache.length, self._most))
-        else:
-            self._since_s = monotonic()
-            self._read_ahead()
-        return is_last
+            self._tail = self._find_tail(self._num_whole)
+        return False
+
+    def _end(self, blocks: Sequence[Block]) -> bool:
+        self._fill(blocks)
+        self._cache.trim(min(self._cache.length, self._most))
+        return True
 
     def _read_ahead(self) -> None:
         """Ask for the next group, so that it is read while others compute."""

@@ -53,10 +53,10 @@ def draw(
 ) -> tuple[mx.array, SamplerState]:  # [V] -> []
     """The next token and the state after it. Lazy: nothing is evaluated here."""
     logits = apply_penalties(apply_bias(logits, sampling.logit_bias), sampling, state)
-    key, draw_key = mx.random.split(state.key)
     if sampling.temperature == 0:
-        token = mx.argmax(logits)
+        token, key = mx.argmax(logits), state.key  # keys that nobody draws with are never evaluated
     else:
+        key, draw_key = mx.random.split(state.key)
         scaled = filter_logits(logits / sampling.temperature, sampling)
         token = mx.random.categorical(scaled, key=draw_key)
     return token, _remember(token, key, state)

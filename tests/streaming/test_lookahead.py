@@ -198,3 +198,15 @@ def test_a_disk_never_idles_while_reads_are_queued(tmp_path: Path) -> None:
     store.close()
     assert len(disk.services) == store.statistics().num_reads
     assert disk.idle_s() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_an_expert_that_came_ahead_and_was_given_up_again_is_missed_and_no_more(index: ExpertIndex) -> None:
+    with opened(index, 4) as store:
+        store.expect(1, [[9]])
+        wait_until(lambda: all(fill.is_settled for fill in store._layers[1].ahead.values()))
+        for _ in store.sweep(1, dict.fromkeys(range(NUM_EXPERTS - 1), 1), 2):
+            pass
+        assert 9 not in store._layers[1].books
+        store.acquire(1, [9])
+        counts = store.statistics()
+        assert (counts.hits, counts.ahead_used, counts.misses) == (0, 0, 1)

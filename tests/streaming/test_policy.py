@@ -28,6 +28,15 @@ def test_many_rows_count_as_so_many_tokens_and_ruled_out_experts_as_far_off() ->
     assert np.isfinite(together._nearness).all()
 
 
+def test_scores_that_are_no_numbers_say_nothing() -> None:
+    policy, row = LeastNearlyChosen(4, 1), np.array([[0.9, 0.1, 0.5, 0.0]], np.float32)
+    policy.use([0, 1, 2])
+    policy.observe(np.concatenate([row, np.full((1, 4), np.nan, np.float32)]))
+    policy.observe(row)
+    assert np.isfinite(policy._nearness).all()
+    assert policy.victim(()) == 1
+
+
 def test_nearness_beats_least_recently_used_and_nobody_beats_belady() -> None:
     routing = make_routing(300, 2, 256, 8)
     lru = count_hits(routing, 64, LeastRecentlyUsed, 75)

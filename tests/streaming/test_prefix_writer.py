@@ -106,3 +106,17 @@ def test_writes_stop_at_the_allowance_and_a_restart_does_not_renew_it(
         writer.close(20)
         assert len(files.list()) == 4
     assert ["--prefix-cache-writes" in record.message for record in caplog.records] == [True, True]
+
+
+def test_what_the_disk_refused_is_not_taken_off_the_allowance(tmp_path: Path) -> None:
+    files, memory, chain = BlockFiles(tmp_path, FINGERPRINT, PLENTY), BlockMemory(PLENTY), make_chain(10)
+    fill(memory, chain)
+    files._off_until = float("inf")
+    writer = BlockWriter(files, memory, 4 * chain[0].nbytes)
+    names = [block.name for block in chain]
+    writer.write(names, [])
+    assert writer.flush(20)
+    files._off_until = 0.0
+    writer.write(names, [])
+    writer.close(20)
+    assert writer.num_written == 4

@@ -30,3 +30,21 @@ def test_a_slot_is_written_until_the_writer_inside_leaves_and_cannot_be_issued()
     assert not office.enter(ticket), "it was void before the writer left"
     assert office.num_writers() == 0
     office.issue(0, 0)
+
+
+def test_who_is_inside_when_the_bank_becomes_other_memory_holds_none_of_its_slots() -> None:
+    office = TicketOffice()
+    late, other = office.issue(1, 0), office.issue(2, 0)
+    assert office.enter(late)
+    assert office.enter(other)
+    office.renew(1)
+    assert not office.is_written(1, 0)
+    assert office.is_written(2, 0)
+    assert not office.enter(late)
+    new = office.issue(1, 0)
+    assert office.enter(new)
+    office.leave(late)
+    assert office.is_written(1, 0)
+    office.leave(new)
+    office.leave(other)
+    assert office.num_writers() == 0

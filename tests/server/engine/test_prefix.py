@@ -1,12 +1,16 @@
 """Saved KV through the real loop: the same text with fewer rows, and never a wrong token."""
 
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
+from models.attention import Span
 from models.cache_blocks import bytes_per_token
-from server.engine.messages import Generate
+from server.engine.messages import Command, Event, Failed, Generate, Shutdown
 from server.engine.prefix import BLOCK_TOKENS, PrefixCache
 from streaming.prefix_format import HEADER_BYTES
 from tests.server.engine.prefix_runs import (
@@ -17,6 +21,7 @@ from tests.server.engine.prefix_runs import (
     generate,
     leave_after,
     make_counted_model,
+    make_loop,
     open_prefix,
 )
 from tests.tiny_glm import tokens
@@ -77,6 +82,15 @@ def test_forty_turns_of_a_tool_loop_prefill_their_new_tokens(model: CountedModel
     assert answer.tokens == ask(model, None, prompt[:-5], num_tokens=5).tokens
 
 
+def test_a_block_in_memory_holds_no_more_than_it_counts(model: CountedModel, tmp_path: Path) -> None:
+    prefix, prompt = open_prefix(tmp_path), tokens(CONFIG, 150)
+    ask(model, prefix, prompt)
+    blocks = list(prefix._memory._blocks.values())
+    assert len(blocks) == 4, "two whole ones, and the ends of prompt and answer"
+    assert all(array.base is None for block in blocks for array in (block.tokens, block.payload))
+    prefix.close(20)
+
+
 def test_a_restart_finds_what_was_on_disk(model: CountedModel, tmp_path: Path) -> None:
     prompt = tokens(CONFIG, 300)
     before = open_prefix(tmp_path)
@@ -131,6 +145,35 @@ def test_memory_that_holds_almost_nothing_is_no_obstacle(model: CountedModel, tm
     small.close(20)
 
 
+@pytest.mark.parametrize("has_disk", [True, False])
+def test_a_prompt_that_memory_cannot_hold_is_kept_from_its_beginning(
+    model: CountedModel, tmp_path: Path, has_disk: bool
+) -> None:
+    """Read in one pass, so that all of it comes at once; six blocks and the end of an answer fit."""
+    prompt = tokens(CONFIG, 600)
+    prefix = open_prefix(tmp_path if has_disk else None, memory=7 * 64 * 1000)
+    first = ask(model, prefix, prompt)
+    assert prefix.flush(20)
+    again = ask(model, prefix, prompt)
+    assert again.tokens == first.tokens
+    assert again.usage.num_cached_tokens >= 6 * 64
+    prefix.check_integrity()
+    prefix.close(20)
+    if has_disk:
+        reopened = open_prefix(tmp_path)
+        assert ask(model, reopened, prompt).usage.num_cached_tokens > again.usage.num_cached_tokens
+        reopened.close(20)
+
+
+def test_a_prompt_that_shares_one_that_memory_cannot_hold_does_not_wait_for_its_answer(
+    model: CountedModel,
+) -> None:
+    prefix, prompt = open_prefix(memory=7 * 64 * 1000), tuple(tokens(CONFIG, 600))
+    one, other = Generate("one", prompt, 40, GREEDY), Generate("other", (*prompt, 1), 2, GREEDY)
+    ends = list(generate(model, prefix, one, other))
+    assert ends == ["other", "one"]
+
+
 def test_damaged_files_cost_time_and_never_a_token(model: CountedModel, tmp_path: Path) -> None:
     prompt, prefix = tokens(CONFIG, 400), open_prefix(tmp_path)
     uncached = ask(model, None, prompt)
@@ -154,6 +197,32 @@ def test_damaged_files_cost_time_and_never_a_token(model: CountedModel, tmp_path
         assert again.usage.num_cached_tokens == int(victim.name.split("-")[0])
         assert reopened.statistics()["prefix_damaged"] == 1
         reopened.close(20)
+
+
+class DamagedModel(CountedModel):
+    """What it computes is no number."""
+
+    def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
+        hidden = yield from super().forward(tokens, spans)
+        return hidden * mx.nan
+
+
+@pytest.mark.parametrize("rows", [64, 2048])
+def test_rows_that_are_no_numbers_are_not_kept(model: CountedModel, rows: int) -> None:
+    """Else whoever begins with the same tokens would get no answer either, also after a restart."""
+    prefix, prompt, events = open_prefix(), tokens(CONFIG, 200), list[Event]()
+    inbox: SimpleQueue[Command] = SimpleQueue()
+
+    def send(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Failed):
+            inbox.put(Shutdown())
+
+    inbox.put(Generate("a", tuple(prompt), 4, GREEDY))
+    make_loop(DamagedModel(model.inner), prefix, inbox, send, rows).run()
+    assert isinstance(events[-1], Failed)
+    assert "NaN" in events[-1].message
+    assert prefix.count_saved(prompt) == 0
 
 
 def test_a_prompt_whose_scores_are_wanted_is_read_whole(model: CountedModel) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.drive import Served, drive
-from server.engine import restoring
+from server.engine import prefixes, restoring
 from server.engine.messages import Cancel, Finished, Generate, Token
 from server.engine.prefix import PrefixCache
 from server.engine.prefixes import SavedPrefixes
@@ -134,9 +134,12 @@ def test_a_disk_that_is_stuck_is_given_up(
     uncached: list[int],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Also where all that is looked for is the end of a prompt."""
     gate, prefix = Gate(monkeypatch), open_prefix(on_disk)
     monkeypatch.setattr(restoring, "PATIENCE_S", 0.2)
-    assert run(model, prefix, [SAVED]).tokens["saved"] == uncached
+    served = run(model, prefix, [SAVED, SHORT])
+    assert served.tokens["saved"] == uncached
+    assert len(served.tokens["short"]) == 60
     assert gate.num_too_late == 0
     assert "read anew" in caplog.text
     gate.opened.set()
@@ -152,4 +155,20 @@ def test_prompts_that_wait_for_the_disk_together_are_restored_one_after_the_othe
     assert all(served.tokens[request.request_id] == uncached for request in requests)
     assert all(usage.num_cached_tokens == len(PROMPT) - 1 for usage in served.usage.values())
     prefix.check_integrity()
+    prefix.close(20)
+
+
+def test_whoever_is_restored_goes_on_before_the_others_are(
+    model: CountedModel, on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has a step to do at first, and the disk is never waited for long."""
+    monkeypatch.setattr(prefixes, "COPY_S", 0.0)
+    prefix, num_restored = open_prefix(on_disk), []
+
+    def note(served: Served, event: Token | Finished) -> Sequence[Generate]:
+        num_restored.append(prefix.num_restored_tokens)
+        return []
+
+    run(model, prefix, [Generate(f"r{number}", PROMPT, 4, GREEDY) for number in range(4)], react=note)
+    assert num_restored[0] < 2 * len(PROMPT)
     prefix.close(20)

@@ -50,6 +50,14 @@ def test_steps_of_one_request_draw_with_different_keys() -> None:
     assert len(set(draws(Sampling(seed=1), 60))) > 2
 
 
+def test_an_answer_without_chance_does_not_pile_up_keys() -> None:
+    sampling = Sampling(temperature=0)
+    before = start_sampling(sampling, (), LOGITS.size)
+    token, after = draw(LOGITS, sampling, before)
+    mx.eval(token)
+    assert after.key is before.key, "nothing would ever evaluate another one"
+
+
 @pytest.mark.parametrize("seed", [0, -1, 2**64 - 1])
 def test_any_64_bit_seed_is_taken(seed: int) -> None:
     assert len(draws(Sampling(seed=seed), 2)) == 2

@@ -2,7 +2,11 @@
 
 import pytest
 
-from server.engine.messages import Cancel, Command, Generate
+from benchmarks.drive import Served, drive
+from server.engine.limits import Limits
+from server.engine.messages import Cancel, Command, Finished, Generate, ModelInfo, Token
+from server.engine.model import Backend
+from server.engine.prefixes import SavedPrefixes
 from tests.server.engine.prefix_runs import (
     CONFIG,
     GREEDY,
@@ -164,3 +168,25 @@ def test_a_prompt_that_shares_nothing_does_not_wait(
     assert outcomes["second"].tokens == uncached[OTHER]
     assert outcomes["second"].usage.num_cached_tokens == 0
     assert num_rows == 640 + 2 * 3
+
+
+def test_a_prompt_that_gave_its_place_away_before_it_was_read_does_not_wait_for_itself(
+    model: CountedModel, uncached: dict[tuple[int, ...], list[int]]
+) -> None:
+    """One more token of the talk, while the long prompt is read, and there is no room for the last one."""
+    talk = Generate("talk", tuple(tokens(CONFIG, 40, seed=5)), 280, GREEDY)
+    long, late, count = Generate("long", (*OTHER, *OTHER), 2, GREEDY), request("late"), 260
+    room = (40 + count + 1) + (640 + 2 + 1) + (320 + 4 + 1)
+    limits = Limits(pass_rows=640, kv_tokens=room)
+
+    def react(served: Served, event: Token | Finished) -> list[Generate]:
+        is_time = isinstance(event, Token) and len(served.tokens["talk"]) == count and not served.usage
+        return [long, late] if is_time and event.request_id == "talk" else []
+
+    def look(served: Served) -> list[Generate]:
+        assert len(served.beats) < 20_000, "nobody goes on"
+        return []
+
+    backend = Backend(model, ModelInfo(CONFIG["vocab_size"], 2000), limits=limits)
+    served = drive(backend, [talk], react, prefixes=SavedPrefixes(open_prefix()), on_beat=look)
+    assert served.tokens["late"] == uncached[PROMPT]

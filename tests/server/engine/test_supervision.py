@@ -6,6 +6,7 @@ import time
 import pytest
 
 from config.errors import BusyError
+from server.engine.child import Child
 from server.engine.line import Line
 from server.engine.messages import Failed, Finished, Generate, RequestEvent, Sampling, Started, Token
 from server.engine.process import MAX_STARTS_IN_A_ROW, Deadlines, EngineProcess
@@ -66,6 +67,27 @@ def test_an_engine_that_gets_ready_and_dies_again_and_again_is_given_up(
             assert engine.status.state == "down"
             assert f"(exit code 3); given up after {MAX_STARTS_IN_A_ROW} starts" in engine.status.text
             assert failure(await collect(engine, Generate("a", (1,), 3, GREEDY))).kind == "died"
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_for_which_there_is_no_process_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.process.FIRST_RESTART_DELAY_S", 0.01)
+    failures = [OSError(11, "Resource temporarily unavailable"), OSError(24, "Too many open files")]
+
+    def make(worker: str) -> Child:
+        if failures:
+            raise failures.pop()
+        return Child(worker)
+
+    monkeypatch.setattr("server.engine.process.Child", make)
+
+    async def scenario() -> None:
+        async with engine_of("well") as engine:
+            assert engine.status.state == "down"
+            assert "could not be started (Too many open files)" in engine.status.text
+            await ready(engine)
+            assert isinstance((await collect(engine, Generate("a", (1,), 3, GREEDY)))[-1], Finished)
 
     asyncio.run(scenario())
 
