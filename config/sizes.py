@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
     Raises ValueError, with the forms that would have been right, for anything else.
     """
     match = _SIZE.fullmatch(text.strip())
-    if match:
+    if match and len(match[1]) <= 20:  # more digits are no memory, and may be no int
         number, unit = float(match[1]), match[2].upper()
         if unit == "%" and 0 < number <= 100:
             return int(physical_memory_bytes() * number / 100)

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,19 +153,10 @@ def _read_about(source: Path, raw: bytes, prints: Fingerprints) -> bytes:
 
 
 def _import(files: BlockFiles, prints: Fingerprints, source: Path, pinned: set[str]) -> Moved:
-    keys: dict[bytes, bytes] = {}
+    _make_room(files, (block for _, block in _translated(prints, source)))
     to_pin: list[BlockName] = []
     moved = Moved(0, 0, 0)
-    for name, raw in _members(source):
-        if name == END:
-            break
-        if name == ABOUT:
-            exact = bytes.fromhex(_fields(raw)["exact"])
-            keys[root_key(exact)] = root_key(prints.exact)
-            continue
-        theirs = _decode(name, raw, exact)
-        ours = replace(theirs, parent=keys[theirs.parent])
-        keys[theirs.name.key] = ours.name.key
+    for name, ours in _translated(prints, source):
         if name in pinned:
             to_pin.append(ours.name)
         moved = _count(moved, ours)
@@ -176,6 +167,39 @@ def _import(files: BlockFiles, prints: Fingerprints, source: Path, pinned: set[s
     if to_pin:
         files.pin(to_pin)
     return moved
+
+
+def _make_room(files: BlockFiles, blocks: Iterable[Block]) -> None:
+    """For all that is not there, at once; what is there is not given up for it."""
+    known, missing = [], 0
+    for block in blocks:
+        if files.has(block.name):
+            known.append(block.name)
+        else:
+            missing += block.nbytes
+    files.use(known)
+    try:
+        files.reserve(missing)
+    except OSError as error:
+        raise UsageError(
+            f"{files.directory} has no room for {format_size(missing)}: {error.strerror}"
+        ) from error
+
+
+def _translated(prints: Fingerprints, source: Path) -> Iterator[tuple[str, Block]]:
+    """The blocks of an export that was checked, as they are named here, each with its name there."""
+    keys: dict[bytes, bytes] = {}
+    for name, raw in _members(source):
+        if name == END:
+            return
+        if name == ABOUT:
+            exact = bytes.fromhex(_fields(raw)["exact"])
+            keys[root_key(exact)] = root_key(prints.exact)
+            continue
+        theirs = _decode(name, raw, exact)
+        ours = replace(theirs, parent=keys[theirs.parent])
+        keys[theirs.name.key] = ours.name.key
+        yield name, ours
 
 
 def _decode(name: str, raw: bytes, exact: bytes) -> Block:

@@ -142,6 +142,13 @@ class BlockFiles:
         self.bytes_written += block.nbytes
         return True
 
+    def reserve(self, nbytes: int) -> None:
+        """Make room for blocks that are written next, so that they do not drive each other out.
+
+        OSError where pinned blocks leave none.
+        """
+        self._make_room(nbytes)
+
     def use(self, chain: Iterable[BlockName]) -> None:
         """Mark the files of one conversation as used now, all with one time: ties go by position."""
         now_ns = time.time_ns()

@@ -69,6 +69,7 @@ def test_a_budget_above_physical_memory_is_refused_with_the_number() -> None:
         ({"port": "x"}, "--port"),
         ({"port": "70000"}, "--port"),
         ({"ram_budget": "12X"}, "12X.*100G"),
+        ({"ram_budget": "9" * 400}, "999.*100G"),
         ({"ram_budget": "0"}, "--ram-budget"),
         ({"max_context": "0"}, "--max-context"),
         ({"log_level": "loud"}, "'debug', 'info'"),

@@ -161,3 +161,31 @@ def test_nothing_is_written_over_and_nothing_half_is_left(
         export_blocks(files, HERE, tmp_path / "full.tar", only_pinned=False)
     assert not list(tmp_path.glob("*.part"))
     assert isinstance(import_blocks(files, HERE, export), Moved)
+
+
+def test_what_is_imported_does_not_drive_out_its_own_beginning(tmp_path: Path) -> None:
+    whole = BlockFiles(tmp_path / "whole", FINGERPRINT, PLENTY)
+    chain = make_chain(40)
+    for block in chain:
+        whole.write(block)
+    export_blocks(whole, HERE, tmp_path / "prompts.tar", only_pinned=False)
+    full = BlockFiles(tmp_path / "full", FINGERPRINT, chain[0].nbytes * 81 // 2)
+    for block in [*make_chain(5, seed=9), *chain[:3]]:
+        full.write(block)
+    import_blocks(full, HERE, tmp_path / "prompts.tar")
+    assert all(full.has(block.name) for block in chain)
+
+
+def test_an_import_that_pinned_blocks_leave_no_room_for_is_refused(tmp_path: Path) -> None:
+    whole = BlockFiles(tmp_path / "whole", FINGERPRINT, PLENTY)
+    chain, others = make_chain(20), make_chain(20, seed=9)
+    for block in chain:
+        whole.write(block)
+    export_blocks(whole, HERE, tmp_path / "prompts.tar", only_pinned=False)
+    full = BlockFiles(tmp_path / "full", FINGERPRINT, chain[0].nbytes * 30)
+    for block in others:
+        full.write(block)
+    full.pin([block.name for block in others])
+    with pytest.raises(UsageError, match=r"has no room for .*: pinned blocks"):
+        import_blocks(full, HERE, tmp_path / "prompts.tar")
+    assert not any(full.has(block.name) for block in chain)
