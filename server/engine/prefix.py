@@ -10,7 +10,7 @@ computing it again would give, because few rows and many round differently on th
 the cache equals the uncached one in its text (tested), not in the last bits of its logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,11 @@ READERS = 4
 TRANSIENT_BLOCKS = 2 * GROUP
 
 
+def _nothing(name: BlockName) -> Block | None:
+    """Where no disk is asked."""
+    return None
+
+
 @dataclass(frozen=True)
 class DiskTier:
     """Where blocks outlive the process, and how much of them."""
@@ -62,6 +67,7 @@ class PrefixCache:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="prefix-reader")
         # Tails do not stand behind groups: short prompts have nothing else.
         self._tail_reader = ThreadPoolExecutor(1, thread_name_prefix="prefix-tail")
+        self._unanswered: Future[Block | None] | None = None  # a read that was waited for long enough
         self.num_asked_tokens = self.num_restored_tokens = self.num_saved_tokens = 0
 
     def restore(self, token_ids: Sequence[int], cache: SequenceCache) -> Restoring:
@@ -74,11 +80,12 @@ class PrefixCache:
 
         def find_tail(num_whole: int) -> "Future[Block | None]":
             where = num_whole * BLOCK_TOKENS, self._key_before(names, num_whole)
-            if self._files:
-                return self._tail_reader.submit(self._find_tail, tokens, *where)
+            if self._disk_answers:
+                return self._tail_reader.submit(self._find_tail, tokens, *where, self._read)
             return _known(self._find_tail(tokens, *where))
 
-        return Restoring(cache, names, BLOCK_TOKENS, len(token_ids) - 1, self._look_up, find_tail)
+        most = len(token_ids) - 1
+        return Restoring(cache, names, BLOCK_TOKENS, most, self._look_up, find_tail, self._note_stuck)
 
     def note_restored(self, token_ids: Sequence[int], length_before: int, length: int) -> None:
         """So many tokens of a prompt are in a cache now, and so many were before: count, and mark as used."""
@@ -203,18 +210,28 @@ class PrefixCache:
     def _key_before(self, names: Sequence[BlockName], index: int) -> bytes:
         return names[index - 1].key if index else self._root
 
-    def _find_tail(self, tokens: Tokens, start: int, parent: bytes) -> Block | None:
+    @property
+    def _disk_answers(self) -> bool:
+        """Else each prompt would wait anew for a disk that is stuck."""
+        return self._files is not None and (self._unanswered is None or self._unanswered.done())
+
+    def _note_stuck(self, read: "Future[Block | None]") -> None:
+        self._unanswered = read
+
+    def _find_tail(
+        self, tokens: Tokens, start: int, parent: bytes, read: Callable[[BlockName], Block | None] = _nothing
+    ) -> Block | None:
         """The longest short block there; looking for files that are not there takes a millisecond."""
         rest = tokens[start : start + BLOCK_TOKENS - 1]
         for size in range(rest.size, 0, -1):
             name = BlockName(chain_key(parent, rest[:size]), start)
-            if block := self._memory.get(name.key) or (self._files and self._read(name)):
+            if block := self._memory.get(name.key) or read(name):
                 return block
         return None
 
     def _look_up(self, name: BlockName) -> "Future[Block | None]":
         block = self._memory.get(name.key)
-        if block is None and self._files:
+        if block is None and self._disk_answers:
             return self._readers.submit(self._read, name)
         return _known(block)
 

@@ -32,8 +32,8 @@ class Restoring:
     """Fills `cache` with the blocks `names`, in order, as far as they were saved, and a tail behind them.
 
     A cache that holds a beginning of the prompt already is only ever extended; it holds at most `most` tokens
-    in the end. `find_tail` looks for the short block behind so many whole ones. Until it is complete nobody
-    else may write to the cache.
+    in the end. `find_tail` looks for the short block behind so many whole ones; `on_stuck` hears of a read
+    that is not waited for any longer. Until it is complete nobody else may write to the cache.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class Restoring:
         most: int,
         look_up: LookUp,
         find_tail: FindTail,
+        on_stuck: Callable[[Future[Block | None]], None],
     ) -> None:
         self.length_before = cache.length
         self._cache, self._most = cache, most
         self._num_whole = cache.length // block_tokens  # whole blocks that have come
         self._rest = deque(names[self._num_whole :])
-        self._look_up, self._find_tail = look_up, find_tail
+        self._look_up, self._find_tail, self._on_stuck = look_up, find_tail, on_stuck
         self._coming: deque[Future[Block | None]] = deque()
         self._tail: Future[Block | None] | None = None  # asked for when all whole blocks have come
         self._since_s: float | None = None  # the group that comes was asked for
@@ -60,11 +61,13 @@ class Restoring:
         self._read_ahead()
         self._since_s = self._since_s or monotonic()
         awaited = [self._tail] if self._tail else self._coming
-        if not wait(awaited, max(wait_s, TAIL_S) if self._tail else wait_s).not_done:
+        pending = wait(awaited, max(wait_s, TAIL_S) if self._tail else wait_s).not_done
+        if not pending:
             return True
         self._is_stuck = monotonic() > self._since_s + PATIENCE_S
         if self._is_stuck:
             log.error("the disk brought no saved prompts for %.0f s; this one is read anew", PATIENCE_S)
+            self._on_stuck(pending.pop())
             self._rest.clear()
             while self._coming and not all(future.done() for future in self._coming):
                 self._coming.pop()

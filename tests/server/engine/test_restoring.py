@@ -1,5 +1,6 @@
 """Saved prompts that come from a slow disk: nobody else waits for it, and it can be left."""
 
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,6 +144,27 @@ def test_a_disk_that_is_stuck_is_given_up(
     assert gate.num_too_late == 0
     assert "read anew" in caplog.text
     gate.opened.set()
+    prefix.close(20)
+
+
+def test_a_disk_that_is_stuck_is_not_waited_for_again_until_it_answers(
+    model: CountedModel,
+    on_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    copied = shutil.copytree(on_disk, tmp_path / "copied")
+    gate, prefix = Gate(monkeypatch), open_prefix(copied)
+    monkeypatch.setattr(restoring, "PATIENCE_S", 0.2)
+    for number in (1, 2, 3):
+        run(model, prefix, [Generate(f"r{number}", PROMPT[number:], 1, GREEDY)])
+    assert caplog.text.count("read anew") == 1
+    gate.opened.set()
+    assert prefix._unanswered
+    prefix._unanswered.result(NEVER_S)
+    served = run(model, prefix, [SAVED])
+    assert served.usage["saved"].num_cached_tokens == len(PROMPT) - 1
     prefix.close(20)
 
 
