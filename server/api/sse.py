@@ -16,6 +16,10 @@ from starlette.types import Message, Send
 from server.api.errors import GenerationFailed, describe
 from server.api.shapes import Envelope
 
+# sse-starlette would cut a stream off as soon as the server is told to stop. How long answers may go on, and
+# what those that do not end are told, is for the server to say: this is longer than it ever waits.
+NO_CUT_S = 3600.0
+
 log = logging.getLogger(__name__)
 
 
@@ -35,6 +39,7 @@ class EventStream(EventSourceResponse):
             sep="\n",
             ping=keepalive_s,
             ping_message_factory=lambda: _Encoded(keepalive()),
+            shutdown_grace_period=NO_CUT_S,
         )
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
