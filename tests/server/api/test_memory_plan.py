@@ -36,6 +36,8 @@ def test_what_is_not_given_stays(client: TestClient, engine: ScriptedEngine) -> 
         ({}, "give 'ram_budget', 'expert_policy' or both"),
         ({"ram_budget": "much"}, "'much' is not a size; write 100G"),
         ({"ram_budget": "0"}, "is not a size"),
+        ({"ram_budget": "9" * 400}, "is not a size"),
+        ({"ram_budget": "9" * 300 + "T"}, "is not a size"),
         ({"ram_budget": 10**9}, "ram_budget"),
         ({"expert_policy": "mru"}, "expert_policy"),
         ({"ram_budget": "1G", "max_context": 9}, "'max_context' is not supported"),
