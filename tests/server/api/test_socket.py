@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from server.api.service import Service
+from server.glm.tokenizer import Tokenizer
 from tests.server.api.conftest import running_server
 from tests.server.api.scripted import ScriptedEngine
 
 ROOT = Path(__file__).parents[3]
 HELLO: list[openai.types.chat.ChatCompletionUserMessageParam] = [{"role": "user", "content": "hello"}]
+ADAPTIVE = {"type": "adaptive"}  # the script begins in a thought
 
 
 @pytest.fixture
@@ -76,6 +79,28 @@ def test_headers_and_comments_arrive_before_and_between_tokens(base_url: str, en
     assert set(comments) == {": OPENROUTER PROCESSING"}
     assert len(comments) >= 4
     assert {line.split(":")[0] for line in lines if line} == {"", "data"}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"messages": HELLO}),
+        ("messages", {"messages": HELLO, "model": "z-ai/glm-5.2", "max_tokens": 99, "thinking": ADAPTIVE}),
+        ("responses", {"input": "hello"}),
+    ],
+)
+def test_an_event_is_one_line_to_whoever_takes_lines_apart(
+    base_url: str, engine: ScriptedEngine, tokenizer: Tokenizer, path: str, fields: dict[str, Any]
+) -> None:
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"
+    engine.script = tokenizer.encode(f"hm</think>{text}<|user|>")
+    with httpx.stream("POST", f"{base_url}/v1/{path}", json=fields | {"stream": True}) as response:
+        lines = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
+    events = [json.loads(line) for line in lines]
+    texts = [event["choices"][0]["delta"] for event in events if event.get("choices")]
+    texts += [event["delta"] for event in events if isinstance(event.get("delta"), dict)]
+    texts += [{"text": e["delta"]} for e in events if e.get("type") == "response.output_text.delta"]
+    assert "".join(one.get("content") or one.get("text") or "" for one in texts) == text
 
 
 @pytest.mark.parametrize("is_streaming", [True, False])
