@@ -12,7 +12,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from config.errors import RequestError
-from server.glm.argument_types import ArgumentTypes, resolve
+from server.glm.argument_types import ArgumentTypes, flattened, resolve
 from server.glm.tokenizer import Tokenizer
 
 # Enough for an indented line, and an end to it: a model could otherwise write blanks for ever.
@@ -69,8 +69,7 @@ class CallGrammar:
         return rules | {"text": "TEXT", "TEXT": "/(?s:.*)/" if has_tags else "/[^<]*/"}
 
     def _call_rules(self, name: str, function: dict[str, Any]) -> Rules:
-        parameters = function.get("parameters")
-        schema = parameters if isinstance(parameters, dict) else {}
+        schema = flattened(function.get("parameters"))
         properties, required = schema.get("properties"), schema.get("required")
         arguments, rules = "", {}
         for index, key in enumerate(properties if isinstance(properties, dict) else ()):

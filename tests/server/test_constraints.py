@@ -115,6 +115,19 @@ def test_a_named_call_is_made(client: TestClient) -> None:
     assert {check_call(client, seed, named) for seed in range(4)} == {"move"}
 
 
+def test_a_forced_call_has_the_arguments_behind_a_reference_at_the_top(client: TestClient) -> None:
+    [function] = [one["function"] for one in TOOLS if one["function"]["name"] == "move"]
+    own = function["parameters"]
+    inner = {name: own[name] for name in ("type", "properties", "required")}
+    parameters = {"$ref": "#/$defs/Move", "$defs": own["$defs"] | {"Move": inner}}
+    tools = [{"type": "function", "function": {"name": "move", "parameters": parameters}}]
+    for seed in range(3):
+        answer = ask(client, seed, tools=tools, tool_choice="required", parallel_tool_calls=False)
+        arguments = json.loads(answer["message"]["tool_calls"][0]["function"]["arguments"])
+        assert arguments["to"] in ("left", 'say "up"\n')
+        assert arguments["steps"] in range(1, 10)
+
+
 @pytest.mark.parametrize(
     "num_prompts", [pytest.param(15, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)]
 )
