@@ -140,6 +140,18 @@ def test_who_waits_long_for_one_piece_gets_blanks_before_it(
     assert (response.status_code, response.json()["error"]["code"]) == (200, 502)
 
 
+def test_a_fault_of_ours_among_the_blanks_is_in_the_log(
+    impatient_url: str, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.token_s = 0.25
+    engine.script = [[]]  # type: ignore[list-item]
+    response = httpx.post(f"{impatient_url}/v1/chat/completions", json={"messages": HELLO})
+    assert response.json()["error"]["message"] == "the server failed; its log says more"
+    [record] = [one for one in caplog.records if one.name == "server.api.whole"]
+    assert record.exc_info
+    assert response.headers["x-generation-id"] in record.getMessage()
+
+
 def test_who_hangs_up_among_the_blanks_cancels_the_request(
     impatient_url: str, engine: ScriptedEngine
 ) -> None:
