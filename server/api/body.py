@@ -7,8 +7,10 @@ from typing import TypeVar
 import pydantic_core
 from fastapi import Request
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from config.errors import RequestError
+from server.api.errors import ClientGone
 
 MAX_BODY_BYTES = 8 * 2**20
 # A refused body is read on to here, so that the client gets to see the answer instead of a reset.
@@ -55,12 +57,15 @@ async def read_body(request: Request) -> bytes:
     """The body, if it is not too large."""
     body = bytearray()
     num_bytes = 0
-    async for part in request.stream():
-        num_bytes += len(part)
-        if num_bytes <= MAX_BODY_BYTES:
-            body += part
-        if num_bytes > MAX_DRAINED_BYTES:
-            break
+    try:
+        async for part in request.stream():
+            num_bytes += len(part)
+            if num_bytes <= MAX_BODY_BYTES:
+                body += part
+            if num_bytes > MAX_DRAINED_BYTES:
+                break
+    except ClientDisconnect as error:
+        raise ClientGone from error
     if num_bytes > MAX_BODY_BYTES:
         message = f"the body has more than {MAX_BODY_BYTES} bytes"
         raise RequestError(message, status=413, error_type="payload_too_large")

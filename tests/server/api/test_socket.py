@@ -118,6 +118,18 @@ def test_a_client_that_hangs_up_cancels_its_request(
     assert engine.cancelled == [engine.requests[0].request_id]
 
 
+def test_a_client_that_hangs_up_within_its_body_is_no_fault_of_ours(
+    base_url: str, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = int(base_url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"a')
+        time.sleep(0.2)
+    time.sleep(0.2)
+    assert httpx.post(f"{base_url}/v1/chat/completions", json={"messages": HELLO}).status_code == 200
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 @pytest.fixture
 def impatient_url(service: Service) -> Iterator[str]:
     with running_server(replace(service, patience_s=0.1)) as url:
