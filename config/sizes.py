@@ -28,7 +28,7 @@ def parse_size(text: str) -> int:
         number, unit = float(match[1]), match[2].upper()
         if unit == "%" and 0 < number <= 100:
             return int(physical_memory_bytes() * number / 100)
-        if unit in UNITS and number > 0:
+        if unit in UNITS and number * UNITS[unit] >= 1:
             return int(number * UNITS[unit])
     raise ValueError(f"{text[:40]!r} is not a size; write 100G (10^9 bytes), 96GiB (2^30) or 80% (of memory)")
 

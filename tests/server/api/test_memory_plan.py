@@ -36,6 +36,7 @@ def test_what_is_not_given_stays(client: TestClient, engine: ScriptedEngine) -> 
         ({}, "give 'ram_budget', 'expert_policy' or both"),
         ({"ram_budget": "much"}, "'much' is not a size; write 100G"),
         ({"ram_budget": "0"}, "is not a size"),
+        ({"ram_budget": "0.4"}, "is not a size"),
         ({"ram_budget": "9" * 400}, "is not a size"),
         ({"ram_budget": "9" * 300 + "T"}, "is not a size"),
         ({"ram_budget": 10**9}, "ram_budget"),
