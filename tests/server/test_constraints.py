@@ -30,7 +30,7 @@ SCHEMA: dict[str, Any] = {
     },
     "required": ["name", "color", "count"],
     "additionalProperties": False,
-    "$defs": {"Tag": {"type": "boolean"}},
+    "$defs": {"Tag": {"type": "boolean"}, "Gait": {"type": "string", "enum": ["walk", "run"]}},
 }
 
 
@@ -45,10 +45,11 @@ TOOLS = [
         {
             "to": {"enum": ["left", 'say "up"\n']},
             "steps": {"type": "integer", "minimum": 1, "maximum": 9},
+            "gait": {"anyOf": [{"$ref": "#/$defs/Gait"}, {"type": "null"}]},
             "flag": {"$ref": "#/$defs/Tag"},
             "at": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2},
         },
-        ["to", "steps"],
+        ["to", "steps", "gait"],
     ),
     tool("stop", {}, []),
 ]
@@ -96,6 +97,7 @@ def check_call(client: TestClient, seed: int, choice: Any = "required", **fields
         assert call["function"]["name"] == "move"
         assert arguments["to"] in ("left", 'say "up"\n')
         assert arguments["steps"] in range(1, 10)
+        assert arguments["gait"] in ("walk", "run", None)
         assert isinstance(arguments.get("flag", True), bool)
         assert all(isinstance(item, bool) for item in arguments.get("at", []))
     return str(call["function"]["name"])
