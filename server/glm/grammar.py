@@ -19,6 +19,9 @@ from server.glm.tokenizer import Tokenizer
 GUIDANCE = {"whitespace_pattern": r"\n?[ ]{0,40}"}
 DEFINITIONS = ("$defs", "definitions")
 
+# A reference to all of a schema, as it stands in a rule.
+WHOLE = '"$ref": "#"'
+
 # Lark ends a pattern at a slash or at the end of the line.
 IN_LARK = {"/": r"\/", "\n": r"\n"}
 
@@ -93,7 +96,12 @@ def _value(root: dict[str, Any], key: str) -> str:
     schema = root["properties"][key]
     if "string" not in ArgumentTypes(root).of(key).types:
         definitions = {name: root[name] for name in DEFINITIONS if name in root}
-        return f"({json_rule(schema | definitions)})"
+        rule = json_rule(schema | definitions)
+        if WHOLE in rule:  # there is another whole here, and it would follow itself for ever
+            raise RequestError(
+                f"tools: the reference to '#' in {key[:40]!r} cannot be enforced", param="tools"
+            )
+        return f"({rule})"
     choices = _choices(root, schema, set())
     written = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in choices or ()]
     return f"({' | '.join(map(_quoted, written))})" if written else "text"

@@ -236,6 +236,7 @@ def test_a_schema_that_cannot_be_held_is_refused_by_its_keyword(
         ({"response_format": {"type": "regex", "regex": "(a"}}, "response_format"),
         ({"response_format": {"type": "regex", "regex": "a(?=b)"}}, "response_format"),
         ({"response_format": {"type": "grammar", "grammar": "start: ("}}, "grammar"),
+        ({"tool_choice": "required", "tools": [tool("f", {"a": {"$ref": "#"}}, [])]}, "'#'"),
         (
             {"tool_choice": "required", "tools": [tool("f", {"a": {"type": "object", "not": {}}}, [])]},
             "not",
