@@ -9,7 +9,8 @@ UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[A-Za-z]*)")
+# No more digits than a float takes with every unit: what is infinite has no integer.
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*(%|[A-Za-z]*)")
 
 
 def physical_memory_bytes() -> int:
@@ -23,13 +24,13 @@ def parse_size(text: str) -> int:
     Raises ValueError, with the forms that would have been right, for anything else.
     """
     match = _SIZE.fullmatch(text.strip())
-    if match and len(match[1]) <= 20:  # more digits are no memory, and may be no int
+    if match:
         number, unit = float(match[1]), match[2].upper()
         if unit == "%" and 0 < number <= 100:
             return int(physical_memory_bytes() * number / 100)
-        if unit in UNITS and number > 0:
+        if unit in UNITS and number * UNITS[unit] >= 1:
             return int(number * UNITS[unit])
-    raise ValueError(f"{text!r} is not a size; write 100G (10^9 bytes), 96GiB (2^30) or 80% (of memory)")
+    raise ValueError(f"{text[:40]!r} is not a size; write 100G (10^9 bytes), 96GiB (2^30) or 80% (of memory)")
 
 
 def format_size(num_bytes: float) -> str:

@@ -28,7 +28,10 @@ from server.glm.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
 from server.logs import set_up_logging
 
-DRAIN_TIMEOUT_S = 5
+# Answers under way have so long to end when the server is told to stop; then their clients are told,
+DRAIN_TIMEOUT_S = 5.0
+# which takes them less than this.
+FAREWELL_S = 2
 JSON_KEEPALIVE_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -80,7 +83,7 @@ def make_server_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
         app,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
+        timeout_graceful_shutdown=int(DRAIN_TIMEOUT_S) + FAREWELL_S,
         lifespan="off",
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
@@ -114,6 +117,20 @@ def _bound(listener: socket.socket, address: Any) -> socket.socket:
     return listener
 
 
+class _Server(uvicorn.Server):
+    """Cuts no answer off without a word: an agent would take the part that it has for the whole."""
+
+    def __init__(self, config: uvicorn.Config, engine: EngineProcess) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for the answers under way; those that take too long get an error."""
+        timer = asyncio.get_running_loop().call_later(DRAIN_TIMEOUT_S, self._engine.dismiss_all)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+
 @dataclass
 class _Serving:
     """One run: the HTTP server, the engine, and why the run ended."""
@@ -140,7 +157,7 @@ class _Serving:
         remembered = make_remembered(self.settings, self.checkpoint.directory)
         service = Service(engine, self.dialect, names, remembered=remembered, patience_s=patience_s)
         app = make_app(service, self.access)
-        self.server = uvicorn.Server(make_server_config(self.settings, app))
+        self.server = _Server(make_server_config(self.settings, app), engine)
         engine.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
         host, port = self.listener.getsockname()[:2]

@@ -1,12 +1,16 @@
 """Reads a request's body: bounded in size and depth, strict, and finite. Called by the routes."""
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+import pydantic_core
 from fastapi import Request
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from config.errors import RequestError
+from server.api.errors import ClientGone
 
 MAX_BODY_BYTES = 8 * 2**20
 # A refused body is read on to here, so that the client gets to see the answer instead of a reset.
@@ -23,21 +27,45 @@ def body_of(schema: type[T]) -> Callable[[Request], Awaitable[T]]:
     """
 
     async def parse(request: Request) -> T:
-        return schema.model_validate_json(await read_body(request))
+        raw = await read_body(request)
+        body = schema.model_validate_json(raw)  # first: it names the field
+        if not _is_finite(raw):
+            raise RequestError("the body holds NaN, Infinity or a number beyond 1e308: none of them is JSON")
+        return body
 
     return parse
+
+
+def _is_finite(raw: bytes) -> bool:
+    """Whether every number is one. Fields that are passed on as they came (schemas, tools) are not asked."""
+    try:
+        values = [pydantic_core.from_json(raw, allow_inf_nan=False)]
+    except ValueError:  # but for the words NaN and Infinity it has been parsed
+        return False
+    while values:
+        match values.pop():
+            case dict() as members:
+                values.extend(members.values())
+            case list() as items:
+                values.extend(items)
+            case float(number) if not math.isfinite(number):
+                return False
+    return True
 
 
 async def read_body(request: Request) -> bytes:
     """The body, if it is not too large."""
     body = bytearray()
     num_bytes = 0
-    async for part in request.stream():
-        num_bytes += len(part)
-        if num_bytes <= MAX_BODY_BYTES:
-            body += part
-        if num_bytes > MAX_DRAINED_BYTES:
-            break
+    try:
+        async for part in request.stream():
+            num_bytes += len(part)
+            if num_bytes <= MAX_BODY_BYTES:
+                body += part
+            if num_bytes > MAX_DRAINED_BYTES:
+                break
+    except ClientDisconnect as error:
+        raise ClientGone from error
     if num_bytes > MAX_BODY_BYTES:
         message = f"the body has more than {MAX_BODY_BYTES} bytes"
         raise RequestError(message, status=413, error_type="payload_too_large")

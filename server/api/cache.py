@@ -40,6 +40,7 @@ def cache_router(service: Service) -> APIRouter:
 
     @router.post("/clear", status_code=202)
     async def clear() -> dict[str, Any]:
+        service.model_info()  # where there is no engine nobody clears the disk
         service.remembered.clear()
         service.engine.administer(Administer("clear"))
         return {"data": {"status": "accepted"}}
@@ -57,6 +58,7 @@ def cache_router(service: Service) -> APIRouter:
 
 def _administer(service: Service, body: ChatRequest, is_pinned: bool) -> dict[str, Any]:
     """Pin what a chat with this body begins with: its tools and messages, in whole blocks."""
+    service.model_info()
     messages = without_volatile_lines(body.template_messages())
     prompt = service.dialect.tokenizer.encode(render_messages(service.dialect.template, body, messages))
     service.engine.administer(Administer("pin" if is_pinned else "unpin", tuple(prompt)))

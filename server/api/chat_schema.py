@@ -42,6 +42,12 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: TemplateOptions | None = None
 
     @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not any(map(_has_turn, self.messages)):
+            raise ValueError("'messages' only change the configuration: there is nothing to answer")
+        return self
+
+    @model_validator(mode="after")
     def _asks_for_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs' to be true")
@@ -134,8 +140,13 @@ class ChatRequest(GenerationRequest):
         return [
             _template_message(index, message)
             for index, message in enumerate(self.messages)
-            if message.text or not message.configuration_update
+            if _has_turn(message)
         ]
+
+
+def _has_turn(message: Message) -> bool:
+    """Whether a message is more than a change of configuration."""
+    return bool(message.text) or message.configuration_update is None
 
 
 def _of_the_tool(tool: Tool) -> dict[str, Any]:

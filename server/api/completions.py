@@ -14,7 +14,7 @@ from server.api.body import body_of
 from server.api.completion_schema import CompletionRequest
 from server.api.ledger import Caller, Receipt
 from server.api.service import Service
-from server.api.shapes import Envelope
+from server.api.shapes import Envelope, TextOffsets
 from server.api.sse import stream
 from server.api.whole import respond_whole
 from server.engine.messages import TokenScore
@@ -93,8 +93,9 @@ class _Completion:
         deltas = [delta async for delta in answer.deltas()]
         text = self._echoed(index) + "".join(delta.content for delta in deltas)
         scores = answer.prompt_scores + [score for delta in deltas for score in delta.scores]
-        offset = 0 if self._body.echo else len(self._prompt_text(index))
-        return shapes.completion_choice(index, text, self._logprobs(scores, offset), answer.reason)
+        return shapes.completion_choice(
+            index, text, self._logprobs(scores, self._offsets(index)), answer.reason
+        )
 
     async def chunks(self, sends_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
         """The choices in chunks, usage last."""
@@ -111,15 +112,14 @@ class _Completion:
     async def _choice_chunks(self, index: int) -> AsyncGenerator[dict[str, Any], None]:
         self._current, answer = index, self._answers[index]
         waiting = self._echoed(index)
-        offset = 0 if self._body.echo else len(self._prompt_text(index))
+        offsets = self._offsets(index)
         num_prompt_scores = 0
         async with aclosing(answer.deltas()) as deltas:
             async for delta in deltas:
                 scores = [*answer.prompt_scores[num_prompt_scores:], *delta.scores]
                 num_prompt_scores = len(answer.prompt_scores)
                 if waiting or delta.content or scores:
-                    yield self._chunk(index, waiting + delta.content, self._logprobs(scores, offset))
-                offset += sum(len(self._tokenizer.decode([score.token_id])) for score in scores)
+                    yield self._chunk(index, waiting + delta.content, self._logprobs(scores, offsets))
                 waiting = ""
         yield self._chunk(index, "", None, answer.reason)
 
@@ -128,10 +128,13 @@ class _Completion:
     ) -> dict[str, Any]:
         return self.envelope.wrap(KIND, choices=[shapes.completion_choice(index, text, logprobs, reason)])
 
-    def _logprobs(self, scores: list[TokenScore], offset: int) -> dict[str, Any] | None:
+    def _offsets(self, index: int) -> TextOffsets:
+        return TextOffsets(self._tokenizer, 0 if self._body.echo else len(self._prompt_text(index)))
+
+    def _logprobs(self, scores: list[TokenScore], offsets: TextOffsets) -> dict[str, Any] | None:
         if self._body.logprobs is None:
             return None
-        return shapes.completion_logprobs(self._tokenizer, scores, offset)
+        return shapes.completion_logprobs(self._tokenizer, scores, offsets)
 
     def _echoed(self, index: int) -> str:
         return self._prompt_text(index) if self._body.echo else ""

@@ -79,6 +79,19 @@ class Access:
         is_checked = self.keys.is_open and self.hosts is not None
         return not is_checked or name in (self.hosts or ()) or _is_address(name)
 
+    def knows_origin(self, origin: str, host: str) -> bool:
+        """Whether an Origin header is none of a page from elsewhere.
+
+        A browser lets any page post without asking first, as long as the page does not want to read the
+        answer. "null" is a page that hides where it is from; extensions and apps have schemes of their own.
+        """
+        scheme, _, name = origin.partition("://")
+        is_page = scheme in ("http", "https", "null")
+        is_named = not {origin, "*"}.isdisjoint(self.cors_origins)
+        if not is_page or is_named or not self.keys.is_open or self.hosts is None:
+            return True
+        return _without_port(name).lower() in {*self.hosts, _without_port(host).lower()}
+
 
 class Guard:
     """Refuses requests before the app sees them."""
@@ -96,6 +109,10 @@ class Guard:
         headers = Headers(scope=scope)
         if not self._access.knows_host(headers.get("host", "")):
             message = "the Host header has a name that this server does not know; --allowed-hosts adds names"
+            await _refuse(scope, send, 403, message, "permission_denied")
+            return
+        if not self._access.knows_origin(headers.get("origin", ""), headers.get("host", "")):
+            message = "web pages of this origin may not call this server; --cors-origins lets them in"
             await _refuse(scope, send, 403, message, "permission_denied")
             return
         name = self._access.keys.name_of(_key_of(headers))

@@ -22,6 +22,8 @@ from server.engine.messages import Usage
 
 MAX_RECEIPTS = 10_000
 MAX_HEADER = 256
+# Receipts and the engine's books keep names, so these have an end; real ones are a few hundred characters.
+MAX_USER = 1024
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class Caller:
         return cls(
             key_name=getattr(request.state, "key_name", "local"),
             session_id=session_id or _header(headers, "x-session-id"),
-            user=user,
+            user=user[:MAX_USER] if user else None,
             user_agent=_header(headers, "user-agent"),
             referer=_header(headers, "http-referer"),
             key=_digest(headers.get("authorization") or headers.get("x-api-key")),

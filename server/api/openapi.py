@@ -104,7 +104,7 @@ def _describe(document: Json) -> None:
             if operation.gives is not declared.Error:
                 described["responses"][success]["content"] = _json(references[operation.gives])
             if operation.streams:
-                events = {"text/event-stream": {"schema": {"type": "string"}}}
+                events: Json = {"text/event-stream": {}}  # readers of a schema here disagree: stream or event
                 described["responses"][success]["content"] |= events
             if operation.takes:
                 described["requestBody"] = {"required": True, "content": _json(references[operation.takes])}

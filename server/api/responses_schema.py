@@ -229,11 +229,15 @@ def _thought(path: str, item: InputItem) -> str:
 
 def _other_message(path: str, item: InputItem) -> dict[str, Any]:
     if item.type == "function_call_output":
+        if item.output is None:
+            raise RequestError(f"{path}: a function_call_output needs 'output'", param=path)
         return {"role": "tool", "tool_call_id": item.call_id, "content": _text(f"{path}.output", item.output)}
     if item.type not in ("message", None):
         raise RequestError(f"{path}: items of type {item.type[:40]!r} are not supported", param=path)
     if item.role is None:
         raise RequestError(f"{path}: a message needs 'role'", param=path)
+    if item.content is None:
+        raise RequestError(f"{path}: a message of role {item.role!r} needs 'content'", param=path)
     return {"role": item.role, "content": _text(f"{path}.content", item.content)}
 
 

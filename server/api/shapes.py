@@ -3,6 +3,7 @@
 Chunks carry no nulls but `finish_reason` and its companions: some clients refuse any other.
 """
 
+import codecs
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -167,8 +168,23 @@ def completion_choice(
     }
 
 
+class TextOffsets:
+    """Where each token begins in the text that they make; all tokens of one split character at its place."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._next = start
+
+    def take(self, token_id: int) -> int:
+        """The offset of the next token."""
+        here = self._next
+        self._next += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return here
+
+
 def completion_logprobs(
-    tokenizer: Tokenizer, scores: Iterable[TokenScore], text_offset: int = 0
+    tokenizer: Tokenizer, scores: Iterable[TokenScore], offsets: TextOffsets
 ) -> dict[str, Any]:
     """Log-probabilities in the parallel lists of text completions.
 
@@ -176,12 +192,10 @@ def completion_logprobs(
     """
     result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for score in scores:
-        text = tokenizer.decode([score.token_id])
-        result["tokens"].append(text)
+        result["tokens"].append(tokenizer.decode([score.token_id]))
         result["token_logprobs"].append(None if score.logprob is None else _finite(score.logprob))
         result["top_logprobs"].append(_top_by_text(tokenizer, score))
-        result["text_offset"].append(text_offset)
-        text_offset += len(text)
+        result["text_offset"].append(offsets.take(score.token_id))
     return result
 
 

@@ -16,6 +16,13 @@ from starlette.types import Message, Send
 from server.api.errors import GenerationFailed, describe
 from server.api.shapes import Envelope
 
+# sse-starlette would cut a stream off as soon as the server is told to stop. How long answers may go on, and
+# what those that do not end are told, is for the server to say: this is longer than it ever waits.
+NO_CUT_S = 3600.0
+# JSON may hold these as they are, but clients that take lines apart as str.splitlines does, httpx for
+# one, would see an event end there.
+SEPARATORS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
+
 log = logging.getLogger(__name__)
 
 
@@ -35,6 +42,7 @@ class EventStream(EventSourceResponse):
             sep="\n",
             ping=keepalive_s,
             ping_message_factory=lambda: _Encoded(keepalive()),
+            shutdown_grace_period=NO_CUT_S,
         )
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
@@ -80,7 +88,10 @@ def comment(progress: str = "") -> bytes:
 def encode(value: dict[str, Any], name: str = "") -> bytes:
     """One event with this value as JSON; done for every token, so by the fastest encoder at hand."""
     head = f"event: {name}\n".encode() if name else b""
-    return head + b"data: " + pydantic_core.to_json(value) + b"\n\n"
+    raw = pydantic_core.to_json(value)
+    for separator, escaped in SEPARATORS:
+        raw = raw.replace(separator, escaped)
+    return head + b"data: " + raw + b"\n\n"
 
 
 async def _events(

@@ -6,15 +6,18 @@ after the body is read.
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from server.api.errors import ClientGone, describe, error_body
+from server.api.errors import ClientGone, GenerationFailed, describe, error_body
 
 Result = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 async def respond_whole(
@@ -41,7 +44,7 @@ async def respond_whole(
             raise ClientGone
         assert patience_s, "only patience ends the wait for neither"
         is_kept = True
-        blanks = _blanks_then_result(working, patience_s, request.url.path)
+        blanks = _blanks_then_result(working, patience_s, request.url.path, generation_id)
         return StreamingResponse(blanks, headers={**headers, **more_headers()}, media_type="application/json")
     finally:
         await _end(watching)
@@ -50,7 +53,7 @@ async def respond_whole(
 
 
 async def _blanks_then_result(
-    working: "asyncio.Future[Result]", patience_s: float, path: str
+    working: "asyncio.Future[Result]", patience_s: float, path: str, name: str
 ) -> AsyncGenerator[bytes, None]:
     try:
         while not working.done():
@@ -59,6 +62,8 @@ async def _blanks_then_result(
         try:
             result = working.result()
         except Exception as error:  # the status is sent already
+            if not isinstance(error, GenerationFailed):
+                log.exception("%s failed", name)
             result = error_body(path, describe(error))
         yield json.dumps(result, ensure_ascii=False).encode()
     finally:

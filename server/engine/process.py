@@ -37,6 +37,7 @@ MAX_STARTS_IN_A_ROW = 5
 FIRST_RESTART_DELAY_S = 0.5
 # An engine that was ready for so long, or has completed a request, did not die of its start.
 STABLE_S = 60.0
+STOPPING = "the server is stopping"
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +114,13 @@ class EngineProcess:
             self._timer.cancel()
         if child := self._child:
             self._child = None
-            self._status = EngineStatus("down", "the server is stopping")
-            self._fail_all("the server is stopping")
+            self.dismiss_all()
             await asyncio.to_thread(child.stop)
+
+    def dismiss_all(self) -> None:
+        """Tell all who wait that the server stops, and take no more requests."""
+        self._status = EngineStatus("down", STOPPING)
+        self._fail_all(STOPPING)
 
     # requests
 

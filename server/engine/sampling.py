@@ -4,7 +4,7 @@ Order, each stage on the result of the one before:
 
     1. logit_bias is added
     2. repetition penalty (tokens of prompt and answer), then presence and frequency (answer only)
-    3. temperature; 0 takes the likeliest token and ends here
+    3. temperature; 0, or next to it, takes the likeliest token and ends here
     4. top_k, then top_p, then min_p, each over what is left, renormalised
     5. the draw, with a key of the request's own, split once per token
 
@@ -20,6 +20,8 @@ import numpy as np
 from server.engine.messages import Sampling, TokenScore
 
 NEVER = -float("inf")
+# Below it only the likeliest token could be drawn, but divided by it logits come to lie beyond all floats.
+COLDEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def draw(
 ) -> tuple[mx.array, SamplerState]:  # [V] -> []
     """The next token and the state after it. Lazy: nothing is evaluated here."""
     logits = apply_penalties(apply_bias(logits, sampling.logit_bias), sampling, state)
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         token, key = mx.argmax(logits), state.key  # keys that nobody draws with are never evaluated
     else:
         key, draw_key = mx.random.split(state.key)

@@ -16,6 +16,9 @@ ALL: Types = frozenset(["string", "number", "integer", "boolean", "null", "objec
 # Deeper than any schema that people write; a chain of references must not exhaust the stack.
 MAX_DEPTH = 64
 
+# What may say at the top of a schema which properties an object has.
+COMPOSING = ("allOf", "$ref")
+
 BLANKS = " \t\n\r"
 NUMBER_SO_FAR = re.compile(r"[-+0-9.eE]*[ \t\n\r]*")
 
@@ -60,7 +63,7 @@ class ArgumentTypes:
     """The arguments of one function, by the JSON schema of its parameters."""
 
     def __init__(self, parameters: Any) -> None:
-        self._root = parameters if isinstance(parameters, dict) else {}
+        self._root = flattened(parameters)
         self._by_reference: dict[str, Types] = {}
         self._properties = _properties(self._root)
 
@@ -95,6 +98,33 @@ class ArgumentTypes:
             self._by_reference[reference] = ALL  # what a reference to itself says
             self._by_reference[reference] = self._allowed(resolve(self._root, reference), depth + 1)
         return self._by_reference[reference]
+
+
+def flattened(parameters: Any) -> dict[str, Any]:
+    """A function's parameters as one object, where a reference or `allOf` at the top says what it has.
+
+    So write generators of schemas, pydantic's for a type that names itself for instance.
+    """
+    root = parameters if isinstance(parameters, dict) else {}
+    if root.keys().isdisjoint(COMPOSING):
+        return root
+    found: dict[str, Any] = {"properties": {}, "required": []}
+    waiting, seen = [root], set()
+    while waiting:
+        schema = waiting.pop()
+        if not isinstance(schema, dict):
+            continue
+        for key, value in _properties(schema).items():
+            found["properties"].setdefault(key, value)
+        required, branches, reference = (schema.get(name) for name in ("required", *COMPOSING))
+        found["required"] += required if isinstance(required, list) else []
+        if "additionalProperties" in schema:
+            found.setdefault("additionalProperties", schema["additionalProperties"])
+        waiting += reversed(branches) if isinstance(branches, list) else []
+        if isinstance(reference, str) and reference not in seen:
+            seen.add(reference)
+            waiting.append(resolve(root, reference))
+    return {key: value for key, value in root.items() if key not in COMPOSING} | found
 
 
 def resolve(root: Any, reference: str) -> Any:

@@ -6,18 +6,21 @@ What llguidance cannot hold is refused here, before the engine hears of it. Call
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llguidance import LLMatcher
 
 from config.errors import RequestError
-from server.glm.argument_types import ArgumentTypes, resolve
+from server.glm.argument_types import ArgumentTypes, flattened, resolve
 from server.glm.tokenizer import Tokenizer
 
 # Enough for an indented line, and an end to it: a model could otherwise write blanks for ever.
 GUIDANCE = {"whitespace_pattern": r"\n?[ ]{0,40}"}
 DEFINITIONS = ("$defs", "definitions")
+
+# A reference to all of a schema, as it stands in a rule.
+WHOLE = '"$ref": "#"'
 
 # Lark ends a pattern at a slash or at the end of the line.
 IN_LARK = {"/": r"\/", "\n": r"\n"}
@@ -69,8 +72,7 @@ class CallGrammar:
         return rules | {"text": "TEXT", "TEXT": "/(?s:.*)/" if has_tags else "/[^<]*/"}
 
     def _call_rules(self, name: str, function: dict[str, Any]) -> Rules:
-        parameters = function.get("parameters")
-        schema = parameters if isinstance(parameters, dict) else {}
+        schema = flattened(function.get("parameters"))
         properties, required = schema.get("properties"), schema.get("required")
         arguments, rules = "", {}
         for index, key in enumerate(properties if isinstance(properties, dict) else ()):
@@ -94,19 +96,35 @@ def _value(root: dict[str, Any], key: str) -> str:
     schema = root["properties"][key]
     if "string" not in ArgumentTypes(root).of(key).types:
         definitions = {name: root[name] for name in DEFINITIONS if name in root}
-        return f"({json_rule(schema | definitions)})"
-    choices = list(_choices(root, schema))
-    return f"({' | '.join(choices)})" if choices else "text"
+        rule = json_rule(schema | definitions)
+        if WHOLE in rule:  # there is another whole here, and it would follow itself for ever
+            raise RequestError(
+                f"tools: the reference to '#' in {key[:40]!r} cannot be enforced", param="tools"
+            )
+        return f"({rule})"
+    choices = _choices(root, schema, set())
+    written = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in choices or ()]
+    return f"({' | '.join(map(_quoted, written))})" if written else "text"
 
 
-def _choices(root: dict[str, Any], schema: Any) -> Iterator[str]:
-    """The values of an enum or const, as they are written."""
-    if isinstance(schema, dict) and isinstance(reference := schema.get("$ref"), str):
-        schema = resolve(root, reference)
-    if isinstance(schema, dict):
-        values = [schema["const"]] if "const" in schema else schema.get("enum")
-        for value in values if isinstance(values, list) else ():
-            yield _quoted(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+def _choices(root: dict[str, Any], schema: Any, seen: set[str]) -> list[Any] | None:
+    """The values that a schema counts out; None where it leaves more. A reference is followed once."""
+    if not isinstance(schema, dict):
+        return None
+    if isinstance(reference := schema.get("$ref"), str):
+        if reference in seen:
+            return []
+        seen.add(reference)
+        return _choices(root, resolve(root, reference), seen)
+    if "const" in schema:
+        return [schema["const"]]
+    if isinstance(values := schema.get("enum"), list):
+        return values
+    if schema.get("type") in ("null", "boolean"):
+        return [None] if schema["type"] == "null" else [False, True]
+    branches = schema.get("anyOf") or schema.get("oneOf")
+    found = [_choices(root, branch, seen) for branch in branches] if isinstance(branches, list) else [None]
+    return None if None in found else [value for one in found for value in one or ()]
 
 
 def _quoted(text: str) -> str:

@@ -30,7 +30,7 @@ SCHEMA: dict[str, Any] = {
     },
     "required": ["name", "color", "count"],
     "additionalProperties": False,
-    "$defs": {"Tag": {"type": "boolean"}},
+    "$defs": {"Tag": {"type": "boolean"}, "Gait": {"type": "string", "enum": ["walk", "run"]}},
 }
 
 
@@ -45,10 +45,11 @@ TOOLS = [
         {
             "to": {"enum": ["left", 'say "up"\n']},
             "steps": {"type": "integer", "minimum": 1, "maximum": 9},
+            "gait": {"anyOf": [{"$ref": "#/$defs/Gait"}, {"type": "null"}]},
             "flag": {"$ref": "#/$defs/Tag"},
             "at": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2},
         },
-        ["to", "steps"],
+        ["to", "steps", "gait"],
     ),
     tool("stop", {}, []),
 ]
@@ -96,6 +97,7 @@ def check_call(client: TestClient, seed: int, choice: Any = "required", **fields
         assert call["function"]["name"] == "move"
         assert arguments["to"] in ("left", 'say "up"\n')
         assert arguments["steps"] in range(1, 10)
+        assert arguments["gait"] in ("walk", "run", None)
         assert isinstance(arguments.get("flag", True), bool)
         assert all(isinstance(item, bool) for item in arguments.get("at", []))
     return str(call["function"]["name"])
@@ -113,6 +115,19 @@ def test_a_forced_call_is_made(client: TestClient) -> None:
 def test_a_named_call_is_made(client: TestClient) -> None:
     named = {"type": "function", "function": {"name": "move"}}
     assert {check_call(client, seed, named) for seed in range(4)} == {"move"}
+
+
+def test_a_forced_call_has_the_arguments_behind_a_reference_at_the_top(client: TestClient) -> None:
+    [function] = [one["function"] for one in TOOLS if one["function"]["name"] == "move"]
+    own = function["parameters"]
+    inner = {name: own[name] for name in ("type", "properties", "required")}
+    parameters = {"$ref": "#/$defs/Move", "$defs": own["$defs"] | {"Move": inner}}
+    tools = [{"type": "function", "function": {"name": "move", "parameters": parameters}}]
+    for seed in range(3):
+        answer = ask(client, seed, tools=tools, tool_choice="required", parallel_tool_calls=False)
+        arguments = json.loads(answer["message"]["tool_calls"][0]["function"]["arguments"])
+        assert arguments["to"] in ("left", 'say "up"\n')
+        assert arguments["steps"] in range(1, 10)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +236,7 @@ def test_a_schema_that_cannot_be_held_is_refused_by_its_keyword(
         ({"response_format": {"type": "regex", "regex": "(a"}}, "response_format"),
         ({"response_format": {"type": "regex", "regex": "a(?=b)"}}, "response_format"),
         ({"response_format": {"type": "grammar", "grammar": "start: ("}}, "grammar"),
+        ({"tool_choice": "required", "tools": [tool("f", {"a": {"$ref": "#"}}, [])]}, "'#'"),
         (
             {"tool_choice": "required", "tools": [tool("f", {"a": {"type": "object", "not": {}}}, [])]},
             "not",

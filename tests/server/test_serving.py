@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -167,6 +169,28 @@ def test_the_engine_ends_within_two_seconds_when_the_http_process_is_killed() ->
     while is_alive(engines[0]):
         assert time.monotonic() < deadline, "the engine outlived the HTTP process"
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_whoever_still_waits_when_the_server_is_stopped_is_told_so() -> None:
+    stopped = start_server()
+    ends = json.loads((POCKET / "generation_config.json").read_text())["eos_token_id"]
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": SUM}], "max_tokens": 4000}
+    body["logit_bias"] = {str(token_id): -100 for token_id in ends}
+    url = stopped.url + "/v1/chat/completions"
+    with ThreadPoolExecutor() as pool, httpx.Client(timeout=60) as client:
+        whole = pool.submit(httpx.post, url, json=body, timeout=60)
+        with client.stream("POST", url, json=body | {"stream": True}) as answer:
+            lines = (line for line in answer.iter_lines() if line.startswith("data: "))
+            events = [next(lines) for _ in range(5)]
+            stopped.process.terminate()
+            events += lines
+    error = json.loads(events[-1].removeprefix("data: "))["error"]
+    assert (error["code"], error["message"]) == (503, "the server is stopping; try again")
+    assert len(events) > 20, "answers may go on for a while"
+    assert whole.result().status_code == 503
+    assert whole.result().json()["error"]["message"] == error["message"]
+    stop_server(stopped)
 
 
 @pytest.mark.slow

@@ -37,6 +37,13 @@ def test_the_session_counts_first_then_user_key_and_title(
     assert "Bearer" not in key
 
 
+def test_a_name_without_end_is_not_kept(client: TestClient, engine: ScriptedEngine) -> None:
+    answer = client.post(CHAT, json=body(CHAT, user="u" * 1_000_000))
+    receipt = client.get(f"/v1/generation?id={answer.json()['id']}").json()["data"]
+    assert receipt["external_user"] == "u" * 1024
+    assert len(engine.requests[0].agent) < 2000
+
+
 def test_flex_is_background_and_other_tiers_are_not(client: TestClient, engine: ScriptedEngine) -> None:
     for tier in ("flex", "auto", "priority", None):
         client.post(CHAT, json=body(CHAT, service_tier=tier))

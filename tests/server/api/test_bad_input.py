@@ -155,6 +155,16 @@ def test_wrong_values_are_refused_by_name(client: TestClient, field: str, value:
     assert refused(client, body_with(**{field: value}))["param"].startswith(field)
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_has_not_are_refused_wherever_they_stand(client: TestClient, value: str) -> None:
+    parameters = f'{{"properties": {{"a": {{"default": [{value}]}}}}}}'
+    function = f'"name": "f", "parameters": {parameters}'
+    chat = body_with(tools=["TOOL"]).replace('"TOOL"', f'{{"type": "function", "function": {{{function}}}}}')
+    assert "beyond 1e308" in refused(client, chat)["message"]
+    response = f'{{"input": "x", "tools": [{{"type": "function", {function}}}]}}'
+    assert "beyond 1e308" in refused(client, response, path="/v1/responses")["message"]
+
+
 def test_alternatives_without_log_probabilities_are_refused(client: TestClient) -> None:
     assert "top_logprobs" in refused(client, body_with(top_logprobs=2))["message"]
 

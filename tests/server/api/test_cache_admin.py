@@ -38,6 +38,19 @@ def test_clearing_forgets_what_was_said_too(engine: ScriptedEngine, dialect: Dia
     again.close()
 
 
+def test_without_an_engine_nothing_is_promised(
+    client: TestClient, service: Service, engine: ScriptedEngine
+) -> None:
+    service.remembered.add("", "hello", Said((1,), "", "Hi", (), True))
+    engine.ready = False
+    for action in ("pin", "unpin", "clear"):
+        response = client.post(f"/v1/cache/{action}", json=CHAT)
+        assert response.status_code == 503
+        assert "retry-after" in response.headers
+    assert engine.administered == []
+    assert service.remembered.find("", None, "hello", "Hi")
+
+
 class _Counted(ScriptedEngine):
     @property
     def status(self) -> EngineStatus:

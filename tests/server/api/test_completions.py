@@ -61,6 +61,18 @@ def test_a_prompt_is_scored_as_a_harness_reads_it(
         assert choice["text"][offset:].startswith(token)
 
 
+def test_offsets_count_characters_and_not_their_tokens(client: TestClient, tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.encode("👋")) > 1
+    fields = {"prompt": "👋x", "max_tokens": 2, "echo": True, "logprobs": 0}
+    [choice] = ask(client, **fields)["choices"]
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert offsets[tokens.index("x")] == choice["text"].index("x")
+    text = client.post(PATH, json=fields | {"stream": True}).text
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [offset for one in streamed if one for offset in one["text_offset"]] == offsets
+
+
 def test_without_logprobs_an_echo_scores_nothing(client: TestClient, engine: ScriptedEngine) -> None:
     choice = ask(client, prompt="hello", max_tokens=1, echo=True)["choices"][0]
     assert choice["text"].startswith("hello")

@@ -11,6 +11,7 @@ from server.api.app import make_app
 from server.api.keys import Access, KeyRing, read_keys
 from server.api.service import Service
 from server.serve import make_access
+from tests.server.api.scripted import ScriptedEngine
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
 RING = [("alice", "sk-1"), ("bob", "sk-2")]
@@ -93,6 +94,34 @@ def test_web_pages_are_let_in_only_when_named(service: Service) -> None:
     response = make_client(service, access).options("/v1/chat/completions", headers=preflight)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "https://ui.example"
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("https://evil.example", 403),
+        ("http://localhost.evil.example:8080", 403),
+        ("http://203.0.113.5", 403),
+        ("null", 403),
+        ("http://localhost:3000", 202),
+        ("http://[::1]:3000", 202),
+        ("http://192.168.1.5:8080", 202),
+        ("http://mac.local", 202),
+        ("https://ui.example", 202),
+        ("vscode-webview://x", 202),
+        ("", 202),
+    ],
+)
+def test_a_page_that_does_not_ask_first_is_refused(
+    service: Service, engine: ScriptedEngine, origin: str, status: int
+) -> None:
+    flags = {"allowed_hosts": "mac.local", "cors_origins": "https://ui.example"}
+    headers = {"Host": "192.168.1.5:8080", "Content-Type": "text/plain"} | (
+        {"Origin": origin} if origin else {}
+    )
+    client = make_client(service, make_access(load_settings(flags)))
+    assert client.post("/v1/cache/clear", headers=headers).status_code == status
+    assert len(engine.administered) == (status == 202)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "mac.local"])

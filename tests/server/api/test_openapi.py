@@ -54,6 +54,13 @@ def test_every_route_is_described(app: FastAPI) -> None:
             assert has_body == ("requestBody" in described_method), path
 
 
+def test_a_stream_is_what_the_document_says(app: FastAPI) -> None:
+    schema: Any = schemathesis.openapi.from_asgi("/openapi.json", app)
+    body = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
+    case = schema["/v1/chat/completions"]["POST"].Case(body=body, media_type="application/json")
+    assert case.call_and_validate(checks=CHECKS).status_code == 200
+
+
 def fuzz(app: FastAPI, num_cases: int) -> dict[str, int]:
     """Send so many cases, half of them wrong on purpose; the number of answers by status."""
     schema: Any = schemathesis.openapi.from_asgi("/openapi.json", app)

@@ -238,6 +238,9 @@ def test_a_change_of_effort_in_a_system_message_is_heard(
     assert tokenizer.decode(engine.requests[0].token_ids).endswith(
         "Reasoning Effort: High<|user|>hello<|assistant|><think>"
     )
+    refused = client.post("/api/v1/chat/completions", json={"messages": [update]})
+    assert refused.status_code == 400
+    assert "there is nothing to answer" in refused.json()["error"]["message"]
 
 
 def test_failures_say_whether_to_try_again(client: TestClient, engine: ScriptedEngine) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 
-from server.api.shapes import chat_logprobs, completion_logprobs
+from server.api.shapes import TextOffsets, chat_logprobs, completion_logprobs
 from server.engine.messages import TokenScore
 from server.glm.tokenizer import Tokenizer
 
@@ -12,16 +12,20 @@ def test_alternatives_that_read_the_same_keep_the_likelier_value(tokenizer: Toke
     first, second = tokenizer.encode("👋")[:2]
     assert tokenizer.decode([first]) == tokenizer.decode([second]) == "\ufffd"
     score = TokenScore(second, -2.0, ((first, -1.0), (second, -2.0)))
-    assert completion_logprobs(tokenizer, [score])["top_logprobs"] == [{"\ufffd": -1.0}]
+    assert completion_logprobs(tokenizer, [score], TextOffsets(tokenizer))["top_logprobs"] == [
+        {"\ufffd": -1.0}
+    ]
 
 
 def test_a_token_outside_of_the_top_is_listed_beside_it(tokenizer: Tokenizer) -> None:
     a, b = tokenizer.encode("ab")
     score = TokenScore(b, -9.0, ((a, -0.1),))
-    assert completion_logprobs(tokenizer, [score])["top_logprobs"] == [{"a": -0.1, "b": -9.0}]
+    assert completion_logprobs(tokenizer, [score], TextOffsets(tokenizer))["top_logprobs"] == [
+        {"a": -0.1, "b": -9.0}
+    ]
 
 
 def test_what_cannot_happen_is_still_json(tokenizer: Tokenizer) -> None:
     score = TokenScore(1, -math.inf, ((2, -math.inf),))
     json.dumps(chat_logprobs(tokenizer, [score]), allow_nan=False)
-    json.dumps(completion_logprobs(tokenizer, [score]), allow_nan=False)
+    json.dumps(completion_logprobs(tokenizer, [score], TextOffsets(tokenizer)), allow_nan=False)

@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from server.api.service import Service
+from server.glm.tokenizer import Tokenizer
 from tests.server.api.conftest import running_server
 from tests.server.api.scripted import ScriptedEngine
 
 ROOT = Path(__file__).parents[3]
 HELLO: list[openai.types.chat.ChatCompletionUserMessageParam] = [{"role": "user", "content": "hello"}]
+ADAPTIVE = {"type": "adaptive"}  # the script begins in a thought
 
 
 @pytest.fixture
@@ -78,6 +81,28 @@ def test_headers_and_comments_arrive_before_and_between_tokens(base_url: str, en
     assert {line.split(":")[0] for line in lines if line} == {"", "data"}
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"messages": HELLO}),
+        ("messages", {"messages": HELLO, "model": "z-ai/glm-5.2", "max_tokens": 99, "thinking": ADAPTIVE}),
+        ("responses", {"input": "hello"}),
+    ],
+)
+def test_an_event_is_one_line_to_whoever_takes_lines_apart(
+    base_url: str, engine: ScriptedEngine, tokenizer: Tokenizer, path: str, fields: dict[str, Any]
+) -> None:
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"
+    engine.script = tokenizer.encode(f"hm</think>{text}<|user|>")
+    with httpx.stream("POST", f"{base_url}/v1/{path}", json=fields | {"stream": True}) as response:
+        lines = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
+    events = [json.loads(line) for line in lines]
+    texts = [event["choices"][0]["delta"] for event in events if event.get("choices")]
+    texts += [event["delta"] for event in events if isinstance(event.get("delta"), dict)]
+    texts += [{"text": e["delta"]} for e in events if e.get("type") == "response.output_text.delta"]
+    assert "".join(one.get("content") or one.get("text") or "" for one in texts) == text
+
+
 @pytest.mark.parametrize("is_streaming", [True, False])
 def test_a_client_that_hangs_up_cancels_its_request(
     base_url: str, engine: ScriptedEngine, is_streaming: bool
@@ -91,6 +116,18 @@ def test_a_client_that_hangs_up_cancels_its_request(
         until(lambda: engine.requests)
     until(lambda: engine.cancelled)
     assert engine.cancelled == [engine.requests[0].request_id]
+
+
+def test_a_client_that_hangs_up_within_its_body_is_no_fault_of_ours(
+    base_url: str, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = int(base_url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"a')
+        time.sleep(0.2)
+    time.sleep(0.2)
+    assert httpx.post(f"{base_url}/v1/chat/completions", json={"messages": HELLO}).status_code == 200
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.fixture
@@ -113,6 +150,18 @@ def test_who_waits_long_for_one_piece_gets_blanks_before_it(
     engine.fails_after = 1
     response = httpx.post(f"{impatient_url}/v1/chat/completions", json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (200, 502)
+
+
+def test_a_fault_of_ours_among_the_blanks_is_in_the_log(
+    impatient_url: str, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.token_s = 0.25
+    engine.script = [[]]  # type: ignore[list-item]
+    response = httpx.post(f"{impatient_url}/v1/chat/completions", json={"messages": HELLO})
+    assert response.json()["error"]["message"] == "the server failed; its log says more"
+    [record] = [one for one in caplog.records if one.name == "server.api.whole"]
+    assert record.exc_info
+    assert response.headers["x-generation-id"] in record.getMessage()
 
 
 def test_who_hangs_up_among_the_blanks_cancels_the_request(

@@ -40,6 +40,12 @@ def test_temperature_zero_takes_the_likeliest_and_the_lower_of_two_equals() -> N
     assert draws(Sampling(temperature=0), 1, mx.array([1.0, 3.0, 3.0])) == [1]
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38, 1e-320])
+def test_next_to_zero_it_is_still_the_likeliest(temperature: float) -> None:
+    logits = mx.array([5.0, 40.0, 39.0])
+    assert draws(Sampling(temperature=temperature, top_p=0.9), 5, logits) == [1] * 5
+
+
 def test_a_seed_repeats_and_another_seed_differs() -> None:
     first, again, other = (draws(Sampling(seed=seed), 40) for seed in (7, 7, 8))
     assert first == again

@@ -56,6 +56,27 @@ def test_types_are_found_through_every_keyword(schema: Any, types: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "parameters",
+    [
+        {"$ref": "#/$defs/Person"},
+        {"allOf": [{"$ref": "#/$defs/Person"}, {"properties": {"age": {"type": "integer"}}}, 5]},
+        {"$ref": "#/$defs/Other", "properties": {"name": STRING}},
+        {"$ref": "#/$defs/Round", "allOf": [{"properties": {"name": STRING}}]},
+    ],
+)
+def test_arguments_may_be_declared_behind_a_reference_at_the_top(parameters: dict[str, Any]) -> None:
+    definitions = {
+        "Person": {"type": "object", "properties": {"name": STRING}, "required": ["name"]},
+        "Other": {"$ref": "#/$defs/Person"},
+        "Round": {"$ref": "#/$defs/Round"},
+    }
+    types = ArgumentTypes(parameters | {"$defs": definitions})
+    assert types.of("name").to_json("10001") == '"10001"'
+    assert types.of("age").to_json("10001") == "10001"
+    assert types.known_key(" name ") == "name"
+
+
+@pytest.mark.parametrize(
     "schema",
     [
         None,
