@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 
 def main(open_model: OpenBackend = open_backend) -> int:
     """Serve the pipe whose descriptor is the first argument."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the HTTP process, which then closes the pipe
+    # Both come to all processes of a terminal or a service: the HTTP process lets answers end, then this one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     pipe = Connection(int(sys.argv[1]))
     inbox: SimpleQueue[Command] = SimpleQueue()
     threading.Thread(target=_read_commands, args=(pipe, inbox), name="commands", daemon=True).start()

@@ -183,7 +183,8 @@ def test_whoever_still_waits_when_the_server_is_stopped_is_told_so() -> None:
         with client.stream("POST", url, json=body | {"stream": True}) as answer:
             lines = (line for line in answer.iter_lines() if line.startswith("data: "))
             events = [next(lines) for _ in range(5)]
-            stopped.process.terminate()
+            for pid in (*children_of(stopped.process.pid), stopped.process.pid):  # as a service manager does
+                os.kill(pid, signal.SIGTERM)
             events += lines
     error = json.loads(events[-1].removeprefix("data: "))["error"]
     assert (error["code"], error["message"]) == (503, "the server is stopping; try again")
