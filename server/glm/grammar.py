@@ -19,6 +19,9 @@ from server.glm.tokenizer import Tokenizer
 GUIDANCE = {"whitespace_pattern": r"\n?[ ]{0,40}"}
 DEFINITIONS = ("$defs", "definitions")
 
+# llguidance takes 2,000 at one place of a rule, and any number within a word.
+MAX_ALTERNATIVES = 1000
+
 # A reference to all of a schema, as it stands in a rule.
 WHOLE = '"$ref": "#"'
 
@@ -104,6 +107,8 @@ def _value(root: dict[str, Any], key: str) -> str:
         return f"({rule})"
     choices = _choices(root, schema, set())
     written = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in choices or ()]
+    if len(written) > MAX_ALTERNATIVES:
+        return regex_rule("|".join(re.escape(one).replace("\\\n", "\n") for one in written))
     return f"({' | '.join(map(_quoted, written))})" if written else "text"
 
 

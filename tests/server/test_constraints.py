@@ -130,6 +130,13 @@ def test_a_forced_call_has_the_arguments_behind_a_reference_at_the_top(client: T
         assert arguments["steps"] in range(1, 10)
 
 
+def test_a_forced_call_holds_to_thousands_of_values(client: TestClient) -> None:
+    values = [f"{number}. \\ a/b [x]*\nü" for number in range(2500)]
+    tools = [tool("pick", {"which": {"enum": values}}, ["which"])]
+    answer = ask(client, 1, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=400)
+    assert json.loads(answer["message"]["tool_calls"][0]["function"]["arguments"])["which"] in values
+
+
 @pytest.mark.parametrize(
     "num_prompts", [pytest.param(15, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)]
 )
