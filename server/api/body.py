@@ -1,6 +1,5 @@
 """Reads a request's body: bounded in size and depth, strict, and finite. Called by the routes."""
 
-import math
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from config.errors import RequestError
 from server.api.errors import ClientGone
+from server.glm.finite import all_finite
 
 MAX_BODY_BYTES = 8 * 2**20
 # A refused body is read on to here, so that the client gets to see the answer instead of a reset.
@@ -39,18 +39,9 @@ def body_of(schema: type[T]) -> Callable[[Request], Awaitable[T]]:
 def _is_finite(raw: bytes) -> bool:
     """Whether every number is one. Fields that are passed on as they came (schemas, tools) are not asked."""
     try:
-        values = [pydantic_core.from_json(raw, allow_inf_nan=False)]
+        return all_finite(pydantic_core.from_json(raw, allow_inf_nan=False))
     except ValueError:  # but for the words NaN and Infinity it has been parsed
         return False
-    while values:
-        match values.pop():
-            case dict() as members:
-                values.extend(members.values())
-            case list() as items:
-                values.extend(items)
-            case float(number) if not math.isfinite(number):
-                return False
-    return True
 
 
 async def read_body(request: Request) -> bytes:

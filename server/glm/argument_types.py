@@ -11,6 +11,8 @@ from typing import Any
 
 import pydantic_core
 
+from server.glm.finite import all_finite
+
 Types = frozenset[str]
 ALL: Types = frozenset(["string", "number", "integer", "boolean", "null", "object", "array"])
 # Deeper than any schema that people write; a chain of references must not exhaust the stack.
@@ -184,6 +186,7 @@ def _types_of(value: Any) -> Types:
 
 def _parse(raw: str) -> tuple[Any] | None:
     try:
-        return (pydantic_core.from_json(raw, allow_inf_nan=False),)
+        value = pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError:
         return None
+    return (value,) if all_finite(value) else None

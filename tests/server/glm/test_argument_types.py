@@ -195,3 +195,8 @@ def test_json_of_any_kind_survives_where_no_string_is_allowed(value: Any) -> Non
     kind = ArgumentType(ALL - {"string"})
     raw = json.dumps(value, ensure_ascii=False)
     assert json.loads(kind.to_json(raw)) == (raw if isinstance(value, str) else value)
+
+
+@pytest.mark.parametrize("raw", ["1e999", "[0, -1e999]", '{"a": {"b": 1e400}}', "[NaN]"])
+def test_numbers_that_json_does_not_have_are_text(raw: str) -> None:
+    assert ArgumentType().to_json(raw) == json.dumps(raw)

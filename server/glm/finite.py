@@ -1,0 +1,18 @@
+"""Numbers that Python's parsers take and JSON does not have. Called for bodies and for what models write."""
+
+import math
+from typing import Any
+
+
+def all_finite(value: Any) -> bool:
+    """Whether a parsed JSON value holds no infinity (1e999 is one) and no NaN."""
+    values = [value]
+    while values:
+        match values.pop():
+            case dict() as members:
+                values.extend(members.values())
+            case list() as items:
+                values.extend(items)
+            case float(number) if not math.isfinite(number):
+                return False
+    return True
