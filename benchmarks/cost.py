@@ -5,8 +5,8 @@ decode, interleaved token by token. Bookkeeping: `begin`, `observe` and `expect`
 all there. Bytes: payload against the experts that were missed, device against payload. Rate: the store's
 reads against the start-up probe's, of the same pieces with as many threads, in interleaved blocks; of this
 geometry's pieces and of pieces as large as GLM-5.2's, with scales kept as on a GPU, as they are on disk, and
-as on a CPU, where they are widened. The probe reads into a few buffers again and again; beside it the same
-threads read into as much memory as the slots take (`spread`), which a virtual disk fills more slowly.
+as on a CPU, where they are widened. Both read into as much memory; beside them the probe's threads read into
+one buffer each again and again (`reused`), which a virtual disk fills faster.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from streaming.reader import NUM_THREADS
 from streaming.runs import Run, largest_run_bytes, plan_runs
 from streaming.store import ExpertStore
 
-SIDES = ("engine", "probe", "spread")
+SIDES = ("engine", "probe", "reused")
 # Experts of GLM-5.2's own size, 21 MB: pieces of 6 MB and of 0.4 MB. 1.4 GB in two layers.
 WIDE = BENCH | {
     "hidden_size": 6144, "moe_intermediate_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1,
@@ -145,8 +145,8 @@ def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float, float_
                 runs = list(_runs(index, layer, missing))
                 sides: dict[str, Callable[[], Rate]] = {
                     "engine": partial(_engine, store, layer, missing),
-                    "probe": partial(read_bare, files, iter(runs), buffers),
-                    "spread": partial(read_bare, files, iter(runs), shelf.next()),
+                    "probe": partial(read_bare, files, iter(runs), shelf.next()),
+                    "reused": partial(read_bare, files, iter(runs), buffers),
                 }
                 first = (block + len(done["probe"])) % len(SIDES)
                 for name in (*SIDES[first:], *SIDES[:first]):

@@ -42,7 +42,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     checkpoint, arithmetic = open_checkpoint(config.model_path), choose_arithmetic()
     plan = plan_memory(checkpoint, arithmetic, config)
     disk = _open_disk(checkpoint, config.mirror)
-    probe = _probe(disk, checkpoint, plan.reader_threads) if config.stream_experts else None
+    probe = _probe(disk, checkpoint, plan) if config.stream_experts else None
     if probe:
         plan = plan_memory(checkpoint, arithmetic, config, probe.depth)
     mx.set_cache_limit(plan.cache_limit_bytes)
@@ -100,9 +100,10 @@ def _open_disk(checkpoint: Checkpoint, mirror: Path | None) -> Disk:
     return MirroredDisk(checkpoint.directory, mirror, copies, DirectDisk(), DirectDisk())
 
 
-def _probe(disk: Disk, checkpoint: Checkpoint, max_depth: int) -> DiskProbe:
+def _probe(disk: Disk, checkpoint: Checkpoint, plan: MemoryPlan) -> DiskProbe:
+    """In the memory that slots will have."""
     try:
-        probe = probe_disk(disk, checkpoint.experts, max_depth)
+        probe = probe_disk(disk, checkpoint.experts, plan.reader_threads, plan.lines["experts"])
     except DiskError as error:
         raise CheckpointError(str(error)) from error
     rates = ", ".join(f"{rate / 1e9:.2f} GB/s with {depth}" for depth, rate in probe.rates.items())

@@ -46,6 +46,21 @@ def test_no_expert_is_read_twice_and_every_depth_is_tried(index: ExpertIndex) ->
     assert probe.bytes_per_s == probe.rates[probe.depth] >= 0.95 * max(probe.rates.values())
 
 
+def test_it_reads_into_as_much_memory_as_it_may(index: ExpertIndex) -> None:
+    addresses: list[int] = []
+
+    def note(number: int, buffer: Bytes, offset: int) -> int | None:
+        addresses.append(buffer.ctypes.data)
+        return None
+
+    def spread(room_bytes: int) -> int:
+        addresses.clear()
+        probe_disk(FaultyDisk(note), index, 1, room_bytes, limit_s=10)
+        return max(addresses) - min(addresses)
+
+    assert spread(2**17) > 2**16 > spread(0)
+
+
 def test_it_stops_when_its_time_is_up(index: ExpertIndex) -> None:
     disk = CountingDisk()
     probe_disk(disk, index, limit_s=0)
