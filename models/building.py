@@ -72,6 +72,11 @@ def infer_quantization(
     return Quantization(group_size, bits, mode)
 
 
+def is_control_path(name: str) -> bool:
+    """Whether a tensor is kept in float32 whatever it was stored in."""
+    return name.endswith(_FLOAT32)
+
+
 def _pack_like(model: Model, tensors: Mapping[str, mx.array]) -> None:
     """Turn the layers that come with scales into packed ones."""
     for path, module in model.named_modules():
@@ -118,6 +123,6 @@ def _cast(name: str, tensor: mx.array, arithmetic: Arithmetic) -> mx.array:
     """
     if not mx.issubdtype(tensor.dtype, mx.floating):
         return tensor
-    if arithmetic.dtype == mx.float32 or name.endswith(_FLOAT32):
+    if arithmetic.dtype == mx.float32 or is_control_path(name):
         return tensor.astype(mx.float32)
     return tensor.astype(arithmetic.dtype) if tensor.dtype == mx.float32 else tensor

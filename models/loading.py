@@ -17,7 +17,7 @@ from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
-from models.building import build_model
+from models.building import build_model, is_control_path
 from models.cache import cache_bytes_per_token
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
@@ -132,10 +132,14 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
 
 
 def _kept_bytes(entry: TensorEntry, itemsize: int) -> int:
-    """Packed words as they are; floats as wide as the arithmetic, or as stored where that is wider."""
+    """Packed words as they are; floats as wide as the arithmetic, or as stored where that is wider.
+
+    On control paths float32: GLM-5.2's routers, 118 million weights, are published in bfloat16.
+    """
     if entry.dtype not in _FLOATS:
         return entry.nbytes
-    return prod(entry.shape) * max(itemsize, ITEM_BYTES[entry.dtype])
+    kept = ITEM_BYTES["F32"] if is_control_path(entry.name) else itemsize
+    return prod(entry.shape) * max(kept, ITEM_BYTES[entry.dtype])
 
 
 def _ring_slot_bytes(index: ExpertIndex, arithmetic: Arithmetic) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from config.errors import CheckpointError
 from config.plan import cache_rows
 from models.args import ModelArgs
-from models.arithmetic import CPU, Quantization
+from models.arithmetic import CPU, METAL, Quantization
 from models.building import infer_quantization
 from models.experts import Experts
 from models.glm_moe_dsa import Model
@@ -216,6 +217,28 @@ def test_the_geometry_counts_what_the_model_holds(tmp_path: Path) -> None:
     for rows in cache._all():
         rows.append(mx.zeros((256, rows.state.shape[1])))
     assert cache.nbytes == cache_rows(256) * geometry.context_bytes_per_token
+
+
+def test_the_geometry_counts_control_paths_in_float32_where_the_rest_is_not(tmp_path: Path) -> None:
+    """Public checkpoints store the router in bfloat16; on a GPU it takes twice as much."""
+    save_packed(tmp_path, WIDE, make_weights(WIDE, SEED), lambda path: Quantization(64, 4))
+    in_bfloat16 = (".mlp.gate.weight", ".e_score_correction_bias")
+    change_tensors(
+        tmp_path, lambda name, array: array.astype(mx.bfloat16) if name.endswith(in_bfloat16) else array
+    )
+    opened = open_model(tmp_path, arithmetic=METAL)
+    held = sum(array.nbytes for _, array in parameters(opened.model))
+    assert make_geometry(opened.checkpoint, METAL).trunk_bytes == held
+
+
+def change_tensors(directory: Path, change: Callable[[str, mx.array], mx.array | None]) -> None:
+    """Replace or, with None, remove tensors of a checkpoint of one file."""
+    path = directory / "model.safetensors"
+    before = cast(dict[str, mx.array], mx.load(str(path)))
+    changed = {name: change(name, array) for name, array in before.items()}
+    after = {name: array for name, array in changed.items() if array is not None}
+    mx.eval(after)
+    mx.save_safetensors(str(path), after, {"format": "mlx"})
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
