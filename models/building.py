@@ -101,7 +101,10 @@ def _pack_embedding(model: Model, path: str, weight: mx.array, scales: mx.array)
 
 
 def _check(wanted: Mapping[str, mx.array], given: Mapping[str, mx.array]) -> None:
-    """Name what is missing, unexpected or of another shape."""
+    """Name what is missing, unexpected, of another shape, or of numbers that mean something else.
+
+    FP8 without scales and integers have the right shapes too; as weights they would compute nonsense.
+    """
     problems = [f"missing {name}" for name in sorted(wanted.keys() - given.keys())]
     problems += [f"unexpected {name}" for name in sorted(given.keys() - wanted.keys())]
     problems += [
@@ -109,10 +112,20 @@ def _check(wanted: Mapping[str, mx.array], given: Mapping[str, mx.array]) -> Non
         for name, array in sorted(wanted.items())
         if name in given and given[name].shape != array.shape
     ]
+    problems += [
+        f"{name} is stored as {given[name].dtype}"
+        for name, array in sorted(wanted.items())
+        if name in given and _kind(given[name]) != _kind(array)
+    ]
     if problems:
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"the checkpoint's tensors do not fit its config.json: {shown}{more}")
+
+
+def _kind(array: mx.array) -> mx.Dtype:
+    """Floats of any width are one kind; packed words and scales of 8 bits are each their own."""
+    return mx.float32 if mx.issubdtype(array.dtype, mx.floating) else array.dtype
 
 
 def _cast(name: str, tensor: mx.array, arithmetic: Arithmetic) -> mx.array:

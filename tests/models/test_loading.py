@@ -149,6 +149,26 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(
         open_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.layers.0.self_attn.q_a_proj.weight", mx.uint8),  # what FP8 without scales is loaded as
+        ("model.norm.weight", mx.int32),
+        ("model.layers.0.self_attn.o_proj.scales", mx.int32),
+    ],
+)
+def test_trunk_tensors_of_the_right_shape_but_other_numbers_are_named(
+    name: str, dtype: mx.Dtype, tmp_path: Path
+) -> None:
+    def choose(path: str) -> Quantization | None:
+        return Quantization(64, 4) if path.endswith("o_proj") else None
+
+    save_packed(tmp_path, WIDE, make_weights(WIDE, SEED), choose)
+    change_tensors(tmp_path, lambda given, array: array.astype(dtype) if given == name else array)
+    with pytest.raises(CheckpointError, match=rf"{name} is stored as mlx\.core\.u?int"):
+        open_model(tmp_path)
+
+
 @pytest.mark.parametrize("model_type", ["glm4_moe", "glm5_next", "deepseek_v32", None])
 def test_other_models_are_refused_with_what_is_supported(model_type: str | None, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
