@@ -8,14 +8,19 @@ from mlx.utils import tree_flatten
 
 from config.errors import CheckpointError
 from models.args import ModelArgs
-from models.arithmetic import Arithmetic, Quantization
+from models.arithmetic import AFFINE_BITS, AFFINE_GROUPS, CPU, Arithmetic, Quantization
 from models.expert_source import ExpertSource
 from models.experts import PROJECTIONS, Experts
-from models.glm_moe_dsa import Model
+from models.glm_moe_dsa import DenseMlp, Model
 from models.linear import Linear
+from streaming.index import ExpertIndex, Part
 
 # Control paths stay in float32 whatever the activations are (reference, section 0, point 4).
 _FLOAT32 = (".gate.weight", ".e_score_correction_bias", ".k_norm.weight", ".k_norm.bias")
+
+_DTYPES = {
+    "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U8": mx.uint8, "U32": mx.uint32,
+}  # fmt: skip
 
 
 def build_model(
@@ -49,6 +54,26 @@ def bank_quantizations(bank: Mapping[str, mx.array], args: ModelArgs) -> dict[st
     }
 
 
+def check_experts(index: ExpertIndex, args: ModelArgs) -> None:
+    """CheckpointError where the experts of a layer are not what config.json describes.
+
+    MLX does not look at the shapes of gathered products: with too few scales it reads behind their end.
+    """
+    checked: set[tuple[Part, ...]] = set()
+    for layer in index.layers:
+        if (parts := index.parts(layer)) in checked:
+            continue
+        given = {part.name: mx.zeros(part.shape, _DTYPES[part.dtype]) for part in parts}  # lazy: no memory
+        expert = DenseMlp(args.hidden_size, args.moe_intermediate_size, CPU)
+        name = f"layer {layer}, experts' "
+        for projection, linear in expert.named_modules():
+            if isinstance(linear, Linear) and (scales := given.get(f"{projection}.scales")) is not None:
+                _pack(linear, name + projection, given[f"{projection}.weight"], scales)
+        wanted = dict(tree_flatten(expert.parameters()))
+        _check({name + n: a for n, a in wanted.items()}, {name + n: a for n, a in given.items()})
+        checked.add(parts)
+
+
 def infer_quantization(
     path: str, weight: mx.array, scales: mx.array | None, input_dims: int
 ) -> Quantization | None:
@@ -59,9 +84,10 @@ def infer_quantization(
     """
     if scales is None:
         return None
-    bits, rest = divmod(weight.shape[-1] * 32, input_dims)
-    group_size, rest2 = divmod(input_dims, scales.shape[-1])
-    mode = "affine"
+    words, groups = (array.shape[-1] if array.ndim else 0 for array in (weight, scales))
+    bits, rest = divmod(words * 32, input_dims)
+    group_size, rest2 = divmod(input_dims, groups) if groups else (0, 1)
+    mode = "affine" if bits in AFFINE_BITS and group_size in AFFINE_GROUPS else ""
     if scales.dtype == mx.uint8:
         mode = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}.get((bits, group_size), "")
     if rest or rest2 or not mode or weight.dtype != mx.uint32:
@@ -84,11 +110,15 @@ def _pack_like(model: Model, tensors: Mapping[str, mx.array]) -> None:
         if weight is None or scales is None:
             continue
         if isinstance(module, Linear):
-            quantization = infer_quantization(path, weight, scales, module.weight.shape[-1])
-            assert quantization is not None, "scales are there"
-            module.pack(quantization)
+            _pack(module, path, weight, scales)
         elif isinstance(module, nn.Embedding):
             _pack_embedding(model, path, weight, scales)
+
+
+def _pack(linear: Linear, path: str, weight: mx.array, scales: mx.array) -> None:
+    quantization = infer_quantization(path, weight, scales, linear.weight.shape[-1])
+    assert quantization is not None, "scales are there"
+    linear.pack(quantization)
 
 
 def _pack_embedding(model: Model, path: str, weight: mx.array, scales: mx.array) -> None:

@@ -17,7 +17,7 @@ from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
-from models.building import build_model, is_control_path
+from models.building import build_model, check_experts, is_control_path
 from models.cache import cache_bytes_per_token
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
@@ -53,6 +53,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             f"{args.moe_layers.start} to {args.moe_layers.stop - 1}, the files hold {experts.num_experts} "
             f"in layers {experts.layers[0]} to {experts.layers[-1]}"
         )
+    check_experts(experts, args)
     trunk = {name: entries[name] for name in trunk_names(entries, args)}
     return Checkpoint(directory, args, trunk, experts)
 

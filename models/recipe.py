@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from config.errors import CheckpointError
 from models.args import ModelArgs
-from models.arithmetic import Quantization
+from models.arithmetic import AFFINE_BITS, AFFINE_GROUPS, Quantization
 from models.experts import PROJECTIONS
 from models.names import is_unused, split_kv_b
 from models.shards import TensorSpec
@@ -24,7 +24,6 @@ BLOCK_VALUES = 4 * 2**20
 # Rows start on whole FP8 blocks, so that a block's scales are looked up once.
 _ROW_STEP = 128
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(
@@ -70,7 +69,7 @@ def make_recipe(
     base = Quantization(group_size or default_group, bits or default_bits, mode)
     asked = {base.bits, experts_bits or base.bits, embed_bits or base.bits}
     allowed = set(AFFINE_BITS) if mode == "affine" else {default_bits}
-    groups = {32, 64, 128} if mode == "affine" else {default_group}
+    groups = set(AFFINE_GROUPS) if mode == "affine" else {default_group}
     if not asked <= allowed or base.group_size not in groups:
         raise CheckpointError(f"mode {mode} takes bits of {sorted(allowed)} and groups of {sorted(groups)}")
     return Recipe(base, experts_bits, embed_bits)

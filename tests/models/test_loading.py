@@ -169,6 +169,38 @@ def test_trunk_tensors_of_the_right_shape_but_other_numbers_are_named(
         open_model(tmp_path)
 
 
+def cut(array: mx.array) -> mx.array:
+    return array[:, : array.shape[1] // 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"up_proj.biases": None}, "missing layer 4, experts' up_proj.biases"),
+        ({"up_proj.scales": cut, "up_proj.biases": cut}, r"up_proj.scales is .64, 2., not .128, 2."),
+        ({"down_proj.weight": cut, "down_proj.scales": cut, "down_proj.biases": cut}, r"down_proj.weight is"),
+        ({"up_proj.biases": lambda a: a.astype(mx.uint32)}, "up_proj.biases is stored as mlx.core.uint32"),
+        ({"up_proj.scales": None}, "up_proj of the experts is quantised but has no scales"),
+        ({"up_proj.weight": lambda a: a[..., :14]}, "up_proj: weight .* is no packing of 128 inputs"),
+        ({"up_proj.scales": lambda a: a[..., :1]}, r"up_proj.biases is .128, 2., not .128, 1."),
+    ],
+)
+def test_experts_that_do_not_fit_the_config_are_refused_before_anything_is_loaded(
+    changes: dict[str, Callable[[mx.array], mx.array] | None], message: str, tmp_path: Path
+) -> None:
+    def change(name: str, array: mx.array) -> mx.array | None:
+        kind = name.removeprefix("model.layers.4.mlp.switch_mlp.")
+        if kind not in changes:
+            return array
+        made = changes[kind]
+        return None if made is None else mx.contiguous(made(array))
+
+    save_packed(tmp_path, WIDE, make_weights(WIDE, SEED), lambda path: Quantization(64, 4))
+    change_tensors(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("model_type", ["glm4_moe", "glm5_next", "deepseek_v32", None])
 def test_other_models_are_refused_with_what_is_supported(model_type: str | None, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -184,8 +216,9 @@ def test_fewer_experts_than_the_config_says_are_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_scales_that_fit_no_packing_are_refused() -> None:
-    weight, scales = mx.zeros((8, 9), dtype=mx.uint32), mx.zeros((8, 1))
+@pytest.mark.parametrize(("words", "groups"), [(9, 1), (14, 1), (8, 0), (8, 4)])
+def test_scales_that_fit_no_packing_are_refused(words: int, groups: int) -> None:
+    weight, scales = mx.zeros((8, words), dtype=mx.uint32), mx.zeros((8, groups))
     with pytest.raises(CheckpointError, match="no packing of 64 inputs"):
         infer_quantization("x", weight, scales, 64)
 
