@@ -51,9 +51,9 @@ def convert(
     source = Source(read_headers(source_dir), _block_shape(config))
     groups = group_by_layer(list(source.entries), args)
     shards = [make_matrices(names, source, args, recipe) for names in groups]
-    _open_target(source_dir, target_dir, recipe)
     cache_limit = mx.set_cache_limit(0)
     try:
+        _open_target(source_dir, target_dir, recipe)
         _write_shards(target_dir, shards, on_progress)
         _write_descriptions(source_dir, target_dir, config, shards, recipe)
     except OSError as error:
@@ -139,19 +139,30 @@ def _open_target(source_dir: Path, target_dir: Path, recipe: Recipe) -> None:
     """Begins a new target, or goes on with one that this conversion began; anything else is left alone."""
     state = {"source": str(source_dir.resolve()), "recipe": asdict(recipe)}
     path = target_dir / STATE_NAME
-    if path.is_file():
-        begun = json.loads(path.read_bytes())
+    begun = _read_state(path)
+    if begun is not None:
         if begun != state:
             raise UsageError(
-                f"{target_dir} was begun from {begun['source']} with {begun['recipe']}; use another folder"
+                f"{target_dir} was begun from {begun.get('source')} with {begun.get('recipe')}; "
+                "use another folder"
             )
         return
-    if target_dir.exists() and (not target_dir.is_dir() or any(target_dir.iterdir())):
+    # The state is written first of all: alone and unreadable it was cut, by a full disk or a kill.
+    is_folder = target_dir.is_dir()
+    if target_dir.exists() and not (is_folder and all(other == path for other in target_dir.iterdir())):
         raise UsageError(
             f"{target_dir} exists and is no unfinished conversion; it is left as it is, use another folder"
         )
     target_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(state))
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    try:
+        state = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError:
+        return None
+    return state if isinstance(state, dict) else None
 
 
 def _check_space(target_dir: Path, needed: int) -> None:

@@ -330,6 +330,30 @@ def test_a_finished_foreign_or_differently_begun_target_is_left_alone(
         convert(converted, tmp_path / "twice", FOUR_BITS)
 
 
+def test_a_conversion_that_was_cut_at_its_very_start_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, converted: Path
+) -> None:
+    def full(self: Path, text: str) -> int:
+        self.touch()
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(UsageError, match="the disk is full; free some and repeat"):
+            convert(source, tmp_path / "target", FOUR_BITS)
+    assert (tmp_path / "target/conversion.json").read_bytes() == b""
+    convert(source, tmp_path / "target", FOUR_BITS)
+    assert all_files(tmp_path / "target") == all_files(converted)
+
+
+@pytest.mark.parametrize("state", ["", "[]", '{"sou'])
+def test_a_damaged_state_beside_other_files_is_left_alone(tmp_path: Path, source: Path, state: str) -> None:
+    (tmp_path / "conversion.json").write_text(state)
+    (tmp_path / "model-00001-of-00012.safetensors").write_text("precious")
+    with pytest.raises(UsageError, match="is no unfinished conversion"):
+        convert(source, tmp_path, FOUR_BITS)
+
+
 def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
     def full(fd: int, data: bytes, offset: int) -> int:
         raise OSError(28, os.strerror(28))
