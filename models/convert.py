@@ -131,8 +131,12 @@ def _read_config(source_dir: Path) -> dict[str, Any]:
 
 
 def _block_shape(config: dict[str, Any]) -> tuple[int, int]:
-    height, width = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-    return int(height), int(width)
+    quantization = config.get("quantization_config") or {}
+    shape = quantization.get("weight_block_size") if isinstance(quantization, dict) else quantization
+    match shape or [128, 128]:
+        case [int(height), int(width)] if height > 0 and width > 0:
+            return height, width
+    raise CheckpointError(f"config.json: FP8 blocks of {shape!r} are not supported, only [rows, columns]")
 
 
 def _open_target(source_dir: Path, target_dir: Path, recipe: Recipe) -> None:

@@ -280,6 +280,27 @@ def test_a_missing_or_misshapen_fp8_scale_is_named(tmp_path: Path) -> None:
         Source(read_headers(tmp_path)).rows("w.weight", 0, 10)
 
 
+def test_scales_of_another_kind_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    tensors = {
+        "w.weight": ("F8_E4M3", (128, 128), bytes(128 * 128)),
+        "w.weight_scale_inv": ("F8_E8M0", (1, 1), bytes([127])),
+    }
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"w\.weight_scale_inv is F8_E8M0"):
+        Source(read_headers(tmp_path))
+
+
+@pytest.mark.parametrize("quantization", [{"weight_block_size": [128]}, {"weight_block_size": [0, 128]}, [1]])
+def test_fp8_blocks_without_rows_and_columns_are_refused(
+    tmp_path: Path, source: Path, quantization: object
+) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source/config.json").write_text(json.dumps(SHARED | {"quantization_config": quantization}))
+    with pytest.raises(CheckpointError, match=r"FP8 blocks of \["):
+        convert(tmp_path / "source", tmp_path / "target", FOUR_BITS)
+    assert not (tmp_path / "target").exists()
+
+
 def test_a_large_matrix_cut_into_blocks_gives_the_same_as_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, converted: Path
 ) -> None:
