@@ -68,12 +68,9 @@ class ModelArgs:
     def from_config(cls, config: Mapping[str, Any]) -> "ModelArgs":
         """Parse config.json. Raises CheckpointError for what this implementation does not compute."""
         _refuse_unsupported(config)
-        rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
-        if rope.get("rope_type", "default") != "default":
-            raise CheckpointError(f"rope_type {rope['rope_type']!r} is not supported; GLM-5 uses 'default'")
         derived: dict[str, Any] = {
             "indexer_types": indexer_schedule(config),
-            "rope_theta": float(rope["rope_theta"]),
+            "rope_theta": _rope_theta(config),
             "first_k_dense_replace": _first_sparse_layer(config),
             "n_group": config.get("n_group") or 1,
             "topk_group": config.get("topk_group") or 1,
@@ -126,6 +123,25 @@ def _first_sparse_layer(config: Mapping[str, Any]) -> int:
     return int(first)
 
 
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    """`rope_theta` in any of its places; CheckpointError for rotations that are not the plain one.
+
+    Places and default are those of transformers 5.24, `RotaryEmbeddingConfigMixin`: `rope_scaling` and `type`
+    are the old spelling.
+    """
+    theta: Any = None
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.get(name) or {}
+        if not isinstance(rope, Mapping):
+            raise CheckpointError(f"config.json: {name} is {rope!r} instead of an object")
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind != "default":
+            raise CheckpointError(f"rope_type {kind!r} is not supported; GLM-5 uses 'default'")
+        theta = rope.get("rope_theta") if theta is None else theta
+    theta = config.get("rope_theta") if theta is None else theta
+    return 10000.0 if theta is None else float(theta)
+
+
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     """Each of these would change the numbers silently if it were ignored."""
     only: dict[str, tuple[Any, ...]] = {
@@ -137,7 +153,6 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         "tie_word_embeddings": (False, None),
         "rope_interleave": (True, None),
         "indexer_rope_interleave": (True, None),
-        "rope_scaling": (None,),
     }
     for name, allowed in only.items():
         if config.get(name) not in allowed:

@@ -60,9 +60,32 @@ def test_a_missing_field_is_named() -> None:
         ModelArgs.from_config({k: v for k, v in TINY.items() if k != "kv_lora_rank"})
 
 
-def test_other_rope_types_are_refused() -> None:
+@pytest.mark.parametrize("spelling", ["rope_type", "type"])
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+def test_other_rope_types_are_refused(place: str, spelling: str) -> None:
     with pytest.raises(CheckpointError, match="yarn"):
-        ModelArgs.from_config(TINY | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}})
+        ModelArgs.from_config(TINY | {place: {spelling: "yarn", "rope_theta": 1e6}})
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 8e6}},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 8e6},
+        {"rope_parameters": {"type": "default", "rope_theta": 8e6}, "rope_scaling": None},
+        {"rope_theta": 8e6},
+        {"rope_theta": 8e6, "rope_scaling": {"type": "default"}, "rope_parameters": None},
+        {"rope_theta": None, "rope_scaling": {"rope_type": "default", "rope_theta": 8e6}},
+    ],
+    ids=str,
+)
+def test_rope_theta_is_found_in_all_places_where_transformers_looks(spelling: dict[str, Any]) -> None:
+    plain = {name: value for name, value in TINY.items() if name != "rope_parameters"}
+    assert ModelArgs.from_config(plain | spelling).rope_theta == 8e6
+
+
+def test_without_any_rope_theta_it_is_that_of_transformers() -> None:
+    assert ModelArgs.from_config(TINY | {"rope_parameters": {"rope_type": None}}).rope_theta == 10000
 
 
 def test_cache_bytes_per_token_are_those_of_the_reference() -> None:
