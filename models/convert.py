@@ -121,7 +121,7 @@ def _read_config(source_dir: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its JSON cannot be parsed: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: its JSON is not an object")

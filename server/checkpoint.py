@@ -82,7 +82,7 @@ def _is_glm(snapshot: Path) -> bool:
     try:
         config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
         read_headers(snapshot)
-    except (OSError, ValueError, CheckpointError):
+    except (OSError, ValueError, RecursionError, CheckpointError):
         return False
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
 

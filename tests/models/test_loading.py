@@ -208,6 +208,12 @@ def test_other_models_are_refused_with_what_is_supported(model_type: str | None,
         read_config(tmp_path)
 
 
+def test_a_config_nested_without_end_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        read_config(tmp_path)
+
+
 def test_fewer_experts_than_the_config_says_are_refused(tmp_path: Path) -> None:
     weights = make_weights(SHARED | {"n_routed_experts": 4}, SEED)
     weights |= {n: w for n, w in make_weights(SHARED, SEED).items() if "mlp.gate." in n}
