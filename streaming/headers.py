@@ -59,8 +59,25 @@ class TensorEntry:
 
 def read_headers(directory: Path) -> dict[str, TensorEntry]:
     """All tensors of a checkpoint by name; CheckpointError names the file and the tensor at fault."""
-    index_path = directory / INDEX_NAME
-    weight_map = _read_weight_map(index_path) if index_path.exists() else None
+    weight_map = _read_weight_map(directory / INDEX_NAME)
+    entries: dict[str, TensorEntry] = {}
+    for path in _list_files(directory, weight_map):
+        for entry in read_header(path):
+            if entry.name in entries:
+                raise CheckpointError(
+                    f"{path}: tensor {entry.name} is also in {entries[entry.name].path.name}"
+                )
+            entries[entry.name] = entry
+    _check_weight_map(directory / INDEX_NAME, weight_map or {}, entries)
+    return entries
+
+
+def list_files(directory: Path) -> list[Path]:
+    """The files that `read_headers` reads, in order: those of the index, whatever their names."""
+    return _list_files(directory, _read_weight_map(directory / INDEX_NAME))
+
+
+def _list_files(directory: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
     if weight_map is None:
         paths = sorted(directory.glob("model*.safetensors"))
     else:
@@ -72,16 +89,7 @@ def read_headers(directory: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(
             f"{directory} lacks {len(missing)} of {len(paths)} files: {_some(missing)}; finish the download"
         )
-    entries: dict[str, TensorEntry] = {}
-    for path in paths:
-        for entry in read_header(path):
-            if entry.name in entries:
-                raise CheckpointError(
-                    f"{path}: tensor {entry.name} is also in {entries[entry.name].path.name}"
-                )
-            entries[entry.name] = entry
-    _check_weight_map(index_path, weight_map or {}, entries)
-    return entries
+    return paths
 
 
 def read_header(path: Path) -> list[TensorEntry]:
@@ -138,7 +146,10 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     )
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
+def _read_weight_map(path: Path) -> dict[str, str] | None:
+    """Tensor names to file names; None without an index."""
+    if not path.exists():
+        return None
     try:
         document = _parse_json(path, path.read_bytes())
     except OSError as error:
