@@ -132,6 +132,10 @@ def test_the_mtp_layer_and_indexers_of_shared_layers_are_left_out(tmp_path: Path
         ({"model.norm.weight": None}, "missing model.norm.weight"),
         ({"model.layers.2.self_attn.o_proj.bias": (64,)}, "unexpected model.layers.2.self_attn.o_proj.bias"),
         ({"model.norm.weight": (63,)}, "model.norm.weight is .63,., not .64,."),
+        (
+            {"model.layers.0.self_attn.kv_b_proj.weight": (100, 32)},
+            r"kv_b_proj.weight is .100, 32., not .112,",
+        ),
         ({"model.layers.4.mlp.experts.7.up_proj.weight": None}, "experts.7.up_proj.weight is missing"),
         ({"model.layers.0.self_attn.q_a_proj.weight_scale_inv": (1, 1)}, "glmserve convert"),
     ],
@@ -206,6 +210,13 @@ def test_other_models_are_refused_with_what_is_supported(model_type: str | None,
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(CheckpointError, match=r"glmserve runs GLM-5, 5\.1, 5\.2 and 5\.3"):
         read_config(tmp_path)
+
+
+def test_a_packed_kv_b_is_refused_whichever_of_its_tensors_comes_first() -> None:
+    args = ModelArgs.from_config(TINY)
+    packed = {"kv_b_proj.weight": mx.zeros((112, 4), mx.uint32), "kv_b_proj.scales": mx.zeros((112, 1))}
+    with pytest.raises(CheckpointError, match="a packed kv_b_proj cannot be split"):
+        to_model_names(packed, args)
 
 
 def test_a_config_nested_without_end_is_one_clear_line(tmp_path: Path) -> None:
