@@ -6,9 +6,11 @@ touched again, so a conversion that was cut goes on where it stopped.
 """
 
 import errno
+import fcntl
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -54,8 +56,9 @@ def convert(
     cache_limit = mx.set_cache_limit(0)
     try:
         _open_target(source_dir, target_dir, recipe)
-        _write_shards(target_dir, shards, on_progress)
-        _write_descriptions(source_dir, target_dir, config, shards, recipe)
+        with _alone(target_dir):
+            _write_shards(target_dir, shards, on_progress)
+            _write_descriptions(source_dir, target_dir, config, shards, recipe)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UsageError(
@@ -159,6 +162,19 @@ def _open_target(source_dir: Path, target_dir: Path, recipe: Recipe) -> None:
         )
     target_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(state))
+
+
+@contextmanager
+def _alone(target_dir: Path) -> Iterator[None]:
+    """Keeps a second conversion out: it would cut the file that the first is writing and will call whole."""
+    with open(target_dir / STATE_NAME, "rb") as state:
+        try:
+            fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{target_dir}: another conversion is at work there; let it finish") from error
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:

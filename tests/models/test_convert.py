@@ -351,6 +351,22 @@ def test_a_finished_foreign_or_differently_begun_target_is_left_alone(
         convert(converted, tmp_path / "twice", FOUR_BITS)
 
 
+def test_a_second_conversion_into_the_same_folder_is_refused_and_harms_nothing(
+    tmp_path: Path, source: Path, converted: Path
+) -> None:
+    refusals = []
+
+    def meddle(done: int, total: int) -> None:
+        if total // 3 < done < total // 2:
+            with pytest.raises(UsageError, match="another conversion is at work there") as refusal:
+                convert(source, tmp_path / "target", FOUR_BITS)
+            refusals.append(refusal)
+
+    convert(source, tmp_path / "target", FOUR_BITS, meddle)
+    assert refusals
+    assert all_files(tmp_path / "target") == all_files(converted)
+
+
 def test_a_conversion_that_was_cut_at_its_very_start_is_begun_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, converted: Path
 ) -> None:
