@@ -55,7 +55,7 @@ def convert(
     shards = [make_matrices(names, source, args, recipe) for names in groups]
     cache_limit = mx.set_cache_limit(0)
     try:
-        _open_target(source_dir, target_dir, recipe)
+        _open_target(target_dir, {**_describe_source(source_dir, source), "recipe": asdict(recipe)})
         with _alone(target_dir):
             _write_shards(target_dir, shards, on_progress)
             _write_descriptions(source_dir, target_dir, config, shards, recipe)
@@ -142,16 +142,22 @@ def _block_shape(config: dict[str, Any]) -> tuple[int, int]:
     raise CheckpointError(f"config.json: FP8 blocks of {shape!r} are not supported, only [rows, columns]")
 
 
-def _open_target(source_dir: Path, target_dir: Path, recipe: Recipe) -> None:
+def _describe_source(source_dir: Path, source: Source) -> dict[str, Any]:
+    """Where it is and when it was written: GLM-5.2 and 5.3 have the same names and shapes."""
+    stamps = {entry.path.name: entry.stamp for entry in source.entries.values()}
+    files = {name: [stamp.num_bytes, stamp.modified_ns] for name, stamp in sorted(stamps.items())}
+    return {"source": str(source_dir.resolve()), "files": files}
+
+
+def _open_target(target_dir: Path, state: dict[str, Any]) -> None:
     """Begins a new target, or goes on with one that this conversion began; anything else is left alone."""
-    state = {"source": str(source_dir.resolve()), "recipe": asdict(recipe)}
     path = target_dir / STATE_NAME
     begun = _read_state(path)
     if begun is not None:
         if begun != state:
             raise UsageError(
-                f"{target_dir} was begun from {begun.get('source')} with {begun.get('recipe')}; "
-                "use another folder"
+                f"{target_dir} was begun from {begun.get('source')} with {begun.get('recipe')}"
+                f"{_explain_change(begun, state)}; use another folder"
             )
         return
     # The state is written first of all: alone and unreadable it was cut, by a full disk or a kill.
@@ -162,6 +168,11 @@ def _open_target(source_dir: Path, target_dir: Path, recipe: Recipe) -> None:
         )
     target_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(state))
+
+
+def _explain_change(begun: dict[str, Any], state: dict[str, Any]) -> str:
+    is_other = any(begun.get(key) != state[key] for key in ("source", "recipe"))
+    return "" if is_other else ", whose files have changed since"
 
 
 @contextmanager

@@ -351,6 +351,15 @@ def test_a_finished_foreign_or_differently_begun_target_is_left_alone(
         convert(converted, tmp_path / "twice", FOUR_BITS)
 
 
+def test_a_conversion_does_not_go_on_from_a_source_that_was_replaced(tmp_path: Path, source: Path) -> None:
+    mine, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(source, mine)
+    subprocess.run([sys.executable, "-c", KILLED, mine, target], check=False)
+    save_checkpoint(mine, SHARED, make_weights(SHARED, 1))
+    with pytest.raises(UsageError, match="whose files have changed since; use another folder"):
+        convert(mine, target, FOUR_BITS)
+
+
 def test_a_second_conversion_into_the_same_folder_is_refused_and_harms_nothing(
     tmp_path: Path, source: Path, converted: Path
 ) -> None:
