@@ -197,7 +197,9 @@ def _read_state(path: Path) -> dict[str, Any] | None:
 
 
 def _check_space(target_dir: Path, needed: int) -> None:
-    free = shutil.disk_usage(target_dir).free
+    # What a cut conversion left of a file is overwritten.
+    cut = sum(path.stat().st_blocks * 512 for path in target_dir.glob("*.partial"))
+    free = shutil.disk_usage(target_dir).free + cut
     if needed > free:
         raise UsageError(
             f"{target_dir}: {format_size(needed)} are still to be written, the disk has {format_size(free)}"

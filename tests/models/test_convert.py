@@ -360,6 +360,22 @@ def test_a_conversion_does_not_go_on_from_a_source_that_was_replaced(tmp_path: P
         convert(mine, target, FOUR_BITS)
 
 
+def test_what_a_full_disk_left_of_a_file_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, converted: Path
+) -> None:
+    target = tmp_path / "target"
+    subprocess.run([sys.executable, "-c", KILLED, source, target], check=False)
+    missing = {path.name: path.stat().st_size for path in converted.glob("*.safetensors")}
+    for path in target.glob("*.safetensors"):
+        del missing[path.name]
+    (target / (min(missing) + ".partial")).write_bytes(bytes(10**6))
+    needed = sum(missing.values())
+    usage: Callable[[Path], Any] = lambda path: type("Usage", (), {"free": needed - 10**6})  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    convert(source, target, FOUR_BITS)
+    assert all_files(target) == all_files(converted)
+
+
 def test_a_second_conversion_into_the_same_folder_is_refused_and_harms_nothing(
     tmp_path: Path, source: Path, converted: Path
 ) -> None:
