@@ -1,6 +1,7 @@
 """From named tensors to a model that holds them. Called by loading, and by tests with their own tensors."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -72,6 +73,19 @@ def check_experts(index: ExpertIndex, args: ModelArgs) -> None:
         wanted = dict(tree_flatten(expert.parameters()))
         _check({name + n: a for n, a in wanted.items()}, {name + n: a for n, a in given.items()})
         checked.add(parts)
+
+
+def check_dense(shapes: Mapping[str, tuple[int, ...]], args: ModelArgs) -> None:
+    """CheckpointError unless tensors of these names and shapes, none packed, make a whole model."""
+    nowhere = cast(ExpertSource, None)
+    model = Model(args, CPU, lambda layer: Experts(layer, nowhere, {}, CPU))
+    wanted = dict(tree_flatten(model.parameters()))
+    expert = dict(tree_flatten(DenseMlp(args.hidden_size, args.moe_intermediate_size, CPU).parameters()))
+    for layer in args.moe_layers:
+        for name, array in expert.items():
+            stack = mx.zeros((args.n_routed_experts, *array.shape))
+            wanted[f"model.layers.{layer}.mlp.switch_mlp.{name}"] = stack
+    _check(wanted, {name: mx.zeros(shape) for name, shape in shapes.items()})
 
 
 def infer_quantization(

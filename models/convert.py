@@ -22,6 +22,7 @@ import numpy as np
 from config.errors import CheckpointError, UsageError
 from config.sizes import format_size
 from models.args import ModelArgs
+from models.building import check_dense
 from models.recipe import Matrix, Recipe, group_by_layer, make_matrices
 from models.shards import ShardWriter, TensorSpec
 from models.source import Source
@@ -53,6 +54,7 @@ def convert(
     source = Source(read_headers(source_dir), _block_shape(config))
     groups = group_by_layer(list(source.entries), args)
     shards = [make_matrices(names, source, args, recipe) for names in groups]
+    check_dense({matrix.name: matrix.shape for matrices in shards for matrix in matrices}, args)
     cache_limit = mx.set_cache_limit(0)
     try:
         _open_target(target_dir, {**_describe_source(source_dir, source), "recipe": asdict(recipe)})

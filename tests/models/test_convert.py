@@ -479,3 +479,20 @@ def test_a_missing_expert_is_named(tmp_path: Path, weights: dict[str, Array]) ->
     with pytest.raises(CheckpointError, match=r"7 of 8 experts are there; missing \[5\]"):
         convert(save_checkpoint(tmp_path / "source", SHARED, cut), tmp_path / "target", FOUR_BITS)
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ("model.norm.", r"missing model\.norm\.weight"),
+        ("model.layers.10.", r"missing model\.layers\.10\."),
+        ("model.layers.5.mlp.experts.", r"missing model\.layers\.5\.mlp\.switch_mlp\.down_proj\.weight"),
+    ],
+)
+def test_a_source_that_makes_no_whole_model_is_refused_before_anything_is_written(
+    tmp_path: Path, weights: dict[str, Array], lacking: str, message: str
+) -> None:
+    cut = {name: w for name, w in weights.items() if not name.startswith(lacking)}
+    with pytest.raises(CheckpointError, match=message):
+        convert(save_checkpoint(tmp_path / "source", SHARED, cut), tmp_path / "target", FOUR_BITS)
+    assert not (tmp_path / "target").exists()
