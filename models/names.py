@@ -11,9 +11,9 @@ import mlx.core as mx
 
 from config.errors import CheckpointError
 from models.args import ModelArgs
-from streaming.index import ExpertIndex
+from streaming.index import NUMBER, ExpertIndex
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+_LAYER = re.compile(rf"model\.layers\.({NUMBER})\.(.*)")
 
 
 def is_unused(name: str, args: ModelArgs) -> bool:

@@ -18,6 +18,7 @@ from models.experts import PROJECTIONS
 from models.names import is_unused, split_kv_b
 from models.shards import TensorSpec
 from models.source import Source
+from streaming.index import NUMBER
 
 # Values in one block: bounds the converter's memory, 16 MiB in float32.
 BLOCK_VALUES = 4 * 2**20
@@ -25,9 +26,9 @@ BLOCK_VALUES = 4 * 2**20
 _ROW_STEP = 128
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(rf"model\.layers\.({NUMBER})\.")
 _EXPERT = re.compile(
-    r"(?P<mlp>model\.layers\.\d+\.mlp)\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)\.weight"
+    rf"(?P<mlp>model\.layers\.{NUMBER}\.mlp)\.experts\.(?P<expert>{NUMBER})\.(?P<projection>\w+)\.weight"
 )
 _FUSED = re.compile(r"(?P<mlp>model\.layers\.\d+\.mlp)\.experts\.(?P<kind>gate_up_proj|down_proj)")
 # The indexer decides what attention sees at all and is 0.03 % of the bytes; the router likewise.

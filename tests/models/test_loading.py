@@ -131,6 +131,7 @@ def test_the_mtp_layer_and_indexers_of_shared_layers_are_left_out(tmp_path: Path
     [
         ({"model.norm.weight": None}, "missing model.norm.weight"),
         ({"model.layers.2.self_attn.o_proj.bias": (64,)}, "unexpected model.layers.2.self_attn.o_proj.bias"),
+        ({"model.layers." + "9" * 5000 + ".x.weight": (1,)}, "unexpected model.layers.9999"),
         ({"model.norm.weight": (63,)}, "model.norm.weight is .63,., not .64,."),
         (
             {"model.layers.0.self_attn.kv_b_proj.weight": (100, 32)},
