@@ -175,11 +175,14 @@ def _kind(array: mx.array) -> mx.Dtype:
 def _cast(name: str, tensor: mx.array, arithmetic: Arithmetic) -> mx.array:
     """Packed words stay; float tensors become what the backend computes in.
 
-    On the CPU that is float32 for all, or each product would cast every scale again. Elsewhere tensors keep
-    the precision they were stored in, except on control paths.
+    On the CPU that is float32 for all, or each product would cast every scale again. Elsewhere it is that of
+    the activations, as in the experts' banks: float16 beside bfloat16 makes float32 of both, and from the
+    first norm on of all activations. Control paths are float32, and the indexer, which computes in float32,
+    keeps the precision it was stored in.
     """
     if not mx.issubdtype(tensor.dtype, mx.floating):
         return tensor
     if arithmetic.dtype == mx.float32 or is_control_path(name):
         return tensor.astype(mx.float32)
-    return tensor.astype(arithmetic.dtype) if tensor.dtype == mx.float32 else tensor
+    is_exact = ".indexer." in name and tensor.dtype != mx.float32
+    return tensor if is_exact else tensor.astype(arithmetic.dtype)

@@ -16,6 +16,7 @@ from config.errors import CheckpointError
 from config.plan import cache_rows
 from models.args import ModelArgs
 from models.arithmetic import CPU, METAL, Quantization
+from models.attention import Span
 from models.building import infer_quantization
 from models.experts import Experts
 from models.glm_moe_dsa import Model
@@ -300,6 +301,20 @@ def test_the_geometry_counts_control_paths_in_float32_where_the_rest_is_not(tmp_
     opened = open_model(tmp_path, arithmetic=METAL)
     held = sum(array.nbytes for _, array in parameters(opened.model))
     assert make_geometry(opened.checkpoint, METAL).trunk_bytes == held
+
+
+@pytest.mark.parametrize("rows", [20, 70])
+def test_a_checkpoint_in_float16_is_computed_in_the_activations_own_type(tmp_path: Path, rows: int) -> None:
+    def choose(path: str) -> Quantization | None:
+        return None if "indexer" in path else Quantization(32, 4)
+
+    save_packed(tmp_path, WIDE, make_weights(WIDE, SEED), choose)
+    change_tensors(tmp_path, lambda _, a: a.astype(mx.float16) if a.dtype == mx.bfloat16 else a)
+    model = open_model(tmp_path, arithmetic=METAL).model
+    hidden = model(mx.array(tokens(WIDE, rows)), [Span(model.make_cache(), 0, rows)])
+    assert hidden.dtype == mx.bfloat16
+    indexer = [array.dtype for name, array in parameters(model) if ".indexer.w" in name]
+    assert set(indexer) == {mx.float16}
 
 
 def change_tensors(directory: Path, change: Callable[[str, mx.array], mx.array | None]) -> None:
