@@ -9,6 +9,8 @@ from config.errors import CheckpointError
 # GLM-5, 5.1, 5.2 and 5.3. Relatives that share much of the name compute something else.
 MODEL_TYPE = "glm_moe_dsa"
 FULL, SHARED = "full", "shared"
+_REALS = ("routed_scaling_factor", "rope_theta", "rms_norm_eps")
+_MAY_BE_ZERO = ("n_shared_experts", "first_k_dense_replace")
 
 
 @dataclass(frozen=True)
@@ -68,23 +70,25 @@ class ModelArgs:
     def from_config(cls, config: Mapping[str, Any]) -> "ModelArgs":
         """Parse config.json. Raises CheckpointError for what this implementation does not compute."""
         _refuse_unsupported(config)
-        rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
-        if rope.get("rope_type", "default") != "default":
-            raise CheckpointError(f"rope_type {rope['rope_type']!r} is not supported; GLM-5 uses 'default'")
+        derived_names = {"indexer_types", "rope_theta", "first_k_dense_replace", "n_group", "topk_group"}
+        names = cls.__dataclass_fields__.keys() - derived_names
+        missing = sorted(name for name in names if config.get(name) is None)
+        if missing:
+            raise CheckpointError(f"config.json lacks {', '.join(missing)}")
+        _check_sizes({name: config[name] for name in names})
         derived: dict[str, Any] = {
             "indexer_types": indexer_schedule(config),
-            "rope_theta": float(rope["rope_theta"]),
+            "rope_theta": _rope_theta(config),
             "first_k_dense_replace": _first_sparse_layer(config),
             "n_group": config.get("n_group") or 1,
             "topk_group": config.get("topk_group") or 1,
         }
-        names = cls.__dataclass_fields__.keys() - derived.keys()
-        missing = sorted(name for name in names if config.get(name) is None)
-        if missing:
-            raise CheckpointError(f"config.json lacks {', '.join(missing)}")
+        _check_sizes(derived)
+        derived["rope_theta"] = float(derived["rope_theta"])
         args = cls(**{name: config[name] for name in names}, **derived)
         if args.index_head_dim < args.qk_rope_head_dim:
             raise CheckpointError("config.json: index_head_dim is smaller than qk_rope_head_dim")
+        _check_routing(args)
         return args
 
 
@@ -95,14 +99,19 @@ def indexer_schedule(config: Mapping[str, Any]) -> tuple[str, ...]:
     `configuration_glm_moe_dsa.py`.
     """
     num_layers: int = config["num_hidden_layers"]
-    types: Sequence[str] | None = config.get("indexer_types")
-    pattern: Sequence[str] | None = config.get("index_topk_pattern")
+    types: Sequence[str] | None = _words(config, "indexer_types")
+    pattern: Sequence[str] | None = _words(config, "index_topk_pattern")
     if types is None and pattern is not None:
         types = [{"F": FULL, "S": SHARED}.get(letter, letter) for letter in pattern]
     if types is None:
         frequency = config.get("index_topk_freq") or 1
         offset = config.get("index_skip_topk_offset")
         offset = 2 if offset is None else offset
+        if type(frequency) is not int or frequency < 0 or type(offset) is not int:
+            raise CheckpointError(
+                f"config.json: index_topk_freq {frequency!r} and index_skip_topk_offset {offset!r} "
+                "are no layer counts"
+            )
         types = [FULL if max(i - offset + 1, 0) % frequency == 0 else SHARED for i in range(num_layers)]
     types = types[:num_layers]
     if len(types) < num_layers or set(types) - {FULL, SHARED}:
@@ -117,13 +126,69 @@ def indexer_schedule(config: Mapping[str, Any]) -> tuple[str, ...]:
 def _first_sparse_layer(config: Mapping[str, Any]) -> int:
     """Number of leading dense layers; `mlp_layer_types`, when given, must be dense ones, then sparse ones."""
     num_layers: int = config["num_hidden_layers"]
-    kinds = config.get("mlp_layer_types")
+    kinds = _words(config, "mlp_layer_types")
     if kinds is None:
-        return int(config.get("first_k_dense_replace", 0))
+        first_k = config.get("first_k_dense_replace")
+        return min(3, num_layers) if first_k is None else first_k  # 3 as in transformers
     first = kinds.index("sparse") if "sparse" in kinds else num_layers
     if list(kinds[:num_layers]) != ["dense"] * first + ["sparse"] * (num_layers - first):
         raise CheckpointError("config.json: mlp_layer_types must be dense layers followed by sparse ones")
     return int(first)
+
+
+def _words(config: Mapping[str, Any], name: str) -> Sequence[str] | None:
+    words = config.get(name)
+    is_list = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    if words is not None and not isinstance(words, str) and not is_list:
+        raise CheckpointError(f"config.json: {name} {words!r} is no list of words")
+    return words
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Every number of a kind and size that can be computed with; config.json is somebody else's."""
+    for name, value in values.items():
+        if name in _REALS:
+            fits = type(value) in (int, float) and 0 < value < 2**63  # no NaN, no infinity
+        elif name == "norm_topk_prob":
+            fits = type(value) is bool
+        elif name == "indexer_types":
+            fits = True  # its own parser said so
+        else:
+            fits = type(value) is int and (name not in _MAY_BE_ZERO) <= value < 2**31
+        if not fits:
+            raise CheckpointError(f"config.json: {name} {value!r} makes no sense")
+
+
+def _check_routing(args: ModelArgs) -> None:
+    group_size, rest = divmod(args.n_routed_experts, args.n_group)
+    if rest or args.topk_group > args.n_group or (args.n_group > 1 and group_size < 2):
+        raise CheckpointError(
+            f"config.json: {args.n_routed_experts} experts do not make {args.n_group} groups "
+            f"of which {args.topk_group} are kept"
+        )
+    if args.num_experts_per_tok > args.n_routed_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok {args.num_experts_per_tok} of {args.n_routed_experts} experts"
+        )
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    """`rope_theta` in any of its places; CheckpointError for rotations that are not the plain one.
+
+    Places and default are those of transformers 5.24, `RotaryEmbeddingConfigMixin`: `rope_scaling` and `type`
+    are the old spelling.
+    """
+    theta: Any = None
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.get(name) or {}
+        if not isinstance(rope, Mapping):
+            raise CheckpointError(f"config.json: {name} is {rope!r} instead of an object")
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind != "default":
+            raise CheckpointError(f"rope_type {kind!r} is not supported; GLM-5 uses 'default'")
+        theta = rope.get("rope_theta") if theta is None else theta
+    theta = config.get("rope_theta") if theta is None else theta
+    return 10000.0 if theta is None else theta
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -137,7 +202,6 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         "tie_word_embeddings": (False, None),
         "rope_interleave": (True, None),
         "indexer_rope_interleave": (True, None),
-        "rope_scaling": (None,),
     }
     for name, allowed in only.items():
         if config.get(name) not in allowed:

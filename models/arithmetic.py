@@ -12,6 +12,10 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+# What MLX packs in mode affine; the other modes have one size each.
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUPS = (32, 64, 128)
+
 
 @dataclass(frozen=True)
 class Quantization:

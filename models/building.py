@@ -1,6 +1,7 @@
 """From named tensors to a model that holds them. Called by loading, and by tests with their own tensors."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,14 +9,19 @@ from mlx.utils import tree_flatten
 
 from config.errors import CheckpointError
 from models.args import ModelArgs
-from models.arithmetic import Arithmetic, Quantization
+from models.arithmetic import AFFINE_BITS, AFFINE_GROUPS, CPU, Arithmetic, Quantization
 from models.expert_source import ExpertSource
 from models.experts import PROJECTIONS, Experts
-from models.glm_moe_dsa import Model
+from models.glm_moe_dsa import DenseMlp, Model
 from models.linear import Linear
+from streaming.index import ExpertIndex, Part
 
 # Control paths stay in float32 whatever the activations are (reference, section 0, point 4).
 _FLOAT32 = (".gate.weight", ".e_score_correction_bias", ".k_norm.weight", ".k_norm.bias")
+
+_DTYPES = {
+    "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U8": mx.uint8, "U32": mx.uint32,
+}  # fmt: skip
 
 
 def build_model(
@@ -49,6 +55,39 @@ def bank_quantizations(bank: Mapping[str, mx.array], args: ModelArgs) -> dict[st
     }
 
 
+def check_experts(index: ExpertIndex, args: ModelArgs) -> None:
+    """CheckpointError where the experts of a layer are not what config.json describes.
+
+    MLX does not look at the shapes of gathered products: with too few scales it reads behind their end.
+    """
+    checked: set[tuple[Part, ...]] = set()
+    for layer in index.layers:
+        if (parts := index.parts(layer)) in checked:
+            continue
+        given = {part.name: mx.zeros(part.shape, _DTYPES[part.dtype]) for part in parts}  # lazy: no memory
+        expert = DenseMlp(args.hidden_size, args.moe_intermediate_size, CPU)
+        name = f"layer {layer}, experts' "
+        for projection, linear in expert.named_modules():
+            if isinstance(linear, Linear) and (scales := given.get(f"{projection}.scales")) is not None:
+                _pack(linear, name + projection, given[f"{projection}.weight"], scales)
+        wanted = dict(tree_flatten(expert.parameters()))
+        _check({name + n: a for n, a in wanted.items()}, {name + n: a for n, a in given.items()})
+        checked.add(parts)
+
+
+def check_dense(shapes: Mapping[str, tuple[int, ...]], args: ModelArgs) -> None:
+    """CheckpointError unless tensors of these names and shapes, none packed, make a whole model."""
+    nowhere = cast(ExpertSource, None)
+    model = Model(args, CPU, lambda layer: Experts(layer, nowhere, {}, CPU))
+    wanted = dict(tree_flatten(model.parameters()))
+    expert = dict(tree_flatten(DenseMlp(args.hidden_size, args.moe_intermediate_size, CPU).parameters()))
+    for layer in args.moe_layers:
+        for name, array in expert.items():
+            stack = mx.zeros((args.n_routed_experts, *array.shape))
+            wanted[f"model.layers.{layer}.mlp.switch_mlp.{name}"] = stack
+    _check(wanted, {name: mx.zeros(shape) for name, shape in shapes.items()})
+
+
 def infer_quantization(
     path: str, weight: mx.array, scales: mx.array | None, input_dims: int
 ) -> Quantization | None:
@@ -59,9 +98,10 @@ def infer_quantization(
     """
     if scales is None:
         return None
-    bits, rest = divmod(weight.shape[-1] * 32, input_dims)
-    group_size, rest2 = divmod(input_dims, scales.shape[-1])
-    mode = "affine"
+    words, groups = (array.shape[-1] if array.ndim else 0 for array in (weight, scales))
+    bits, rest = divmod(words * 32, input_dims)
+    group_size, rest2 = divmod(input_dims, groups) if groups else (0, 1)
+    mode = "affine" if bits in AFFINE_BITS and group_size in AFFINE_GROUPS else ""
     if scales.dtype == mx.uint8:
         mode = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}.get((bits, group_size), "")
     if rest or rest2 or not mode or weight.dtype != mx.uint32:
@@ -72,6 +112,11 @@ def infer_quantization(
     return Quantization(group_size, bits, mode)
 
 
+def is_control_path(name: str) -> bool:
+    """Whether a tensor is kept in float32 whatever it was stored in."""
+    return name.endswith(_FLOAT32)
+
+
 def _pack_like(model: Model, tensors: Mapping[str, mx.array]) -> None:
     """Turn the layers that come with scales into packed ones."""
     for path, module in model.named_modules():
@@ -79,11 +124,15 @@ def _pack_like(model: Model, tensors: Mapping[str, mx.array]) -> None:
         if weight is None or scales is None:
             continue
         if isinstance(module, Linear):
-            quantization = infer_quantization(path, weight, scales, module.weight.shape[-1])
-            assert quantization is not None, "scales are there"
-            module.pack(quantization)
+            _pack(module, path, weight, scales)
         elif isinstance(module, nn.Embedding):
             _pack_embedding(model, path, weight, scales)
+
+
+def _pack(linear: Linear, path: str, weight: mx.array, scales: mx.array) -> None:
+    quantization = infer_quantization(path, weight, scales, linear.weight.shape[-1])
+    assert quantization is not None, "scales are there"
+    linear.pack(quantization)
 
 
 def _pack_embedding(model: Model, path: str, weight: mx.array, scales: mx.array) -> None:
@@ -96,7 +145,10 @@ def _pack_embedding(model: Model, path: str, weight: mx.array, scales: mx.array)
 
 
 def _check(wanted: Mapping[str, mx.array], given: Mapping[str, mx.array]) -> None:
-    """Name what is missing, unexpected or of another shape."""
+    """Name what is missing, unexpected, of another shape, or of numbers that mean something else.
+
+    FP8 without scales and integers have the right shapes too; as weights they would compute nonsense.
+    """
     problems = [f"missing {name}" for name in sorted(wanted.keys() - given.keys())]
     problems += [f"unexpected {name}" for name in sorted(given.keys() - wanted.keys())]
     problems += [
@@ -104,20 +156,33 @@ def _check(wanted: Mapping[str, mx.array], given: Mapping[str, mx.array]) -> Non
         for name, array in sorted(wanted.items())
         if name in given and given[name].shape != array.shape
     ]
+    problems += [
+        f"{name} is stored as {given[name].dtype}"
+        for name, array in sorted(wanted.items())
+        if name in given and _kind(given[name]) != _kind(array)
+    ]
     if problems:
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"the checkpoint's tensors do not fit its config.json: {shown}{more}")
 
 
+def _kind(array: mx.array) -> mx.Dtype:
+    """Floats of any width are one kind; packed words and scales of 8 bits are each their own."""
+    return mx.float32 if mx.issubdtype(array.dtype, mx.floating) else array.dtype
+
+
 def _cast(name: str, tensor: mx.array, arithmetic: Arithmetic) -> mx.array:
     """Packed words stay; float tensors become what the backend computes in.
 
-    On the CPU that is float32 for all, or each product would cast every scale again. Elsewhere tensors keep
-    the precision they were stored in, except on control paths.
+    On the CPU that is float32 for all, or each product would cast every scale again. Elsewhere it is that of
+    the activations, as in the experts' banks: float16 beside bfloat16 makes float32 of both, and from the
+    first norm on of all activations. Control paths are float32, and the indexer, which computes in float32,
+    keeps the precision it was stored in.
     """
     if not mx.issubdtype(tensor.dtype, mx.floating):
         return tensor
-    if arithmetic.dtype == mx.float32 or name.endswith(_FLOAT32):
+    if arithmetic.dtype == mx.float32 or is_control_path(name):
         return tensor.astype(mx.float32)
-    return tensor.astype(arithmetic.dtype) if tensor.dtype == mx.float32 else tensor
+    is_exact = ".indexer." in name and tensor.dtype != mx.float32
+    return tensor if is_exact else tensor.astype(arithmetic.dtype)

@@ -20,6 +20,7 @@ from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.cache import RowCache, SequenceCache
 from streaming.floats import Bytes
+from streaming.headers import list_files
 
 
 def read_blocks(cache: SequenceCache, start: int, sizes: Sequence[int]) -> list[Bytes]:
@@ -84,7 +85,7 @@ def cache_fingerprint(
     for source in sorted(Path(models.__file__).parent.glob("*.py")):
         _feed(digest, source.name.encode(), source.read_bytes())
     _feed(digest, (directory / "config.json").read_bytes())
-    for path in sorted(directory.glob("model*.safetensors")):
+    for path in list_files(directory):
         stat = path.stat()
         time = f" {stat.st_mtime_ns}" if knows_times else ""
         _feed(digest, f"{path.name} {stat.st_size}{time}".encode(), *_samples(path))

@@ -6,9 +6,11 @@ touched again, so a conversion that was cut goes on where it stopped.
 """
 
 import errno
+import fcntl
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 from config.errors import CheckpointError, UsageError
 from config.sizes import format_size
 from models.args import ModelArgs
+from models.building import check_dense
 from models.recipe import Matrix, Recipe, group_by_layer, make_matrices
 from models.shards import ShardWriter, TensorSpec
 from models.source import Source
@@ -51,11 +54,13 @@ def convert(
     source = Source(read_headers(source_dir), _block_shape(config))
     groups = group_by_layer(list(source.entries), args)
     shards = [make_matrices(names, source, args, recipe) for names in groups]
-    _open_target(source_dir, target_dir, recipe)
+    check_dense({matrix.name: matrix.shape for matrices in shards for matrix in matrices}, args)
     cache_limit = mx.set_cache_limit(0)
     try:
-        _write_shards(target_dir, shards, on_progress)
-        _write_descriptions(source_dir, target_dir, config, shards, recipe)
+        _open_target(target_dir, {**_describe_source(source_dir, source), "recipe": asdict(recipe)})
+        with _alone(target_dir):
+            _write_shards(target_dir, shards, on_progress)
+            _write_descriptions(source_dir, target_dir, config, shards, recipe)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UsageError(
@@ -121,7 +126,7 @@ def _read_config(source_dir: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its JSON cannot be parsed: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: its JSON is not an object")
@@ -131,22 +136,35 @@ def _read_config(source_dir: Path) -> dict[str, Any]:
 
 
 def _block_shape(config: dict[str, Any]) -> tuple[int, int]:
-    height, width = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-    return int(height), int(width)
+    quantization = config.get("quantization_config") or {}
+    shape = quantization.get("weight_block_size") if isinstance(quantization, dict) else quantization
+    match shape or [128, 128]:
+        case [int(height), int(width)] if height > 0 and width > 0:
+            return height, width
+    raise CheckpointError(f"config.json: FP8 blocks of {shape!r} are not supported, only [rows, columns]")
 
 
-def _open_target(source_dir: Path, target_dir: Path, recipe: Recipe) -> None:
+def _describe_source(source_dir: Path, source: Source) -> dict[str, Any]:
+    """Where it is and when it was written: GLM-5.2 and 5.3 have the same names and shapes."""
+    stamps = {entry.path.name: entry.stamp for entry in source.entries.values()}
+    files = {name: [stamp.num_bytes, stamp.modified_ns] for name, stamp in sorted(stamps.items())}
+    return {"source": str(source_dir.resolve()), "files": files}
+
+
+def _open_target(target_dir: Path, state: dict[str, Any]) -> None:
     """Begins a new target, or goes on with one that this conversion began; anything else is left alone."""
-    state = {"source": str(source_dir.resolve()), "recipe": asdict(recipe)}
     path = target_dir / STATE_NAME
-    if path.is_file():
-        begun = json.loads(path.read_bytes())
+    begun = _read_state(path)
+    if begun is not None:
         if begun != state:
             raise UsageError(
-                f"{target_dir} was begun from {begun['source']} with {begun['recipe']}; use another folder"
+                f"{target_dir} was begun from {begun.get('source')} with {begun.get('recipe')}"
+                f"{_explain_change(begun, state)}; use another folder"
             )
         return
-    if target_dir.exists() and (not target_dir.is_dir() or any(target_dir.iterdir())):
+    # The state is written first of all: alone and unreadable it was cut, by a full disk or a kill.
+    is_folder = target_dir.is_dir()
+    if target_dir.exists() and not (is_folder and all(other == path for other in target_dir.iterdir())):
         raise UsageError(
             f"{target_dir} exists and is no unfinished conversion; it is left as it is, use another folder"
         )
@@ -154,8 +172,36 @@ def _open_target(source_dir: Path, target_dir: Path, recipe: Recipe) -> None:
     path.write_text(json.dumps(state))
 
 
+def _explain_change(begun: dict[str, Any], state: dict[str, Any]) -> str:
+    is_other = any(begun.get(key) != state[key] for key in ("source", "recipe"))
+    return "" if is_other else ", whose files have changed since"
+
+
+@contextmanager
+def _alone(target_dir: Path) -> Iterator[None]:
+    """Keeps a second conversion out: it would cut the file that the first is writing and will call whole."""
+    with open(target_dir / STATE_NAME, "rb") as state:
+        try:
+            fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{target_dir}: another conversion is at work there; let it finish") from error
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    try:
+        state = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError:
+        return None
+    return state if isinstance(state, dict) else None
+
+
 def _check_space(target_dir: Path, needed: int) -> None:
-    free = shutil.disk_usage(target_dir).free
+    # What a cut conversion left of a file is overwritten.
+    cut = sum(path.stat().st_blocks * 512 for path in target_dir.glob("*.partial"))
+    free = shutil.disk_usage(target_dir).free + cut
     if needed > free:
         raise UsageError(
             f"{target_dir}: {format_size(needed)} are still to be written, the disk has {format_size(free)}"

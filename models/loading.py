@@ -17,7 +17,7 @@ from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
-from models.building import build_model
+from models.building import build_model, check_experts, is_control_path
 from models.cache import cache_bytes_per_token
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
@@ -53,6 +53,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             f"{args.moe_layers.start} to {args.moe_layers.stop - 1}, the files hold {experts.num_experts} "
             f"in layers {experts.layers[0]} to {experts.layers[-1]}"
         )
+    check_experts(experts, args)
     trunk = {name: entries[name] for name in trunk_names(entries, args)}
     return Checkpoint(directory, args, trunk, experts)
 
@@ -62,7 +63,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         kind = config.get("model_type") if isinstance(config, dict) else None
@@ -132,10 +133,14 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
 
 
 def _kept_bytes(entry: TensorEntry, itemsize: int) -> int:
-    """Packed words as they are; floats as wide as the arithmetic, or as stored where that is wider."""
+    """Packed words as they are; floats as wide as the arithmetic, or as stored where that is wider.
+
+    On control paths float32: GLM-5.2's routers, 118 million weights, are published in bfloat16.
+    """
     if entry.dtype not in _FLOATS:
         return entry.nbytes
-    return prod(entry.shape) * max(itemsize, ITEM_BYTES[entry.dtype])
+    kept = ITEM_BYTES["F32"] if is_control_path(entry.name) else itemsize
+    return prod(entry.shape) * max(kept, ITEM_BYTES[entry.dtype])
 
 
 def _ring_slot_bytes(index: ExpertIndex, arithmetic: Arithmetic) -> int:

@@ -11,9 +11,9 @@ import mlx.core as mx
 
 from config.errors import CheckpointError
 from models.args import ModelArgs
-from streaming.index import ExpertIndex
+from streaming.index import NUMBER, ExpertIndex
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+_LAYER = re.compile(rf"model\.layers\.({NUMBER})\.(.*)")
 
 
 def is_unused(name: str, args: ModelArgs) -> bool:
@@ -49,11 +49,17 @@ def to_model_names(tensors: Mapping[str, mx.array], args: ModelArgs) -> dict[str
         prefix, kv_b, rest = name.partition("kv_b_proj.")
         if not kv_b:
             out[name] = tensor
-        elif rest != "weight":
+        elif rest != "weight" or not mx.issubdtype(tensor.dtype, mx.floating):
             raise CheckpointError(f"{name}: a packed kv_b_proj cannot be split; convert from the original")
+        elif tensor.shape != (shape := kv_b_shape(args)):
+            raise CheckpointError(f"{name} is {tensor.shape}, not {shape} as config.json describes")
         else:
             out[prefix + "embed_q.weight"], out[prefix + "unembed_out.weight"] = split_kv_b(tensor, args)
     return out
+
+
+def kv_b_shape(args: ModelArgs) -> tuple[int, int]:
+    return args.num_attention_heads * (args.qk_nope_head_dim + args.v_head_dim), args.kv_lora_rank
 
 
 def split_kv_b(kv_b: mx.array, args: ModelArgs) -> tuple[mx.array, mx.array]:

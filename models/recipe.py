@@ -13,22 +13,22 @@ import mlx.core as mx
 
 from config.errors import CheckpointError
 from models.args import ModelArgs
-from models.arithmetic import Quantization
+from models.arithmetic import AFFINE_BITS, AFFINE_GROUPS, Quantization
 from models.experts import PROJECTIONS
 from models.names import is_unused, split_kv_b
 from models.shards import TensorSpec
 from models.source import Source
+from streaming.index import NUMBER
 
 # Values in one block: bounds the converter's memory, 16 MiB in float32.
 BLOCK_VALUES = 4 * 2**20
 # Rows start on whole FP8 blocks, so that a block's scales are looked up once.
 _ROW_STEP = 128
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(rf"model\.layers\.({NUMBER})\.")
 _EXPERT = re.compile(
-    r"(?P<mlp>model\.layers\.\d+\.mlp)\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)\.weight"
+    rf"(?P<mlp>model\.layers\.{NUMBER}\.mlp)\.experts\.(?P<expert>{NUMBER})\.(?P<projection>\w+)\.weight"
 )
 _FUSED = re.compile(r"(?P<mlp>model\.layers\.\d+\.mlp)\.experts\.(?P<kind>gate_up_proj|down_proj)")
 # The indexer decides what attention sees at all and is 0.03 % of the bytes; the router likewise.
@@ -70,7 +70,7 @@ def make_recipe(
     base = Quantization(group_size or default_group, bits or default_bits, mode)
     asked = {base.bits, experts_bits or base.bits, embed_bits or base.bits}
     allowed = set(AFFINE_BITS) if mode == "affine" else {default_bits}
-    groups = {32, 64, 128} if mode == "affine" else {default_group}
+    groups = set(AFFINE_GROUPS) if mode == "affine" else {default_group}
     if not asked <= allowed or base.group_size not in groups:
         raise CheckpointError(f"mode {mode} takes bits of {sorted(allowed)} and groups of {sorted(groups)}")
     return Recipe(base, experts_bits, embed_bits)

@@ -23,8 +23,8 @@ class Source:
         self.entries = entries
         self._block_shape = block_shape
         for name, entry in entries.items():
-            if entry.dtype == FP8 and scale_name(name) not in entries:
-                raise CheckpointError(f"{entry.path}: {name} is FP8 and {scale_name(name)} is missing")
+            if entry.dtype == FP8:
+                _check_scale(entry, entries.get(scale_name(name)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
@@ -63,6 +63,15 @@ class Source:
         table = self.rows(scales.name, 0, expected[0]).astype(mx.float32)
         by_row = table[mx.arange(start, stop) // height]  # [rows, blocks across]
         return (values * mx.repeat(by_row, width, axis=1)[:, :num_columns]).astype(mx.bfloat16)
+
+
+def _check_scale(weight: TensorEntry, scale: TensorEntry | None) -> None:
+    if scale is None:
+        raise CheckpointError(f"{weight.path}: {weight.name} is FP8 and {scale_name(weight.name)} is missing")
+    if scale.dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{scale.path}: {scale.name} is {scale.dtype}; scales of FP8 are {', '.join(_DTYPES)}"
+        )
 
 
 def scale_name(name: str) -> str:

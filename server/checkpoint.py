@@ -71,18 +71,24 @@ def _find_in_cache(repo: str) -> Path:
 
 
 def _cached_glms() -> Iterator[Path]:
-    """Complete checkpoints of our model type, in order of their names."""
-    for folder in sorted(_cache_folder().glob("models--*")):
-        snapshot = _snapshot(folder)
-        if snapshot is not None and _is_glm(snapshot):
+    """Complete checkpoints of our model type by name, those in FP8 last: they must be converted first."""
+    found = (_snapshot(folder) for folder in sorted(_cache_folder().glob("models--*")))
+    only_convert = []
+    for snapshot in found:
+        if snapshot is None or not _is_glm(snapshot):
+            continue
+        if any(entry.dtype.startswith("F8_E4") for entry in read_headers(snapshot).values()):
+            only_convert.append(snapshot)
+        else:
             yield snapshot
+    yield from only_convert
 
 
 def _is_glm(snapshot: Path) -> bool:
     try:
         config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
         read_headers(snapshot)
-    except (OSError, ValueError, CheckpointError):
+    except (OSError, ValueError, RecursionError, CheckpointError):
         return False
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
 

@@ -24,6 +24,7 @@ ITEM_BYTES = {
 INDEX_NAME = "model.safetensors.index.json"
 # The bound of the format's reference implementation: a longer header is a damaged length field.
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 32
 
 
 @dataclass(frozen=True)
@@ -58,29 +59,37 @@ class TensorEntry:
 
 def read_headers(directory: Path) -> dict[str, TensorEntry]:
     """All tensors of a checkpoint by name; CheckpointError names the file and the tensor at fault."""
-    index_path = directory / INDEX_NAME
-    weight_map = _read_weight_map(index_path) if index_path.exists() else None
-    if weight_map is None:
-        paths = sorted(directory.glob("model*.safetensors"))
-    else:
-        paths = [directory / shard for shard in sorted(set(weight_map.values()))]
-    if not paths:
-        raise CheckpointError(f"{directory} holds no model*.safetensors files")
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{directory} lacks {len(missing)} of {len(paths)} files: {_some(missing)}; finish the download"
-        )
+    weight_map = _read_weight_map(directory / INDEX_NAME)
     entries: dict[str, TensorEntry] = {}
-    for path in paths:
+    for path in _list_files(directory, weight_map):
         for entry in read_header(path):
             if entry.name in entries:
                 raise CheckpointError(
                     f"{path}: tensor {entry.name} is also in {entries[entry.name].path.name}"
                 )
             entries[entry.name] = entry
-    _check_weight_map(index_path, weight_map or {}, entries)
+    _check_weight_map(directory / INDEX_NAME, weight_map or {}, entries)
     return entries
+
+
+def list_files(directory: Path) -> list[Path]:
+    """The files that `read_headers` reads, in order: those of the index, whatever their names."""
+    return _list_files(directory, _read_weight_map(directory / INDEX_NAME))
+
+
+def _list_files(directory: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
+    if weight_map is None:
+        paths = sorted(directory.glob("model*.safetensors"))
+    else:
+        paths = [directory / shard for shard in sorted(set(weight_map.values()))]
+    if not paths:
+        raise CheckpointError(f"{directory} holds no model*.safetensors files")
+    missing = [path.name for path in paths if not os.path.isfile(path)]  # any error means no
+    if missing:
+        raise CheckpointError(
+            f"{directory} lacks {len(missing)} of {len(paths)} files: {_some(missing)}; finish the download"
+        )
+    return paths
 
 
 def read_header(path: Path) -> list[TensorEntry]:
@@ -111,7 +120,7 @@ def _parse_entry(path: Path, name: str, value: Any, data_start: int, stamp: File
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is described by {value!r} instead of an object")
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{where} has dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} has a shape or offsets that make no sense: {shape!r}, {offsets!r}")
@@ -129,10 +138,18 @@ def _parse_entry(path: Path, name: str, value: Any, data_start: int, stamp: File
 
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    """Bounded, because a product of what a damaged header claims may have more digits than Python prints."""
+    return (
+        isinstance(values, list)
+        and len(values) <= MAX_DIMENSIONS
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
+def _read_weight_map(path: Path) -> dict[str, str] | None:
+    """Tensor names to file names; None without an index."""
+    if not path.exists():
+        return None
     try:
         document = _parse_json(path, path.read_bytes())
     except OSError as error:

@@ -22,10 +22,12 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 KINDS = ("weight", "scales", "biases")
 PART_NAMES = tuple(f"{projection}.{kind}" for projection in PROJECTIONS for kind in KINDS)
 _PART = rf"(?P<part>(?:{'|'.join(PROJECTIONS)})\.(?:{'|'.join(KINDS)}|weight_scale_inv))"
+# Without leading zeros, by which two tensors would be one, and of a length that Python parses.
+NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _EXPERT_TENSOR = re.compile(
-    r"model\.layers\.(?P<layer>\d+)\.mlp\.(?:"
+    rf"model\.layers\.(?P<layer>{NUMBER})\.mlp\.(?:"
     rf"switch_mlp\.{_PART}"
-    rf"|experts\.(?P<expert>\d+)\.{_PART.replace('<part>', '<own_part>')}"
+    rf"|experts\.(?P<expert>{NUMBER})\.{_PART.replace('<part>', '<own_part>')}"
     r"|experts\.(?P<fused>gate_up_proj|down_proj)(?:_scale_inv)?)"
 )
 _STREAMABLE = {"U32", "U8", "BF16", "F16", "F32"}

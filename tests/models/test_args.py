@@ -55,14 +55,57 @@ def test_what_would_change_the_numbers_silently_is_refused_by_name(field: str, v
         ModelArgs.from_config(TINY | {field: value})
 
 
-def test_a_missing_field_is_named() -> None:
-    with pytest.raises(CheckpointError, match="kv_lora_rank"):
-        ModelArgs.from_config({k: v for k, v in TINY.items() if k != "kv_lora_rank"})
+@pytest.mark.parametrize("field", ["kv_lora_rank", "num_hidden_layers", "rms_norm_eps"])
+def test_a_missing_field_is_named(field: str) -> None:
+    with pytest.raises(CheckpointError, match=f"lacks {field}"):
+        ModelArgs.from_config({k: v for k, v in TINY.items() if k != field})
 
 
-def test_other_rope_types_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_hidden_layers", 0), ("num_hidden_layers", "11"), ("vocab_size", "64"), ("vocab_size", 2**40),
+     ("index_topk", 0), ("index_topk", 8.5), ("kv_lora_rank", -32), ("norm_topk_prob", "yes"),
+     ("rms_norm_eps", "1e-5"), ("rope_parameters", {"rope_theta": float("nan")}), ("rope_parameters", [1]),
+     ("rope_parameters", {"rope_theta": 10**400}), ("routed_scaling_factor", float("inf")),
+     ("mlp_layer_types", 3), ("indexer_types", [["full"]] * 11), ("index_topk_pattern", 7),
+     ("index_topk_freq", "4"), ("num_experts_per_tok", 9), ("n_group", 3), ("topk_group", 2)],
+)  # fmt: skip
+def test_a_field_that_nothing_can_be_computed_with_is_one_clear_line(field: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: "):
+        ModelArgs.from_config(TINY | {field: value})
+
+
+def test_without_a_word_on_dense_layers_there_are_three_as_in_transformers() -> None:
+    silent = {"mlp_layer_types": None, "first_k_dense_replace": None}
+    assert ModelArgs.from_config(TINY | silent).moe_layers == range(3, 11)
+
+
+@pytest.mark.parametrize("spelling", ["rope_type", "type"])
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+def test_other_rope_types_are_refused(place: str, spelling: str) -> None:
     with pytest.raises(CheckpointError, match="yarn"):
-        ModelArgs.from_config(TINY | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}})
+        ModelArgs.from_config(TINY | {place: {spelling: "yarn", "rope_theta": 1e6}})
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 8e6}},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 8e6},
+        {"rope_parameters": {"type": "default", "rope_theta": 8e6}, "rope_scaling": None},
+        {"rope_theta": 8e6},
+        {"rope_theta": 8e6, "rope_scaling": {"type": "default"}, "rope_parameters": None},
+        {"rope_theta": None, "rope_scaling": {"rope_type": "default", "rope_theta": 8e6}},
+    ],
+    ids=str,
+)
+def test_rope_theta_is_found_in_all_places_where_transformers_looks(spelling: dict[str, Any]) -> None:
+    plain = {name: value for name, value in TINY.items() if name != "rope_parameters"}
+    assert ModelArgs.from_config(plain | spelling).rope_theta == 8e6
+
+
+def test_without_any_rope_theta_it_is_that_of_transformers() -> None:
+    assert ModelArgs.from_config(TINY | {"rope_parameters": {"rope_type": None}}).rope_theta == 10000
 
 
 def test_cache_bytes_per_token_are_those_of_the_reference() -> None:

@@ -10,6 +10,7 @@ from models.args import ModelArgs
 from models.arithmetic import CPU, CUDA
 from models.cache import SequenceCache
 from models.cache_blocks import bytes_per_token, cache_fingerprint, fill_blocks, read_blocks
+from streaming.headers import INDEX_NAME
 from tests.models.make_golden import SEED
 from tests.tiny_glm import SHARED, make_weights, save_checkpoint, tokens
 from tests.tiny_model import make_model, run
@@ -72,3 +73,15 @@ def test_the_fingerprint_tells_checkpoints_and_arithmetic_apart(tmp_path: Path) 
         cache_fingerprint(two, ModelArgs.from_config(SHARED | {"index_topk": 9}), CPU),
     }
     assert len(found) == 4
+
+
+def test_the_fingerprint_reads_the_files_that_the_index_names_whatever_their_names(tmp_path: Path) -> None:
+    found = set()
+    for seed in (1, 2):
+        directory = save_checkpoint(tmp_path / str(seed), SHARED, make_weights(SHARED, seed))
+        index = directory / INDEX_NAME
+        index.write_text(index.read_text().replace("model-", "weights-"))
+        for path in directory.glob("model-*.safetensors"):
+            path.rename(path.with_name(path.name.replace("model-", "weights-")))
+        found.add(cache_fingerprint(directory, ARGS, CPU, knows_times=False))
+    assert len(found) == 2

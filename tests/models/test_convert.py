@@ -280,6 +280,27 @@ def test_a_missing_or_misshapen_fp8_scale_is_named(tmp_path: Path) -> None:
         Source(read_headers(tmp_path)).rows("w.weight", 0, 10)
 
 
+def test_scales_of_another_kind_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    tensors = {
+        "w.weight": ("F8_E4M3", (128, 128), bytes(128 * 128)),
+        "w.weight_scale_inv": ("F8_E8M0", (1, 1), bytes([127])),
+    }
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"w\.weight_scale_inv is F8_E8M0"):
+        Source(read_headers(tmp_path))
+
+
+@pytest.mark.parametrize("quantization", [{"weight_block_size": [128]}, {"weight_block_size": [0, 128]}, [1]])
+def test_fp8_blocks_without_rows_and_columns_are_refused(
+    tmp_path: Path, source: Path, quantization: object
+) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source/config.json").write_text(json.dumps(SHARED | {"quantization_config": quantization}))
+    with pytest.raises(CheckpointError, match=r"FP8 blocks of \["):
+        convert(tmp_path / "source", tmp_path / "target", FOUR_BITS)
+    assert not (tmp_path / "target").exists()
+
+
 def test_a_large_matrix_cut_into_blocks_gives_the_same_as_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, converted: Path
 ) -> None:
@@ -328,6 +349,71 @@ def test_a_finished_foreign_or_differently_begun_target_is_left_alone(
         convert(source, target, EIGHT_BITS)
     with pytest.raises(CheckpointError, match="quantised already"):
         convert(converted, tmp_path / "twice", FOUR_BITS)
+
+
+def test_a_conversion_does_not_go_on_from_a_source_that_was_replaced(tmp_path: Path, source: Path) -> None:
+    mine, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(source, mine)
+    subprocess.run([sys.executable, "-c", KILLED, mine, target], check=False)
+    save_checkpoint(mine, SHARED, make_weights(SHARED, 1))
+    with pytest.raises(UsageError, match="whose files have changed since; use another folder"):
+        convert(mine, target, FOUR_BITS)
+
+
+def test_what_a_full_disk_left_of_a_file_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, converted: Path
+) -> None:
+    target = tmp_path / "target"
+    subprocess.run([sys.executable, "-c", KILLED, source, target], check=False)
+    missing = {path.name: path.stat().st_size for path in converted.glob("*.safetensors")}
+    for path in target.glob("*.safetensors"):
+        del missing[path.name]
+    (target / (min(missing) + ".partial")).write_bytes(bytes(10**6))
+    needed = sum(missing.values())
+    usage: Callable[[Path], Any] = lambda path: type("Usage", (), {"free": needed - 10**6})  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    convert(source, target, FOUR_BITS)
+    assert all_files(target) == all_files(converted)
+
+
+def test_a_second_conversion_into_the_same_folder_is_refused_and_harms_nothing(
+    tmp_path: Path, source: Path, converted: Path
+) -> None:
+    refusals = []
+
+    def meddle(done: int, total: int) -> None:
+        if total // 3 < done < total // 2:
+            with pytest.raises(UsageError, match="another conversion is at work there") as refusal:
+                convert(source, tmp_path / "target", FOUR_BITS)
+            refusals.append(refusal)
+
+    convert(source, tmp_path / "target", FOUR_BITS, meddle)
+    assert refusals
+    assert all_files(tmp_path / "target") == all_files(converted)
+
+
+def test_a_conversion_that_was_cut_at_its_very_start_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, converted: Path
+) -> None:
+    def full(self: Path, text: str) -> int:
+        self.touch()
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(UsageError, match="the disk is full; free some and repeat"):
+            convert(source, tmp_path / "target", FOUR_BITS)
+    assert (tmp_path / "target/conversion.json").read_bytes() == b""
+    convert(source, tmp_path / "target", FOUR_BITS)
+    assert all_files(tmp_path / "target") == all_files(converted)
+
+
+@pytest.mark.parametrize("state", ["", "[]", '{"sou'])
+def test_a_damaged_state_beside_other_files_is_left_alone(tmp_path: Path, source: Path, state: str) -> None:
+    (tmp_path / "conversion.json").write_text(state)
+    (tmp_path / "model-00001-of-00012.safetensors").write_text("precious")
+    with pytest.raises(UsageError, match="is no unfinished conversion"):
+        convert(source, tmp_path, FOUR_BITS)
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
@@ -391,5 +477,22 @@ def test_the_command_converts_and_refuses_what_mlx_cannot_do(tmp_path: Path, sou
 def test_a_missing_expert_is_named(tmp_path: Path, weights: dict[str, Array]) -> None:
     cut = {name: w for name, w in weights.items() if ".3.mlp.experts.5." not in name}
     with pytest.raises(CheckpointError, match=r"7 of 8 experts are there; missing \[5\]"):
+        convert(save_checkpoint(tmp_path / "source", SHARED, cut), tmp_path / "target", FOUR_BITS)
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ("model.norm.", r"missing model\.norm\.weight"),
+        ("model.layers.10.", r"missing model\.layers\.10\."),
+        ("model.layers.5.mlp.experts.", r"missing model\.layers\.5\.mlp\.switch_mlp\.down_proj\.weight"),
+    ],
+)
+def test_a_source_that_makes_no_whole_model_is_refused_before_anything_is_written(
+    tmp_path: Path, weights: dict[str, Array], lacking: str, message: str
+) -> None:
+    cut = {name: w for name, w in weights.items() if not name.startswith(lacking)}
+    with pytest.raises(CheckpointError, match=message):
         convert(save_checkpoint(tmp_path / "source", SHARED, cut), tmp_path / "target", FOUR_BITS)
     assert not (tmp_path / "target").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from config.errors import CheckpointError
 from config.plan import cache_rows
 from models.args import ModelArgs
-from models.arithmetic import CPU, Quantization
+from models.arithmetic import CPU, METAL, Quantization
+from models.attention import Span
 from models.building import infer_quantization
 from models.experts import Experts
 from models.glm_moe_dsa import Model
@@ -130,7 +132,12 @@ def test_the_mtp_layer_and_indexers_of_shared_layers_are_left_out(tmp_path: Path
     [
         ({"model.norm.weight": None}, "missing model.norm.weight"),
         ({"model.layers.2.self_attn.o_proj.bias": (64,)}, "unexpected model.layers.2.self_attn.o_proj.bias"),
+        ({"model.layers." + "9" * 5000 + ".x.weight": (1,)}, "unexpected model.layers.9999"),
         ({"model.norm.weight": (63,)}, "model.norm.weight is .63,., not .64,."),
+        (
+            {"model.layers.0.self_attn.kv_b_proj.weight": (100, 32)},
+            r"kv_b_proj.weight is .100, 32., not .112,",
+        ),
         ({"model.layers.4.mlp.experts.7.up_proj.weight": None}, "experts.7.up_proj.weight is missing"),
         ({"model.layers.0.self_attn.q_a_proj.weight_scale_inv": (1, 1)}, "glmserve convert"),
     ],
@@ -148,10 +155,75 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(
         open_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.layers.0.self_attn.q_a_proj.weight", mx.uint8),  # what FP8 without scales is loaded as
+        ("model.norm.weight", mx.int32),
+        ("model.layers.0.self_attn.o_proj.scales", mx.int32),
+    ],
+)
+def test_trunk_tensors_of_the_right_shape_but_other_numbers_are_named(
+    name: str, dtype: mx.Dtype, tmp_path: Path
+) -> None:
+    def choose(path: str) -> Quantization | None:
+        return Quantization(64, 4) if path.endswith("o_proj") else None
+
+    save_packed(tmp_path, WIDE, make_weights(WIDE, SEED), choose)
+    change_tensors(tmp_path, lambda given, array: array.astype(dtype) if given == name else array)
+    with pytest.raises(CheckpointError, match=rf"{name} is stored as mlx\.core\.u?int"):
+        open_model(tmp_path)
+
+
+def cut(array: mx.array) -> mx.array:
+    return array[:, : array.shape[1] // 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"up_proj.biases": None}, "missing layer 4, experts' up_proj.biases"),
+        ({"up_proj.scales": cut, "up_proj.biases": cut}, r"up_proj.scales is .64, 2., not .128, 2."),
+        ({"down_proj.weight": cut, "down_proj.scales": cut, "down_proj.biases": cut}, r"down_proj.weight is"),
+        ({"up_proj.biases": lambda a: a.astype(mx.uint32)}, "up_proj.biases is stored as mlx.core.uint32"),
+        ({"up_proj.scales": None}, "up_proj of the experts is quantised but has no scales"),
+        ({"up_proj.weight": lambda a: a[..., :14]}, "up_proj: weight .* is no packing of 128 inputs"),
+        ({"up_proj.scales": lambda a: a[..., :1]}, r"up_proj.biases is .128, 2., not .128, 1."),
+    ],
+)
+def test_experts_that_do_not_fit_the_config_are_refused_before_anything_is_loaded(
+    changes: dict[str, Callable[[mx.array], mx.array] | None], message: str, tmp_path: Path
+) -> None:
+    def change(name: str, array: mx.array) -> mx.array | None:
+        kind = name.removeprefix("model.layers.4.mlp.switch_mlp.")
+        if kind not in changes:
+            return array
+        made = changes[kind]
+        return None if made is None else mx.contiguous(made(array))
+
+    save_packed(tmp_path, WIDE, make_weights(WIDE, SEED), lambda path: Quantization(64, 4))
+    change_tensors(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("model_type", ["glm4_moe", "glm5_next", "deepseek_v32", None])
 def test_other_models_are_refused_with_what_is_supported(model_type: str | None, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(CheckpointError, match=r"glmserve runs GLM-5, 5\.1, 5\.2 and 5\.3"):
+        read_config(tmp_path)
+
+
+def test_a_packed_kv_b_is_refused_whichever_of_its_tensors_comes_first() -> None:
+    args = ModelArgs.from_config(TINY)
+    packed = {"kv_b_proj.weight": mx.zeros((112, 4), mx.uint32), "kv_b_proj.scales": mx.zeros((112, 1))}
+    with pytest.raises(CheckpointError, match="a packed kv_b_proj cannot be split"):
+        to_model_names(packed, args)
+
+
+def test_a_config_nested_without_end_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         read_config(tmp_path)
 
 
@@ -163,8 +235,9 @@ def test_fewer_experts_than_the_config_says_are_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_scales_that_fit_no_packing_are_refused() -> None:
-    weight, scales = mx.zeros((8, 9), dtype=mx.uint32), mx.zeros((8, 1))
+@pytest.mark.parametrize(("words", "groups"), [(9, 1), (14, 1), (8, 0), (8, 4)])
+def test_scales_that_fit_no_packing_are_refused(words: int, groups: int) -> None:
+    weight, scales = mx.zeros((8, words), dtype=mx.uint32), mx.zeros((8, groups))
     with pytest.raises(CheckpointError, match="no packing of 64 inputs"):
         infer_quantization("x", weight, scales, 64)
 
@@ -216,6 +289,42 @@ def test_the_geometry_counts_what_the_model_holds(tmp_path: Path) -> None:
     for rows in cache._all():
         rows.append(mx.zeros((256, rows.state.shape[1])))
     assert cache.nbytes == cache_rows(256) * geometry.context_bytes_per_token
+
+
+def test_the_geometry_counts_control_paths_in_float32_where_the_rest_is_not(tmp_path: Path) -> None:
+    """Public checkpoints store the router in bfloat16; on a GPU it takes twice as much."""
+    save_packed(tmp_path, WIDE, make_weights(WIDE, SEED), lambda path: Quantization(64, 4))
+    in_bfloat16 = (".mlp.gate.weight", ".e_score_correction_bias")
+    change_tensors(
+        tmp_path, lambda name, array: array.astype(mx.bfloat16) if name.endswith(in_bfloat16) else array
+    )
+    opened = open_model(tmp_path, arithmetic=METAL)
+    held = sum(array.nbytes for _, array in parameters(opened.model))
+    assert make_geometry(opened.checkpoint, METAL).trunk_bytes == held
+
+
+@pytest.mark.parametrize("rows", [20, 70])
+def test_a_checkpoint_in_float16_is_computed_in_the_activations_own_type(tmp_path: Path, rows: int) -> None:
+    def choose(path: str) -> Quantization | None:
+        return None if "indexer" in path else Quantization(32, 4)
+
+    save_packed(tmp_path, WIDE, make_weights(WIDE, SEED), choose)
+    change_tensors(tmp_path, lambda _, a: a.astype(mx.float16) if a.dtype == mx.bfloat16 else a)
+    model = open_model(tmp_path, arithmetic=METAL).model
+    hidden = model(mx.array(tokens(WIDE, rows)), [Span(model.make_cache(), 0, rows)])
+    assert hidden.dtype == mx.bfloat16
+    indexer = [array.dtype for name, array in parameters(model) if ".indexer.w" in name]
+    assert set(indexer) == {mx.float16}
+
+
+def change_tensors(directory: Path, change: Callable[[str, mx.array], mx.array | None]) -> None:
+    """Replace or, with None, remove tensors of a checkpoint of one file."""
+    path = directory / "model.safetensors"
+    before = cast(dict[str, mx.array], mx.load(str(path)))
+    changed = {name: change(name, array) for name, array in before.items()}
+    after = {name: array for name, array in changed.items() if array is not None}
+    mx.eval(after)
+    mx.save_safetensors(str(path), after, {"format": "mlx"})
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ from config.errors import CheckpointError
 from server.checkpoint import choose_checkpoint, find_checkpoint
 
 
-def write_shard(path: Path, num_data_bytes: int = 8, num_missing: int = 0, tensor: str = "a") -> None:
+def write_shard(
+    path: Path, num_data_bytes: int = 8, num_missing: int = 0, tensor: str = "a", dtype: str = "U8"
+) -> None:
     header = json.dumps(
         {
             "__metadata__": {},
-            tensor: {"dtype": "U8", "shape": [num_data_bytes], "data_offsets": [0, num_data_bytes]},
+            tensor: {"dtype": dtype, "shape": [num_data_bytes], "data_offsets": [0, num_data_bytes]},
         }
     ).encode()
     path.write_bytes(
@@ -97,6 +99,17 @@ def test_without_a_name_a_complete_glm_of_the_cache_is_served_else_pocket(
     found = choose_checkpoint(None)
     assert (found.directory, found.model_id) == (whole, "z-ai/glm-5.2")
     assert str(whole) in found.remark
+
+
+def test_an_fp8_original_in_the_cache_does_not_stand_before_a_checkpoint_that_can_be_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    original = write_snapshot(tmp_path / "models--RedHatAI--GLM-5.2-FP8", "glm_moe_dsa")
+    write_shard(original / "model.safetensors", dtype="F8_E4M3")
+    assert choose_checkpoint(None).directory == original
+    servable = write_snapshot(tmp_path / "models--mlx-community--GLM-5.2-mxfp4", "glm_moe_dsa")
+    assert choose_checkpoint(None).directory == servable
 
 
 def test_pocket_by_name_keeps_its_own_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

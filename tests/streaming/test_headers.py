@@ -34,6 +34,12 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         read_headers(tmp_path)
 
 
+def test_a_shard_of_an_impossible_name_is_missing_too(tmp_path: Path) -> None:
+    write_index(tmp_path, {"x" * 300: ["a"]})
+    with pytest.raises(CheckpointError, match=r"lacks 1 of 1 files: xxx"):
+        read_headers(tmp_path)
+
+
 def test_a_tensor_that_its_shard_does_not_hold_is_named(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "model-1.safetensors", TENSORS)
     write_index(tmp_path, {"model-1.safetensors": ["a", "b", "c"]})
@@ -63,6 +69,9 @@ def test_a_truncated_file_is_refused_with_file_and_tensor(tmp_path: Path) -> Non
         ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, "tensor a has a shape"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, "tensor a has a shape"),
         ({"a": {"dtype": "F32", "shape": [2]}}, "tensor a has a shape"),
+        ({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, "tensor a has dtype .'F32'."),
+        ({"a": {"dtype": "F32", "shape": [10**4000] * 2, "data_offsets": [0, 8]}}, "tensor a has a shape"),
+        ({"a": {"dtype": "F32", "shape": [10**9] * 999, "data_offsets": [0, 8]}}, "tensor a has a shape"),
         (
             {
                 "a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},

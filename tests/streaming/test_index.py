@@ -92,6 +92,19 @@ def test_expert_tensors_are_told_from_the_trunk_by_name(name: str, is_expert: bo
     assert ExpertIndex.is_expert_tensor(name) is is_expert
 
 
+@pytest.mark.parametrize("number", ["01", "9" * 5000])
+def test_numbers_that_stand_for_another_tensor_or_for_nothing_make_no_expert(
+    tmp_path: Path, number: str
+) -> None:
+    tensors = dict(separate(np.random.default_rng(0), [3], 4))
+    wanted = tensors["model.layers.3.mlp.experts.1.up_proj.weight"][2]
+    name = f"model.layers.3.mlp.experts.{number}.up_proj.weight"
+    dtype, shape, data = tensors["model.layers.3.mlp.experts.1.up_proj.weight"]
+    index = make_index(tmp_path, tensors | {name: (dtype, shape, bytes(len(data)))})
+    assert not ExpertIndex.is_expert_tensor(name)
+    assert read_expert(index, 3, 1)["up_proj.weight"] == wanted
+
+
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     tensors = dict(separate(np.random.default_rng(0), [3], 4))
     del tensors["model.layers.3.mlp.experts.2.up_proj.scales"]
