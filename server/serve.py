@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,17 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: EngineProcess) -> None:
         super().__init__(config)
         self._engine = engine
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Does not raise the signals again at the end, as uvicorn's does: they would end this process at
+        once, before the engine has written what it keeps.
+        """
+        with super().capture_signals():
+            try:
+                yield
+            finally:
+                self._captured_signals.clear()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the answers under way; those that take too long get an error."""
