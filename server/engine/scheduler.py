@@ -113,8 +113,9 @@ class Scheduler:
             most = sequence.num_prompt_tokens + sequence.request.max_tokens + 1
             promise = min(sequence.num_tokens + 1 + KV_HEADROOM, most)
             if self.num_kv_tokens + promise > self._limits.kv_tokens and self._running:
-                if self.shares.starved_s(sequence, now_s) > AGING_S:
-                    break  # nobody overtakes it for ever
+                # Its own wait counts, not its agent's: one agent's small ones would overtake it for ever.
+                if now_s - sequence.served_s > AGING_S:
+                    break
                 continue
             sequence.promised_tokens = promise
             self._waiting.remove(sequence)

@@ -116,6 +116,17 @@ def test_small_ones_do_not_overtake_a_large_one_for_ever(world: World, model: Ti
     assert waited_s >= AGING_S / 2, "the test means nothing where it need not wait"
 
 
+def test_small_ones_of_the_same_agent_do_not_overtake_a_large_one_for_ever(
+    world: World, model: TimedModel
+) -> None:
+    """A fleet without sessions is one agent, which always has something that runs."""
+    for i in range(120):
+        world.at(0.7 * i, ask(f"small{i}", 100, 5, agent="fleet"))
+    world.at(2, ask("large", 800, 5, agent="fleet"))
+    world.run(model, limits=Limits(kv_tokens=1000))
+    assert world.times_of("large", Started)[0] - 2 <= AGING_S + 10
+
+
 @pytest.mark.parametrize("num_agents", [3, 9])
 def test_agents_with_equal_wishes_end_together(world: World, model: TimedModel, num_agents: int) -> None:
     for i in range(num_agents):
