@@ -95,11 +95,15 @@ def test_interactive_goes_before_background(world: World, model: TimedModel) -> 
     assert world.finished_s("now") < world.finished_s("later")
 
 
-def test_background_is_not_put_off_for_ever(world: World, model: TimedModel) -> None:
-    """Room for one at a time, and somebody new each second: a second is what each takes."""
+@pytest.mark.parametrize("agent", ["", "fleet"])
+def test_background_is_not_put_off_for_ever(world: World, model: TimedModel, agent: str) -> None:
+    """Room for one at a time, and somebody new each second: a second is what each takes.
+
+    Whether all are agents of their own or one that always has something that runs.
+    """
     for i in range(100):
-        world.at(0.9 * i, ask(f"agent{i}", 100, 1))
-    world.at(1, replace(ask("background", 100, 1), priority="background"))
+        world.at(0.9 * i, ask(f"agent{i}", 100, 1, agent))
+    world.at(1, replace(ask("background", 100, 1, agent), priority="background"))
     world.run(model, limits=Limits(kv_tokens=110))
     waited_s = world.times_of("background", Started)[0] - 1
     assert AGING_S <= waited_s <= AGING_S + 2 * 1.1
