@@ -60,6 +60,7 @@ class Answer:
         self.prompt_scores: list[TokenScore] = []
         self.first_at: float | None = None
         self.token_ids: list[int] = []
+        self.has_begun = False  # the engine has worked on it
         self.remark = ""  # for its line in the log
         self._progress: Progress | None = None
         self._prefill_from: tuple[float, int] | None = None
@@ -100,6 +101,7 @@ class Answer:
                         self._line.place(event.request_id, event.num_before)
                         continue
                     self._line.leave(self.request.request_id)
+                    self.has_begun = self.has_begun or not isinstance(event, Failed)
                     match event:
                         case Progress():
                             self._on_progress(event)
