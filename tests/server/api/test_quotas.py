@@ -68,7 +68,10 @@ def test_a_refused_request_is_not_counted(clock: Clock) -> None:
     assert accounts.used("alice", "requests/minute") == 1
 
 
-@pytest.mark.parametrize("word", ["requests/hour=3", "requests/day", "tokens/day=0", "tokens/day=-1", "x"])
+@pytest.mark.parametrize(
+    "word",
+    ["requests/hour=3", "requests/day", "tokens/day=0", "tokens/day=-1", "x", "tokens/day=" + "9" * 5000],
+)
 def test_what_is_no_limit_is_refused_with_those_that_are(tmp_path: Path, word: str) -> None:
     file = tmp_path / "keys"
     file.write_text(f"sk-0\nalice: sk-1 tokens/day=5 {word}\n")
