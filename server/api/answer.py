@@ -81,7 +81,7 @@ class Answer:
     @property
     def is_whole_turn(self) -> bool:
         """Whether the client saw all that was generated, up to where the model or the last call ended it."""
-        is_cut = self._scanner.is_stopped or self.parser.num_rejected_calls
+        is_cut = self._scanner.is_stopped or self.parser.num_rejected_calls or self.parser.part == "call"
         return self._reason == "stop" and not is_cut
 
     @property
