@@ -18,6 +18,7 @@ from server.engine.messages import (
     Finished,
     Progress,
     PromptScored,
+    Started,
     Token,
     TokenScore,
 )
@@ -47,6 +48,16 @@ class Answers:
     ) -> None:
         self._model, self._scheduler, self._prefixes, self._send = model, scheduler, prefixes, send
         self._max_rows = max_rows
+
+    def begin(self, sequence: Sequence) -> bool:
+        """Say that it waits no more; False where its grammar cannot be followed, which ends it."""
+        try:
+            sequence.constraint.begin()
+        except Exception as error:  # its own request only
+            self.fail(sequence, error)
+            return False
+        self._send(Started(sequence.request.request_id))
+        return True
 
     def hand_out(self, done: Pass, hidden: mx.array) -> None:  # [N, H]
         """Scores and progress of prompts, and the next token of those whose last row was in the pass."""

@@ -60,6 +60,7 @@ class Scheduler:
                 sequence.is_cancelled = True
         for sequence in [item for item in self._waiting if item.is_cancelled]:
             self._waiting.remove(sequence)
+            sequence.constraint.give_up()
             self.shares.leave(sequence.request.agent)
 
     def retire(self, sequence: Sequence) -> None:
@@ -78,6 +79,11 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Whether nobody runs or waits."""
         return not self._running and not self._waiting
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether nobody runs, and nobody who waits could."""
+        return not self._running and not any(item.constraint.is_ready for item in self._waiting)
 
     @property
     def num_waiting(self) -> int:
@@ -102,13 +108,18 @@ class Scheduler:
     # what runs next
 
     def admit(self) -> list[Sequence]:
-        """Move those into the running whose turn it is and whose KV fits; they need caches now."""
+        """Move those into the running whose turn it is and whose KV fits; they need caches now.
+
+        Whoever's grammar is still being read waits for it here, and keeps nobody else waiting.
+        """
         admitted: list[Sequence] = []
         now_s = self._clock()
         for sequence in self.shares.rank(self._waiting, now_s, self._cost):
             if len(self._running) >= MAX_RUNNING:
                 break
             if self._num_inflight(sequence.request.agent) >= self._limits.agent_inflight:
+                continue
+            if not sequence.constraint.is_ready:
                 continue
             most = sequence.num_prompt_tokens + sequence.request.max_tokens + 1
             promise = min(sequence.num_tokens + 1 + KV_HEADROOM, most)
