@@ -102,9 +102,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return _bound(socket.socket(family, kind, protocol), address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter where no name can be so
+        reason = error.strerror if isinstance(error, OSError) else "this is no name of a host"
         raise UsageError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
         ) from error
 
 
