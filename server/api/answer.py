@@ -165,7 +165,10 @@ class Answer:
         return self._delta(piece, (score,) if is_visible else ())
 
     def _delta(self, piece: Piece, scores: tuple[TokenScore, ...] = ()) -> Delta:
-        return Delta(piece.reasoning, self._scanner.push(piece.content), scores, piece.calls)
+        content = self._scanner.push(piece.content)
+        if self.parser.part == "call":  # no stop string reaches over it, and it comes behind the text
+            content += self._scanner.flush()
+        return Delta(piece.reasoning, content, scores, piece.calls)
 
     def _last_delta(self) -> Delta:
         delta = self._delta(self.parser.flush(self._reason == "stop"))
