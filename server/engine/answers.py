@@ -78,7 +78,8 @@ class Answers:
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
         """End one request; its client is told, the others go on."""
-        log.error("request %s failed", sequence.request.request_id, exc_info=error)
+        if kind_of(error) != "request":  # a client's fault, in a client's words, is told to the client only
+            log.error("request %s failed", sequence.request.request_id, exc_info=error)
         self._scheduler.retire(sequence)
         message = str(error) or type(error).__name__
         self._send(Failed(sequence.request.request_id, kind_of(error), message))
