@@ -40,6 +40,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []  # in order of admission
         self._in_pass: set[Sequence] = set()
+        self._left_out: set[Sequence] = set()  # had a prompt to read when others boarded last
         self._turn: list[Sequence] = []
         self._turn_steps = 0
         self._row_s = 0.0  # measured: seconds of a prompt's row
@@ -67,6 +68,7 @@ class Scheduler:
         """Forget a sequence that is complete, failed or cancelled, and give its cache back."""
         self._running.remove(sequence)
         self._in_pass.discard(sequence)
+        self._left_out.discard(sequence)
         sequence.cache = sequence.leader = sequence.restoring = None
         self.shares.leave(sequence.request.agent)
 
@@ -140,9 +142,12 @@ class Scheduler:
         return bool(self._readers())
 
     def has_reader_for(self, parts: list[Part]) -> bool:
-        """Whether anybody would board with these: has a prompt that is not tiny beside the longest."""
+        """Whether anybody would board with these who has come since: those left out would be so again.
+
+        Whose prompt is tiny beside the longest would not.
+        """
         tiny = TINY * max(part.num_rows for part in parts)
-        return any(sequence.num_unread > tiny for sequence in self._readers())
+        return any(item.num_unread > tiny for item in self._readers() if item not in self._left_out)
 
     def board(self, num_rows: int) -> list[Part]:
         """Parts of prompts for a pass over at most so many rows: some room for short ones, then by turn.
@@ -159,6 +164,7 @@ class Scheduler:
         tiny = TINY * max((part.num_rows for part in parts), default=0)
         parts = [part for part in parts if part.sequence.num_unread > tiny]
         self._in_pass |= {part.sequence for part in parts}
+        self._left_out = set(self._readers())
         return parts
 
     def board_short(self, num_rows: int) -> list[Part]:
@@ -209,6 +215,7 @@ class Scheduler:
     def suspend(self, sequence: Sequence) -> None:
         """Take the cache away; the sequence waits and will read all its tokens again."""
         self._running.remove(sequence)
+        self._left_out.discard(sequence)
         sequence.cache = sequence.leader = sequence.restoring = None
         self._waiting.insert(0, sequence)
 

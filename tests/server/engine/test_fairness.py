@@ -131,6 +131,23 @@ def test_small_ones_of_the_same_agent_do_not_overtake_a_large_one_for_ever(
     assert world.times_of("large", Started)[0] - 2 <= AGING_S + 10
 
 
+def test_who_found_no_room_in_a_pass_does_not_make_it_start_again(world: World) -> None:
+    """The tiny one takes two rows, and leaves them when it turns out to be tiny beside the long one.
+
+    So the pass seems to have room, which nobody gets: it would start again for ever, within its first layer.
+    """
+
+    def cost(rows: int) -> float:
+        assert world.now_s < 100, "it starts again and again"
+        return 0.001 * rows
+
+    model = TimedModel(world=world, cost=cost, num_parts=3)
+    world.at(0, ask("first", 100, 1))
+    world.at(5, ask("long", 171, 1), ask("tiny", 2, 1), ask("short", 18, 1), ask("last", 329, 1))
+    world.run(model, limits=Limits(pass_rows=130))
+    assert world.finished_s("last") < 20
+
+
 @pytest.mark.parametrize("num_agents", [3, 9])
 def test_agents_with_equal_wishes_end_together(world: World, model: TimedModel, num_agents: int) -> None:
     for i in range(num_agents):
