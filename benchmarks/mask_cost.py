@@ -9,6 +9,7 @@ again with OpenBLAS preloaded, as the server starts its engine.
 import argparse
 import statistics
 import time
+from concurrent.futures import wait
 
 import mlx.core as mx
 
@@ -45,10 +46,12 @@ class Side:
     def run(self) -> None:
         """One answer."""
         cache, request = self._model.make_cache(), self._request
-        matcher = None
+        coming = None
         if self._grammars:
-            matcher = self._grammars.make_matcher(request.grammar, request.stop_token_ids)
-        constraint = Constraint(request, matcher)
+            coming = self._grammars.begin_matcher(request.grammar, request.stop_token_ids)
+            wait([coming])
+        constraint = Constraint(request, coming)
+        constraint.begin()
         hidden = self._model(mx.array(request.token_ids), [Span(cache, 0, len(request.token_ids))])[-1:]
         for _ in range(NUM_TOKENS):
             started = time.perf_counter()

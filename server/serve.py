@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,9 +102,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return _bound(socket.socket(family, kind, protocol), address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter where no name can be so
+        reason = error.strerror if isinstance(error, OSError) else "this is no name of a host"
         raise UsageError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
         ) from error
 
 
@@ -123,6 +126,17 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: EngineProcess) -> None:
         super().__init__(config)
         self._engine = engine
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Does not raise the signals again at the end, as uvicorn's does: they would end this process at
+        once, before the engine has written what it keeps.
+        """
+        with super().capture_signals():
+            try:
+                yield
+            finally:
+                self._captured_signals.clear()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the answers under way; those that take too long get an error."""

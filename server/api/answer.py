@@ -60,6 +60,7 @@ class Answer:
         self.prompt_scores: list[TokenScore] = []
         self.first_at: float | None = None
         self.token_ids: list[int] = []
+        self.has_begun = False  # the engine has worked on it
         self.remark = ""  # for its line in the log
         self._progress: Progress | None = None
         self._prefill_from: tuple[float, int] | None = None
@@ -80,7 +81,7 @@ class Answer:
     @property
     def is_whole_turn(self) -> bool:
         """Whether the client saw all that was generated, up to where the model or the last call ended it."""
-        is_cut = self._scanner.is_stopped or self.parser.num_rejected_calls
+        is_cut = self._scanner.is_stopped or self.parser.num_rejected_calls or self.parser.part == "call"
         return self._reason == "stop" and not is_cut
 
     @property
@@ -100,6 +101,7 @@ class Answer:
                         self._line.place(event.request_id, event.num_before)
                         continue
                     self._line.leave(self.request.request_id)
+                    self.has_begun = self.has_begun or not isinstance(event, Failed)
                     match event:
                         case Progress():
                             self._on_progress(event)
@@ -163,7 +165,10 @@ class Answer:
         return self._delta(piece, (score,) if is_visible else ())
 
     def _delta(self, piece: Piece, scores: tuple[TokenScore, ...] = ()) -> Delta:
-        return Delta(piece.reasoning, self._scanner.push(piece.content), scores, piece.calls)
+        content = self._scanner.push(piece.content)
+        if self.parser.part == "call":  # no stop string reaches over it, and it comes behind the text
+            content += self._scanner.flush()
+        return Delta(piece.reasoning, content, scores, piece.calls)
 
     def _last_delta(self) -> Delta:
         delta = self._delta(self.parser.flush(self._reason == "stop"))

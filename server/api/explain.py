@@ -183,7 +183,7 @@ class Explainer:
         agent.place = place
         if agent.num_times >= WARN_AT and agent.num_times % WARN_AT == 0:
             log.warning(
-                "agent %s: the %d prompts before this one differed at %s (now %r, before %r), so all that "
+                "agent %r: the %d prompts before this one differed at %s (now %r, before %r), so all that "
                 "follows is read anew each time; what changes belongs at the end of a prompt",
                 found.agent, agent.num_times, place, found.here, found.there,
             )  # fmt: skip

@@ -73,8 +73,8 @@ class Receipt:
     started_at: float = field(default_factory=time.time)
 
     def usage(self, answers: list[Answer]) -> Usage:
-        """What all answers cost together; a prompt that has several counts once."""
-        usages = [answer.usage for answer in answers]
+        """What all answers cost together; a prompt that has several counts once, one that never began not."""
+        usages = [answer.usage if answer.has_begun else Usage(0, 0) for answer in answers]
         firsts = usages[:: self.answers_per_prompt]
         return Usage(
             sum(usage.num_prompt_tokens for usage in firsts),

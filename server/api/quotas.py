@@ -14,6 +14,8 @@ from config.errors import UsageError
 
 PERIODS_S: Mapping[str, int] = {"minute": 60, "day": 86_400}
 UNITS = ("requests", "tokens")
+# Python refuses to read thousands of digits with an error of its own.
+MAX_DIGITS = 18
 LIMITS = tuple(f"{unit}/{period}" for unit in UNITS for period in PERIODS_S)
 
 
@@ -38,7 +40,8 @@ def parse_quota(words: Iterable[str]) -> Quota:
     limits = {}
     for word in words:
         name, _, amount = word.partition("=")
-        if name not in LIMITS or not (amount.isascii() and amount.isdigit() and int(amount)):
+        is_number = amount.isascii() and amount.isdigit() and len(amount) <= MAX_DIGITS
+        if name not in LIMITS or not (is_number and int(amount)):
             raise UsageError(
                 f"{word[:60]!r} is no limit; one is NAME=NUMBER, of the names {', '.join(LIMITS)}"
             )

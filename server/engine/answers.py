@@ -18,6 +18,7 @@ from server.engine.messages import (
     Finished,
     Progress,
     PromptScored,
+    Started,
     Token,
     TokenScore,
 )
@@ -48,6 +49,16 @@ class Answers:
         self._model, self._scheduler, self._prefixes, self._send = model, scheduler, prefixes, send
         self._max_rows = max_rows
 
+    def begin(self, sequence: Sequence) -> bool:
+        """Say that it waits no more; False where its grammar cannot be followed, which ends it."""
+        try:
+            sequence.constraint.begin()
+        except Exception as error:  # its own request only
+            self.fail(sequence, error)
+            return False
+        self._send(Started(sequence.request.request_id))
+        return True
+
     def hand_out(self, done: Pass, hidden: mx.array) -> None:  # [N, H]
         """Scores and progress of prompts, and the next token of those whose last row was in the pass."""
         complete: list[tuple[Sequence, int]] = []
@@ -67,7 +78,8 @@ class Answers:
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
         """End one request; its client is told, the others go on."""
-        log.error("request %s failed", sequence.request.request_id, exc_info=error)
+        if kind_of(error) != "request":  # a client's fault, in a client's words, is told to the client only
+            log.error("request %s failed", sequence.request.request_id, exc_info=error)
         self._scheduler.retire(sequence)
         message = str(error) or type(error).__name__
         self._send(Failed(sequence.request.request_id, kind_of(error), message))

@@ -3,6 +3,8 @@
 One `Constraint` for each sequence; called by the engine's thread, before each draw and after it.
 """
 
+from concurrent.futures import Future
+
 import mlx.core as mx
 
 from server.engine.grammar import Matcher
@@ -14,13 +16,29 @@ NEVER = -float("inf")
 class Constraint:
     """Thought first, then the grammar, if the request has either."""
 
-    def __init__(self, request: Generate, matcher: Matcher | None) -> None:
+    def __init__(self, request: Generate, coming: Future[Matcher] | None) -> None:
         self._thought = request.thought
         self._stop_token_ids = request.stop_token_ids
-        self._matcher = matcher
+        self._coming = coming
+        self._matcher: Matcher | None = None
         self._num_thought_tokens = 0
-        if matcher and self._thought is None:
-            matcher.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the grammar, if there is one, has been read."""
+        return self._coming is None or self._coming.done()
+
+    def begin(self) -> None:
+        """Take the grammar, which has been read, before the first draw. Raises what is wrong with it."""
+        if self._coming:
+            self._matcher, self._coming = self._coming.result(), None
+            if self._thought is None:
+                self._matcher.start()
+
+    def give_up(self) -> None:
+        """Nobody wants the grammar any more."""
+        if self._coming:
+            self._coming.cancel()
 
     def apply(self, logits: mx.array) -> mx.array:  # [V]
         """The logits, minus infinity where a token is not allowed."""

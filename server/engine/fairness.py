@@ -9,21 +9,23 @@ starts level with the least served of those that are here: time that nobody aske
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+from server.engine.messages import Priority
 from server.engine.sequence import Sequence
 
 QUANTUM_S = 1.0
-# An agent that has had nothing for so long goes before all others, whatever its priority.
+# An agent that has had nothing of a priority for so long goes before all others. Each has its own time: a
+# fleet without sessions is one agent, and its background would wait for as long as it asks anything else.
 AGING_S = 30.0
 
 Cost = Callable[[Sequence], float]
 
 
 class Shares:
-    """Seconds that each agent has had, and when it had the last of them."""
+    """Seconds that each agent has had, and when it had the last of them, by priority."""
 
     def __init__(self) -> None:
         self._spent_s: dict[str, float] = {}
-        self._served_s: dict[str, float] = {}
+        self._served_s: dict[tuple[str, Priority], float] = {}
         self._num_here: dict[str, int] = defaultdict(int)
 
     def join(self, agent: str) -> None:
@@ -44,7 +46,7 @@ class Shares:
         agent = sequence.request.agent
         if agent in self._spent_s:
             self._spent_s[agent] += seconds
-            self._served_s[agent] = now_s
+            self._served_s[agent, sequence.request.priority] = now_s
         sequence.served_s = now_s
 
     def rank(self, sequences: Iterable[Sequence], now_s: float, cost: Cost = lambda _: 0.0) -> list[Sequence]:
@@ -63,14 +65,15 @@ class Shares:
                 priority == "background",
                 round_number,
                 number[agent, priority],
-                self._served_s.get(agent, 0.0),
+                self._served_s.get((agent, priority), 0.0),
             )
             number[agent, priority] += 1
         return sorted(ordered, key=keys.__getitem__)
 
     def starved_s(self, sequence: Sequence, now_s: float) -> float:
-        """How long neither the sequence nor anything else of its agent has had a part in a step."""
-        return now_s - max(self._served_s.get(sequence.request.agent, 0.0), sequence.served_s)
+        """How long neither the sequence nor its agent's others of its priority have had a part in a step."""
+        one = (sequence.request.agent, sequence.request.priority)
+        return now_s - max(self._served_s.get(one, 0.0), sequence.served_s)
 
     @property
     def num_agents(self) -> int:
@@ -87,7 +90,7 @@ class Shares:
         gone = [a for a, s in self._spent_s.items() if a not in self._num_here and s <= least_s]
         for agent in gone if self._num_here else list(self._spent_s):
             del self._spent_s[agent]
-            self._served_s.pop(agent, None)
+        self._served_s = {one: time_s for one, time_s in self._served_s.items() if one[0] in self._spent_s}
 
     def check_integrity(self) -> None:
         """Nobody is remembered while nobody is here."""

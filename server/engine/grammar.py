@@ -1,8 +1,8 @@
 """Grammars that bind an answer, computed by llguidance: which tokens may come next.
 
-`Grammars` belongs to the engine's loop and makes a `Matcher` for each sequence that has a grammar. Masks are
-computed on a thread beside the model's forward pass (llguidance releases the lock), and collected when the
-logits are there.
+`Grammars` belongs to the engine's loop and makes a `Matcher` for each sequence that has a grammar. Both that
+and the masks are computed on threads beside the model's forward pass (llguidance releases the lock). Masks
+are collected when the logits are there; a sequence whose matcher is not made yet waits in line.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +29,12 @@ class Grammars:
         self._vocab_size = vocab_size
         self._by_stops: dict[frozenset[int], LLTokenizer] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        # Of its own: a schema of 10,000 properties takes 12 s, and others wait for masks meanwhile.
+        self._making = ThreadPoolExecutor(1, thread_name_prefix="grammar-making")
+
+    def begin_matcher(self, grammar: str, stop_token_ids: frozenset[int]) -> "Future[Matcher]":
+        """The same as `make_matcher`, later."""
+        return self._making.submit(self.make_matcher, grammar, stop_token_ids)
 
     def make_matcher(self, grammar: str, stop_token_ids: frozenset[int]) -> "Matcher":
         """A matcher at the start of a grammar, after which one of the stop tokens must come."""

@@ -16,17 +16,7 @@ import mlx.core as mx
 
 from server.engine.answers import Answers
 from server.engine.grammar import Grammars
-from server.engine.messages import (
-    Administer,
-    Cancel,
-    Command,
-    Event,
-    Generate,
-    Queued,
-    Replan,
-    Shutdown,
-    Started,
-)
+from server.engine.messages import Administer, Cancel, Command, Event, Generate, Queued, Replan, Shutdown
 from server.engine.model import Backend
 from server.engine.orphans import is_worth_its_end
 from server.engine.pace import Pace
@@ -44,6 +34,8 @@ OVERTAKEN = 8
 RESTART = 0.1
 # While all who run wait for saved prefixes from the disk, commands are looked at so often.
 RESTORE_WAIT_S = 0.05
+# And so often while nobody runs, and all who wait do so for their grammars.
+GRAMMAR_WAIT_S = 0.02
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +84,7 @@ class EngineLoop:
                 self._beat(False)
             self._step()
             self._beat(self._scheduler.is_idle)
-            self._take_commands(wait=self._scheduler.is_idle)
+            self._take_commands(wait=self._scheduler.is_resting)
         for one in self._passes:
             one.abandon()
 
@@ -116,10 +108,11 @@ class EngineLoop:
     # commands
 
     def _take_commands(self, wait: bool = False) -> None:
-        """`wait`: until there is one, or the memory wants to be looked at."""
+        """`wait`: until there is one, or the memory or a grammar that is being read wants to be looked at."""
         if wait:
             with suppress(Empty):
-                self._obey(self._inbox.get(timeout=self._memory.pause_s))
+                pause_s = self._memory.pause_s if self._scheduler.is_idle else GRAMMAR_WAIT_S
+                self._obey(self._inbox.get(timeout=pause_s))
         while not self._inbox.empty():
             self._obey(self._inbox.get())
 
@@ -175,6 +168,8 @@ class EngineLoop:
 
     def _admit(self) -> None:
         for sequence in self._scheduler.admit():
+            if not self._answers.begin(sequence):
+                continue
             sequence.cache = self._model.make_cache()
             try:
                 if not sequence.request.score_prompt:  # scores need the hidden rows of the whole prompt
@@ -182,7 +177,6 @@ class EngineLoop:
             except Exception:  # what was saved is of no use: the prompt is read
                 log.exception("the saved prefix of request %s", sequence.request.request_id)
                 sequence.cache, sequence.num_cached_tokens = self._model.make_cache(), 0
-            self._send(Started(sequence.request.request_id))
 
     def _tell_places(self) -> None:
         places = {item.request.request_id: place for place, item in enumerate(self._scheduler.line)}

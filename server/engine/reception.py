@@ -42,7 +42,7 @@ class Reception:
             return
         try:
             constraint = self._make_constraint(request)
-        except Exception as error:  # a grammar that cannot be followed ends its own request only
+        except Exception as error:  # there are no grammars here
             self._send(Failed(request.request_id, kind_of(error), str(error)))
             return
         sampler = start_sampling(request.sampling, request.token_ids, self._info.vocab_size)
@@ -53,4 +53,4 @@ class Reception:
             return Constraint(request, None)
         if self._grammars is None:
             raise RequestError("this engine was started without grammars")
-        return Constraint(request, self._grammars.make_matcher(request.grammar, request.stop_token_ids))
+        return Constraint(request, self._grammars.begin_matcher(request.grammar, request.stop_token_ids))

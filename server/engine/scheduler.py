@@ -40,6 +40,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []  # in order of admission
         self._in_pass: set[Sequence] = set()
+        self._left_out: set[Sequence] = set()  # had a prompt to read when others boarded last
         self._turn: list[Sequence] = []
         self._turn_steps = 0
         self._row_s = 0.0  # measured: seconds of a prompt's row
@@ -60,12 +61,14 @@ class Scheduler:
                 sequence.is_cancelled = True
         for sequence in [item for item in self._waiting if item.is_cancelled]:
             self._waiting.remove(sequence)
+            sequence.constraint.give_up()
             self.shares.leave(sequence.request.agent)
 
     def retire(self, sequence: Sequence) -> None:
         """Forget a sequence that is complete, failed or cancelled, and give its cache back."""
         self._running.remove(sequence)
         self._in_pass.discard(sequence)
+        self._left_out.discard(sequence)
         sequence.cache = sequence.leader = sequence.restoring = None
         self.shares.leave(sequence.request.agent)
 
@@ -78,6 +81,11 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Whether nobody runs or waits."""
         return not self._running and not self._waiting
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether nobody runs, and nobody who waits could."""
+        return not self._running and not any(item.constraint.is_ready for item in self._waiting)
 
     @property
     def num_waiting(self) -> int:
@@ -102,7 +110,10 @@ class Scheduler:
     # what runs next
 
     def admit(self) -> list[Sequence]:
-        """Move those into the running whose turn it is and whose KV fits; they need caches now."""
+        """Move those into the running whose turn it is and whose KV fits; they need caches now.
+
+        Whoever's grammar is still being read waits for it here, and keeps nobody else waiting.
+        """
         admitted: list[Sequence] = []
         now_s = self._clock()
         for sequence in self.shares.rank(self._waiting, now_s, self._cost):
@@ -110,11 +121,14 @@ class Scheduler:
                 break
             if self._num_inflight(sequence.request.agent) >= self._limits.agent_inflight:
                 continue
+            if not sequence.constraint.is_ready:
+                continue
             most = sequence.num_prompt_tokens + sequence.request.max_tokens + 1
             promise = min(sequence.num_tokens + 1 + KV_HEADROOM, most)
             if self.num_kv_tokens + promise > self._limits.kv_tokens and self._running:
-                if self.shares.starved_s(sequence, now_s) > AGING_S:
-                    break  # nobody overtakes it for ever
+                # Its own wait counts, not its agent's: one agent's small ones would overtake it for ever.
+                if now_s - sequence.served_s > AGING_S:
+                    break
                 continue
             sequence.promised_tokens = promise
             self._waiting.remove(sequence)
@@ -128,9 +142,12 @@ class Scheduler:
         return bool(self._readers())
 
     def has_reader_for(self, parts: list[Part]) -> bool:
-        """Whether anybody would board with these: has a prompt that is not tiny beside the longest."""
+        """Whether anybody would board with these who has come since: those left out would be so again.
+
+        Whose prompt is tiny beside the longest would not.
+        """
         tiny = TINY * max(part.num_rows for part in parts)
-        return any(sequence.num_unread > tiny for sequence in self._readers())
+        return any(item.num_unread > tiny for item in self._readers() if item not in self._left_out)
 
     def board(self, num_rows: int) -> list[Part]:
         """Parts of prompts for a pass over at most so many rows: some room for short ones, then by turn.
@@ -147,6 +164,7 @@ class Scheduler:
         tiny = TINY * max((part.num_rows for part in parts), default=0)
         parts = [part for part in parts if part.sequence.num_unread > tiny]
         self._in_pass |= {part.sequence for part in parts}
+        self._left_out = set(self._readers())
         return parts
 
     def board_short(self, num_rows: int) -> list[Part]:
@@ -197,6 +215,7 @@ class Scheduler:
     def suspend(self, sequence: Sequence) -> None:
         """Take the cache away; the sequence waits and will read all its tokens again."""
         self._running.remove(sequence)
+        self._left_out.discard(sequence)
         sequence.cache = sequence.leader = sequence.restoring = None
         self._waiting.insert(0, sequence)
 

@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 
 def main(open_model: OpenBackend = open_backend) -> int:
     """Serve the pipe whose descriptor is the first argument."""
-    # Both come to all processes of a terminal or a service: the HTTP process lets answers end, then this one.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # These come to all processes of a terminal or a service, and are the HTTP process's to obey: at the first
+    # two it lets answers end, then this one; at the third it reads its keys again.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     pipe = Connection(int(sys.argv[1]))
     inbox: SimpleQueue[Command] = SimpleQueue()

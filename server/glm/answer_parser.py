@@ -76,6 +76,10 @@ class AnswerParser:
         return piece if self.num_calls else _join([piece, Piece(content=blanks)])
 
     def _on_lexeme(self, lexeme: Lexeme) -> Piece:
+        if self._call and self._call.may_end and lexeme == Tag("<tool_call>"):  # the model forgot its end
+            piece = self._advance(self._call, None)
+            self._begin_call()
+            return piece
         if self._call:
             return self._advance(self._call, lexeme)
         match lexeme:

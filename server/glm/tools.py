@@ -66,6 +66,11 @@ class CallParser:
         """Whether the call is complete."""
         return self._state == "closed"
 
+    @property
+    def may_end(self) -> bool:
+        """Whether its arguments are all there, and only its end is missing."""
+        return self._state == "after value"
+
     def push(self, lexeme: Lexeme) -> list[CallPart]:
         """What this adds. Raises MalformedCall where it cannot belong to a call."""
         is_tag = isinstance(lexeme, Tag)
@@ -77,7 +82,7 @@ class CallParser:
 
     def end_turn(self) -> list[CallPart]:
         """Close a call whose arguments are all there and whose end the model forgot. Raises MalformedCall."""
-        if self._state != "after value":
+        if not self.may_end:
             raise MalformedCall(f"the turn ends in state {self._state!r}")
         return self._close()
 

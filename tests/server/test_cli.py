@@ -42,6 +42,7 @@ def checkpoint(tmp_path: Path, tokenizer_folder: Path) -> Path:
         (["--ram-budget", "much"], "'much' is not a size"),
         (["--model", "/no/such/folder"], "there is no such folder"),
         (["--config", "/no/such/file"], "cannot read --config /no/such/file"),
+        (["--host", "a..b", "--api-key", "x", "--log-level", "error"], "cannot listen on a..b:8080"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

@@ -1,9 +1,12 @@
 """Grammars and limits of thought, through the whole server but its process border, with random weights."""
 
+import asyncio
 import json
 import random
 import re
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ from starlette.testclient import TestClient
 from server.api.app import make_app
 from server.api.names import ModelNames
 from server.api.service import Dialect, Service
+from server.engine.grammar import Grammars, Matcher
+from server.engine.messages import Failed, Finished, Generate, RequestEvent
 from server.glm.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
-from tests.server.in_process import random_engine
+from tests.server.in_process import VOCAB, LoopEngine, random_engine
 
 # The tools are left out: with random weights they would only make the prompt long.
 TEMPLATE = """\
@@ -257,3 +262,39 @@ def test_what_asks_for_the_impossible_is_refused_by_name(
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert words in response.json()["error"]["message"]
+
+
+def test_a_grammar_that_takes_long_to_read_keeps_nobody_else_waiting(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_matcher, may_go_on = Grammars.make_matcher, threading.Event()
+
+    def slowly(grammars: Grammars, grammar: str, stop_token_ids: frozenset[int]) -> Matcher:
+        assert may_go_on.wait(30)
+        return make_matcher(grammars, grammar, stop_token_ids)
+
+    async def last_of(engine: LoopEngine, request: Generate) -> RequestEvent:
+        return [event async for event in engine.generate(request)][-1]
+
+    async def scenario(engine: LoopEngine) -> None:
+        stops = frozenset([VOCAB - 1])
+        bound = Generate("bound", (1, 2, 3), 4, stop_token_ids=stops, grammar='start: "aaaa"')
+        waiting = asyncio.ensure_future(last_of(engine, bound))
+        left = asyncio.ensure_future(last_of(engine, replace(bound, request_id="left")))
+        await asyncio.sleep(0.05)
+        left.cancel()
+        free = await asyncio.wait_for(last_of(engine, Generate("free", (1, 2, 3), 4)), 10)
+        assert isinstance(free, Finished)
+        assert not waiting.done()
+        may_go_on.set()
+        assert isinstance(await asyncio.wait_for(waiting, 10), Finished)
+        wrong = await last_of(engine, replace(bound, request_id="wrong", grammar="start: what"))
+        assert isinstance(wrong, Failed)
+        assert (wrong.kind, caplog.records) == ("request", []), "the fault is not ours"
+
+    monkeypatch.setattr(Grammars, "make_matcher", slowly)
+    with random_engine(tokenizer_folder) as engine:
+        try:
+            asyncio.run(scenario(engine))
+        finally:
+            may_go_on.set()

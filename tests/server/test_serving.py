@@ -195,6 +195,20 @@ def test_whoever_still_waits_when_the_server_is_stopped_is_told_so() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_stopped_closes_what_it_keeps(tmp_path: Path, number: signal.Signals) -> None:
+    stopped = start_server("--prefix-cache-dir", str(tmp_path), "--prefix-cache-size", "100M")
+    ask(stopped, SUM)
+    assert (tmp_path / "answers.sqlite3-wal").exists(), "what was said is in the file's journal"
+    stopped.process.send_signal(number)
+    assert stopped.process.wait(20) == 0, "it ended by itself, and was not killed"
+    assert not (tmp_path / "answers.sqlite3-wal").exists(), "the file was closed"
+    assert stopped.process.stderr is not None
+    assert "Traceback" not in stopped.process.stderr.read()
+    stopped.process.stderr.close()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(with_fast_blas({}) == {}, reason="OpenBLAS is not installed, or MLX computes elsewhere")
 def test_the_engine_process_carries_the_fast_blas(server: Server) -> None:
     [engine] = children_of(server.process.pid)

@@ -92,6 +92,16 @@ def test_an_agent_that_departs_early_time_after_time_is_told_so_once_in_a_while(
     assert "steady" not in "".join(warnings)
 
 
+def test_the_name_of_an_agent_makes_no_lines_in_the_log(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    for minute in range(5):
+        post(client, f"It is 12:0{minute} now.", "hello", session="a\n12:00:00 ERROR all is lost")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings
+    assert all(len(warning.splitlines()) == 1 for warning in warnings)
+
+
 def test_unknown_ids_are_said_to_be_unknown(client: TestClient) -> None:
     response = client.get("/v1/cache/explain", params={"id": "gen-1"})
     assert response.status_code == 404

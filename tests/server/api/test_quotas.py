@@ -1,5 +1,6 @@
 """What a key may use, what it has used, and what that would have cost elsewhere."""
 
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from server.api.ledger import Ledger
 from server.api.names import ModelNames
 from server.api.quotas import Accounts, Quota, parse_quota
 from server.api.service import Dialect, Service
+from server.engine.messages import Failed, Generate, Queued, RequestEvent
 from server.glm.tokenizer import Tokenizer
 from tests.server.api.conftest import running_app
 from tests.server.api.scripted import ScriptedEngine
@@ -66,7 +68,10 @@ def test_a_refused_request_is_not_counted(clock: Clock) -> None:
     assert accounts.used("alice", "requests/minute") == 1
 
 
-@pytest.mark.parametrize("word", ["requests/hour=3", "requests/day", "tokens/day=0", "tokens/day=-1", "x"])
+@pytest.mark.parametrize(
+    "word",
+    ["requests/hour=3", "requests/day", "tokens/day=0", "tokens/day=-1", "x", "tokens/day=" + "9" * 5000],
+)
 def test_what_is_no_limit_is_refused_with_those_that_are(tmp_path: Path, word: str) -> None:
     file = tmp_path / "keys"
     file.write_text(f"sk-0\nalice: sk-1 tokens/day=5 {word}\n")
@@ -137,6 +142,29 @@ def test_the_tokens_of_every_answer_are_charged(
     used = clocked.ledger.accounts.used("alice", "tokens/day")
     num_prompt = len(engine.requests[0].token_ids)
     assert num_prompt < used <= num_prompt + len(engine.script)
+
+
+def test_prompts_that_never_began_are_not_charged(clocked: Service, engine: ScriptedEngine) -> None:
+    """The first of three fails at its second token, so nobody reads the others."""
+    engine.fails_after = 1
+    client = TestClient(make_app(clocked, Access(KeyRing([("alice", "sk-1")]))))
+    body = {"model": "z-ai/glm-5.2", "prompt": ["hello", "one more " * 50, "and another " * 50]}
+    assert client.post("/v1/completions", json=body, headers=ALICE).status_code == 502
+    [begun] = engine.requests
+    assert clocked.ledger.accounts.used("alice", "tokens/day") == len(begun.token_ids) + 1
+
+
+def test_a_request_that_waited_in_vain_is_not_charged(
+    clocked: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never_starts(_: ScriptedEngine, request: Generate) -> AsyncGenerator[RequestEvent, None]:
+        yield Queued(request.request_id, 3)
+        yield Failed(request.request_id, "busy", "the request has not started in time")
+
+    monkeypatch.setattr(ScriptedEngine, "generate", never_starts)
+    client = TestClient(make_app(clocked, Access(KeyRing([("alice", "sk-1")]))))
+    assert client.post("/v1/chat/completions", json=BODY, headers=ALICE).status_code == 503
+    assert clocked.ledger.accounts.used("alice", "tokens/day") == 0
 
 
 def test_the_sdks_see_a_quota_as_a_rate_limit(clocked: Service) -> None:

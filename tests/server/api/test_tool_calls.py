@@ -162,6 +162,18 @@ def test_one_call_at_a_time_if_so_wished(
     assert len(engine.cancelled) == 2
 
 
+def test_text_before_a_call_is_not_held_back_for_a_stop_string_until_behind_it(
+    client: TestClient, says: Callable[..., None]
+) -> None:
+    """What might have become a stop string cannot any more when a call begins."""
+    says("</think>Let me see" + BERGEN + "<|observation|>")
+    chunks = stream(client, tools=TOOLS, stop=["see you"])
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    first_call = next(place for place, delta in enumerate(deltas) if "tool_calls" in delta)
+    assert "".join(delta.get("content", "") for delta in deltas[:first_call]) == "Let me see"
+    assert len(joined_calls(chunks)) == 1
+
+
 def run_tool(call: Any) -> str:
     arguments = json.loads(call.function.arguments)
     return f"{arguments['city'].strip()}: 4 C"

@@ -95,11 +95,15 @@ def test_interactive_goes_before_background(world: World, model: TimedModel) -> 
     assert world.finished_s("now") < world.finished_s("later")
 
 
-def test_background_is_not_put_off_for_ever(world: World, model: TimedModel) -> None:
-    """Room for one at a time, and somebody new each second: a second is what each takes."""
+@pytest.mark.parametrize("agent", ["", "fleet"])
+def test_background_is_not_put_off_for_ever(world: World, model: TimedModel, agent: str) -> None:
+    """Room for one at a time, and somebody new each second: a second is what each takes.
+
+    Whether all are agents of their own or one that always has something that runs.
+    """
     for i in range(100):
-        world.at(0.9 * i, ask(f"agent{i}", 100, 1))
-    world.at(1, replace(ask("background", 100, 1), priority="background"))
+        world.at(0.9 * i, ask(f"agent{i}", 100, 1, agent))
+    world.at(1, replace(ask("background", 100, 1, agent), priority="background"))
     world.run(model, limits=Limits(kv_tokens=110))
     waited_s = world.times_of("background", Started)[0] - 1
     assert AGING_S <= waited_s <= AGING_S + 2 * 1.1
@@ -114,6 +118,34 @@ def test_small_ones_do_not_overtake_a_large_one_for_ever(world: World, model: Ti
     waited_s = world.times_of("large", Started)[0] - 2
     assert waited_s <= AGING_S + 10
     assert waited_s >= AGING_S / 2, "the test means nothing where it need not wait"
+
+
+def test_small_ones_of_the_same_agent_do_not_overtake_a_large_one_for_ever(
+    world: World, model: TimedModel
+) -> None:
+    """A fleet without sessions is one agent, which always has something that runs."""
+    for i in range(120):
+        world.at(0.7 * i, ask(f"small{i}", 100, 5, agent="fleet"))
+    world.at(2, ask("large", 800, 5, agent="fleet"))
+    world.run(model, limits=Limits(kv_tokens=1000))
+    assert world.times_of("large", Started)[0] - 2 <= AGING_S + 10
+
+
+def test_who_found_no_room_in_a_pass_does_not_make_it_start_again(world: World) -> None:
+    """The tiny one takes two rows, and leaves them when it turns out to be tiny beside the long one.
+
+    So the pass seems to have room, which nobody gets: it would start again for ever, within its first layer.
+    """
+
+    def cost(rows: int) -> float:
+        assert world.now_s < 100, "it starts again and again"
+        return 0.001 * rows
+
+    model = TimedModel(world=world, cost=cost, num_parts=3)
+    world.at(0, ask("first", 100, 1))
+    world.at(5, ask("long", 171, 1), ask("tiny", 2, 1), ask("short", 18, 1), ask("last", 329, 1))
+    world.run(model, limits=Limits(pass_rows=130))
+    assert world.finished_s("last") < 20
 
 
 @pytest.mark.parametrize("num_agents", [3, 9])

@@ -167,6 +167,23 @@ def test_an_engine_in_a_long_step_ends_within_two_seconds_of_its_parent(number: 
         assert time.monotonic() - died_at < 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_signals_for_the_http_process_do_not_end_the_engine(number: signal.Signals) -> None:
+    """A terminal that is closed, a service manager and Ctrl-C send them to all processes."""
+
+    async def scenario() -> None:
+        async with engine_of("plain") as engine:
+            await ready(engine)
+            pid = engine.pid
+            assert pid
+            os.kill(pid, number)
+            events = await collect(engine, Generate("a", (1,), 1, GREEDY))
+            assert isinstance(events[-1], Finished)
+            assert engine.pid == pid
+
+    asyncio.run(scenario())
+
+
 def test_finished_is_the_last_event() -> None:
     async def scenario() -> None:
         async with engine_of("plain") as engine:

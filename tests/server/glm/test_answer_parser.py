@@ -131,6 +131,13 @@ MATRIX: list[tuple[str, ToolSet, str, list[tuple[str, Any]], str]] = [
     ("blanks around a key", PLAIN, call((" a\n", "5")), [("f", {"a": "5"})], ""),
     ("a stray end of thought", PLAIN, "</think>" + call(), [("f", {})], ""),
     ("a forgotten end", PLAIN, call(("a", "x")).removesuffix("</tool_call>"), [("f", {"a": "x"})], ""),
+    (
+        "a forgotten end before another call",
+        PLAIN,
+        call(("a", "x")).removesuffix("</tool_call>") + "\n" + call(("a", "y")),
+        [("f", {"a": "x"}), ("f", {"a": "y"})],
+        "",
+    ),
     ("a less-than sign", PLAIN, call(("a", "<10 </b> <arg")), [("f", {"a": "<10 </b> <arg"})], ""),
     ("an argument named items", make_tools(items=STRING), call(("items", "x")), [("f", {"items": "x"})], ""),
 ]
