@@ -8,6 +8,7 @@ touched again, so a conversion that was cut goes on where it stopped.
 import errno
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -233,6 +234,7 @@ def _write_descriptions(
     for name in COPIED:
         if (source_dir / name).is_file():
             shutil.copyfile(source_dir / name, target_dir / name)
+    os.sync()  # after a power cut the state must not be gone and a description empty
     (target_dir / STATE_NAME).unlink()
 
 

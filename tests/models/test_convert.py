@@ -416,6 +416,15 @@ def test_a_damaged_state_beside_other_files_is_left_alone(tmp_path: Path, source
         convert(source, tmp_path, FOUR_BITS)
 
 
+def test_all_of_it_is_on_the_disk_before_it_counts_as_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path
+) -> None:
+    seen: list[set[str]] = []
+    monkeypatch.setattr(os, "sync", lambda: seen.append({path.name for path in tmp_path.glob("out/*")}))
+    convert(source, tmp_path / "out", FOUR_BITS)
+    assert {"config.json", "conversion.json", "model.safetensors.index.json"} <= seen[-1]
+
+
 def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
     def full(fd: int, data: bytes, offset: int) -> int:
         raise OSError(28, os.strerror(28))
