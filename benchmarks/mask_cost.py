@@ -9,7 +9,6 @@ again with OpenBLAS preloaded, as the server starts its engine.
 import argparse
 import statistics
 import time
-from concurrent.futures import wait
 
 import mlx.core as mx
 
@@ -49,7 +48,6 @@ class Side:
         coming = None
         if self._grammars:
             coming = self._grammars.begin_matcher(request.grammar, request.stop_token_ids)
-            wait([coming])
         constraint = Constraint(request, coming)
         constraint.begin()
         hidden = self._model(mx.array(request.token_ids), [Span(cache, 0, len(request.token_ids))])[-1:]

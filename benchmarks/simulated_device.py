@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.schedule import TRUNK_SHARE
 from streaming.fills import Fetch
 from streaming.store import ExpertStore
 from streaming.sweep import Place
 from streaming.turns import Turn
 
-TRUNK_SHARE = 1 / 2
 ROW_SHARE = 5 / 160
 ROUTED_SHARE = 0.57
 

@@ -10,10 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from config.errors import CheckpointError
-from streaming.headers import ITEM_BYTES, TensorEntry
+from streaming.headers import FP8, ITEM_BYTES, TensorEntry
 
 _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-FP8 = "F8_E4M3"
 
 
 class Source:

@@ -13,7 +13,7 @@ from pathlib import Path
 import models
 from config.errors import CheckpointError
 from models.args import MODEL_TYPE
-from streaming.headers import read_headers
+from streaming.headers import FP8, read_headers
 
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 GLM_ID = "z-ai/glm-5.2"
@@ -72,25 +72,28 @@ def _find_in_cache(repo: str) -> Path:
 
 def _cached_glms() -> Iterator[Path]:
     """Complete checkpoints of our model type by name, those in FP8 last: they must be converted first."""
-    found = (_snapshot(folder) for folder in sorted(_cache_folder().glob("models--*")))
     only_convert = []
-    for snapshot in found:
-        if snapshot is None or not _is_glm(snapshot):
+    for folder in sorted(_cache_folder().glob("models--*")):
+        snapshot = _snapshot(folder)
+        dtypes = _dtypes_of_glm(snapshot) if snapshot else None
+        if snapshot is None or dtypes is None:
             continue
-        if any(entry.dtype.startswith("F8_E4") for entry in read_headers(snapshot).values()):
+        if FP8 in dtypes:
             only_convert.append(snapshot)
         else:
             yield snapshot
     yield from only_convert
 
 
-def _is_glm(snapshot: Path) -> bool:
+def _dtypes_of_glm(snapshot: Path) -> set[str] | None:
+    """Of the tensors; None where it is no complete checkpoint of our model type."""
     try:
         config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
-        read_headers(snapshot)
+        if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+            return None
+        return {entry.dtype for entry in read_headers(snapshot).values()}
     except (OSError, ValueError, RecursionError, CheckpointError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+        return None
 
 
 def _snapshot(folder: Path) -> Path | None:

@@ -15,6 +15,8 @@ from typing import Any, TypeGuard
 
 from config.errors import CheckpointError
 
+# Weights of originals in eight bits, which are converted and not served.
+FP8 = "F8_E4M3"
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,

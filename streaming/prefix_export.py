@@ -179,7 +179,7 @@ def _make_room(files: BlockFiles, blocks: Iterable[Block]) -> None:
             missing += block.nbytes
     files.use(known)
     try:
-        files.reserve(missing)
+        files.make_room(missing)
     except OSError as error:
         raise UsageError(
             f"{files.directory} has no room for {format_size(missing)}: {error.strerror}"

@@ -130,7 +130,7 @@ class BlockFiles:
         path = self.directory / block.name.file_name
         temporary = self.directory / f".{os.getpid()}-{next(self._numbers)}.tmp"
         try:
-            self._make_room(block.nbytes)
+            self.make_room(block.nbytes)
             _write_file(temporary, encode(block, self._fingerprint))
             os.replace(temporary, path)
         except OSError as error:
@@ -142,12 +142,31 @@ class BlockFiles:
         self.bytes_written += block.nbytes
         return True
 
-    def reserve(self, nbytes: int) -> None:
-        """Make room for blocks that are written next, so that they do not drive each other out.
+    def make_room(self, incoming: int) -> None:
+        """Evict by last use, later positions first among equals, until the newcomer fits.
 
-        OSError where pinned blocks leave none.
+        The directory is listed when our own count says that it is full, and each time a sixteenth of the
+        limit has been written, because other servers write too. Room for several blocks is made at once, so
+        that they do not drive each other out. OSError where pinned blocks leave none.
         """
-        self._make_room(nbytes)
+        is_counted = self._unlisted_bytes < self.max_bytes * ROOM
+        if is_counted and self._nbytes + incoming <= self.max_bytes:
+            return
+        files = self.list()
+        self._unlisted_bytes = 0
+        self._nbytes = sum(file.nbytes for file in files)
+        if self._nbytes + incoming <= self.max_bytes:
+            return
+        goal = self.max_bytes * (1 - ROOM) - incoming
+        for file in sorted(files, key=lambda file: (file.used_ns, -file.start)):
+            if self._nbytes <= goal:
+                return
+            if not file.is_pinned and _remove(file.path):
+                self._nbytes -= file.nbytes
+                self.num_evicted += 1
+        if self._nbytes + incoming > self.max_bytes:
+            pinned = format_size(sum(file.nbytes for file in files if file.is_pinned))
+            raise OSError(0, f"pinned blocks ({pinned}) leave no room")
 
     def use(self, chain: Iterable[BlockName]) -> None:
         """Mark the files of one conversation as used now, all with one time: ties go by position."""
@@ -196,31 +215,6 @@ class BlockFiles:
         self._nbytes = sum(file.nbytes for file in self.list())
         self.num_pinned = 0
         return count
-
-    def _make_room(self, incoming: int) -> None:
-        """Evict by last use, later positions first among equals, until the newcomer fits.
-
-        The directory is listed when our own count says that it is full, and each time a sixteenth of the
-        limit has been written, because other servers write too.
-        """
-        is_counted = self._unlisted_bytes < self.max_bytes * ROOM
-        if is_counted and self._nbytes + incoming <= self.max_bytes:
-            return
-        files = self.list()
-        self._unlisted_bytes = 0
-        self._nbytes = sum(file.nbytes for file in files)
-        if self._nbytes + incoming <= self.max_bytes:
-            return
-        goal = self.max_bytes * (1 - ROOM) - incoming
-        for file in sorted(files, key=lambda file: (file.used_ns, -file.start)):
-            if self._nbytes <= goal:
-                return
-            if not file.is_pinned and _remove(file.path):
-                self._nbytes -= file.nbytes
-                self.num_evicted += 1
-        if self._nbytes + incoming > self.max_bytes:
-            pinned = format_size(sum(file.nbytes for file in files if file.is_pinned))
-            raise OSError(0, f"pinned blocks ({pinned}) leave no room")
 
     def _switch_off(self, error: OSError) -> None:
         self._off_until = time.monotonic() + RETRY_S

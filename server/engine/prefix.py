@@ -10,7 +10,7 @@ computing it again would give, because few rows and many round differently on th
 the cache equals the uncached one in its text (tested), not in the last bits of its logits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,11 +37,6 @@ BLOCK_TOKENS = 64
 READERS = 4
 # Blocks beside those in `BlockMemory`: one group being copied, one being read.
 TRANSIENT_BLOCKS = 2 * GROUP
-
-
-def _nothing(name: BlockName) -> Block | None:
-    """Where no disk is asked."""
-    return None
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,8 @@ class PrefixCache:
         def find_tail(num_whole: int) -> "Future[Block | None]":
             where = num_whole * BLOCK_TOKENS, self._key_before(names, num_whole)
             if self._disk_answers:
-                return self._tail_reader.submit(self._find_tail, tokens, *where, self._read)
-            return _known(self._find_tail(tokens, *where))
+                return self._tail_reader.submit(self._find_tail, tokens, *where, True)
+            return _known(self._find_tail(tokens, *where, False))
 
         most = len(token_ids) - 1
         return Restoring(cache, names, BLOCK_TOKENS, most, self._look_up, find_tail, self._note_stuck)
@@ -218,14 +213,12 @@ class PrefixCache:
     def _note_stuck(self, read: "Future[Block | None]") -> None:
         self._unanswered = read
 
-    def _find_tail(
-        self, tokens: Tokens, start: int, parent: bytes, read: Callable[[BlockName], Block | None] = _nothing
-    ) -> Block | None:
+    def _find_tail(self, tokens: Tokens, start: int, parent: bytes, asks_disk: bool) -> Block | None:
         """The longest short block there; looking for files that are not there takes a millisecond."""
         rest = tokens[start : start + BLOCK_TOKENS - 1]
         for size in range(rest.size, 0, -1):
             name = BlockName(chain_key(parent, rest[:size]), start)
-            if block := self._memory.get(name.key) or read(name):
+            if block := self._memory.get(name.key) or (asks_disk and self._read(name)):
                 return block
         return None
 
