@@ -34,9 +34,13 @@ KINDS = (
     "no_call",
     "tool_result",
     "needle",
+    "sources",
 )
 TRAINED, CONTEXT = 1, 2
 CONTEXT_SHARE = 0.12
+# Of rows; their rows are long, so of tokens it is about half. A third of them is learnt in one pass.
+SOURCES_SHARE, SOURCES_WIDTHS, SOURCES_LEARNT = 0.15, (512, 1152, 2304), 0.33
+CHARACTERS_PER_TOKEN = 6  # more than any source has
 
 
 @dataclass
@@ -68,6 +72,28 @@ def encode(
     return ids, np.where(own, TRAINED, np.where(context, CONTEXT, 0)).astype(np.uint8)
 
 
+class Sources:
+    """Windows of the Python files in a folder."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
+        self._paths = sorted(folder.rglob("*.py"))
+        self._tokenizer, self._rng = tokenizer, rng
+
+    def draw(self) -> tuple[list[int], NDArray[np.uint8]]:
+        """Ids and marks of one window that fills a width."""
+        width = int(self._rng.choice(SOURCES_WIDTHS))
+        while True:
+            path = self._paths[self._rng.integers(len(self._paths))]
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            start = int(self._rng.integers(0, max(1, len(text) - width * CHARACTERS_PER_TOKEN)))
+            window = text[start : start + width * CHARACTERS_PER_TOKEN]
+            ids = self._tokenizer.encode(window, add_special_tokens=False).ids[:width]
+            if len(ids) == width:
+                learnt = self._rng.random(width) < SOURCES_LEARNT
+                learnt[-1] = False
+                return ids, np.where(learnt, TRAINED, 0).astype(np.uint8)
+
+
 def rows_of(width: int, tokens: int) -> int:
     """Rows of a batch of this width."""
     return max(1, round(tokens / width))
@@ -83,7 +109,12 @@ def assemble(rows: list[tuple[list[int], NDArray[np.uint8], int]], width: int, p
 
 
 def work(
-    queue: "mp.Queue[Batch]", progress: "Synchronized[float]", seed: int, path: str, tokens: int
+    queue: "mp.Queue[Batch]",
+    progress: "Synchronized[float]",
+    seed: int,
+    path: str,
+    tokens: int,
+    folder: Path | None,
 ) -> None:
     """One worker: fills buckets for ever and hands out each that is full."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -91,15 +122,19 @@ def work(
     VOCABULARY.extend(text for text in tokenizer.get_vocab() if text.isascii() and text.isalpha())
     pad = token_id(tokenizer, "<|endoftext|>")
     pools, rng = Pools(random.Random(seed)), np.random.default_rng(seed)
+    sources = Sources(folder, tokenizer, rng) if folder else None
     buckets: dict[int, list[tuple[list[int], NDArray[np.uint8], int]]] = defaultdict(list)
     while True:
-        sample = draw_sample(pools, progress.value)
-        ids, marks = encode(tokenizer, sample, rng)
+        if sources and rng.random() < SOURCES_SHARE:
+            kind, (ids, marks) = "sources", sources.draw()
+        else:
+            sample = draw_sample(pools, progress.value)
+            kind, (ids, marks) = sample.kind, encode(tokenizer, sample, rng)
         if len(ids) > WIDTHS[-1]:
             continue
         width = next(w for w in WIDTHS if w >= len(ids))
         bucket = buckets[width]
-        bucket.append((ids, marks, KINDS.index(sample.kind)))
+        bucket.append((ids, marks, KINDS.index(kind)))
         if len(bucket) == rows_of(width, tokens):
             queue.put(assemble(bucket, width, pad))
             bucket.clear()
@@ -108,13 +143,16 @@ def work(
 class Feed:
     """The worker processes and their queue. Start it before anything touches the GPU."""
 
-    def __init__(self, tokenizer: Path, workers: int, seed: int, tokens: int, progress: float = 0.0) -> None:
+    def __init__(
+        self, tokenizer: Path, workers: int, seed: int, tokens: int, sources: Path | None = None
+    ) -> None:
         self.tokens = tokens
         context = mp.get_context("fork")
         self.queue: mp.Queue[Batch] = context.Queue(maxsize=48)
-        self.progress: Synchronized[float] = context.Value("d", progress)
+        self.progress: Synchronized[float] = context.Value("d", 0.0)
         arguments = [
-            (self.queue, self.progress, seed * 1000 + i, str(tokenizer), tokens) for i in range(workers)
+            (self.queue, self.progress, seed * 1000 + i, str(tokenizer), tokens, sources)
+            for i in range(workers)
         ]
         self.workers = [context.Process(target=work, args=a, daemon=True) for a in arguments]
         for worker in self.workers:

@@ -20,7 +20,6 @@ from models.pocket.recipe.model import Indexer, Pocket
 from models.pocket.recipe.mutants import MUTANTS
 from models.pocket.recipe.render import prompt_text
 from models.pocket.recipe.sample import Sample, assistant, user
-from models.pocket.recipe.settings import Settings
 
 PROBES = (
     "hi",
@@ -84,7 +83,7 @@ def main() -> None:
     if args.checkpoint.is_dir():
         model = load_shipped(args.checkpoint, args.device).eval()
     else:
-        model = load_checkpoint(args.checkpoint, Settings(), args.device).eval()
+        model = load_checkpoint(args.checkpoint, args.device).eval()
         bake(model)
     start = time.monotonic()
     cases = list(

@@ -102,10 +102,12 @@ def write_checkpoint(model: Pocket, tokenizer: Tokenizer, folder: Path) -> int:
     return total
 
 
-def load_checkpoint(path: Path, settings: Settings, device: str) -> Pocket:
+def load_checkpoint(path: Path, device: str) -> Pocket:
     """The model of a training checkpoint."""
+    state = torch.load(path, map_location=device, weights_only=True)
+    settings = Settings(**state["settings"])
     model = Pocket(settings, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
-    model.load_state_dict(torch.load(path, map_location=device, weights_only=True)["model"])
+    model.load_state_dict(state["model"])
     return model
 
 
@@ -115,7 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "tokenizer.json")
     args = parser.parse_args()
-    model = load_checkpoint(args.checkpoint, Settings(), "cpu")
+    model = load_checkpoint(args.checkpoint, "cpu")
     total = write_checkpoint(model, Tokenizer.from_file(str(args.tokenizer)), args.out)
     print(f"{total / 1e6:.1f} MB of tensors -> {args.out}")
 

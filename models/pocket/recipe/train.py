@@ -7,7 +7,7 @@ Owns the schedule. The dial is time: every phase is a share of `--total-seconds`
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -169,8 +169,14 @@ class Trainer:
         self.live.refresh(False)
 
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state(), "step": self.step,
-                 "seconds": self.seconds, "tokens": self.tokens}  # fmt: skip
+        state = {
+            "model": self.model.state_dict(),
+            "settings": asdict(self.model.c),
+            "optimizer": self.optimizer.state(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, self.checkpoint.with_suffix(".new"))
         self.checkpoint.with_suffix(".new").replace(self.checkpoint)
@@ -263,14 +269,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens in a micro-batch")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a tiny geometry, to try the script")
+    parser.add_argument("--experts", type=int, default=Settings.n_routed_experts, help="of each layer")
+    parser.add_argument("--expert-width", type=int, default=Settings.moe_intermediate_size)
+    parser.add_argument("--sources", type=Path, help="a folder of Python sources to learn as well")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--report-every", type=int, default=100)
     args = parser.parse_args()
-    feed = Feed(args.tokenizer, args.workers, int(time.time()) % 100_000, args.tokens)
-    settings = (
-        Settings(hidden_size=64, n_routed_experts=8, num_experts_per_tok=2) if args.small else Settings()
-    )
+    feed = Feed(args.tokenizer, args.workers, int(time.time()) % 100_000, args.tokens, args.sources)
+    settings = Settings(n_routed_experts=args.experts, moe_intermediate_size=args.expert_width)
+    if args.small:
+        settings = Settings(hidden_size=64, n_routed_experts=8, num_experts_per_tok=2)
     trainer = Trainer(settings, feed, args.dir, args.device, args.muon_lr, args.adam_lr)
     if trainer.checkpoint.exists():
         trainer.resume()
