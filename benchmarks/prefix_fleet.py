@@ -1,27 +1,32 @@
-"""What a fleet gains from asking at once: `python -m benchmarks.prefix_fleet [--way alone|together]`.
+"""What a fleet gains from asking at once: `python -m benchmarks.prefix_fleet [--way WAY]`.
 
-Agents share a beginning and take turns of a tool's result and an answer: all at once, against one request at
-a time. Both have the same prefix cache, empty at the start, over Pocket with a quarter of its experts in
-memory and the rest on a simulated disk, by default as slow beside this machine as the target's. With
-`--token-ms` the machine's compute is simulated too (`benchmarks.simulated_device`): what a batch costs a CPU
-grows with its rows, and on the target most of it does not.
+Agents share a beginning and take turns of a tool's result and an answer: all at once (`together`), against
+one request at a time, with guesses at the next layer's experts as this server makes them (`alone`) or without
+(`plain`). All have the same prefix cache, empty at the start, over Pocket or another folder with a quarter of
+its experts in memory and the rest on a simulated disk, by default as slow beside this machine as the
+target's. With `--token-ms` the machine's compute is simulated too (`benchmarks.simulated_device`): what a
+batch costs a CPU grows with its rows, and on the target most of it does not.
 
 Run it alone on the machine; `--scale 24` makes all lengths shorter, and less like the target's.
 """
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from benchmarks.drive import Served, drive, use_fast_blas
 from benchmarks.simulated_device import PacedStore
 from benchmarks.slow_pocket import SlowPocket, rate_like_the_target, text_tokens
+from server.checkpoint import POCKET
 from server.engine.messages import Finished, Generate, Sampling, Token
 from server.engine.prefix import PrefixCache
 from server.engine.prefixes import SavedPrefixes
 
 PLENTY = 10**10
+WAYS = ("plain", "alone", "together")
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,11 @@ class Fleet:
         return self.shared + self.turns * (self.result + self.answer)
 
 
-def measure_fleet(rate: float, token_s: float | None, fleet: Fleet, ways: Sequence[str]) -> None:
-    """Print one way of serving the conversations, or both and their ratio."""
-    # What is made once, as kernels are, is not the first way's to pay.
-    _serve_fleet(SlowPocket(1e12), Fleet(8, 1, 256, 64, 8), True)
+def measure_fleet(make: Callable[[bool], SlowPocket], fleet: Fleet, ways: Sequence[str]) -> None:
+    """Print each way of serving the conversations, and their ratios. `make` is told whether to look ahead."""
     walls = {}
     for way in ways:
-        pocket = SlowPocket(rate, token_s)
+        pocket = make(way != "plain")
         started = time.monotonic()
         served = _serve_fleet(pocket, fleet, way == "together")
         wall = walls[way] = time.monotonic() - started
@@ -54,15 +57,16 @@ def measure_fleet(rate: float, token_s: float | None, fleet: Fleet, ways: Sequen
             f"{way:8} {wall:7.1f} s, computed {served.num_prefilled} of "
             f"{sum(usage.num_prompt_tokens for usage in served.usage.values())} prompt tokens, read "
             f"{pocket.disk.num_bytes / 1e6:.0f} MB, {pocket.disk.num_bytes / pocket.sweep_bytes:.1f} sweeps"
-            f"{_late(pocket)}"
+            f", the disk busy for {pocket.disk.busy_s:.1f} s{_late(pocket)}"
         )
         for agent in range(fleet.agents):
             waits = [served.first_s(f"{agent}.{turn}") for turn in range(fleet.turns)]
             print(
                 f"    agent {agent} waited " + ", ".join(f"{wait:.2f}" for wait in waits) + " s", flush=True
             )
-    if len(walls) == 2:
-        print(f"together takes {walls['together'] / walls['alone']:.2f} of the time (wanted: at most 0.50)")
+    if "together" in walls:
+        for way in walls.keys() - {"together"}:
+            print(f"together takes {walls['together'] / walls[way]:.2f} of {way} (wanted: at most 0.50)")
 
 
 def _late(pocket: SlowPocket) -> str:
@@ -113,13 +117,17 @@ def main() -> None:
         "--token-ms", type=float, help="what a lone token computes, simulated (default: this machine's own)"
     )
     parser.add_argument("--scale", type=int, default=1, help="divide all lengths by so much")
-    parser.add_argument("--way", choices=["alone", "together"], help="only this way (default: both)")
+    parser.add_argument("--way", choices=WAYS, help="only this way (default: all)")
+    parser.add_argument("--model", type=Path, default=POCKET, help="a folder with Pocket's tokenizer")
     given = parser.parse_args()
     use_fast_blas("benchmarks.prefix_fleet")
     token_s = given.token_ms / 1000 if given.token_ms else None
-    rate = given.rate or rate_like_the_target(token_s=token_s)
+    rate = given.rate or rate_like_the_target(token_s, given.model)
     fleet = Fleet(8, 6, 4096 // given.scale, 500 // given.scale, 100 // given.scale)
-    measure_fleet(rate, token_s, fleet, [given.way] if given.way else ["alone", "together"])
+    # What is made once, as kernels are, is not the first way's to pay.
+    _serve_fleet(SlowPocket(1e12, folder=given.model), Fleet(8, 1, 256, 64, 8), True)
+    make = partial(SlowPocket, rate, token_s, given.model)
+    measure_fleet(make, fleet, [given.way] if given.way else WAYS)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from benchmarks.simulated_device import PacedStore
 from benchmarks.simulated_disk import SimulatedDisk
 from models.arithmetic import choose_arithmetic
 from models.attention import Span
+from models.loading import open_checkpoint
 from server.checkpoint import POCKET
 from server.engine.limits import Limits
 from server.engine.messages import ModelInfo
@@ -29,9 +30,10 @@ from streaming.store import ExpertStore
 from tests.checkpoints import Opened, open_model
 
 LATENCY_S = 1e-4
-SLOTS, TOP = 16, 8  # of 64 experts
+SHARE = 4  # of the experts a quarter is in memory
 IO_PER_COMPUTE = 0.22 / 0.16
 CONTEXT = 40_000
+NUM_TEXTS, NUM_TOKENS = 8, 48
 
 
 @dataclass
@@ -40,13 +42,23 @@ class SlowPocket:
 
     rate: float
     token_s: float | None = None  # None: as this machine computes
+    folder: Path = POCKET
+    looks_ahead: bool = True
     disk: SimulatedDisk = field(init=False)
     opened: Opened = field(init=False)
 
     def __post_init__(self) -> None:
         self.disk = SimulatedDisk(self.rate, LATENCY_S, DirectDisk())
-        make_store = partial(PacedStore, token_s=self.token_s, top_k=TOP) if self.token_s else ExpertStore
-        self.opened = open_model(POCKET, SLOTS, choose_arithmetic(), disk=self.disk, make_store=make_store)
+        args = open_checkpoint(self.folder).args
+        paced = partial(PacedStore, token_s=self.token_s, top_k=args.num_experts_per_tok)
+        self.opened = open_model(
+            self.folder,
+            args.n_routed_experts // SHARE,
+            choose_arithmetic(),
+            looks_ahead=self.looks_ahead,
+            disk=self.disk,
+            make_store=paced if self.token_s else ExpertStore,
+        )
 
     @property
     def sweep_bytes(self) -> int:
@@ -61,15 +73,16 @@ class SlowPocket:
         return Backend(self.opened.model, info, limits=limits)
 
 
-def rate_like_the_target(num_tokens: int = 64, token_s: float | None = None) -> float:
+def rate_like_the_target(token_s: float | None = None, folder: Path = POCKET) -> float:
     """Bytes per second at which decoding alone has the target's balance, from two measurements.
 
-    The time of a token with all experts in memory, if not `token_s`, and the bytes that one reads with
-    `SLOTS` of them.
+    The time of a token with all experts in memory, if not `token_s`, and the bytes that one reads with a
+    quarter of them, without guessing.
     """
     arithmetic = choose_arithmetic()
-    seconds = token_s or _decode(open_model(POCKET, None, arithmetic), num_tokens)[0]
-    _, num_bytes = _decode(open_model(POCKET, SLOTS, arithmetic), num_tokens)
+    slots = open_checkpoint(folder).args.n_routed_experts // SHARE
+    seconds = token_s or _decode(open_model(folder, None, arithmetic))[0]
+    _, num_bytes = _decode(open_model(folder, slots, arithmetic, looks_ahead=False))
     rate = num_bytes / (IO_PER_COMPUTE * seconds)
     print(
         f"a token takes {1000 * seconds:.1f} ms to compute and reads {num_bytes / 1e6:.2f} MB: "
@@ -79,24 +92,27 @@ def rate_like_the_target(num_tokens: int = 64, token_s: float | None = None) -> 
     return rate
 
 
-def _decode(opened: Opened, num_tokens: int) -> tuple[float, float]:
-    """Median seconds of a sampled token behind some text, and mean bytes that it reads: the second half."""
-    model, kv = opened.model, opened.model.make_cache()
-    hidden = model(mx.array(text_tokens(0, 256)), [Span(kv, 0, 256)])
-    keys = mx.random.split(mx.random.key(0), num_tokens)
+def _decode(opened: Opened) -> tuple[float, float]:
+    """Median seconds of a sampled token, and mean bytes that it reads: the second half behind each of some
+    texts, since what is written behind one may be a row of blanks."""
+    model, store = opened.model, opened.store
     seconds: list[float] = []
-    half = num_tokens // 2
-    for number in range(num_tokens):
-        if number == half:
-            before = opened.store.statistics().payload_bytes
-        started = time.perf_counter()
-        token = int(mx.random.categorical(model.logits(hidden[-1:]), key=keys[number])[0])
-        hidden = model(mx.array([token]), [Span(kv, 0, 1)])
-        mx.eval(hidden)
-        seconds.append(time.perf_counter() - started)
-    num_bytes = (opened.store.statistics().payload_bytes - before) / (num_tokens - half)
-    opened.store.close()
-    return median(seconds[half:]), num_bytes
+    num_bytes = 0
+    for text in range(NUM_TEXTS):
+        kv = model.make_cache()
+        hidden = model(mx.array(text_tokens(text, 256)), [Span(kv, 0, 256)])
+        keys = mx.random.split(mx.random.key(text), NUM_TOKENS)
+        for number in range(NUM_TOKENS):
+            before = store.statistics().payload_bytes
+            started = time.perf_counter()
+            token = int(mx.random.categorical(model.logits(hidden[-1:]), key=keys[number])[0])
+            hidden = model(mx.array([token]), [Span(kv, 0, 1)])
+            mx.eval(hidden)
+            if number >= NUM_TOKENS // 2:
+                seconds.append(time.perf_counter() - started)
+                num_bytes += store.statistics().payload_bytes - before
+    store.close()
+    return median(seconds), num_bytes / len(seconds)
 
 
 @cache
