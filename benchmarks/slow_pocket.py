@@ -50,14 +50,15 @@ class SlowPocket:
     def __post_init__(self) -> None:
         self.disk = SimulatedDisk(self.rate, LATENCY_S, DirectDisk())
         args = open_checkpoint(self.folder).args
-        paced = partial(PacedStore, token_s=self.token_s, top_k=args.num_experts_per_tok)
+        top_k = args.num_experts_per_tok
+        make_store = partial(PacedStore, token_s=self.token_s, top_k=top_k) if self.token_s else ExpertStore
         self.opened = open_model(
             self.folder,
             args.n_routed_experts // SHARE,
             choose_arithmetic(),
             looks_ahead=self.looks_ahead,
             disk=self.disk,
-            make_store=paced if self.token_s else ExpertStore,
+            make_store=make_store,
         )
 
     @property
