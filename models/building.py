@@ -1,6 +1,7 @@
 """From named tensors to a model that holds them. Called by loading, and by tests with their own tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
@@ -14,6 +15,8 @@ from models.expert_source import ExpertSource
 from models.experts import PROJECTIONS, Experts
 from models.glm_moe_dsa import DenseMlp, Model
 from models.linear import Linear
+from models.names import to_model_names
+from streaming.headers import TensorEntry
 from streaming.index import ExpertIndex, Part
 
 # Control paths stay in float32 whatever the activations are (reference, section 0, point 4).
@@ -64,7 +67,7 @@ def check_experts(index: ExpertIndex, args: ModelArgs) -> None:
     for layer in index.layers:
         if (parts := index.parts(layer)) in checked:
             continue
-        given = {part.name: mx.zeros(part.shape, _DTYPES[part.dtype]) for part in parts}  # lazy: no memory
+        given = {part.name: _placeholder(f"layer {layer}, experts' {part.name}", part) for part in parts}
         expert = DenseMlp(args.hidden_size, args.moe_intermediate_size, CPU)
         name = f"layer {layer}, experts' "
         for projection, linear in expert.named_modules():
@@ -75,11 +78,25 @@ def check_experts(index: ExpertIndex, args: ModelArgs) -> None:
         checked.add(parts)
 
 
+def check_trunk(trunk: Mapping[str, TensorEntry], args: ModelArgs) -> None:
+    """CheckpointError, with tensors and their files, unless these headers make the trunk of config.json.
+
+    The experts are read before the trunk, which takes minutes: what is missing is known without reading.
+    """
+    given: dict[str, mx.array] = {}
+    paths: dict[str, Path] = {}
+    for name, entry in trunk.items():
+        tensor = _placeholder(f"{entry.path}: {name}", entry)
+        given |= (made := to_model_names({name: tensor}, args))
+        paths |= dict.fromkeys(made, entry.path)
+    model = _without_experts(args)
+    _pack_like(model, given)
+    _check(dict(tree_flatten(model.parameters())), given, lambda name: f" (in {paths[name].name})")
+
+
 def check_dense(shapes: Mapping[str, tuple[int, ...]], args: ModelArgs) -> None:
     """CheckpointError unless tensors of these names and shapes, none packed, make a whole model."""
-    nowhere = cast(ExpertSource, None)
-    model = Model(args, CPU, lambda layer: Experts(layer, nowhere, {}, CPU))
-    wanted = dict(tree_flatten(model.parameters()))
+    wanted = dict(tree_flatten(_without_experts(args).parameters()))
     expert = dict(tree_flatten(DenseMlp(args.hidden_size, args.moe_intermediate_size, CPU).parameters()))
     for layer in args.moe_layers:
         for name, array in expert.items():
@@ -110,6 +127,25 @@ def infer_quantization(
             f"is no packing of {input_dims} inputs that MLX knows"
         )
     return Quantization(group_size, bits, mode)
+
+
+def _without_experts(args: ModelArgs) -> Model:
+    """A model of placeholders, lazy: it takes no memory, whatever sizes config.json claims."""
+    nowhere = cast(ExpertSource, None)
+    try:
+        return Model(args, CPU, lambda layer: Experts(layer, nowhere, {}, CPU))
+    except OverflowError as error:
+        raise CheckpointError("config.json: its sizes make matrices that MLX cannot hold") from error
+
+
+def _placeholder(where: str, tensor: Part | TensorEntry) -> mx.array:
+    """An array of zeros, lazy, in the place of a tensor that only its header is known of."""
+    if tensor.dtype not in _DTYPES:
+        raise CheckpointError(f"{where} is stored as {tensor.dtype}; weights are {', '.join(_DTYPES)}")
+    try:
+        return mx.zeros(tensor.shape, _DTYPES[tensor.dtype])
+    except OverflowError as error:
+        raise CheckpointError(f"{where} is {tensor.shape}, which MLX cannot hold") from error
 
 
 def is_control_path(name: str) -> bool:
@@ -144,20 +180,25 @@ def _pack_embedding(model: Model, path: str, weight: mx.array, scales: mx.array)
     )
 
 
-def _check(wanted: Mapping[str, mx.array], given: Mapping[str, mx.array]) -> None:
+def _check(
+    wanted: Mapping[str, mx.array],
+    given: Mapping[str, mx.array],
+    where: Callable[[str], str] = lambda name: "",
+) -> None:
     """Name what is missing, unexpected, of another shape, or of numbers that mean something else.
 
     FP8 without scales and integers have the right shapes too; as weights they would compute nonsense.
+    `where`: of a given tensor, to be said after its fault.
     """
     problems = [f"missing {name}" for name in sorted(wanted.keys() - given.keys())]
-    problems += [f"unexpected {name}" for name in sorted(given.keys() - wanted.keys())]
+    problems += [f"unexpected {name}{where(name)}" for name in sorted(given.keys() - wanted.keys())]
     problems += [
-        f"{name} is {given[name].shape}, not {array.shape}"
+        f"{name} is {given[name].shape}, not {array.shape}{where(name)}"
         for name, array in sorted(wanted.items())
         if name in given and given[name].shape != array.shape
     ]
     problems += [
-        f"{name} is stored as {given[name].dtype}"
+        f"{name} is stored as {given[name].dtype}{where(name)}"
         for name, array in sorted(wanted.items())
         if name in given and _kind(given[name]) != _kind(array)
     ]

@@ -17,7 +17,7 @@ from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
-from models.building import build_model, check_experts, is_control_path
+from models.building import build_model, check_experts, check_trunk, is_control_path
 from models.cache import cache_bytes_per_token
 from models.glm_moe_dsa import Model
 from models.names import to_model_names, trunk_names
@@ -55,6 +55,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     check_experts(experts, args)
     trunk = {name: entries[name] for name in trunk_names(entries, args)}
+    check_trunk(trunk, args)
     return Checkpoint(directory, args, trunk, experts)
 
 

@@ -50,7 +50,10 @@ def to_model_names(tensors: Mapping[str, mx.array], args: ModelArgs) -> dict[str
         if not kv_b:
             out[name] = tensor
         elif rest != "weight" or not mx.issubdtype(tensor.dtype, mx.floating):
-            raise CheckpointError(f"{name}: a packed kv_b_proj cannot be split; convert from the original")
+            raise CheckpointError(
+                f"{name}: a packed kv_b_proj cannot be split by head; take a checkpoint with embed_q and "
+                "unembed_out, or make one of the BF16 or FP8 original with: glmserve convert SRC DST"
+            )
         elif tensor.shape != (shape := kv_b_shape(args)):
             raise CheckpointError(f"{name} is {tensor.shape}, not {shape} as config.json describes")
         else:

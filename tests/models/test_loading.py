@@ -133,7 +133,11 @@ def test_the_mtp_layer_and_indexers_of_shared_layers_are_left_out(tmp_path: Path
         ({"model.norm.weight": None}, "missing model.norm.weight"),
         ({"model.layers.2.self_attn.o_proj.bias": (64,)}, "unexpected model.layers.2.self_attn.o_proj.bias"),
         ({"model.layers." + "9" * 5000 + ".x.weight": (1,)}, "unexpected model.layers.9999"),
-        ({"model.norm.weight": (63,)}, "model.norm.weight is .63,., not .64,."),
+        (
+            {"model.norm.weight": (63,)},
+            r"model.norm.weight is .63,., not .64,. .in model-0000.-of-00002.safetensors",
+        ),
+        ({"model.norm.weight": (0, 2**40)}, r"model-.*\.safetensors: model.norm.weight is .0, 1099511627776"),
         (
             {"model.layers.0.self_attn.kv_b_proj.weight": (100, 32)},
             r"kv_b_proj.weight is .100, 32., not .112,",
@@ -142,7 +146,7 @@ def test_the_mtp_layer_and_indexers_of_shared_layers_are_left_out(tmp_path: Path
         ({"model.layers.0.self_attn.q_a_proj.weight_scale_inv": (1, 1)}, "glmserve convert"),
     ],
 )
-def test_missing_unexpected_and_misshapen_tensors_are_named(
+def test_missing_unexpected_and_misshapen_tensors_are_named_before_anything_is_loaded(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     weights: dict[str, Any] = make_weights(SHARED, SEED)
@@ -152,27 +156,27 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(
             weights[name] = np.zeros(shape, np.float32)
     save_checkpoint(tmp_path, SHARED, weights)
     with pytest.raises(CheckpointError, match=message):
-        open_model(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("name", "dtype", "stored_as"),
     [
-        ("model.layers.0.self_attn.q_a_proj.weight", mx.uint8),  # what FP8 without scales is loaded as
-        ("model.norm.weight", mx.int32),
-        ("model.layers.0.self_attn.o_proj.scales", mx.int32),
+        ("model.layers.0.self_attn.q_a_proj.weight", mx.uint8, "mlx.core.uint8"),  # FP8 without scales
+        ("model.norm.weight", mx.int32, "I32"),
+        ("model.layers.0.self_attn.o_proj.scales", mx.int32, "I32"),
     ],
 )
 def test_trunk_tensors_of_the_right_shape_but_other_numbers_are_named(
-    name: str, dtype: mx.Dtype, tmp_path: Path
+    name: str, dtype: mx.Dtype, stored_as: str, tmp_path: Path
 ) -> None:
     def choose(path: str) -> Quantization | None:
         return Quantization(64, 4) if path.endswith("o_proj") else None
 
     save_packed(tmp_path, WIDE, make_weights(WIDE, SEED), choose)
     change_tensors(tmp_path, lambda given, array: array.astype(dtype) if given == name else array)
-    with pytest.raises(CheckpointError, match=rf"{name} is stored as mlx\.core\.u?int"):
-        open_model(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{name} is stored as {stored_as}"):
+        open_checkpoint(tmp_path)
 
 
 def cut(array: mx.array) -> mx.array:
@@ -214,11 +218,29 @@ def test_other_models_are_refused_with_what_is_supported(model_type: str | None,
         read_config(tmp_path)
 
 
-def test_a_packed_kv_b_is_refused_whichever_of_its_tensors_comes_first() -> None:
-    args = ModelArgs.from_config(TINY)
-    packed = {"kv_b_proj.weight": mx.zeros((112, 4), mx.uint32), "kv_b_proj.scales": mx.zeros((112, 1))}
-    with pytest.raises(CheckpointError, match="a packed kv_b_proj cannot be split"):
-        to_model_names(packed, args)
+def test_a_config_of_sizes_that_no_matrix_has_is_one_clear_line(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, SHARED, make_weights(SHARED, SEED))
+    config = SHARED | {"n_shared_experts": 2**30}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json: its sizes make matrices that MLX cannot hold"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_packed_kv_b_is_refused_before_anything_is_loaded_with_what_to_do(tmp_path: Path) -> None:
+    save_packed(tmp_path, WIDE, make_weights(WIDE, SEED), lambda path: Quantization(64, 4))
+
+    def whole(name: str, array: mx.array) -> mx.array | None:
+        return None if ".embed_q." in name or ".unembed_out." in name else array
+
+    change_tensors(tmp_path, whole)
+    tensors = cast(dict[str, mx.array], mx.load(str(tmp_path / "model.safetensors")))
+    packed = mx.quantize(mx.zeros((4 * (128 + 32), 128)), 64, 4)
+    kinds = dict(zip(("weight", "scales", "biases"), packed, strict=True))
+    tensors |= {f"model.layers.0.self_attn.kv_b_proj.{kind}": array for kind, array in kinds.items()}
+    mx.eval(tensors)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), tensors)
+    with pytest.raises(CheckpointError, match=r"kv_b_proj.*cannot be split.*glmserve convert SRC DST"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_config_nested_without_end_is_one_clear_line(tmp_path: Path) -> None:
