@@ -30,7 +30,7 @@ _DTYPES = {
 def build_model(
     args: ModelArgs, arithmetic: Arithmetic, source: ExpertSource, tensors: Mapping[str, mx.array]
 ) -> Model:
-    """A model whose trunk holds `tensors` and whose experts come from `source`.
+    """A model whose trunk holds `tensors`, made by `as_held`, and whose experts come from `source`.
 
     Raises CheckpointError naming the missing, unexpected or misshapen tensors.
     """
@@ -42,10 +42,17 @@ def build_model(
     _pack_like(model, tensors)
     wanted = dict(tree_flatten(model.parameters()))
     _check(wanted, tensors)
-    model.load_weights([(n, _cast(n, t, arithmetic)) for n, t in tensors.items()], strict=True)
+    model.load_weights(list(tensors.items()), strict=True)
     model.freeze()
     mx.eval(model.parameters())
     return model
+
+
+def as_held(tensors: Mapping[str, mx.array], args: ModelArgs, arithmetic: Arithmetic) -> dict[str, mx.array]:
+    """Tensors of a checkpoint under the names and in the types in which the model holds them, evaluated."""
+    held = {n: _cast(n, tensor, arithmetic) for n, tensor in to_model_names(tensors, args).items()}
+    mx.eval(held)
+    return held
 
 
 def bank_quantizations(bank: Mapping[str, mx.array], args: ModelArgs) -> dict[str, Quantization | None]:

@@ -17,19 +17,18 @@ from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
-from models.building import build_model, check_experts, check_trunk, is_control_path
+from models.building import as_held, build_model, check_experts, check_trunk, is_control_path
 from models.cache import cache_bytes_per_token
 from models.glm_moe_dsa import Model
-from models.names import to_model_names, trunk_names
-from models.workspace import sweep_row_bytes, workspace_bytes
+from models.names import trunk_names
+from models.workspace import loading_bytes, sweep_row_bytes, workspace_bytes
 from streaming.aligned import buffer_bytes
 from streaming.banks import slot_bytes
+from streaming.floats import FLOATS
 from streaming.headers import ITEM_BYTES, FileStamp, TensorEntry, read_headers
 from streaming.index import ExpertIndex
 from streaming.runs import largest_run_bytes
 from streaming.store import ExpertStore
-
-_FLOATS = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -89,17 +88,24 @@ def load_model(
     paths = sorted({entry.path for entry in checkpoint.trunk.values()})
     tensors: dict[str, mx.array] = {}
     for done, path in enumerate(paths, start=1):
-        tensors |= _read_tensors(path, [entry for entry in checkpoint.trunk.values() if entry.path == path])
+        entries = [entry for entry in checkpoint.trunk.values() if entry.path == path]
+        tensors |= _read_tensors(path, entries, checkpoint.args, arithmetic)
         on_progress(done, len(paths))
-    return build_model(checkpoint.args, arithmetic, store, to_model_names(tensors, checkpoint.args))
+    return build_model(checkpoint.args, arithmetic, store, tensors)
 
 
-def _read_tensors(path: Path, entries: Sequence[TensorEntry]) -> dict[str, mx.array]:
-    """Some tensors of a file; CheckpointError where it cannot be read or is not the one whose header was."""
+def _read_tensors(
+    path: Path, entries: Sequence[TensorEntry], args: ModelArgs, arithmetic: Arithmetic
+) -> dict[str, mx.array]:
+    """Some tensors of a file as the model holds them, one after the other: see `loading_bytes`.
+
+    CheckpointError where it cannot be read or is not the one whose header was.
+    """
+    tensors: dict[str, mx.array] = {}
     try:
         lazy: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-        tensors = {entry.name: lazy[entry.name] for entry in entries}
-        mx.eval(tensors)
+        for entry in entries:
+            tensors |= as_held({entry.name: lazy.pop(entry.name)}, args, arithmetic)
         stamp = FileStamp.from_path(path)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path}: {entries[0].name} and others cannot be read: {error}") from error
@@ -125,7 +131,10 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
         experts_per_token=args.num_experts_per_tok,
         kv_bytes_per_token=cache_bytes_per_token(args, itemsize) - index_keys,
         index_key_bytes_per_token=index_keys,
-        workspace_bytes=workspace_bytes(args, arithmetic, checkpoint.trunk, index, context),
+        workspace_bytes=max(
+            workspace_bytes(args, arithmetic, checkpoint.trunk, index, context),
+            loading_bytes(checkpoint.trunk),  # before there are steps
+        ),
         reader_buffer_bytes=buffer_bytes(largest_run_bytes(index)),
         sweep_row_bytes=sweep_row_bytes(args, arithmetic, context),
         ring_slot_bytes=_ring_slot_bytes(index, arithmetic),
@@ -134,14 +143,13 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
 
 
 def _kept_bytes(entry: TensorEntry, itemsize: int) -> int:
-    """Packed words as they are; floats as wide as the arithmetic, or as stored where that is wider.
+    """Packed words as they are; floats as wide as the arithmetic.
 
     On control paths float32: GLM-5.2's routers, 118 million weights, are published in bfloat16.
     """
-    if entry.dtype not in _FLOATS:
+    if entry.dtype not in FLOATS:
         return entry.nbytes
-    kept = ITEM_BYTES["F32"] if is_control_path(entry.name) else itemsize
-    return prod(entry.shape) * max(kept, ITEM_BYTES[entry.dtype])
+    return prod(entry.shape) * (ITEM_BYTES["F32"] if is_control_path(entry.name) else itemsize)
 
 
 def _ring_slot_bytes(index: ExpertIndex, arithmetic: Arithmetic) -> int:

@@ -11,6 +11,7 @@ from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.attention import PART_ROWS
 from models.tiles import tile_rows
+from streaming.floats import FLOATS
 from streaming.headers import TensorEntry
 from streaming.index import PROJECTIONS, ExpertIndex
 
@@ -46,6 +47,21 @@ def workspace_bytes(
         _mlp_bytes(max(args.intermediate_size, _shared_size(args)), row_bytes, unpacked),
         scored + sum(unpacked.head()),
         max_context * args.latent_dim * arithmetic.dtype.size,
+    )
+
+
+def loading_bytes(trunk: Mapping[str, TensorEntry]) -> int:
+    """What lies beside the trunk while it is loaded: a tensor as it is stored, until it is cast.
+
+    A whole kv_b_proj is there twice, the second time split.
+    """
+    return max(
+        (
+            entry.nbytes * (2 if ".kv_b_proj." in name else 1)
+            for name, entry in trunk.items()
+            if entry.dtype in FLOATS
+        ),
+        default=0,
     )
 
 

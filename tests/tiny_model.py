@@ -9,11 +9,11 @@ import numpy as np
 from models.args import ModelArgs
 from models.arithmetic import CPU
 from models.attention import Span
-from models.building import build_model
+from models.building import as_held, build_model
 from models.cache import SequenceCache
 from models.experts import PROJECTIONS
 from models.glm_moe_dsa import Model
-from models.names import to_model_names, trunk_names
+from models.names import trunk_names
 from streaming.sweep import Place, resident_groups
 from tests.tiny_glm import Array
 
@@ -72,7 +72,7 @@ class MemoryExperts:
 def make_model(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Model:
     args = ModelArgs.from_config(config)
     tensors = {name: mx.array(weights[name]) for name in trunk_names(weights, args)}
-    return build_model(args, CPU, MemoryExperts(args, weights), to_model_names(tensors, args))
+    return build_model(args, CPU, MemoryExperts(args, weights), as_held(tensors, args, CPU))
 
 
 def logits(model: Model, ids: Sequence[int], chunk: int | None = None) -> Array:

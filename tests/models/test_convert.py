@@ -17,10 +17,10 @@ import pytest
 from config.errors import CheckpointError, UsageError
 from models.args import ModelArgs
 from models.arithmetic import CPU
-from models.building import build_model
+from models.building import as_held, build_model
 from models.convert import PEAK_BYTES, convert
 from models.convert_command import convert_command
-from models.names import split_kv_b, to_model_names, trunk_names
+from models.names import split_kv_b, trunk_names
 from models.recipe import make_recipe
 from models.shards import PAGE
 from models.source import Source
@@ -114,7 +114,7 @@ def test_the_converted_model_computes_with_the_values_it_was_given(tmp_path: Pat
     store.load_all()
     tensors = load(tmp_path / "target")
     trunk = {name: tensors[name] for name in trunk_names(entries, args)}
-    model = build_model(args, CPU, store, to_model_names(trunk, args))
+    model = build_model(args, CPU, store, as_held(trunk, args, CPU))
     reference = make_model(SHARED, in_original_layout(tensors))
     prompt = tokens(SHARED, 4 * SHARED["index_topk"])
     np.testing.assert_allclose(logits(model, prompt), logits(reference, prompt), atol=1e-4)

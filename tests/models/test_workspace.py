@@ -1,15 +1,20 @@
-"""What a prompt takes beside trunk, experts and caches stays within its lines, and is most of them."""
+"""What loading or a prompt takes beside trunk, experts and caches: within its lines, and most of them."""
+
+from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import pytest
 
 from models import workspace
-from models.arithmetic import CPU, Quantization
+from models.arithmetic import CPU, METAL, Arithmetic, Quantization
 from models.attention import Span
-from models.loading import make_geometry
+from models.loading import load_model, make_geometry, open_checkpoint
+from models.workspace import loading_bytes
+from streaming.store import ExpertStore
 from tests.checkpoints import Opened, open_model, save_packed
 from tests.models.make_golden import SEED
-from tests.tiny_glm import TINY, make_weights, tokens
+from tests.tiny_glm import TINY, make_weights, save_checkpoint, tokens
 
 # Few layers of experts so wide that their weights are most of what a short prompt takes.
 HEAVY = TINY | {
@@ -55,3 +60,45 @@ def test_the_weights_that_lie_unpacked_are_most_of_a_short_prompt(
     assert measured > 0.6 * planned
     monkeypatch.setattr(workspace, "UNPACKED_COPIES", dict.fromkeys(range(9), 1))
     assert measured > measured_and_planned(opened, tokens(HEAVY, 40))[1]
+
+
+# A trunk of which no tensor is more than a part, beside small experts.
+LARGE_TRUNK = TINY | {
+    "vocab_size": 1024, "hidden_size": 256, "num_attention_heads": 8, "q_lora_rank": 64, "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64, "v_head_dim": 64, "intermediate_size": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arithmetic", [CPU, METAL], ids=lambda a: a.name)
+@pytest.mark.parametrize("layout", ["original", "packed"])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
+def test_loading_takes_a_tensor_more_than_what_it_loads(
+    dtype: mx.Dtype, layout: str, arithmetic: Arithmetic, tmp_path: Path
+) -> None:
+    """Plant the fault, a file at a time: half as much again as the trunk."""
+    weights = make_weights(LARGE_TRUNK, SEED)
+    if layout == "original":
+        save_checkpoint(tmp_path, LARGE_TRUNK, weights)
+    else:
+        save_packed(tmp_path, LARGE_TRUNK, weights, lambda path: None)
+    for path in tmp_path.glob("model*.safetensors"):
+        stored = cast(dict[str, mx.array], mx.load(str(path)))
+        tensors = {name: array.astype(dtype) for name, array in stored.items()}
+        mx.eval(tensors)
+        mx.save_safetensors(str(path), tensors)
+        del stored, tensors
+    checkpoint = open_checkpoint(tmp_path)
+    store = ExpertStore(checkpoint.experts, 8, float_dtype=arithmetic.dtype)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = load_model(checkpoint, arithmetic, store)
+    peak, held = mx.get_peak_memory() - before, mx.get_active_memory() - before
+    trunk = make_geometry(checkpoint, arithmetic).trunk_bytes
+    small = 20_000  # scalars of the modules
+    assert abs(held - trunk) < small
+    assert peak <= trunk + loading_bytes(checkpoint.trunk) + small
+    assert loading_bytes(checkpoint.trunk) < trunk / 8
+    assert make_geometry(checkpoint, arithmetic, 1).workspace_bytes >= loading_bytes(checkpoint.trunk)
+    store.close()
+    del model
