@@ -133,7 +133,7 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
         index_key_bytes_per_token=index_keys,
         workspace_bytes=max(
             workspace_bytes(args, arithmetic, checkpoint.trunk, index, context),
-            loading_bytes(checkpoint.trunk),  # before there are steps
+            loading_bytes(checkpoint.trunk, arithmetic),  # before there are steps
         ),
         reader_buffer_bytes=buffer_bytes(largest_run_bytes(index)),
         sweep_row_bytes=sweep_row_bytes(args, arithmetic, context),

@@ -7,9 +7,12 @@ repeated sends all its rows to the same experts.
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
+import mlx.core as mx
+
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.attention import PART_ROWS
+from models.building import is_control_path
 from models.tiles import tile_rows
 from streaming.floats import FLOATS
 from streaming.headers import TensorEntry
@@ -50,19 +53,14 @@ def workspace_bytes(
     )
 
 
-def loading_bytes(trunk: Mapping[str, TensorEntry]) -> int:
-    """What lies beside the trunk while it is loaded: a tensor as it is stored, until it is cast.
-
-    A whole kv_b_proj is there twice, the second time split.
-    """
-    return max(
-        (
-            entry.nbytes * (2 if ".kv_b_proj." in name else 1)
-            for name, entry in trunk.items()
-            if entry.dtype in FLOATS
-        ),
-        default=0,
-    )
+def loading_bytes(trunk: Mapping[str, TensorEntry], arithmetic: Arithmetic) -> int:
+    """What lies beside the trunk while it is loaded: a tensor as it is stored, until it is cast or split."""
+    most = 0
+    for name, entry in trunk.items():
+        is_wide = arithmetic.dtype == mx.float32 or is_control_path(name)
+        is_cast = entry.dtype in FLOATS and entry.dtype != ("F32" if is_wide else "BF16")
+        most = max(most, entry.nbytes * (is_cast + (".kv_b_proj." in name)))
+    return most
 
 
 def _attention_bytes(args: ModelArgs, arithmetic: Arithmetic, rows: int, max_context: int) -> int:
