@@ -49,12 +49,13 @@ def choose_checkpoint(path_or_repo: str | None) -> FoundCheckpoint:
 
 def find_checkpoint(path_or_repo: str) -> Path:
     """The complete checkpoint that the user means. Never downloads."""
-    path = Path(path_or_repo).expanduser()
-    if not path.exists() and REPO_ID.fullmatch(path_or_repo):
+    # os.path's questions, and not Path's: what may not be looked at, or has no possible name, is not there.
+    path = Path(os.path.expanduser(path_or_repo))
+    if not os.path.exists(path) and REPO_ID.fullmatch(path_or_repo):
         path = _find_in_cache(path_or_repo)
-    if not path.is_dir():
-        raise CheckpointError(f"--model {path_or_repo}: there is no such folder")
-    if not (path / "config.json").exists():
+    if not os.path.isdir(path):
+        raise CheckpointError(f"--model {path_or_repo}: there is no such folder, or it may not be read")
+    if not os.path.exists(path / "config.json"):
         raise CheckpointError(f"--model {path}: no config.json there, so this is not a checkpoint")
     read_headers(path)
     return path
@@ -97,9 +98,15 @@ def _dtypes_of_glm(snapshot: Path) -> set[str] | None:
 
 
 def _snapshot(folder: Path) -> Path | None:
-    revision = folder / "refs" / "main"
-    snapshot = folder / "snapshots" / (revision.read_text().strip() if revision.exists() else "main")
-    return snapshot if snapshot.is_dir() else None
+    """Of the main revision; None where there is none, or none that may be read."""
+    try:
+        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        revision = "main"
+    except (OSError, ValueError):
+        return None
+    snapshot = folder / "snapshots" / revision
+    return snapshot if revision and os.path.isdir(snapshot) else None
 
 
 def _cache_folder() -> Path:

@@ -150,7 +150,7 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
 
 def _read_weight_map(path: Path) -> dict[str, str] | None:
     """Tensor names to file names; None without an index."""
-    if not path.exists():
+    if not os.path.exists(path):  # nor where it may not be looked for
         return None
     try:
         document = _parse_json(path, path.read_bytes())

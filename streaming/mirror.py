@@ -7,6 +7,7 @@ when a read hangs.
 """
 
 import logging
+import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ def find_copies(directory: Path, mirror: Path, paths: Iterable[Path]) -> dict[Pa
 
     Compared are the size, the header and samples of the tensors: reading all of it would take minutes.
     """
-    if not mirror.is_dir():
+    if not os.path.isdir(mirror):
         raise CheckpointError(f"--mirror {mirror}: there is no such folder")
     copies = {path: _check_copy(path, mirror / path.relative_to(directory)) for path in paths}
     first = next(iter(copies), None)

@@ -69,6 +69,27 @@ def test_other_faults_say_what_they_are(checkpoint: Path, tmp_path: Path) -> Non
     assert "not a checkpoint" in refusal(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 300 + "/b", "a" * 5000, "~nobody-of-this-name/x"])
+def test_a_name_that_no_folder_can_have_is_one_clear_line(name: str) -> None:
+    refusal(name)
+
+
+@pytest.mark.parametrize("revision", [b"\xff\xfe", b"", b"a" * 300, b"a\0b", None])
+def test_a_damaged_cache_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: bytes | None
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (refs := tmp_path / "models--a--damaged" / "refs").mkdir(parents=True)
+    if revision is None:
+        (refs / "main").mkdir()
+    else:
+        (refs / "main").write_bytes(revision)
+    write_snapshot(tmp_path / "models--a--damaged", "glm_moe_dsa")
+    whole = write_snapshot(tmp_path / "models--c--glm", "glm_moe_dsa")
+    assert choose_checkpoint(None).directory == whole
+    assert "hf download a/damaged" in refusal("a/damaged")
+
+
 def test_a_repository_is_looked_up_in_the_local_cache_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
