@@ -11,6 +11,7 @@ MODEL_TYPE = "glm_moe_dsa"
 FULL, SHARED = "full", "shared"
 _REALS = ("routed_scaling_factor", "rope_theta", "rms_norm_eps")
 _MAY_BE_ZERO = ("n_shared_experts", "first_k_dense_replace")
+_MOST = {"num_hidden_layers": 10_000}  # lists are made of them; of other sizes what an int32 holds
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
         elif name == "indexer_types":
             fits = True  # its own parser said so
         else:
-            fits = type(value) is int and (name not in _MAY_BE_ZERO) <= value < 2**31
+            fits = type(value) is int and (name not in _MAY_BE_ZERO) <= value <= _MOST.get(name, 2**31 - 1)
         if not fits:
             raise CheckpointError(f"config.json: {name} {value!r} makes no sense")
 

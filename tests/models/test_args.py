@@ -75,6 +75,12 @@ def test_a_field_that_nothing_can_be_computed_with_is_one_clear_line(field: str,
         ModelArgs.from_config(TINY | {field: value})
 
 
+def test_layers_without_number_are_refused_before_lists_are_made_of_them() -> None:
+    """Two thousand million of them, which an int32 holds, took all of the memory."""
+    with pytest.raises(CheckpointError, match=r"config\.json: num_hidden_layers 20000 makes no sense"):
+        ModelArgs.from_config(TINY | {"num_hidden_layers": 20_000, "mlp_layer_types": None})
+
+
 def test_without_a_word_on_dense_layers_there_are_three_as_in_transformers() -> None:
     silent = {"mlp_layer_types": None, "first_k_dense_replace": None}
     assert ModelArgs.from_config(TINY | silent).moe_layers == range(3, 11)
