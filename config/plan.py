@@ -267,6 +267,7 @@ def _check_budget(geometry: Geometry, budget: int, max_context: int, minimum: in
             f"a memory budget of {format_size(budget)} is too small: this checkpoint with a context of "
             f"{max_context} tokens needs {round_up(minimum)} (trunk {format_size(geometry.trunk_bytes)}, "
             f"{geometry.experts_per_token} experts in each of {len(geometry.expert_bytes)} layers, the rest)"
+            "; a shorter --max-context needs less"
         )
 
 

@@ -50,6 +50,7 @@ def test_the_plan_never_exceeds_the_budget_and_refuses_only_below_the_minimum(
 def test_the_refusal_names_a_budget_that_is_then_taken() -> None:
     with pytest.raises(BudgetError) as refusal:
         make_plan(GLM, 5 * GB, 4096, physical_bytes=128 * GB)
+    assert "a shorter --max-context needs less" in str(refusal.value)
     named = str(refusal.value).split("needs ")[1].split()[0]
     assert min(make_plan(GLM, parse_size(named), 4096, physical_bytes=128 * GB).slots_per_layer) == 8
 
