@@ -67,8 +67,10 @@ def make_recipe(
     if mode not in DEFAULTS:
         raise CheckpointError(f"mode {mode!r} is none of {', '.join(DEFAULTS)}")
     default_group, default_bits = DEFAULTS[mode]
-    base = Quantization(group_size or default_group, bits or default_bits, mode)
-    asked = {base.bits, experts_bits or base.bits, embed_bits or base.bits}
+    base = Quantization(
+        default_group if group_size is None else group_size, default_bits if bits is None else bits, mode
+    )
+    asked = {base.bits, *(given for given in (experts_bits, embed_bits) if given is not None)}
     allowed = set(AFFINE_BITS) if mode == "affine" else {default_bits}
     groups = set(AFFINE_GROUPS) if mode == "affine" else {default_group}
     if not asked <= allowed or base.group_size not in groups:
@@ -172,22 +174,26 @@ def _from_separate(
         raise CheckpointError(
             f"{name}: {len(experts)} of {args.n_routed_experts} experts are there; missing {missing[:5]}"
         )
-    rows, width = source.shape(experts[0])
-    if any(source.shape(tensor) != (rows, width) for tensor in experts.values()):
-        raise CheckpointError(f"{name}: the experts differ in shape")
+    rows, width = _matrix_shape(experts[0], source, 2)
+    dtype = source.decoded_dtype(experts[0])
+    for tensor in experts.values():
+        found = (source.shape(tensor), source.decoded_dtype(tensor))
+        if found != ((rows, width), dtype):
+            raise CheckpointError(
+                f"{tensor} is {found}, the layer's first expert is {((rows, width), dtype)}"
+            )
 
     def blocks() -> Iterator[Block]:
         for expert in range(len(experts)):
             yield from _rows_of(source, experts[expert], 0, rows, expert * rows)
 
-    dtype = source.decoded_dtype(experts[0])
     quantization = recipe.quantization(name.removesuffix(".weight"), width)
     return Matrix(name, (len(experts), rows, width), dtype, quantization, blocks)
 
 
 def _from_fused(mlp: str, kind: str, name: str, source: Source, recipe: Recipe) -> list[Matrix]:
     """transformers' stacks: gate_up_proj [E, 2I, H] holds the gate's rows first, down_proj [E, H, I]."""
-    num_experts, all_rows, width = source.shape(name)
+    num_experts, all_rows, width = _matrix_shape(name, source, 3)
     projections = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     rows = all_rows // len(projections)
 
@@ -205,6 +211,15 @@ def _from_fused(mlp: str, kind: str, name: str, source: Source, recipe: Recipe) 
         )
 
     return [make(half, projection) for half, projection in enumerate(projections)]
+
+
+def _matrix_shape(name: str, source: Source, rank: int) -> tuple[int, ...]:
+    shape = source.shape(name)
+    if len(shape) != rank:
+        raise CheckpointError(
+            f"{source.entries[name].path}: {name} is {shape}, which has not {rank} dimensions"
+        )
+    return shape
 
 
 def _from_kv_b(name: str, source: Source, args: ModelArgs, recipe: Recipe) -> list[Matrix]:

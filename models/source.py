@@ -23,7 +23,7 @@ class Source:
         self._block_shape = block_shape
         for name, entry in entries.items():
             if entry.dtype == FP8:
-                _check_scale(entry, entries.get(scale_name(name)))
+                _check_scale(entry, entries.get(scale_name(name)), block_shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
@@ -53,23 +53,24 @@ class Source:
         """FP8 values times their block's scale; the last block of either dimension may be cut short."""
         height, width = self._block_shape
         scales = self.entries[scale_name(name)]
-        *lead, num_rows, num_columns = self.shape(name)
-        expected = (-(-num_rows // height), -(-num_columns // width))
-        if lead or scales.shape != expected:
-            raise CheckpointError(
-                f"{scales.path}: {scales.name} is {scales.shape}, not {expected} as {self.shape(name)} needs"
-            )
-        table = self.rows(scales.name, 0, expected[0]).astype(mx.float32)
+        table = self.rows(scales.name, 0, scales.shape[0]).astype(mx.float32)
         by_row = table[mx.arange(start, stop) // height]  # [rows, blocks across]
-        return (values * mx.repeat(by_row, width, axis=1)[:, :num_columns]).astype(mx.bfloat16)
+        return (values * mx.repeat(by_row, width, axis=1)[:, : values.shape[1]]).astype(mx.bfloat16)
 
 
-def _check_scale(weight: TensorEntry, scale: TensorEntry | None) -> None:
+def _check_scale(weight: TensorEntry, scale: TensorEntry | None, block_shape: tuple[int, int]) -> None:
+    """From the headers: a conversion takes hours, and should not end at a scale that does not fit."""
     if scale is None:
         raise CheckpointError(f"{weight.path}: {weight.name} is FP8 and {scale_name(weight.name)} is missing")
     if scale.dtype not in _DTYPES:
         raise CheckpointError(
             f"{scale.path}: {scale.name} is {scale.dtype}; scales of FP8 are {', '.join(_DTYPES)}"
+        )
+    expected = tuple(-(-size // block) for size, block in zip(weight.shape, block_shape, strict=False))
+    if len(weight.shape) != 2 or scale.shape != expected:
+        raise CheckpointError(
+            f"{scale.path}: {scale.name} is {scale.shape}, not {expected} as {weight.shape} needs in "
+            f"blocks of {block_shape[0]} x {block_shape[1]}"
         )
 
 

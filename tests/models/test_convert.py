@@ -277,7 +277,7 @@ def test_a_missing_or_misshapen_fp8_scale_is_named(tmp_path: Path) -> None:
     bad = ("F32", (4, 1), bytes(16))
     write_safetensors(tmp_path / "model.safetensors", {"w.weight": weight, "w.weight_scale_inv": bad})
     with pytest.raises(CheckpointError, match=r"\(4, 1\), not \(5, 1\)"):
-        Source(read_headers(tmp_path)).rows("w.weight", 0, 10)
+        Source(read_headers(tmp_path))
 
 
 def test_scales_of_another_kind_are_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -481,12 +481,37 @@ def test_the_command_converts_and_refuses_what_mlx_cannot_do(tmp_path: Path, sou
     assert "model.layers.3.mlp.switch_mlp.gate_proj.biases" not in tensors
     with pytest.raises(CheckpointError, match=r"takes bits of \[2, 3, 4, 5, 6, 8\]"):
         convert_command([str(source), str(tmp_path / "b"), "--bits", "7"])
+    for zero in ("--bits", "--group-size", "--experts-bits", "--embed-bits"):
+        with pytest.raises(CheckpointError, match="mode affine takes bits"):
+            convert_command([str(source), str(tmp_path / "b"), zero, "0"])
 
 
 def test_a_missing_expert_is_named(tmp_path: Path, weights: dict[str, Array]) -> None:
     cut = {name: w for name, w in weights.items() if ".3.mlp.experts.5." not in name}
     with pytest.raises(CheckpointError, match=r"7 of 8 experts are there; missing \[5\]"):
         convert(save_checkpoint(tmp_path / "source", SHARED, cut), tmp_path / "target", FOUR_BITS)
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        (
+            "experts.5.up_proj.weight",
+            np.zeros((32, 64), np.float16),
+            r"experts\.5.*F16.*first expert is .*F32",
+        ),
+        ("experts.5.up_proj.weight", np.zeros((32, 63), np.float32), r"experts\.5.*first expert"),
+        ("experts.0.up_proj.weight", np.zeros(32 * 64, np.float32), "has not 2 dimensions"),
+        ("experts.down_proj", np.zeros((64, 32), np.float32), "has not 3 dimensions"),
+    ],
+)
+def test_experts_that_are_no_matrices_of_one_kind_are_refused_before_anything_is_written(
+    tmp_path: Path, weights: dict[str, Array], name: str, array: Array, message: str
+) -> None:
+    changed = weights | {f"model.layers.4.mlp.{name}": array}
+    with pytest.raises(CheckpointError, match=message):
+        convert(save_checkpoint(tmp_path / "source", SHARED, changed), tmp_path / "target", FOUR_BITS)
     assert not (tmp_path / "target").exists()
 
 
