@@ -3,9 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from config.errors import UsageError
 from models.convert import convert
 from models.recipe import DEFAULTS, make_recipe
 
@@ -32,8 +34,13 @@ def convert_command(argv: Sequence[str]) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see glmserve convert --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="glmserve convert",
         description="Makes a streamable, quantised copy of a GLM checkpoint. One that was cut goes on.",
     )

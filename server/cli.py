@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"glmserve: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # of a conversion, which goes on when it is asked for again
+        print("glmserve: interrupted", file=sys.stderr)
+        return 130
 
 
 def parse_settings(words: Sequence[str], command: str = "serve") -> Settings:

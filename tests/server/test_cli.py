@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config.settings import Settings, flag_of
-from server.cli import main, parse_settings
+from server.cli import COMMANDS, Command, main, parse_settings
 from tests.server.test_checkpoint import write_shard
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +42,9 @@ def checkpoint(tmp_path: Path, tokenizer_folder: Path) -> Path:
         (["--ram-budget", "much"], "'much' is not a size"),
         (["--model", "/no/such/folder"], "there is no such folder"),
         (["--config", "/no/such/file"], "cannot read --config /no/such/file"),
+        (["convert", "a"], "arguments are required: target; see glmserve convert --help"),
+        (["convert", "a", "b", "--bits", "x"], "invalid int value: 'x'; see glmserve convert --help"),
+        (["convert", "a", "b", "--bits", "0"], "mode affine takes bits of [2, 3, 4, 5, 6, 8]"),
         (["--host", "a..b", "--api-key", "x", "--log-level", "error"], "cannot listen on a..b:8080"),
     ],
 )
@@ -54,6 +57,17 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert captured.err.startswith("glmserve: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_an_interrupt_is_one_line_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(words: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "convert", Command("", interrupted))
+    assert main(["convert", "a", "b"]) == 130
+    assert capsys.readouterr().err == "glmserve: interrupted\n"
 
 
 def test_a_port_in_use_is_noticed_before_anything_is_loaded(
