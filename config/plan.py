@@ -1,16 +1,12 @@
 """The memory plan: how a budget is divided, line by line, before anything is allocated.
 
-Pure functions of the checkpoint's geometry and the budget. The command line prints the plan, the engine
-obeys it: every owner of memory takes its line from here. Knows nothing of MLX; the geometry is measured by
-`models/` and `streaming/`.
+Pure functions of the checkpoint's geometry and the budget. The command line prints the plan
+(`config.ledger`), the engine obeys it: every owner of memory takes its line from here. Knows nothing of MLX;
+the geometry is measured by `models/` and `streaming/`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
-
-from rich.console import Console
-from rich.table import Table
 
 from config.errors import BudgetError
 from config.sizes import format_size, physical_memory_bytes
@@ -129,7 +125,8 @@ def make_plan(
     needed, per_slot = sum(fixed.values()), sum(geometry.expert_bytes)
     whole = needed + per_slot * geometry.num_experts
     resident = _fixed_point(lambda budget: whole + max(least, min(most, budget // PREFIX_DIVISOR)))
-    streamed = needed + per_slot * geometry.experts_per_token + MIN_RING_SLOTS * geometry.ring_slot_bytes
+    beside = needed - geometry.workspace_bytes
+    streamed = beside + least_experts(geometry) + MIN_RING_SLOTS * geometry.ring_slot_bytes
     minimum = min(resident, streamed + least)
     _check_budget(geometry, budget_bytes, max_context, minimum, physical_bytes or physical_memory_bytes())
     is_resident = budget_bytes >= resident
@@ -143,14 +140,16 @@ def make_plan(
         "sweep rows": tokens * geometry.sweep_row_bytes,
         "sweep ring": ring_slots * geometry.ring_slot_bytes,
     }
-    slots = divide(geometry, budget_bytes - sum(lines.values()))
-    experts = sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
+    if is_resident:
+        slots = (geometry.num_experts,) * len(geometry.expert_bytes)
+    else:
+        lines["workspace"], slots = divide(geometry, budget_bytes - sum(lines.values()) + lines["workspace"])
     return MemoryPlan(
         budget_bytes=budget_bytes,
         minimum_budget_bytes=minimum,
         resident_bytes=resident,
         max_context=max_context,
-        lines={**lines, "experts": experts},
+        lines={**lines, "experts": slots_bytes(geometry, slots)},
         slots_per_layer=slots,
         num_experts=geometry.num_experts,
         cache_limit_bytes=fixed["MLX buffer cache"],
@@ -192,46 +191,6 @@ def _reader_threads(geometry: Geometry, spare: int) -> int:
     return max(n for n in some if reader_buffers(n) * geometry.reader_buffer_bytes <= room)
 
 
-def as_dict(plan: MemoryPlan) -> dict[str, object]:
-    """The plan for programs."""
-    return {
-        "budget_bytes": plan.budget_bytes,
-        "minimum_budget_bytes": plan.minimum_budget_bytes,
-        "resident_bytes": plan.resident_bytes,
-        "max_context": plan.max_context,
-        "lines": dict(plan.lines),
-        "unassigned_bytes": plan.budget_bytes - sum(plan.lines.values()),
-        "slots_per_layer": list(plan.slots_per_layer),
-        "num_experts": plan.num_experts,
-        "is_resident": plan.is_resident,
-        "sweep_tokens": plan.sweep_tokens,
-        "ring_slots": plan.ring_slots,
-    }
-
-
-def render_plan(plan: MemoryPlan) -> str:
-    """The plan for people."""
-    table = Table(
-        title=f"A budget of {format_size(plan.budget_bytes)}, a context of {plan.max_context} tokens"
-    )
-    table.add_column("line")
-    table.add_column("bytes", justify="right")
-    table.add_column("share", justify="right")
-    unassigned = plan.budget_bytes - sum(plan.lines.values())
-    for name, nbytes in {**plan.lines, "unassigned": unassigned}.items():
-        table.add_row(name, format_size(nbytes), f"{nbytes / plan.budget_bytes:.1%}")
-    low, high = min(plan.slots_per_layer, default=0), max(plan.slots_per_layer, default=0)
-    slots = str(low) if low == high else f"{low} to {high}"
-    out = StringIO()
-    console = Console(file=out, width=80)
-    console.print(table)
-    console.print(f"{slots} of {plan.num_experts} experts of each layer stay in memory.")
-    console.print(f"A sweep of the experts serves up to {plan.sweep_tokens} tokens of prompts.")
-    console.print(f"The smallest budget that works is {round_up(plan.minimum_budget_bytes)};")
-    console.print(f"with {round_up(plan.resident_bytes)} every expert stays in memory.")
-    return out.getvalue()
-
-
 def _fixed_lines(geometry: Geometry, max_context: int) -> dict[str, int]:
     cache = min(max(geometry.workspace_bytes // 4, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
     return {
@@ -271,14 +230,41 @@ def _check_budget(geometry: Geometry, budget: int, max_context: int, minimum: in
         )
 
 
-def divide(geometry: Geometry, room: int) -> tuple[int, ...]:
-    """As many slots for every layer as fit; the remainder gives one more to the first layers that it fits."""
-    per_slot = sum(geometry.expert_bytes)
-    even = min(room // per_slot, geometry.num_experts) if per_slot else geometry.num_experts
+def least_experts(geometry: Geometry) -> int:
+    """Workspace and experts together, with as many slots as a token needs: see `divide`."""
+    per_token = geometry.experts_per_token
+    bank = per_token * max(geometry.expert_bytes, default=0)
+    return per_token * sum(geometry.expert_bytes) + max(geometry.workspace_bytes, bank)
+
+
+def divide(geometry: Geometry, room: int) -> tuple[int, tuple[int, ...]]:
+    """The workspace, and as many slots for every layer as fit beside it.
+
+    Between two steps a layer may move to a bank of another size, and both are in memory then: what no step
+    uses meanwhile has to be as large as the largest bank.
+    """
+    sizes = geometry.expert_bytes
+    largest = max(sizes, default=0)
+    moving, *beside_bank = _slots((largest, *sizes), room, geometry.num_experts)
+    beside_step = _slots(sizes, room - geometry.workspace_bytes, geometry.num_experts)
+    slots = tuple(min(*both, moving) for both in zip(beside_bank, beside_step, strict=True))
+    bank = max((count * nbytes for count, nbytes in zip(slots, sizes, strict=True)), default=0)
+    return max(geometry.workspace_bytes, bank), slots
+
+
+def slots_bytes(geometry: Geometry, slots: Sequence[int]) -> int:
+    """Memory of so many slots of each layer."""
+    return sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
+
+
+def _slots(sizes: Sequence[int], room: int, most: int) -> tuple[int, ...]:
+    """The same number for all, at most so many; the remainder gives one more to the first that it fits."""
+    per_slot = sum(sizes)
+    even = min(room // per_slot, most) if per_slot else most
     left = room - even * per_slot
     slots = []
-    for nbytes in geometry.expert_bytes:
-        has_one_more = even < geometry.num_experts and nbytes <= left
+    for nbytes in sizes:
+        has_one_more = even < most and nbytes <= left
         left -= nbytes * has_one_more
         slots.append(even + has_one_more)
     return tuple(slots)

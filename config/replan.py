@@ -6,14 +6,15 @@ Pure, as `config.plan`. Called by the engine when somebody gives it another budg
 from dataclasses import replace
 
 from config.errors import BudgetError
-from config.plan import Geometry, MemoryPlan, divide, round_up
+from config.plan import Geometry, MemoryPlan, divide, least_experts, round_up, slots_bytes
 from config.sizes import format_size, physical_memory_bytes
 
 
 def replan(
     geometry: Geometry, plan: MemoryPlan, budget_bytes: int, *, physical_bytes: int | None = None
 ) -> MemoryPlan:
-    """The plan with which the model was opened, under another budget: the experts take the difference.
+    """The plan with which the model was opened, under another budget: the experts take the difference, and
+    the workspace as much of it as larger banks need to move.
 
     What else the engine has made by its plan (caches, buffers, ring) stays. BudgetError names the smallest
     budget that works so. It is never below `plan.minimum_budget_bytes`, so that the engine can be started
@@ -25,20 +26,18 @@ def replan(
             f"a budget of {format_size(budget_bytes)} is above the memory of this machine: "
             f"{format_size(physical)}"
         )
-    others = sum(nbytes for name, nbytes in plan.lines.items() if name != "experts")
-    least = others + geometry.experts_per_token * sum(geometry.expert_bytes)
-    least = max(least, plan.minimum_budget_bytes)
+    others = sum(nbytes for name, nbytes in plan.lines.items() if name not in ("experts", "workspace"))
+    least = max(others + least_experts(geometry), plan.minimum_budget_bytes)
     if budget_bytes < least:
         raise BudgetError(
             f"a budget of {format_size(budget_bytes)} is too small: with the context, buffers and ring that "
             f"this engine was started with it needs {round_up(least)}; started again it would need "
             f"{round_up(plan.minimum_budget_bytes)}"
         )
-    slots = divide(geometry, budget_bytes - others)
-    experts = sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
+    workspace, slots = divide(geometry, budget_bytes - others)
     return replace(
         plan,
         budget_bytes=budget_bytes,
-        lines={**plan.lines, "experts": experts},
+        lines={**plan.lines, "workspace": workspace, "experts": slots_bytes(geometry, slots)},
         slots_per_layer=slots,
     )

@@ -2,7 +2,7 @@
 
 import json
 
-from config.plan import as_dict, render_plan
+from config.ledger import as_dict, render_plan
 from config.settings import Settings
 from models.arithmetic import choose_arithmetic
 from models.loading import open_checkpoint

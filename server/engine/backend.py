@@ -8,7 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from config.errors import CheckpointError, DiskError, UsageError
-from config.plan import MAX_RUNNING, MemoryPlan, make_plan, render_plan
+from config.ledger import render_plan
+from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
 from models.cache_blocks import cache_fingerprint

@@ -14,7 +14,8 @@ from time import monotonic
 from typing import Protocol
 
 from config.errors import BudgetError
-from config.plan import Geometry, MemoryPlan, as_dict, render_plan
+from config.ledger import as_dict, render_plan
+from config.plan import Geometry, MemoryPlan
 from config.replan import replan
 from config.sizes import format_size
 from server.engine.apple import wire

@@ -271,7 +271,7 @@ class Failed:
 class Replanned:
     """This is in force now, and what an engine that is started again must be given.
 
-    `plan` is `config.plan.as_dict` of it, `memory_lines` the same for people. The banks follow between the
+    `plan` is `config.ledger.as_dict` of it, `memory_lines` the same for people. The banks follow between the
     next steps.
     """
 

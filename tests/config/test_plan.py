@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import BudgetError
-from config.plan import Geometry, as_dict, make_plan, reader_buffers, render_plan
+from config.ledger import as_dict, render_plan
+from config.plan import Geometry, make_plan, reader_buffers
 from config.sizes import parse_size
 
 GB = 10**9
@@ -71,6 +72,33 @@ def test_layers_of_different_size_get_the_same_number_of_slots_or_one_more() -> 
     geometry = dataclasses.replace(GLM, expert_bytes=(20 * 10**6, 10 * 10**6, 30 * 10**6))
     plan = make_plan(geometry, 18 * GB, 4096, physical_bytes=128 * GB)
     assert max(plan.slots_per_layer) - min(plan.slots_per_layer) <= 1
+
+
+@given(
+    budget=st.integers(30 * GB, 400 * GB),
+    sizes=st.lists(st.integers(10 * 10**6, 30 * 10**6), min_size=2, max_size=75),
+    workspace=st.integers(0, 4 * GB),
+)
+def test_the_largest_bank_may_be_there_twice_while_no_step_is_under_way(
+    budget: int, sizes: list[int], workspace: int
+) -> None:
+    geometry = dataclasses.replace(GLM, expert_bytes=tuple(sizes), workspace_bytes=workspace)
+    plan = make_plan(geometry, budget, 4096, physical_bytes=500 * GB)
+    assert sum(plan.lines.values()) <= budget
+    if not plan.is_resident:
+        banks = [slots * nbytes for slots, nbytes in zip(plan.slots_per_layer, sizes, strict=True)]
+        assert plan.lines["workspace"] == max(workspace, *banks)
+        assert budget - sum(plan.lines.values()) < 2 * max(sizes)
+
+
+def test_the_least_budget_lets_banks_move_too() -> None:
+    cramped = dataclasses.replace(GLM, workspace_bytes=0)
+    plan = make_plan(cramped, 100 * GB, 4096, physical_bytes=128 * GB)
+    least = make_plan(cramped, plan.minimum_budget_bytes, 4096, physical_bytes=128 * GB)
+    assert least.slots_per_layer == (8,) * 75
+    assert least.lines["workspace"] == 8 * 16_515_072
+    with pytest.raises(BudgetError):
+        make_plan(cramped, plan.minimum_budget_bytes - 1, 4096, physical_bytes=128 * GB)
 
 
 def test_the_plan_is_printed_for_people_and_for_programs() -> None:

@@ -28,6 +28,14 @@ def test_only_the_experts_change_and_what_is_taken_can_be_started_with(budget: i
     make_plan(GLM, budget, 32_768, physical_bytes=PHYSICAL)
 
 
+def test_larger_banks_get_the_room_to_move() -> None:
+    physical = 512 * GB
+    plan = replan(GLM, PLAN, 300 * GB, physical_bytes=physical)
+    assert plan.lines["workspace"] == max(plan.slots_per_layer) * 16_515_072 > GLM.workspace_bytes
+    assert 300 * GB - 2 * 16_515_072 < sum(plan.lines.values()) <= 300 * GB
+    assert replan(GLM, plan, 100 * GB, physical_bytes=physical) == PLAN
+
+
 def test_the_same_budget_is_the_same_plan() -> None:
     assert replan(GLM, PLAN, 100 * GB, physical_bytes=PHYSICAL) == PLAN
 
