@@ -86,7 +86,12 @@ def _eos_token_ids(checkpoint: Path, inner: tokenizers.Tokenizer) -> frozenset[i
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = read_json(checkpoint / name).get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        given = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token_id) is int for token_id in given):
+            raise CheckpointError(
+                f"{checkpoint / name}: eos_token_id {value!r} is no token id, nor a list of them"
+            )
+        ids.update(given)
     if not ids:
         found = (inner.token_to_id(text) for text in ("<|endoftext|>", "<|user|>", "<|observation|>"))
         ids.update(token_id for token_id in found if token_id is not None)

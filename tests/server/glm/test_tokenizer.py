@@ -87,6 +87,17 @@ def test_end_of_turn_ids_come_from_both_files_or_from_their_names(
     assert loaded.eos_token_ids == (named if expected is None else expected)
 
 
+@pytest.mark.parametrize("value", ["5", [5, {"id": 6}], 5.0, {"id": 6}])
+def test_ends_of_turns_that_are_no_ids_are_refused(
+    tokenizer_folder: Path, tmp_path: Path, value: object
+) -> None:
+    """With a wrong one answers would not end, or the start would with a traceback."""
+    shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match=r"config\.json: eos_token_id .* is no token id"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_missing_or_foreign_tokenizer_is_named(tokenizer_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
