@@ -94,7 +94,10 @@ def check_trunk(trunk: Mapping[str, TensorEntry], args: ModelArgs) -> None:
     paths: dict[str, Path] = {}
     for name, entry in trunk.items():
         tensor = _placeholder(f"{entry.path}: {name}", entry)
-        given |= (made := to_model_names({name: tensor}, args))
+        made = to_model_names({name: tensor}, args)
+        if twice := made.keys() & given.keys():
+            raise CheckpointError(f"{entry.path}: {name} holds {min(twice)} a second time")
+        given |= made
         paths |= dict.fromkeys(made, entry.path)
     model = _without_experts(args)
     _pack_like(model, given)

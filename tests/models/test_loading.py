@@ -243,6 +243,16 @@ def test_a_packed_kv_b_is_refused_before_anything_is_loaded_with_what_to_do(tmp_
         open_checkpoint(tmp_path)
 
 
+def test_a_kv_b_beside_its_own_parts_is_refused(tmp_path: Path) -> None:
+    """Which of the two counted was a matter of their order."""
+    weights = make_weights(WIDE, SEED)
+    save_packed(tmp_path, WIDE, weights, lambda path: None)
+    name = "model.layers.0.self_attn.kv_b_proj.weight"
+    save_file({name: weights[name]}, tmp_path / "model-more.safetensors")
+    with pytest.raises(CheckpointError, match=r"(kv_b_proj|embed_q|unembed_out)\.weight .* a second time"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_config_nested_without_end_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 200_000)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
