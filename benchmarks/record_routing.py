@@ -1,9 +1,11 @@
-"""Records Pocket's router while it answers live: `python -m benchmarks.record_routing FILE.npz`.
+"""Records the router of Pocket, or of another folder with its tokenizer, while it answers live:
+`python -m benchmarks.record_routing FILE.npz`.
 
 Through the product's own path, one token at a time, sampled at temperature 0.8, so that the routes are those
 of text that the model writes and not of right answers. Other questions than those of `pocket-router.npz`:
 what is tuned on one trace is tested on the other. With `--shared` eight conversations that begin with the
-same 2,048 tokens: sources, as agents of one repository read them.
+same 2,048 tokens: sources, as agents of one repository read them. With `--sources` each of the eight goes on
+with 500 tokens of sources of its own, and no question.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from server.glm.tokenizer import load_tokenizer
 from streaming.policy import LeastRecentlyUsed, Scores
 from streaming.store import ExpertStore
 
-SHARED_TOKENS = 2048
+SHARED_TOKENS, OWN_TOKENS, NUM_SHARING = 2048, 500, 8
 POCKET = Path(models.__file__).with_name("pocket")
 QUESTIONS = (
     "Who are you, and what can you do for me?", "Write a short poem about the sea.",
@@ -51,21 +53,31 @@ class Recorder(LeastRecentlyUsed):
             self.rows.append(scores[0].copy())
 
 
+def make_prompts(folder: Path, is_shared: bool, of_sources: bool) -> list[list[int]]:
+    common = list(text_tokens(0, SHARED_TOKENS)) if is_shared or of_sources else []
+    if of_sources:
+        return [common + list(text_tokens(100 * agent, OWN_TOKENS)) for agent in range(NUM_SHARING)]
+    tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
+    questions = QUESTIONS[:NUM_SHARING] if is_shared else QUESTIONS
+    texts = [template.render([{"role": "user", "content": question}], None, {}) for question in questions]
+    return [common + tokenizer.encode(text) for text in texts]
+
+
 def record(
-    tokens_per_answer: int, common: list[int], questions: Sequence[str]
+    folder: Path, tokens_per_answer: int, prompts: Sequence[list[int]]
 ) -> dict[str, NDArray[np.generic]]:
-    checkpoint, recorders = open_checkpoint(POCKET), list[Recorder]()
+    checkpoint, recorders = open_checkpoint(folder), list[Recorder]()
 
     def make_policy() -> Recorder:
         recorders.append(Recorder())
         return recorders[-1]
 
-    store = ExpertStore(checkpoint.experts, 48, float_dtype=CPU.dtype, make_policy=make_policy)
-    model, tokenizer = load_model(checkpoint, CPU, store), load_tokenizer(POCKET)
-    template, sequence = load_chat_template(POCKET), list[int]()
-    for number, question in enumerate(questions):
-        ids = common + tokenizer.encode(template.render([{"role": "user", "content": question}], None, {}))
-        cache, key = model.make_cache(), mx.random.key(number)
+    # Scores are watched where an expert may have to go.
+    slots = checkpoint.args.n_routed_experts - 1
+    store = ExpertStore(checkpoint.experts, slots, float_dtype=CPU.dtype, make_policy=make_policy)
+    model, sequence = load_model(checkpoint, CPU, store), list[int]()
+    for number, prompt in enumerate(prompts):
+        ids, cache, key = list(prompt), model.make_cache(), mx.random.key(number)
         for _ in range(tokens_per_answer + 1):
             logits = model.logits(model(mx.array(ids), [Span(cache, 0, len(ids))])[-1:])[0]
             sequence += [number] * (len(ids) == 1)
@@ -89,10 +101,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=70, help="of each answer")
     parser.add_argument("--shared", action="store_true", help="eight behind 2,048 tokens in common")
+    parser.add_argument("--sources", action="store_true", help="eight that read and write sources")
+    parser.add_argument("--model", type=Path, default=POCKET, help="a folder with Pocket's tokenizer")
     given = parser.parse_args()
     use_fast_blas("benchmarks.record_routing")
-    common = list(text_tokens(0, SHARED_TOKENS)) if given.shared else []
-    trace = record(given.tokens, common, QUESTIONS[:8] if given.shared else QUESTIONS)
+    trace = record(given.model, given.tokens, make_prompts(given.model, given.shared, given.sources))
     np.savez_compressed(given.out, **trace)  # type: ignore[arg-type]
     print(f"{len(trace['sequence'])} tokens -> {given.out}")
 

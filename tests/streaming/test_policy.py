@@ -1,7 +1,11 @@
-import numpy as np
+from pathlib import Path
 
-from benchmarks.policies import belady_hits, count_hits
-from benchmarks.routing import make_routing
+import numpy as np
+import pytest
+
+import benchmarks
+from benchmarks.policies import UnjudgedNearness, belady_hits, count_hits
+from benchmarks.routing import Routing, load_routing, make_routing
 from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed
 
 
@@ -23,9 +27,17 @@ def test_many_rows_count_as_so_many_tokens_and_ruled_out_experts_as_far_off() ->
     together.observe(np.stack([row] * 10))
     for _ in range(10):
         single.observe(row[None])
-    np.testing.assert_allclose(together._nearness, single._nearness)
+    np.testing.assert_allclose(together._worth, single._worth)
     together.observe(np.array([[0.9, -np.inf, 0.5, -np.inf]], np.float32))
-    assert np.isfinite(together._nearness).all()
+    assert np.isfinite(together._worth).all()
+
+
+def test_an_expert_that_is_always_near_and_never_chosen_goes_before_one_that_is_chosen_at_times() -> None:
+    policy = LeastNearlyChosen(num_experts=4, k=1)
+    policy.use([1, 2])
+    for token in range(100):
+        policy.observe(np.array([[0.9, 0.85, 0.95 if token % 3 == 0 else 0.1, 0.0]], np.float32))
+    assert policy.victim(()) == 1
 
 
 def test_scores_that_are_no_numbers_say_nothing() -> None:
@@ -33,7 +45,7 @@ def test_scores_that_are_no_numbers_say_nothing() -> None:
     policy.use([0, 1, 2])
     policy.observe(np.concatenate([row, np.full((1, 4), np.nan, np.float32)]))
     policy.observe(row)
-    assert np.isfinite(policy._nearness).all()
+    assert np.isfinite(policy._worth).all()
     assert policy.victim(()) == 1
 
 
@@ -42,3 +54,13 @@ def test_nearness_beats_least_recently_used_and_nobody_beats_belady() -> None:
     lru = count_hits(routing, 64, LeastRecentlyUsed, 75)
     near = count_hits(routing, 64, lambda: LeastNearlyChosen(256, 8), 75)
     assert lru + 0.01 < near < belady_hits(routing, 64, 75)
+
+
+@pytest.mark.parametrize("name", ["many-chat", "many-sources"])
+def test_nearness_is_judged_where_a_trained_router_leaves_experts_near_for_nothing(name: str) -> None:
+    whole = load_routing(Path(benchmarks.__file__).parent / "traces" / f"{name}.npz", 8)
+    routing = Routing(whole.experts[:400], whole.scores[:400])
+    lru = count_hits(routing, 64, LeastRecentlyUsed, 100)
+    unjudged = count_hits(routing, 64, lambda: UnjudgedNearness(256, 8), 100)
+    near = count_hits(routing, 64, lambda: LeastNearlyChosen(256, 8), 100)
+    assert max(lru + 0.01, unjudged + 0.04) < near
