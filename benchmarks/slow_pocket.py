@@ -26,6 +26,7 @@ from server.engine.messages import ModelInfo
 from server.engine.model import Backend
 from server.glm.tokenizer import load_tokenizer
 from streaming.disk import DirectDisk
+from streaming.policy import LeastNearlyChosen
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, open_model
 
@@ -51,14 +52,15 @@ class SlowPocket:
         self.disk = SimulatedDisk(self.rate, LATENCY_S, DirectDisk())
         args = open_checkpoint(self.folder).args
         top_k = args.num_experts_per_tok
-        make_store = partial(PacedStore, token_s=self.token_s, top_k=top_k) if self.token_s else ExpertStore
+        paced = partial(PacedStore, token_s=self.token_s, top_k=top_k) if self.token_s else ExpertStore
+        make_policy = partial(LeastNearlyChosen, args.n_routed_experts, top_k)
         self.opened = open_model(
             self.folder,
             args.n_routed_experts // SHARE,
             choose_arithmetic(),
             looks_ahead=self.looks_ahead,
             disk=self.disk,
-            make_store=make_store,
+            make_store=partial(paced, make_policy=make_policy),
         )
 
     @property
