@@ -95,8 +95,8 @@ class Settings(BaseSettings):
         "nearness",
         "Memory",
         "NAME",
-        "which expert gives up its place: nearness (the one that lately came least near to being chosen) or "
-        "lru (the one used longest ago)",
+        "which expert gives up its place: nearness (the one that lately came least near to being chosen, by "
+        "what that has been worth) or lru (the one used longest ago)",
     )
     decode_share: float = _setting(
         0.3,
