@@ -5,7 +5,7 @@ policies, candidates that are not in the store, and Belady's optimum, which know
 """
 
 import argparse
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,31 +26,19 @@ class DecayedPopularity:
 
     watches_scores = False
 
-    def __init__(self, keep: float = 0.9) -> None:
+    def __init__(self, num_experts: int, keep: float = 0.9) -> None:
         self._keep = keep
-        self._value: NDArray[np.float64] = np.zeros(0)
-        self._is_resident: NDArray[np.bool_] = np.zeros(0, bool)
+        self._value = np.zeros(num_experts)
 
     def observe(self, scores: Scores) -> None:
         pass
 
     def use(self, experts: Sequence[int]) -> None:
-        self._grow(max(experts, default=-1) + 1)
         self._value *= self._keep
         self._value[list(experts)] += 1
-        self._is_resident[list(experts)] = True
 
-    def victim(self, keep: Container[int]) -> int:
-        candidates = [int(e) for e in np.flatnonzero(self._is_resident) if e not in keep]
-        return min(candidates, key=self._value.__getitem__)
-
-    def forget(self, expert: int) -> None:
-        self._is_resident[expert] = False
-
-    def _grow(self, num_experts: int) -> None:
-        if (missing := num_experts - len(self._value)) > 0:
-            self._value = np.concatenate([self._value, np.zeros(missing)])
-            self._is_resident = np.concatenate([self._is_resident, np.zeros(missing, bool)])
+    def worth(self, expert: int) -> float:
+        return float(self._value[expert])
 
 
 class ScoreMean:
@@ -58,25 +46,18 @@ class ScoreMean:
 
     watches_scores = True
 
-    def __init__(self, keep: float) -> None:
+    def __init__(self, num_experts: int, keep: float) -> None:
         self._keep = keep
-        self._mean: NDArray[np.float32] | None = None
-        self._resident: set[int] = set()
+        self._mean = np.zeros(num_experts, np.float32)
 
     def observe(self, scores: Scores) -> None:
-        if self._mean is None:
-            self._mean = scores[0].copy()
         self._mean += (1 - self._keep) * (scores[0] - self._mean)
 
     def use(self, experts: Sequence[int]) -> None:
-        self._resident.update(experts)
+        pass
 
-    def victim(self, keep: Container[int]) -> int:
-        assert self._mean is not None, "scores come before the first request"
-        return min((e for e in self._resident if e not in keep), key=self._mean.__getitem__)
-
-    def forget(self, expert: int) -> None:
-        self._resident.remove(expert)
+    def worth(self, expert: int) -> float:
+        return float(self._mean[expert])
 
 
 class UnjudgedNearness(LeastNearlyChosen):
@@ -98,20 +79,15 @@ class Belady:
             self._next[token] = self._next[token + 1]
             self._next[token, experts[token]] = token
         self._token = -1
-        self._resident: set[int] = set()
 
     def observe(self, scores: Scores) -> None:
         self._token += 1
 
     def use(self, experts: Sequence[int]) -> None:
-        self._resident.update(experts)
+        pass
 
-    def victim(self, keep: Container[int]) -> int:
-        row = self._next[self._token + 1]
-        return max((e for e in self._resident if e not in keep), key=row.__getitem__)
-
-    def forget(self, expert: int) -> None:
-        self._resident.remove(expert)
+    def worth(self, expert: int) -> float:
+        return -float(self._next[self._token + 1, expert])
 
 
 def count_hits(routing: Routing, slots: int, make_policy: Callable[[], Policy], warm: int = 0) -> float:
@@ -130,17 +106,15 @@ def belady_hits(routing: Routing, slots: int, warm: int = 0) -> float:
 def _replay(routing: Routing, slots: int, policies: Sequence[Policy], warm: int) -> float:
     hits = asked = 0
     for layer, policy in enumerate(policies):
-        resident: set[int] = set()
+        resident: dict[int, None] = {}
         for token, row in enumerate(routing.experts[:, layer].tolist()):
             policy.observe(routing.scores[token, layer, None])
             missed = [e for e in row if e not in resident]
             keep = frozenset(row)
             for expert in missed:
                 if len(resident) == slots:
-                    victim = policy.victim(keep)
-                    policy.forget(victim)
-                    resident.remove(victim)
-                resident.add(expert)
+                    del resident[min((one for one in resident if one not in keep), key=policy.worth)]
+                resident[expert] = None
             policy.use(row)
             if token >= warm:
                 hits += len(row) - len(missed)
@@ -153,9 +127,9 @@ def candidates(num_experts: int, k: int) -> dict[str, Callable[[], Policy]]:
     out["nearness"] = partial(LeastNearlyChosen, num_experts, k)
     out["unjudged"] = partial(UnjudgedNearness, num_experts, k, scale=1.0)
     for keep in (0.7, 0.8, 0.9, 0.95, 0.98):
-        out[f"popularity {keep}"] = partial(DecayedPopularity, keep)
+        out[f"popularity {keep}"] = partial(DecayedPopularity, num_experts, keep)
     for keep in (0.5, 0.7, 0.8, 0.9, 0.95):
-        out[f"score mean {keep}"] = partial(ScoreMean, keep)
+        out[f"score mean {keep}"] = partial(ScoreMean, num_experts, keep)
     return out
 
 

@@ -5,8 +5,7 @@ deterministic. One list over all layers would never hit: a token touches every l
 the first.
 """
 
-from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +15,7 @@ Scores = npt.NDArray[np.float32]  # [tokens, experts]
 
 
 class Policy(Protocol):
-    """Follows which experts are resident: in through `use`, out through `forget`."""
+    """What is known of one layer's experts, resident or not."""
 
     watches_scores: bool  # or `observe` need not be called
 
@@ -25,15 +24,11 @@ class Policy(Protocol):
         ...
 
     def use(self, experts: Sequence[int]) -> None:
-        """One request used these experts, ascending; those not yet resident become so."""
+        """One request used these experts, ascending."""
         ...
 
-    def victim(self, keep: Container[int]) -> int:
-        """The resident expert to give up, never one in `keep`."""
-        ...
-
-    def forget(self, expert: int) -> None:
-        """This expert is no longer resident."""
+    def worth(self, expert: int) -> float:
+        """Of two, the one with less gives up its place."""
         ...
 
 
@@ -42,22 +37,20 @@ class LeastRecentlyUsed:
 
     watches_scores = False
 
+    def __init__(self) -> None:
+        self._last_use: dict[int, int] = {}
+        self._num_uses = 0
+
     def observe(self, scores: Scores) -> None:
         pass
 
-    def __init__(self) -> None:
-        self._order: OrderedDict[int, None] = OrderedDict()
-
     def use(self, experts: Sequence[int]) -> None:
         for expert in experts:
-            self._order[expert] = None
-            self._order.move_to_end(expert)
+            self._num_uses += 1
+            self._last_use[expert] = self._num_uses
 
-    def victim(self, keep: Container[int]) -> int:
-        return next(expert for expert in self._order if expert not in keep)
-
-    def forget(self, expert: int) -> None:
-        del self._order[expert]
+    def worth(self, expert: int) -> float:
+        return self._last_use.get(expert, 0)
 
 
 # Picked on nine routings together, recorded and synthetic, where neighbouring values are within 0.1 points of
@@ -92,7 +85,6 @@ class LeastNearlyChosen:
         self._prior = JUDGED_PRIOR * k / num_experts
         self._nearness, self._often_near, self._often_chosen = np.zeros((3, num_experts))
         self._worth = np.zeros(num_experts)
-        self._is_resident = np.zeros(num_experts, bool)
 
     def observe(self, scores: Scores) -> None:
         threshold = np.partition(scores, -self._k, axis=-1)[:, -self._k, None]
@@ -109,14 +101,10 @@ class LeastNearlyChosen:
         self._worth = self._nearness * (self._often_chosen + self._prior) / (self._often_near + self._prior)
 
     def use(self, experts: Sequence[int]) -> None:
-        self._is_resident[list(experts)] = True
+        pass
 
-    def victim(self, keep: Container[int]) -> int:
-        candidates = [int(e) for e in np.flatnonzero(self._is_resident) if e not in keep]
-        return min(candidates, key=self._worth.__getitem__)
-
-    def forget(self, expert: int) -> None:
-        self._is_resident[expert] = False
+    def worth(self, expert: int) -> float:
+        return float(self._worth[expert])
 
 
 def _spread(scores: Scores, threshold: Scores) -> Scores:

@@ -4,7 +4,7 @@ A slot is free, held by a resident expert, or taken: out of the books while byte
 free slot into which a read that hangs may yet write stays free: nobody can take it.
 """
 
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 
 from streaming.policy import Policy, Scores
 
@@ -38,6 +38,10 @@ class Residency:
     def use(self, experts: Sequence[int]) -> None:
         """Resident experts were used by one request, ascending."""
         self._policy.use(experts)
+
+    def least_worth_first(self, experts: Iterable[int]) -> list[int]:
+        """As the policy would give them up; those that it cannot tell apart in the order given."""
+        return sorted(experts, key=self._policy.worth)
 
     def num_free(self, keep: Collection[int]) -> int:
         """How many slots can be taken without giving up an expert in `keep`, each named once."""
@@ -77,17 +81,13 @@ class Residency:
 
     def follow(self, policy: Policy) -> None:
         """Another policy takes over: it is told what is resident, in the order of the old one's victims."""
-        for _ in range(len(self)):
-            expert = self._policy.victim(())
-            self._policy.forget(expert)
+        for expert in self.least_worth_first(self._slot_of):
             policy.use((expert,))
         self._policy, self.watches_scores = policy, policy.watches_scores
 
     def _evict(self, keep: Container[int]) -> int:
         """The slot of the expert that the policy gives up."""
-        expert = self._policy.victim(keep)
-        assert expert not in keep, "the policy gave up an expert that the same request needs"
-        self._policy.forget(expert)
+        expert = min((one for one in self._slot_of if one not in keep), key=self._policy.worth)
         self.num_evictions += 1
         return self._slot_of.pop(expert)
 

@@ -2,8 +2,8 @@
 
 What is there is computed with first, where it lies. The others pass through a quarter of the slots: while
 some are computed with, the next are read. So most of the bank keeps what the policy holds dearest; if all of
-it were passed through, a request would find nothing that the one before had read. Called by the store, on its
-thread; the books are the layer's.
+it were passed through, a request would find nothing that the one before had read. What is worth least is read
+first: what is read last stays. Called by the store, on its thread; the books are the layer's.
 """
 
 from collections import deque
@@ -25,7 +25,7 @@ def take_turns(state: StoreLayer, experts: Sequence[int]) -> Generator[Turn]:
     joined, missed = state.ask(experts)
     here = [expert for expert in experts if expert in state.books]
     under_way: deque[Sequence[Fill]] = deque([list(joined.values())] if joined else [])
-    uncomputed, left = set(here), deque(missed)
+    uncomputed, left = set(here), deque(state.books.least_worth_first(missed))
     # Two turns at a time; where a bank is filled by scatter one, since its staging rows are everybody's.
     at_once = 2 if state.bank.is_in_place else 1
     most = min(max(1, int(PASSED_SHARE * state.books.num_slots) // 2), state.bank.max_fill)
