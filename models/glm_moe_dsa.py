@@ -85,11 +85,11 @@ class MoeMlp(nn.Module):
         self._experts.precede(following._experts)
 
     def wants_guess(self, rows: int) -> bool:
-        return self._experts.wants_guess(rows)
+        return self._experts.wants_guess(rows, self._top_k)
 
     def anticipate(self, guess: Callable[[], mx.array], rows: int) -> None:
         """Starts to read this layer's experts, where a guess at them is worth its synchronisation."""
-        if self._experts.can_be_guessed(rows):
+        if self._experts.can_be_guessed(rows, self._top_k):
             self._experts.anticipate(guess())
 
 

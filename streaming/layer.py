@@ -14,6 +14,10 @@ from streaming.reads import ReadClass
 from streaming.residency import Residency
 from streaming.statistics import StoreStatistics
 
+# On the simulated disk, with eight rows, 256 experts and 64 slots, 4, 8, 16 and 28 guesses a layer made a
+# step 5, 6, 7 and 1 % faster; with 58 slots, 7 guesses 4 %.
+LEAST_GUESSED = 4
+
 
 class StoreLayer:
     """Brings experts into the slots of one layer; the store's counts are counted on."""
@@ -91,8 +95,10 @@ class StoreLayer:
         """As `ExpertStore.expect`."""
         self._land_ahead()
         keep = frozenset(expert for experts in ranks for expert in experts)
-        # Half of what prediction leaves over stays for what it missed.
-        room = (self.books.num_slots - len(ranks)) // 2 - len(self.ahead)
+        # Half of what the rows may leave over stays for what was not foreseen. Where they may want all, so
+        # many are read that the disk has time for them.
+        num_slots, num_wanted = self.books.num_slots, sum(map(len, ranks))
+        room = max(num_slots - num_wanted, num_slots // LEAST_GUESSED) // 2 - len(self.ahead)
         room = min(room, self.books.num_free(keep))
         gate = self._gates.setdefault(distance, Gate())
         for expert in gate.choose(ranks, self)[: max(0, room)]:

@@ -96,6 +96,17 @@ def test_a_right_guess_is_read_once_and_waited_for_by_whoever_wants_it(index: Ex
         assert counts.ahead_used >= 1
 
 
+@pytest.mark.parametrize(("num_rows", "most"), [(1, 3), (2, 2), (4, 1)])
+def test_the_more_rows_guess_the_fewer_slots_are_given_to_guesses(
+    index: ExpertIndex, num_rows: int, most: int
+) -> None:
+    with opened(index, NUM_EXPERTS - 1) as store:
+        guessed = np.arange(2 * num_rows).reshape(2, num_rows) % NUM_EXPERTS
+        store.expect(1, guessed.tolist())
+        assert store.statistics().ahead_started == min(most, len(np.unique(guessed)))
+        store.check_integrity()
+
+
 def test_a_guess_whose_read_comes_late_never_lands_in_the_slot_of_another_expert(index: ExpertIndex) -> None:
     started, release, returned = threading.Event(), threading.Event(), threading.Event()
 
