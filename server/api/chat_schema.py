@@ -55,7 +55,11 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _can_choose(self) -> Self:
-        names = {tool.function.name for tool in self.tools or []}
+        names: set[str] = set()
+        for name in (tool.function.name for tool in self.tools or []):
+            if name in names:  # a call says only the name: nobody knew whose schema it follows
+                raise ValueError(f"'tools' has {name[:100]!r} twice: names of tools must differ")
+            names.add(name)
         if self.tool_choice == "required" and not names:
             raise ValueError("'tool_choice' is \"required\", but there are no tools")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:

@@ -165,6 +165,26 @@ def test_numbers_that_json_has_not_are_refused_wherever_they_stand(client: TestC
     assert "beyond 1e308" in refused(client, response, path="/v1/responses")["message"]
 
 
+TWIN = {"name": "twin", "parameters": {}, "input_schema": {}}
+FUNCTION = {"type": "function", "function": TWIN}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"messages": [USER], "tools": [FUNCTION, FUNCTION]}),
+        ("/v1/messages", {"messages": [USER], "model": "glm-5.2", "max_tokens": 9, "tools": [TWIN, TWIN]}),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", **TWIN}] * 2}),
+    ],
+)
+def test_two_tools_of_one_name_are_refused_by_it(
+    client: TestClient, path: str, fields: dict[str, Any]
+) -> None:
+    response = client.post(path, json=fields)
+    assert response.status_code == 400
+    assert "'twin' twice" in response.json()["error"]["message"]
+
+
 def test_alternatives_without_log_probabilities_are_refused(client: TestClient) -> None:
     assert "top_logprobs" in refused(client, body_with(top_logprobs=2))["message"]
 
