@@ -6,6 +6,7 @@
 import hashlib
 import hmac
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -25,6 +26,8 @@ OPEN_PATHS = frozenset(["/health"])
 COUNTED_PATHS = ("/completions", "/messages", "/responses")
 # Clients that are told to wait longer do not try again at all.
 MAX_RETRY_AFTER_S = 120
+# In the middle of a word a # belongs to the key.
+_REMARK = re.compile(r"(?:^|\s)#")
 
 
 class KeyRing:
@@ -153,10 +156,10 @@ def read_keys(key: str | None, key_file: Path | None) -> KeyRing:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors of Windows begin with a mark
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read --api-key-file {path}: {error}") from error
-    texts = [(number, line.partition("#")[0].strip()) for number, line in enumerate(lines, 1)]
+    texts = [(number, _REMARK.split(line, 1)[0].strip()) for number, line in enumerate(lines, 1)]
     return [(number, text) for number, text in texts if text]
 
 

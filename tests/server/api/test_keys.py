@@ -149,6 +149,24 @@ def test_keys_come_from_a_file_with_names_and_remarks(tmp_path: Path) -> None:
     assert (ring.name_of("sk-9"), ring.name_of("sk-1")) == ("alice", None)
 
 
+def test_a_file_from_another_system_holds_the_same_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbfsk-1\r\n\r\n  bob:\tsk-2 \t\r\nsk-3\t# eve\r\n \r\n# sk-4")
+    ring = read_keys(None, file)
+    names = {key: ring.name_of(key) for key in ("sk-1", "sk-2", "sk-3", "sk-4")}
+    assert names == {"sk-1": "line 1", "sk-2": "bob", "sk-3": "line 4", "sk-4": None}
+    file.write_bytes("sk-1".encode("utf-16"))
+    with pytest.raises(UsageError, match="--api-key-file"):
+        read_keys(None, file)
+
+
+def test_a_key_is_not_cut_off_at_a_sign_in_its_middle(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("alice: sk#1\n")
+    ring = read_keys(None, file)
+    assert (ring.name_of("sk#1"), ring.name_of("sk")) == ("alice", None)
+
+
 @pytest.mark.parametrize("content", ["", "# only a remark\n", "alice:\n", "sk-1\nbob: # none\n", None])
 def test_a_file_without_a_key_opens_no_door(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "keys"
