@@ -78,11 +78,16 @@ class Matcher:
             self._mask = self._threads.submit(self._advance, token_id)
 
     def _advance(self, token_id: int) -> Mask:
-        if not self._inner.consume_token(token_id):
-            raise EngineError(f"token {token_id} does not follow the grammar: {self._inner.get_error()}")
+        if not self._bits[0, token_id // 32] >> token_id % 32 & 1:
+            raise EngineError(f"token {token_id} was drawn, which the grammar does not allow")
+        self._inner.consume_token(token_id)
         return self._compute()
 
     def _compute(self) -> Mask:
+        """Some grammars prove to be too large only here. The mask would then be that of a complete answer."""
         llguidance.numpy.fill_next_token_bitmask(self._inner, self._bits)
+        if self._inner.is_error():
+            reason = self._inner.get_error().partition("\n")[0]
+            raise RequestError(f"the grammar is too complex to follow the answer any further: {reason}")
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
         return bits[: self._vocab_size].astype(np.bool_)
