@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from server.api.schema import Exact
+from server.api.schema import Exact, Listed
 from server.glm.effort import Effort
 
 
@@ -63,11 +63,11 @@ class Message(Lenient):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Listed[TextPart] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    reasoning_details: list[ReasoningDetail] | None = None
-    tool_calls: list[ToolCall] | None = None
+    reasoning_details: Listed[ReasoningDetail] | None = None
+    tool_calls: Listed[ToolCall] | None = None
     tool_call_id: str | None = None
     configuration_update: ConfigurationUpdate | None = None
     function_call: None = (

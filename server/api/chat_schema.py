@@ -17,7 +17,7 @@ from server.api.chat_parts import (
     Tool,
     ToolCall,
 )
-from server.api.schema import GenerationRequest
+from server.api.schema import GenerationRequest, Listed
 from server.glm.effort import Effort
 from server.glm.tools import ToolSet
 
@@ -25,12 +25,12 @@ from server.glm.tools import ToolSet
 class ChatRequest(GenerationRequest):
     """The body of POST /chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Listed[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
+    tools: Listed[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None

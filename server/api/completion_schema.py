@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from server.api.schema import GenerationRequest
+from server.api.schema import GenerationRequest, Listed
 
 MAX_PROMPTS = 1024
 
@@ -14,7 +14,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 class CompletionRequest(GenerationRequest):
     """The body of POST /completions. `max_tokens` 0 with `echo` and `logprobs` scores a prompt."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Listed[str] | Listed[TokenId] | Listed[Listed[TokenId]]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

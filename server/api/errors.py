@@ -4,6 +4,7 @@ The body is OpenRouter's, with an integer code that equals the status; OpenAI's 
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,11 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 _ANTHROPIC_PATHS = ("/messages", "/messages/count_tokens")
+
+# What pydantic calls the kinds of a union: `str`, `list[TextPart]`, `NamedTool`, `constrained-str`.
+_KIND = re.compile(r"(str|int)$|[A-Z]|[a-z-]+[\[-]")
+# Where its own words are about classes of ours.
+_MESSAGES = {"model_type": "Input should be an object", "dict_type": "Input should be an object"}
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +130,8 @@ def _headers(error: Exception) -> dict[str, str]:
         if not error.can_retry:
             return {"x-should-retry": "false"}
         return {"x-should-retry": "true", "Retry-After": str(error.retry_after_s)}
+    if isinstance(error, RequestError) and error.status == 408:
+        return {"Connection": "close"}  # the rest of the body may come at any time
     if isinstance(error, BusyError):
         return {"x-should-retry": "true", "Retry-After": str(error.retry_after_s)}
     if isinstance(error, HTTPException) and error.headers:
@@ -132,13 +140,14 @@ def _headers(error: Exception) -> dict[str, str]:
 
 
 def _first_fault(error: ValidationError) -> tuple[str, str | None]:
-    fault = error.errors(include_url=False, include_input=False)[0]
-    param = _path(fault["loc"])
-    return (f"{param}: {fault['msg']}" if param else fault["msg"]), param
+    """The first of those that lie deepest: of the kinds that a value may have it came nearest to that one."""
+    faults = [(_steps(fault["loc"]), fault) for fault in error.errors(include_url=False, include_input=False)]
+    steps, fault = max(faults, key=lambda one: len(one[0]))
+    message = _MESSAGES.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
+    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+    return (f"{param}: {message}" if param else message), param or None
 
 
-def _path(location: tuple[int | str, ...]) -> str | None:
-    path = ""
-    for step in location:
-        path += f"[{step}]" if isinstance(step, int) else f".{step}"
-    return path.removeprefix(".") or None
+def _steps(location: tuple[int | str, ...]) -> list[int | str]:
+    """The way to a fault in the client's body, without pydantic's names of the kinds that it tried."""
+    return [step for step in location if isinstance(step, int) or not _KIND.match(step)]

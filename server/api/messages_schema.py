@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from config.errors import RequestError
 from server.api.chat_parts import Lenient
 from server.api.chat_schema import ChatRequest
-from server.api.schema import Exact, Finite, Stop
+from server.api.schema import Exact, Finite, Listed, Stop
 
 # Billing, placement and caching of Anthropic's service; here they have no meaning.
 MESSAGES_IGNORED = frozenset(
@@ -44,14 +44,14 @@ class Block(Lenient):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: "str | list[Block] | None" = None
+    content: "str | Listed[Block] | None" = None
 
 
 class Turn(Lenient):
     """One message."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Listed[Block]
 
 
 class ToolDefinition(BaseModel):
@@ -108,9 +108,9 @@ class CountRequest(Exact):
     ignored: ClassVar[frozenset[str]] = MESSAGES_IGNORED
 
     model: str
-    messages: Annotated[list[Turn], Field(min_length=1)]
-    system: str | list[Block] | None = None
-    tools: list[ToolDefinition] | None = None
+    messages: Annotated[Listed[Turn], Field(min_length=1)]
+    system: str | Listed[Block] | None = None
+    tools: Listed[ToolDefinition] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingChoice | None = None
     output_config: OutputConfig | None = None
@@ -157,7 +157,7 @@ class MessagesRequest(CountRequest):
 
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
     stream: bool | None = None
-    stop_sequences: Annotated[list[Stop], Field(max_length=64)] | None = None
+    stop_sequences: Annotated[Listed[Stop], Field(max_length=64)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from config.errors import RequestError
 from server.api.chat_parts import JsonSchema, Lenient
 from server.api.chat_schema import ChatRequest
-from server.api.schema import IGNORED, Exact, GenerationRequest
+from server.api.schema import IGNORED, Exact, GenerationRequest, Listed
 from server.glm.effort import Effort
 
 # Of what OpenAI's service does beside answering; nothing is lost without it.
@@ -35,13 +35,13 @@ class InputItem(Lenient):
 
     type: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | list[Part] | None = None
-    summary: list[Part] | None = None
+    content: str | Listed[Part] | None = None
+    summary: Listed[Part] | None = None
     encrypted_content: str | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[Part] | None = None
+    output: str | Listed[Part] | None = None
 
 
 class FunctionTool(Lenient):
@@ -89,15 +89,15 @@ class ResponsesRequest(GenerationRequest):
 
     ignored: ClassVar[frozenset[str]] = IGNORED | RESPONSES_IGNORED
 
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[Listed[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Listed[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningChoice | None = None
     text: TextConfig | None = None
-    include: list[str] | None = None
+    include: Listed[str] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None

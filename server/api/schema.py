@@ -3,9 +3,9 @@
 Each field is honoured, ignored because nothing is lost by it (`IGNORED`), or refused by name.
 """
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, model_validator
 
 # OpenRouter routes and bills by these, OpenAI stores and labels; here they have no meaning.
 IGNORED = frozenset(
@@ -36,6 +36,18 @@ IGNORED = frozenset(
 # Answers to one prompt; each holds a cache of its own.
 MAX_ANSWERS = 16
 
+T = TypeVar("T")
+
+
+class _FirstFault(FailFast):
+    """Pydantic's own, in a form that can be a part of a union."""
+
+    __hash__ = object.__hash__
+
+
+# A list of which only the first fault is told: a body has room for four million, and everybody would wait
+# until they are put into words.
+Listed = Annotated[list[T], _FirstFault()]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
@@ -70,13 +82,13 @@ class GenerationRequest(Exact):
     ignored: ClassVar[frozenset[str]] = IGNORED
 
     model: str | None = None
-    models: Annotated[list[str], Field(max_length=64)] | None = None
+    models: Annotated[Listed[str], Field(max_length=64)] | None = None
     user: str | None = None
     service_tier: str | None = None  # "flex" gives way to others, the rest is one and the same
     session_id: Annotated[str, StringConstraints(max_length=256)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
+    stop: Stop | Annotated[Listed[Stop], Field(max_length=64)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     seed: Seed | None = None
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None

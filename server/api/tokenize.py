@@ -10,6 +10,7 @@ from server.api.body import body_of
 from server.api.chat import render
 from server.api.chat_schema import ChatRequest
 from server.api.completion_schema import TokenId
+from server.api.schema import Listed
 from server.api.service import Service
 
 MESSAGES = TypeAdapter(ChatRequest)
@@ -41,7 +42,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    tokens: Annotated[list[TokenId], Field(max_length=2**21)]
+    tokens: Annotated[Listed[TokenId], Field(max_length=2**21)]
 
 
 def tokenize_router(service: Service) -> APIRouter:
