@@ -81,8 +81,10 @@ class Explanation:
         return " ".join(filter(None, [cached, f"diverged={self.diverged}" if self.diverged else ""]))
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Conversation:
+    """A prompt and, once it is known, its answer. Never changed, so that it can be read without the lock."""
+
     id: str
     tokens: Tokens
     num_prompt: int
@@ -115,22 +117,29 @@ class Explainer:
         tools: Sequence[dict[str, Any]],
         num_replayed: int = 0,
     ) -> Explanation:
-        """Compare a new prompt with the agent's earlier ones, and remember it."""
+        """Compare a new prompt with the agent's earlier ones, and remember it.
+
+        The work is done without the lock: it takes a while for a long prompt, and the event loop waits there.
+        """
         tokens = np.array(token_ids, dtype=np.int32)
+        with self._lock:
+            earlier = list(self._agents.get(agent, _Agent()).conversations)
+        nearest, num_shared = _nearest(earlier, tokens)
+        found = Explanation(request_id, agent, tokens.size, num_shared, num_replayed)
+        goes_on = False
+        if nearest:
+            found = replace(found, other=nearest.id)
+            # the last token of an answer was never read, and that of a prompt is always computed
+            if num_shared < min(nearest.tokens.size, tokens.size) - 1:
+                found = _located(found, tokenizer, tokens, nearest.tokens, list(_parts(messages, tools)))
+            else:
+                goes_on = num_shared >= nearest.num_prompt
         with self._lock:
             known = self._agents.setdefault(agent, _Agent())
             self._agents.move_to_end(agent)
-            nearest, num_shared = _nearest(known.conversations, tokens)
-            found = Explanation(request_id, agent, tokens.size, num_shared, num_replayed)
-            if nearest:
-                found = replace(found, other=nearest.id)
-                # the last token of an answer was never read, and that of a prompt is always computed
-                if num_shared < min(nearest.tokens.size, tokens.size) - 1:
-                    parts = list(_parts(messages, tools))
-                    found = _located(found, tokenizer, tokens, nearest.tokens, parts)
-                    self._note(known, found)
-                elif num_shared >= nearest.num_prompt:
-                    known.conversations.remove(nearest)
+            self._note(known, found)
+            if goes_on:
+                known.conversations = [one for one in known.conversations if one.id != found.other]
             known.conversations.append(_Conversation(request_id, tokens, tokens.size))
             self._keep(found)
             self._forget()
@@ -144,10 +153,11 @@ class Explainer:
                 return None
             found = replace(found, num_cached=num_cached)
             self._keep(found)
-            for conversation in self._agents.get(found.agent, _Agent()).conversations:
-                if conversation.id == request_id:
-                    answer = np.array(generated, dtype=np.int32)
-                    conversation.tokens = np.concatenate([conversation.tokens, answer])
+            conversations = self._agents.get(found.agent, _Agent()).conversations
+            for index, one in enumerate(conversations):
+                if one.id == request_id:
+                    tokens = np.concatenate([one.tokens, np.array(generated, dtype=np.int32)])
+                    conversations[index] = replace(one, tokens=tokens)
         return found
 
     def find(self, request_id: str) -> Explanation | None:

@@ -1,6 +1,8 @@
 """Where a prompt departs from the one before: in a header, in the log, and on request."""
 
 import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -123,3 +125,23 @@ def test_little_is_kept(tokenizer: Tokenizer) -> None:
         explainer.end(request.request_id, 0, [1, 2])
     kept = [one for agent in explainer._agents.values() for one in agent.conversations]
     assert len(kept) <= MAX_CONVERSATIONS
+
+
+def test_a_long_prompt_that_is_explained_keeps_nobody_waiting(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explainer, num_met, decode = Explainer(), 0, Tokenizer.decode
+    others = ThreadPoolExecutor(1)
+
+    def while_others_come(self: Tokenizer, token_ids: Sequence[int]) -> str:
+        nonlocal num_met
+        others.submit(explainer.end, "r1", 0, [4]).result(timeout=3)
+        others.submit(explainer.begin, "r2", "b", tokenizer, [1, 2], [], []).result(timeout=3)
+        num_met += 1
+        return decode(self, token_ids)
+
+    explainer.begin("r1", "a", tokenizer, [1, 2, 3, 4], [], [])
+    monkeypatch.setattr(Tokenizer, "decode", while_others_come)
+    found = explainer.begin("r3", "a", tokenizer, [1, 2, 5, 6], [], [])
+    assert num_met
+    assert (found.num_shared, found.other) == (2, "r1")
