@@ -118,7 +118,7 @@ class Guard:
             message = "web pages of this origin may not call this server; --cors-origins lets them in"
             await _refuse(scope, send, 403, message, "permission_denied")
             return
-        name = self._access.keys.name_of(_key_of(headers))
+        name = self._access.keys.name_of(key_of(headers))
         if name is None and scope["path"] not in OPEN_PATHS:
             await _refuse(scope, send, 401, "this server needs one of its API keys", "authentication")
             return
@@ -189,7 +189,7 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _key_of(headers: Headers) -> str:
+def key_of(headers: Mapping[str, str]) -> str:
     """The bearer token, or what Anthropic's clients send instead."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")

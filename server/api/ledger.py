@@ -17,6 +17,7 @@ from fastapi import Request
 from config.prices import PRICES, PRICES_OF
 from server.api.answer import Answer
 from server.api.errors import PROVIDER
+from server.api.keys import key_of
 from server.api.quotas import Accounts
 from server.engine.messages import Usage
 
@@ -42,9 +43,14 @@ class Caller:
 
     @property
     def agent(self) -> str:
-        """Who shares the engine's time with others: by session, else by user, key or title."""
-        named = {"session": self.session_id, "user": self.user, "key": self.key, "title": self.title}
-        return next((f"{kind} {name}" for kind, name in named.items() if name), "")
+        """Who shares the engine's time with others: by session, else by user, each of one key, or by title.
+
+        What one key calls its sessions is no other's: it would wait for them, and be shown their prompts.
+        """
+        key = f"key {self.key}" if self.key else ""
+        named = {"session": self.session_id, "user": self.user, "title": "" if key else self.title}
+        name = next((f"{kind} {name}" for kind, name in named.items() if name), "")
+        return " ".join(filter(None, [key, name]))
 
     @classmethod
     def of(cls, request: Request, session_id: str | None, user: str | None) -> "Caller":
@@ -56,7 +62,7 @@ class Caller:
             user=user[:MAX_USER] if user else None,
             user_agent=_header(headers, "user-agent"),
             referer=_header(headers, "http-referer"),
-            key=_digest(headers.get("authorization") or headers.get("x-api-key")),
+            key=_digest(key_of(headers)),
             title=_header(headers, "x-openrouter-title") or _header(headers, "x-title"),
         )
 
@@ -185,6 +191,6 @@ def _header(headers: Mapping[str, str], name: str) -> str | None:
     return value[:MAX_HEADER] if value else None
 
 
-def _digest(key: str | None) -> str | None:
+def _digest(key: str) -> str | None:
     """Tells keys apart without keeping them."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16] if key else None

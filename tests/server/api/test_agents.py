@@ -20,7 +20,7 @@ def body(path: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_the_session_counts_first_then_user_key_and_title(
+def test_the_session_counts_first_then_the_user_each_of_its_key_then_the_title(
     client: TestClient, engine: ScriptedEngine, path: str
 ) -> None:
     for headers, more in (
@@ -32,9 +32,22 @@ def test_the_session_counts_first_then_user_key_and_title(
     ):
         assert client.post(path, json=body(path, **more), headers=headers).status_code == 200
     session, user, key, title, nobody = (request.agent for request in engine.requests)
-    assert (session, user, title, nobody) == ("session s", "user u", "title t", "")
+    assert (session, user, title, nobody) == (f"{key} session s", f"{key} user u", "title t", "")
     assert key.startswith("key ")
     assert "Bearer" not in key
+
+
+def test_a_session_of_one_key_is_not_that_of_another(client: TestClient, engine: ScriptedEngine) -> None:
+    secret = [{"role": "user", "content": "the secret is 123"}]
+    guess = [{"role": "user", "content": "the secret is what?"}]
+    more = {"session_id": "s", "user": "u"}
+    client.post(CHAT, json={"messages": secret} | more, headers={"Authorization": "Bearer one"})
+    answer = client.post(CHAT, json={"messages": guess} | more, headers={"Authorization": "Bearer two"})
+    found = client.get(f"/v1/cache/explain?id={answer.headers['x-generation-id']}").json()["data"]
+    assert (found["there"], found["compared_with"]) == ("", None)
+    client.post(CHAT, json={"messages": guess} | more, headers={"X-Api-Key": "one"})
+    one, two, again = (request.agent for request in engine.requests)
+    assert one == again != two
 
 
 def test_a_name_without_end_is_not_kept(client: TestClient, engine: ScriptedEngine) -> None:
