@@ -37,8 +37,12 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text in which the tags and special tokens are recognised."""
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        """Ids of a text in which the tags and special tokens are recognised.
+
+        `encode` would hold Python's lock to its end, seconds for a long text, and with it all who are served.
+        """
+        [encoded] = self._inner.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoded.ids
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:

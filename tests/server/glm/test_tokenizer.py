@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,21 @@ def test_a_missing_or_foreign_tokenizer_is_named(tokenizer_folder: Path, tmp_pat
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="byte-level"):
         load_tokenizer(tmp_path)
+
+
+def test_others_go_on_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    begun, ended, num_turns = threading.Event(), threading.Event(), 0
+
+    def encode() -> None:
+        text = "a long text of many words, " * 20_000
+        begun.set()
+        tokenizer.encode(text)
+        ended.set()
+
+    encoding = threading.Thread(target=encode)
+    encoding.start()
+    begun.wait()
+    while not ended.wait(0.001):
+        num_turns += 1
+    encoding.join()
+    assert num_turns > 10
