@@ -42,7 +42,7 @@ class Grammars:
             self._by_stops[stop_token_ids] = self._read(stop_token_ids)
         inner = LLMatcher(self._by_stops[stop_token_ids], grammar, log_level=0)
         if inner.is_error():
-            raise RequestError(f"the grammar cannot be followed: {inner.get_error()}")
+            raise RequestError(f"the grammar cannot be followed: {_reason(inner)}")
         return Matcher(inner, self._vocab_size, stop_token_ids, self._threads)
 
     def _read(self, stop_token_ids: frozenset[int]) -> LLTokenizer:
@@ -87,7 +87,12 @@ class Matcher:
         """Some grammars prove to be too large only here. The mask would then be that of a complete answer."""
         llguidance.numpy.fill_next_token_bitmask(self._inner, self._bits)
         if self._inner.is_error():
-            reason = self._inner.get_error().partition("\n")[0]
-            raise RequestError(f"the grammar is too complex to follow the answer any further: {reason}")
+            message = "the grammar is too complex to follow the answer any further"
+            raise RequestError(f"{message}: {_reason(self._inner)}")
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
         return bits[: self._vocab_size].astype(np.bool_)
+
+
+def _reason(inner: LLMatcher) -> str:
+    """What llguidance says, without the state and the trace that it puts below."""
+    return str(inner.get_error()).partition("\n")[0][:300]

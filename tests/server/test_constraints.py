@@ -7,12 +7,10 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher, LLParserLimits
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
@@ -264,52 +262,6 @@ def test_what_asks_for_the_impossible_is_refused_by_name(
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert words in response.json()["error"]["message"]
-
-
-# After the first "a" thousands of rules may go on; llguidance follows 2,000 at a time.
-WIDE = "\n".join(
-    [
-        f"start: {' | '.join(f'x{index}' for index in range(1500))}",
-        *(f'x{index}: "a" y{index}\ny{index}: "b" x{index} | "c"' for index in range(1500)),
-    ]
-)
-DEEP = "start: /(.*a.{30}b.*)&(.*c.{30}d.*)/"
-
-
-@pytest.mark.parametrize(
-    ("grammar", "limits", "reason"),
-    [
-        (WIDE, {}, "max is 2000"),
-        (DEEP, {"max_lexer_states": 100}, "too many states"),
-    ],
-)
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_grammar_that_proves_too_complex_ends_in_an_error_and_not_as_an_answer(
-    client: TestClient,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    grammar: str,
-    limits: dict[str, Any],
-    reason: str,
-    stream: bool,
-) -> None:
-    limited = partial(LLMatcher, limits=LLParserLimits(**limits))
-    monkeypatch.setattr("server.engine.grammar.LLMatcher", limited)
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "stream": stream}
-    body |= {"reasoning": {"enabled": False}, "response_format": {"type": "grammar", "grammar": grammar}}
-    response = client.post("/v1/chat/completions", json=body)
-    if stream:
-        error = json.loads(response.text.rstrip().rpartition("data: ")[2])["error"]
-    else:
-        assert response.status_code == 400
-        error = response.json()["error"]
-    assert (error["code"], error["metadata"]["error_type"]) == (400, "invalid_request")
-    assert "too complex" in error["message"]
-    assert reason in error["message"]
-    assert "<state>" not in error["message"]
-    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
-    monkeypatch.undo()
-    check_json(client, 1)
 
 
 def test_a_grammar_that_takes_long_to_read_keeps_nobody_else_waiting(
