@@ -131,7 +131,8 @@ def model_card(service: Service) -> dict[str, Any]:
         "pricing": FREE,
         "top_provider": {
             "context_length": length,
-            "max_completion_tokens": length,
+            # Clients ask for as many as stand here, and beside a prompt a whole context is too much.
+            "max_completion_tokens": None,
             "is_moderated": False,
         },
         "per_request_limits": None,
@@ -161,7 +162,7 @@ def _endpoints(service: Service) -> dict[str, Any]:
         "context_length": length,
         "pricing": {"prompt": "0", "completion": "0"},
         "quantization": "unknown",
-        "max_completion_tokens": length,
+        "max_completion_tokens": None,
         "max_prompt_tokens": length,
         "supported_parameters": PARAMETERS,
         "supports_tool_choice": dict.fromkeys(("auto", "function", "none", "required"), True),

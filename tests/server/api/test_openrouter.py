@@ -272,3 +272,11 @@ def test_the_old_calls_of_openrouter_are_answered(client: TestClient) -> None:
     assert client.get("/api/v1/models/z-ai/other/endpoints").status_code == 404
     assert client.get("/api/v1/generation?id=gen-0").status_code == 404
     assert joined_calls(stream(client)) == []
+
+
+def test_as_many_tokens_as_the_catalogue_names_are_not_too_many(client: TestClient) -> None:
+    card = client.get("/api/v1/models").json()["data"][0]
+    [endpoint] = client.get(f"/api/v1/models/{GLM}/endpoints").json()["data"]["endpoints"]
+    for named in (card["top_provider"], endpoint):
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": named["max_completion_tokens"]}
+        assert client.post("/api/v1/chat/completions", json=body).status_code == 200
