@@ -23,7 +23,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Rows of one expert that are computed together: bounds what its hidden rows take.
 EXPERT_ROWS = 2048
 # More rows together drive out what is guessed, or what was there, unless all that they may want has a slot.
-# Of 64 uses by eight rows an eighth are of experts that another of them uses, too (54 to 57 of 256 are wanted).
+# Of 64 uses by eight rows an eighth are of experts that another uses, too: of 256, 54 to 57 are wanted.
 GUESSED_ROWS = 4
 SHARED_USES = 1 / 8
 Indices = NDArray[np.int64]
