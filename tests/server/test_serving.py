@@ -67,9 +67,13 @@ def server() -> Iterator[Server]:
 
 
 def ask(server: Server, text: str) -> str:
-    answer = server.openai().chat.completions.create(
-        model="glmserve/pocket", messages=[{"role": "user", "content": text}], temperature=0, max_tokens=200
-    )
+    with server.openai() as api:
+        answer = api.chat.completions.create(
+            model="glmserve/pocket",
+            messages=[{"role": "user", "content": text}],
+            temperature=0,
+            max_tokens=200,
+        )
     return answer.choices[0].message.content or ""
 
 
@@ -80,18 +84,19 @@ def test_a_question_gets_the_right_answer(server: Server) -> None:
 
 @pytest.mark.slow
 def test_the_stream_carries_the_same_text_and_thoughts_apart(server: Server) -> None:
-    stream = server.openai().chat.completions.create(
-        model="glmserve/pocket",
-        messages=[{"role": "user", "content": SUM}],
-        temperature=0,
-        max_tokens=200,
-        stream=True,
-    )
     content, reasoning = "", ""
-    for chunk in stream:
-        for choice in chunk.choices:
-            content += choice.delta.content or ""
-            reasoning += getattr(choice.delta, "reasoning_content", None) or ""
+    with server.openai() as api:
+        stream = api.chat.completions.create(
+            model="glmserve/pocket",
+            messages=[{"role": "user", "content": SUM}],
+            temperature=0,
+            max_tokens=200,
+            stream=True,
+        )
+        for chunk in stream:
+            for choice in chunk.choices:
+                content += choice.delta.content or ""
+                reasoning += getattr(choice.delta, "reasoning_content", None) or ""
     assert content == ask(server, SUM)
     assert reasoning
     assert "think>" not in content + reasoning
@@ -116,15 +121,16 @@ def test_curl_streams_an_answer(server: Server) -> None:
 def test_completions_score_a_prompt_as_an_evaluation_harness_asks(server: Server) -> None:
     """lm-evaluation-harness' local-completions: token ids in, echo, logprobs, one token out."""
     ids = [300, 301, 302, 303, 304]
-    answer = server.openai().completions.create(
-        model="glmserve/pocket",
-        prompt=[ids, ids[:3]],
-        echo=True,
-        logprobs=1,
-        max_tokens=1,
-        temperature=0,
-        seed=1,
-    )
+    with server.openai() as api:
+        answer = api.completions.create(
+            model="glmserve/pocket",
+            prompt=[ids, ids[:3]],
+            echo=True,
+            logprobs=1,
+            max_tokens=1,
+            temperature=0,
+            seed=1,
+        )
     for choice, prompt in zip(answer.choices, (ids, ids[:3]), strict=True):
         assert choice.logprobs is not None
         scores = choice.logprobs.token_logprobs or []
