@@ -6,7 +6,7 @@ the first.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -89,15 +89,15 @@ class LeastNearlyChosen:
     def observe(self, scores: Scores) -> None:
         threshold = np.partition(scores, -self._k, axis=-1)[:, -self._k, None]
         distance = scores - threshold
-        behind = np.minimum(-distance / (self._scale * _spread(scores, threshold) + 1e-9), 30)
-        near = np.add.reduce(1 / (1 + np.exp(behind)), axis=0) / len(scores)
+        # The logistic function; as a tanh it cannot overflow.
+        steepness = 0.5 / (self._scale * _spread(scores, threshold) + 1e-9)
+        near = _mean(0.5 + 0.5 * np.tanh(distance * steepness))
         if np.isnan(near).any():  # the request that it is of ends; a mean would never be a number again
             return
-        chosen = np.add.reduce(distance >= 0, axis=0) / len(scores)
         new, long_new = 1 - self._keep ** len(scores), 1 - JUDGED_KEEP ** len(scores)
         self._nearness += new * (near - self._nearness)
         self._often_near += long_new * (near - self._often_near)
-        self._often_chosen += long_new * (chosen - self._often_chosen)
+        self._often_chosen += long_new * (_mean(distance >= 0) - self._often_chosen)
         self._worth = self._nearness * (self._often_chosen + self._prior) / (self._often_near + self._prior)
 
     def use(self, experts: Sequence[int]) -> None:
@@ -105,6 +105,11 @@ class LeastNearlyChosen:
 
     def worth(self, expert: int) -> float:
         return float(self._worth[expert])
+
+
+def _mean(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    mean: npt.NDArray[Any] = rows[0] if len(rows) == 1 else np.add.reduce(rows, axis=0) / len(rows)
+    return mean
 
 
 def _spread(scores: Scores, threshold: Scores) -> Scores:
