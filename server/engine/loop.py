@@ -242,6 +242,7 @@ class EngineLoop:
             self._passes.remove(one)
             self._scheduler.leave_pass(one.parts)
             self._scheduler.note_pass(one.num_rows, one.seconds)
+            self._width.note_prompt()
             self._num_layers, self._num_lost_layers = one.num_layers_done, 0
             self._answers.hand_out(one, hidden)
 

@@ -5,6 +5,10 @@ one cache of experts, which may hold two of them and not three: which width give
 is measured. A survey runs the powers of two by turns, the one in use among them, in three rounds, and the
 best median is taken: what slows the machine for a while slows all of them, and one disturbed measurement
 decides nothing. Between surveys passes a multiple of the time that the last one took.
+
+While prompts keep coming all go forward together. Who takes turns ends at another time, and so do those who
+were left behind by a survey; then each one's next prompt has a sweep of its own, which costs as much as fifty
+to seventy tokens. No width is worth that.
 """
 
 from collections import defaultdict
@@ -18,13 +22,15 @@ ROUNDS = 3
 HOPELESS = 0.75
 # A width must be better by this part to be taken instead.
 MARGIN = 0.02
+# So many steps without a prompt before there is a survey: as many as a short answer has.
+QUIET_STEPS = 128
 # Steps before the first survey, and pauses after it in times of its length: at first, and at most.
 FIRST_STEPS = 16
 FIRST_PAUSE, LONGEST_PAUSE = 4, 24
 
 
 class Width:
-    """`choose` before each step, `note` after it. `fixed`: no choice is made."""
+    """`choose` before each step, `note` after it, `note_prompt` after a prompt; `fixed` leaves no choice."""
 
     def __init__(self, most: int, fixed: int | None, *, adapts: bool) -> None:
         self._most, self._fixed, self._adapts = most, fixed, adapts
@@ -35,6 +41,7 @@ class Width:
         self._survey_s = self._pause_s = 0.0
         self._pause = FIRST_PAUSE
         self._num_steps = self._num_rows = 0
+        self._quiet_steps = QUIET_STEPS
         self._counted_s = 0.0
 
     def choose(self, num_decoding: int) -> int:
@@ -44,7 +51,8 @@ class Width:
         most = min(num_decoding, self._most)
         if self._widths and 0 < most <= self._widths[0] // 2:  # so few say nothing about this width
             self._end_survey()
-        if not self._widths and most > 1 and self._num_steps >= FIRST_STEPS and self._pause_s <= 0:
+        is_due = self._num_steps >= FIRST_STEPS and self._pause_s <= 0 and self._quiet_steps >= QUIET_STEPS
+        if not self._widths and most > 1 and is_due:
             self._begin_survey(most)
         width = self._widths[0] if self._widths else self.chosen
         return min(width, most) if most else width
@@ -53,6 +61,7 @@ class Width:
         """An undisturbed step of so many rows took so long."""
         if self._fixed or not self._adapts:
             return
+        self._quiet_steps += 1
         if not self._widths:
             self._num_steps += 1
             self._pause_s -= seconds
@@ -64,6 +73,16 @@ class Width:
             self._counted_s += seconds
         if self._num_steps == SETTLING_STEPS + COUNTED_STEPS:
             self._end_turn()
+
+    def note_prompt(self) -> None:
+        """A prompt was read, or some that shared a sweep."""
+        if self._fixed or not self._adapts:
+            return
+        if self._widths:
+            self._end_survey()
+        if self._quiet_steps < QUIET_STEPS:
+            self.chosen = self._most
+        self._quiet_steps = 0
 
     def _begin_survey(self, most: int) -> None:
         """Widths from the narrowest to all that decode, which count as the next power of two."""

@@ -147,6 +147,18 @@ def test_agents_that_come_and_go_do_not_stop_a_survey() -> None:
     assert width.chosen == 1
 
 
+def test_all_go_forward_together_while_prompts_keep_coming() -> None:
+    width, plant = Width(8, None, adapts=True), Plant(CURVES["each costs more than the one before"])
+    assert run(width, plant, 2000) == 1
+    width.note_prompt()
+    assert width.choose(8) == 1, "one prompt in a long time changes nothing"
+    for _ in range(20):
+        run(width, plant, 100)
+        width.note_prompt()
+        assert width.choose(8) == 8
+    assert run(width, plant, 2000) == 1
+
+
 @pytest.mark.parametrize(("fixed", "adapts", "expected"), [(3, True, 3), (3, False, 3), (None, False, 8)])
 def test_it_can_be_fixed_and_is_everything_where_experts_are_resident(
     fixed: int | None, adapts: bool, expected: int
@@ -160,8 +172,8 @@ def test_it_can_be_fixed_and_is_everything_where_experts_are_resident(
 def test_the_loop_narrows_its_steps_where_that_is_faster_and_all_still_finish() -> None:
     world = World()
     model = TimedModel(world=world, num_layers=2, cost=lambda rows: 0.01 * rows**2)
-    world.at(0, *(ask(name, 2, 150) for name in "abcdefgh"))
+    world.at(0, *(ask(name, 2, 400) for name in "abcdefgh"))
     loop = world.run(model, limits=Limits(is_streaming=True))
-    assert all(world.tokens_of(name) == answer(2, 150) for name in "abcdefgh")
+    assert all(world.tokens_of(name) == answer(2, 400) for name in "abcdefgh")
     assert loop.measure()["batch_width"] == 1
     assert loop.measure()["decode_rate.8"] > 0
