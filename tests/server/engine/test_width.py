@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from server.engine.limits import Limits
+from server.engine.messages import Event, Finished
 from server.engine.width import Width
 from tests.server.engine.driven import TimedModel, World, answer, ask
 
@@ -157,6 +158,24 @@ def test_all_go_forward_together_while_prompts_keep_coming() -> None:
         width.note_prompt()
         assert width.choose(8) == 8
     assert run(width, plant, 2000) == 1
+
+
+def test_agents_that_began_together_go_on_sharing_sweeps() -> None:
+    """Also where narrow steps give more tokens: whoever takes turns ends alone, and is read alone."""
+    world, turns = World(), 6
+    model = TimedModel(world=world, num_layers=2, cost=lambda rows: 0.1 * rows**1.2 if rows <= 8 else 30.0)
+
+    def go_on(event: Event) -> None:
+        if isinstance(event, Finished):
+            agent, turn = event.request_id.split(".")
+            if int(turn) < turns:
+                world.at(world.now_s, ask(f"{agent}.{int(turn) + 1}", 50, 100, agent))
+
+    world.on_event = go_on
+    world.at(0, *(ask(f"{agent}.1", 50, 100, agent) for agent in "abcdefgh"))
+    world.run(model, limits=Limits(is_streaming=True))
+    num_sweeps = sum(rows > 8 and layer == 0 for rows, layer in model.parts)
+    assert num_sweeps == turns
 
 
 @pytest.mark.parametrize(("fixed", "adapts", "expected"), [(3, True, 3), (3, False, 3), (None, False, 8)])
