@@ -6,11 +6,13 @@ all there. Bytes: payload against the experts that were missed, device against p
 reads against the start-up probe's, of the same pieces with as many threads, in interleaved blocks; of this
 geometry's pieces and of pieces as large as GLM-5.2's, with scales kept as on a GPU, as they are on disk, and
 as on a CPU, where they are widened. Both read into as much memory; beside them the probe's threads read into
-one buffer each again and again (`reused`), which a virtual disk fills faster.
+the store's very slots (`slots`), so that only the store differs, and into one buffer each again and again
+(`reused`), which some virtual disks fill faster.
 """
 
 import argparse
 import itertools
+import mmap
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +30,14 @@ from models.loading import Checkpoint, load_model, open_checkpoint
 from streaming.aligned import buffer_bytes
 from streaming.disk import DirectDisk, aligned_buffer
 from streaming.floats import Bytes
-from streaming.index import ExpertIndex
+from streaming.index import PROJECTIONS, ExpertIndex
 from streaming.policy import LeastNearlyChosen
 from streaming.probe import Rate, opened, read_bare
 from streaming.reader import NUM_THREADS
 from streaming.runs import Run, largest_run_bytes, plan_runs
 from streaming.store import ExpertStore
 
-SIDES = ("engine", "probe", "reused")
+SIDES = ("engine", "slots", "probe", "reused")
 # Experts of GLM-5.2's own size, 21 MB: pieces of 6 MB and of 0.4 MB. 1.4 GB in two layers.
 WIDE = BENCH | {
     "hidden_size": 6144, "moe_intermediate_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1,
@@ -145,6 +147,7 @@ def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float, float_
                 runs = list(_runs(index, layer, missing))
                 sides: dict[str, Callable[[], Rate]] = {
                     "engine": partial(_engine, store, layer, missing),
+                    "slots": partial(read_bare, files, iter(runs), _slots_of(store, layer, depth)),
                     "probe": partial(read_bare, files, iter(runs), shelf.next()),
                     "reused": partial(read_bare, files, iter(runs), buffers),
                 }
@@ -164,6 +167,19 @@ def rate(checkpoint: Checkpoint, blocks: int, depth: int, block_s: float, float_
         f"{expected}, device / payload {device / payload:.4f}"
     )
     store.close()
+
+
+def _slots_of(store: ExpertStore, layer: int, depth: int) -> list[Bytes]:
+    """The memory of the layer's slots, but for scales and biases, in whole pages, for so many threads."""
+    bank = store.bank(layer)
+    parts_each = -(-depth // len(PROJECTIONS))
+    shares = []
+    for projection in PROJECTIONS:
+        whole = np.array(bank[f"{projection}.weight"], copy=False).reshape(-1).view(np.uint8)
+        whole = whole[-whole.ctypes.data % mmap.PAGESIZE :]
+        share = len(whole) // parts_each // mmap.PAGESIZE * mmap.PAGESIZE
+        shares += [whole[part * share : (part + 1) * share] for part in range(parts_each)]
+    return shares[:depth]
 
 
 class Shelf:
