@@ -54,6 +54,7 @@ class Recorder(LeastRecentlyUsed):
 
 
 def make_prompts(folder: Path, is_shared: bool, of_sources: bool) -> list[list[int]]:
+    """Token ids of each conversation's beginning."""
     common = list(text_tokens(0, SHARED_TOKENS)) if is_shared or of_sources else []
     if of_sources:
         return [common + list(text_tokens(100 * agent, OWN_TOKENS)) for agent in range(NUM_SHARING)]

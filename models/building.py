@@ -1,6 +1,7 @@
 """From named tensors to a model that holds them. Called by loading, and by tests with their own tensors."""
 
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -50,7 +51,8 @@ def build_model(
 
 def as_held(tensors: Mapping[str, mx.array], args: ModelArgs, arithmetic: Arithmetic) -> dict[str, mx.array]:
     """Tensors of a checkpoint under the names and in the types in which the model holds them, evaluated."""
-    held = {n: _cast(n, tensor, arithmetic) for n, tensor in to_model_names(tensors, args).items()}
+    named = to_model_names(tensors, args).items()
+    held = {name: tensor.astype(held_dtype(name, tensor.dtype, arithmetic)) for name, tensor in named}
     mx.eval(held)
     return held
 
@@ -158,6 +160,35 @@ def _placeholder(where: str, tensor: Part | TensorEntry) -> mx.array:
         raise CheckpointError(f"{where} is {tensor.shape}, which MLX cannot hold") from error
 
 
+def held_bytes(entry: TensorEntry, arithmetic: Arithmetic) -> int:
+    """What a tensor of the trunk takes in the model.
+
+    GLM-5.2's routers, 118 million weights, are published in bfloat16 and held in float32.
+    """
+    return prod(entry.shape) * held_dtype(entry.name, _DTYPES[entry.dtype], arithmetic).size
+
+
+def is_held_as_stored(entry: TensorEntry, arithmetic: Arithmetic) -> bool:
+    """Whether a tensor of the trunk is held in the type in which it lies on disk."""
+    stored = _DTYPES[entry.dtype]
+    return held_dtype(entry.name, stored, arithmetic) == stored
+
+
+def held_dtype(name: str, stored: mx.Dtype, arithmetic: Arithmetic) -> mx.Dtype:
+    """Packed words stay; float tensors become what the backend computes in.
+
+    On the CPU that is float32 for all, or each product would cast every scale again. Elsewhere it is that of
+    the activations, as in the experts' banks: float16 beside bfloat16 makes float32 of both, and from the
+    first norm on of all activations. Control paths are float32, and the indexer, which computes in float32,
+    keeps the precision it was stored in.
+    """
+    if not mx.issubdtype(stored, mx.floating):
+        return stored
+    if arithmetic.dtype == mx.float32 or is_control_path(name):
+        return mx.float32
+    return stored if ".indexer." in name and stored != mx.float32 else arithmetic.dtype
+
+
 def is_control_path(name: str) -> bool:
     """Whether a tensor is kept in float32 whatever it was stored in."""
     return name.endswith(_FLOAT32)
@@ -221,19 +252,3 @@ def _check(
 def _kind(array: mx.array) -> mx.Dtype:
     """Floats of any width are one kind; packed words and scales of 8 bits are each their own."""
     return mx.float32 if mx.issubdtype(array.dtype, mx.floating) else array.dtype
-
-
-def _cast(name: str, tensor: mx.array, arithmetic: Arithmetic) -> mx.array:
-    """Packed words stay; float tensors become what the backend computes in.
-
-    On the CPU that is float32 for all, or each product would cast every scale again. Elsewhere it is that of
-    the activations, as in the experts' banks: float16 beside bfloat16 makes float32 of both, and from the
-    first norm on of all activations. Control paths are float32, and the indexer, which computes in float32,
-    keeps the precision it was stored in.
-    """
-    if not mx.issubdtype(tensor.dtype, mx.floating):
-        return tensor
-    if arithmetic.dtype == mx.float32 or is_control_path(name):
-        return tensor.astype(mx.float32)
-    is_exact = ".indexer." in name and tensor.dtype != mx.float32
-    return tensor if is_exact else tensor.astype(arithmetic.dtype)

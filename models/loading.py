@@ -6,7 +6,6 @@ Everything about expert bytes is the business of `streaming/`; here the trunk is
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,14 @@ from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import MODEL_TYPE, ModelArgs
 from models.arithmetic import Arithmetic
-from models.building import as_held, build_model, check_experts, check_trunk, is_control_path
+from models.building import as_held, build_model, check_experts, check_trunk, held_bytes
 from models.cache import cache_bytes_per_token
 from models.glm_moe_dsa import Model
 from models.names import trunk_names
 from models.workspace import loading_bytes, sweep_row_bytes, workspace_bytes
 from streaming.aligned import buffer_bytes
 from streaming.banks import slot_bytes
-from streaming.floats import FLOATS
-from streaming.headers import ITEM_BYTES, FileStamp, TensorEntry, read_headers
+from streaming.headers import FileStamp, TensorEntry, read_headers
 from streaming.index import ExpertIndex
 from streaming.runs import largest_run_bytes
 from streaming.store import ExpertStore
@@ -125,7 +123,7 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
     itemsize, context = arithmetic.dtype.size, max_context or args.max_position_embeddings
     index_keys = args.index_head_dim * len(args.full_layers) * itemsize
     return Geometry(
-        trunk_bytes=sum(_kept_bytes(entry, itemsize) for entry in checkpoint.trunk.values()),
+        trunk_bytes=sum(held_bytes(entry, arithmetic) for entry in checkpoint.trunk.values()),
         expert_bytes=tuple(slot_bytes(index.parts(layer), arithmetic.dtype) for layer in index.layers),
         num_experts=args.n_routed_experts,
         experts_per_token=args.num_experts_per_tok,
@@ -140,16 +138,6 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
         ring_slot_bytes=_ring_slot_bytes(index, arithmetic),
         vocab_size=args.vocab_size,
     )
-
-
-def _kept_bytes(entry: TensorEntry, itemsize: int) -> int:
-    """Packed words as they are; floats as wide as the arithmetic.
-
-    On control paths float32: GLM-5.2's routers, 118 million weights, are published in bfloat16.
-    """
-    if entry.dtype not in FLOATS:
-        return entry.nbytes
-    return prod(entry.shape) * (ITEM_BYTES["F32"] if is_control_path(entry.name) else itemsize)
 
 
 def _ring_slot_bytes(index: ExpertIndex, arithmetic: Arithmetic) -> int:

@@ -7,14 +7,11 @@ repeated sends all its rows to the same experts.
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
-import mlx.core as mx
-
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.attention import PART_ROWS
-from models.building import is_control_path
+from models.building import is_held_as_stored
 from models.tiles import tile_rows
-from streaming.floats import FLOATS
 from streaming.headers import TensorEntry
 from streaming.index import PROJECTIONS, ExpertIndex
 
@@ -57,8 +54,7 @@ def loading_bytes(trunk: Mapping[str, TensorEntry], arithmetic: Arithmetic) -> i
     """What lies beside the trunk while it is loaded: a tensor as it is stored, until it is cast or split."""
     most = 0
     for name, entry in trunk.items():
-        is_wide = arithmetic.dtype == mx.float32 or is_control_path(name)
-        is_cast = entry.dtype in FLOATS and entry.dtype != ("F32" if is_wide else "BF16")
+        is_cast = not is_held_as_stored(entry, arithmetic)
         most = max(most, entry.nbytes * (is_cast + (".kv_b_proj." in name)))
     return most
 

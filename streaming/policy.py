@@ -53,8 +53,8 @@ class LeastRecentlyUsed:
         return self._last_use.get(expert, 0)
 
 
-# Picked on nine routings together, recorded and synthetic, where neighbouring values are within 0.1 points of
-# these; picked on some of them, they hold on the others (`benchmarks.policies --hold-out`).
+# Picked on eight routings together, recorded and synthetic, where neighbouring values are within 0.2 points
+# of these in the mean; what is picked on one of them holds on the others (`benchmarks.policies --hold-out`).
 # A fifth of the mean is the newest token's: half of it is three tokens old or older.
 NEARNESS_KEEP = 0.8
 # How far from being chosen, in standard deviations of the token's scores, halves what an expert gets for it.
@@ -72,8 +72,8 @@ class LeastNearlyChosen:
     The router scores all experts, so an expert that just missed is known to be likelier than one that was
     far off; a policy that sees only choices cannot tell them apart. But some come near all the time and are
     hardly ever chosen: what an expert gets for being near is multiplied by how often it was chosen for how
-    often it was near. Without that, models of 256 experts hit 5 to 9 points less than with LRU, with it 2 to
-    7 more. The default.
+    often it was near. Without that, a trained model of 256 experts hits 4 points less than with LRU, with it
+    2 to 3 more (docs/measurements.md). The default.
     """
 
     watches_scores = True

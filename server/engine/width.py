@@ -33,9 +33,10 @@ class Width:
     """`choose` before each step, `note` after it, `note_prompt` after a prompt; `fixed` leaves no choice."""
 
     def __init__(self, most: int, fixed: int | None, *, adapts: bool) -> None:
-        self._most, self._fixed, self._adapts = most, fixed, adapts
+        self._most = fixed or most
+        self._chooses = adapts and not fixed
         self.rates: dict[int, float] = {}  # tokens/s by width, in the last survey
-        self.chosen = fixed or most
+        self.chosen = self._most
         self._widths: list[int] = []  # of the survey under way; the first is being measured
         self._seen: dict[int, list[float]] = {}  # tokens/s by width, one a round
         self._survey_s = self._pause_s = 0.0
@@ -46,8 +47,8 @@ class Width:
 
     def choose(self, num_decoding: int) -> int:
         """Rows of the next step, where so many sequences decode."""
-        if self._fixed or not self._adapts:
-            return self._fixed or self._most
+        if not self._chooses:
+            return self._most
         most = min(num_decoding, self._most)
         if self._widths and 0 < most <= self._widths[0] // 2:  # so few say nothing about this width
             self._end_survey()
@@ -59,7 +60,7 @@ class Width:
 
     def note(self, width: int, seconds: float) -> None:
         """An undisturbed step of so many rows took so long."""
-        if self._fixed or not self._adapts:
+        if not self._chooses:
             return
         self._quiet_steps += 1
         if not self._widths:
@@ -76,7 +77,7 @@ class Width:
 
     def note_prompt(self) -> None:
         """A prompt was read, or some that shared a sweep."""
-        if self._fixed or not self._adapts:
+        if not self._chooses:
             return
         if self._widths:
             self._end_survey()
