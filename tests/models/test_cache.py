@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from config.plan import KV_DIVISOR, MAX_RUNNING, cache_rows, most_cache_rows
 from models.args import ModelArgs
 from models.cache import RowCache, SequenceCache
+from tests.memory import start_measuring
 from tests.models.make_golden import SEED
 from tests.tiny_glm import SHARED, make_weights, tokens
 from tests.tiny_model import make_model, run
@@ -69,8 +70,7 @@ def peak_of_growth(cache: SequenceCache, num_rows: int) -> int:
     for part in cache._all():
         part.append(mx.zeros((part.state.shape[0] - num_rows, part.state.shape[1])))  # full now
     mx.eval([part.state for part in cache._all()])
-    mx.clear_cache()
-    mx.reset_peak_memory()
+    start_measuring()
     for part in cache._all():
         part.append(mx.zeros((1, part.state.shape[1])))
     mx.eval([part.state for part in cache._all()])
@@ -79,7 +79,7 @@ def peak_of_growth(cache: SequenceCache, num_rows: int) -> int:
 
 def test_layers_grow_one_after_the_other() -> None:
     args = ModelArgs.from_config(SHARED)
-    before = mx.get_active_memory()
+    before = start_measuring()
     cache = SequenceCache(args, mx.float32)
     peak = peak_of_growth(cache, 20_000)
     assert mx.get_active_memory() - before <= cache.nbytes + 4096
@@ -104,9 +104,7 @@ def test_a_row_more_copies_nothing_while_there_is_room() -> None:
     cache = RowCache(64, mx.float32)
     cache.append(mx.zeros((10_000, 64)))
     mx.eval(cache.state)
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = start_measuring()
     for _ in range(20):
         held = cache.append(mx.zeros((1, 64)))
         mx.eval(held.sum())

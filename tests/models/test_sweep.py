@@ -18,6 +18,7 @@ from streaming.floats import Bytes
 from streaming.store import ExpertStore
 from streaming.sweep import ADMITTED_SHARE
 from tests.checkpoints import Opened, greedy, open_model, save_packed
+from tests.memory import start_measuring
 from tests.models.make_golden import SEED
 from tests.streaming.faulty_disk import FaultyDisk
 from tests.tiny_glm import WIDER, make_weights, tokens
@@ -180,9 +181,7 @@ def test_what_grows_with_a_prompt_is_in_the_plan(folder: Path, monkeypatch: pyte
     peaks = {}
     for length in (1000, 2000):
         ids, cache = mx.array(tokens(WIDER, length)), tiled.model.make_cache()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        before = start_measuring()
         hidden = tiled.model(ids, [Span(cache, 0, length)])
         mx.eval(hidden)
         peaks[length] = mx.get_peak_memory() - before - cache.nbytes

@@ -13,6 +13,7 @@ from models.loading import load_model, make_geometry, open_checkpoint
 from models.workspace import loading_bytes
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, open_model, save_packed
+from tests.memory import start_measuring
 from tests.models.make_golden import SEED
 from tests.tiny_glm import TINY, make_weights, save_checkpoint, tokens
 
@@ -34,9 +35,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def measured_and_planned(opened: Opened, ids: list[int]) -> tuple[int, int]:
     cache, length = opened.model.make_cache(), len(ids)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = start_measuring()
     hidden = opened.model(mx.array(ids), [Span(cache, 0, length)])
     mx.eval(hidden)
     geometry = make_geometry(opened.checkpoint, CPU, length)
@@ -89,9 +88,7 @@ def test_loading_takes_a_tensor_more_than_what_it_loads(
         del stored, tensors
     checkpoint = open_checkpoint(tmp_path)
     store = ExpertStore(checkpoint.experts, 8, float_dtype=arithmetic.dtype)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = start_measuring()
     model = load_model(checkpoint, arithmetic, store)
     peak, held = mx.get_peak_memory() - before, mx.get_active_memory() - before
     trunk = make_geometry(checkpoint, arithmetic).trunk_bytes

@@ -25,6 +25,7 @@ from server.engine.messages import (
 from server.engine.passes import Pass
 from server.engine.sampling import start_sampling
 from server.engine.scheduler import Part
+from tests.memory import start_measuring
 from tests.server.engine.driven import World
 from tests.server.engine.governed import Governed, K, Machine, open_governed, save, serve
 from tests.server.engine.test_loop_on_glm import PROMPTS, SAMPLINGS
@@ -146,10 +147,9 @@ def test_what_banks_give_up_goes_back_while_a_pass_is_paused(
     fell: list[tuple[int, int]] = []
 
     def press() -> None:
-        mx.clear_cache()
         machine.neighbour = lambda now_s: 1.0
         machine.world.now_s += 1
-        before, bytes_before = mx.get_active_memory(), governed.store.slot_bytes
+        before, bytes_before = start_measuring(), governed.store.slot_bytes
         settle(governor)
         fell.append((before - mx.get_active_memory(), bytes_before - governed.store.slot_bytes))
 
