@@ -5,15 +5,15 @@ themselves, and the result is moved out again (`unembed_out`). One form for pref
 set of numbers. Memory is bounded by tiles of queries.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from models.args import FULL, ModelArgs
 from models.arithmetic import Arithmetic
-from models.cache import SequenceCache
+from models.cache import RowCache, SequenceCache
 from models.indexer import Indexer
 from models.linear import Linear
 from models.rope import Rope
@@ -26,15 +26,33 @@ PART_ROWS = 2048
 
 @dataclass(frozen=True)
 class Span:
-    """Rows start to stop of a flat batch: the next tokens of the sequence that owns `cache`."""
+    """Rows start to stop of a flat batch: the next tokens of the sequence that owns `cache`.
+
+    A sequence that begins with the first `num_shared` tokens of `origin`'s adopts their rows layer by layer,
+    as far as it has not got them: they may come from a span before this one, in the same forward.
+    """
 
     cache: SequenceCache
     start: int
     stop: int
+    origin: SequenceCache | None = None
+    num_shared: int = 0
 
     @property
     def rows(self) -> int:
         return self.stop - self.start
+
+    @property
+    def position(self) -> int:
+        """Of its first row, counted in tokens, while a forward begins."""
+        return max(self.cache.length, self.num_shared)
+
+    def append(self, kind: Callable[[SequenceCache], RowCache], rows: mx.array) -> mx.array:
+        """Add its part of a forward's rows of one kind to the cache; returns all that this holds."""
+        held = kind(self.cache)
+        if self.origin:
+            held.adopt(kind(self.origin), self.num_shared)
+        return held.append(rows[self.start : self.stop])
 
 
 @dataclass
@@ -57,21 +75,19 @@ class Part:
 
 
 def make_parts(spans: Sequence[Span], num_rows: int = PART_ROWS) -> list[Part]:
-    """The rows of all spans in order, cut into parts; positions follow each cache's length."""
+    """The rows of all spans in order, cut into parts."""
     total = max(span.stop for span in spans)
-    lengths = [span.cache.length for span in spans]
-    return [
-        _make_part(spans, lengths, start, min(start + num_rows, total)) for start in range(0, total, num_rows)
-    ]
+    return [_make_part(spans, start, min(start + num_rows, total)) for start in range(0, total, num_rows)]
 
 
-def _make_part(spans: Sequence[Span], lengths: Sequence[int], start: int, stop: int) -> Part:
+def _make_part(spans: Sequence[Span], start: int, stop: int) -> Part:
     cut, positions = [], []
-    for span, length in zip(spans, lengths, strict=True):
+    for span in spans:
         first, last = max(span.start, start), min(span.stop, stop)
         if first < last:
-            cut.append(Span(span.cache, first - start, last - start))
-            positions.append(mx.arange(length + first - span.start, length + last - span.start))
+            cut.append(replace(span, start=first - start, stop=last - start))
+            before = span.position - span.start
+            positions.append(mx.arange(before + first, before + last))
     return Part(slice(start, stop), cut, mx.concatenate(positions).astype(mx.int32))
 
 
@@ -101,7 +117,7 @@ class Attention(nn.Module):
         q_residual = self.q_a_layernorm(self.q_a_proj(x))
         queries = self._latent_queries(q_residual, part.positions)  # [heads, N, latent]
         rows = self._latent_rows(x, part.positions)  # [N, latent]
-        keys = [s.cache.latents[self._layer].append(rows[s.start : s.stop]) for s in part.spans]
+        keys = [span.append(lambda cache: cache.latents[self._layer], rows) for span in part.spans]
         if "indexer" in self:
             self._update_selection(x, q_residual, part)
         outs = [
@@ -128,9 +144,9 @@ class Attention(nn.Module):
     def _update_selection(self, x: mx.array, q_residual: mx.array, part: Part) -> None:
         """Write the index keys of all spans, then score where there are more keys than may be selected."""
         k, new_keys = self._args.index_topk, self.indexer.key_rows(x, part.positions)
+        for span in part.spans:
+            span.append(lambda cache: cache.index_keys[self._layer], new_keys)
         stores = [span.cache.index_keys[self._layer] for span in part.spans]
-        for span, store in zip(part.spans, stores, strict=True):
-            store.append(new_keys[span.start : span.stop])
         part.selected = [None] * len(part.spans)
         if all(store.length <= k for store in stores):
             return

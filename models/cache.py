@@ -30,6 +30,11 @@ class RowCache:
         self.length = end
         return self._buffer[:end]
 
+    def adopt(self, origin: "RowCache", stop: int) -> None:
+        """Go on with another's rows up to `stop`; those that are held already are the same."""
+        if self.length < stop:
+            self.append(origin.rows(self.length, stop))
+
     def rows(self, start: int, stop: int) -> mx.array:
         """Rows start to stop, [stop - start, width]."""
         return self._buffer[start:stop]

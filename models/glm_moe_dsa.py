@@ -210,15 +210,16 @@ class Model(nn.Module):
     def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         """One pass over all layers, pausing after each; the value returned is the hidden state [N, H].
 
-        tokens int32 [N]; the spans cover the rows without gaps and own different caches. A pass over many
-        rows pauses amid its layers too, with None, where a group of experts or a part of the rows is done.
+        tokens int32 [N]; the spans cover the rows without gaps and own different caches; a span's origin, if
+        one of them owns it, stands before it. A pass over many rows pauses amid its layers too, with None,
+        where a group of experts or a part of the rows is done.
         At each of its pauses all work so far is evaluated, so nothing pending refers to a bank and the
         graph stays small; a pass over few rows stays lazy until somebody reads its result. Amid a layer
         other passes over few rows may run, but not over many: they would take over the experts on their way.
         """
         parts = make_parts(spans)
         for span in spans:
-            span.cache.expect(span.rows)
+            span.cache.expect(span.position + span.rows - span.cache.length)
         if tokens.shape[0] > EAGER_ROWS and (sparse := self._first_sparse) is not None:
             sparse.anticipate_sweep(tokens.shape[0])
         x = self.model.embed_tokens(tokens).astype(self.arithmetic.dtype)

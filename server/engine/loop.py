@@ -195,25 +195,29 @@ class EngineLoop:
             log.exception("a saved prefix could not be restored")
 
     def _start_pass(self) -> None:
-        if len(self._passes) > 1 or not self._scheduler.has_readers:
+        if len(self._passes) > 1:
             return
-        parts: list[Part] = []
         if self._passes:
-            [large] = self._passes
-            has_room = large.num_rows < self._limits.pass_rows
-            num_lost = self._num_lost_layers + large.num_layers_done
-            is_early = num_lost < RESTART * self._num_layers
-            if has_room and is_early and self._scheduler.has_reader_for(large.parts):
-                self._num_lost_layers = num_lost
-                self._give_up(large)
-            else:
-                parts = self._scheduler.board_short(large.num_rows // OVERTAKEN)
-        if not self._passes:
+            self._make_way(self._passes[0])
+        if not self._scheduler.has_readers:
+            return
+        if self._passes:
+            parts = self._scheduler.board_short(self._passes[0].num_rows // OVERTAKEN)
+        else:
             parts = self._scheduler.board(self._limits.pass_rows)
         if parts:
             for one in self._passes:
                 one.turn_s = 0.0
             self._passes.insert(0, Pass(self._model, parts))
+
+    def _make_way(self, large: Pass) -> None:
+        """Give up a pass that has hardly begun where somebody would come along in the next one."""
+        num_lost = self._num_lost_layers + large.num_layers_done
+        if num_lost >= RESTART * self._num_layers or large.num_rows >= self._limits.pass_rows:
+            return
+        if self._scheduler.has_reader_for(large.parts):
+            self._num_lost_layers = num_lost
+            self._give_up(large)
 
     def _give_up(self, one: Pass) -> None:
         one.abandon()
@@ -283,7 +287,7 @@ class EngineLoop:
             return
         log.warning("a step of %d requests failed, each is tried alone: %s", len(failed.parts), error)
         for part in failed.parts:
-            if part.sequence.is_cancelled:
+            if part.sequence.is_cancelled or part.sequence.has_lost_leader:
                 continue
             alone = Pass(self._model, [part])
             try:

@@ -12,6 +12,7 @@ from models.attention import Span
 from models.cache import SequenceCache
 from server.engine.model import Model
 from server.engine.scheduler import Part
+from server.engine.sequence import Sequence
 
 
 class Pass:
@@ -24,13 +25,14 @@ class Pass:
         self.seconds = 0.0  # spent on it, by the loop's clock
         self.turn_s = 0.0  # of them, since it shares the time with another pass
         self.is_reading = not all(part.sequence.is_decoding for part in parts)
-        self._caches = [_cache_of(part) for part in parts]
-        self._starts = [cache.length for cache in self._caches]
+        self._caches = [_cache_of(part.sequence) for part in parts]
+        self._lengths = [cache.length for cache in self._caches]
         self._written: list[mx.array] = []
         tokens: list[int] = []
         spans: list[Span] = []
-        for part, cache, start in zip(parts, self._caches, self._starts, strict=True):
-            spans.append(Span(cache, len(tokens), len(tokens) + part.num_rows))
+        for part in parts:
+            spans.append(_span_of(part, len(tokens)))
+            start = part.sequence.num_before
             tokens += part.sequence.tokens(start, start + part.num_rows)
         self._spans = spans
         self._layers = model.forward(mx.array(tokens), spans)
@@ -67,14 +69,28 @@ class Pass:
         span = self._spans[index]
         return span.start, span.stop
 
+    def length_before(self, index: int) -> int:
+        """Tokens that the cache of a part held when the pass began."""
+        return self._lengths[index]
+
     def abandon(self) -> None:
         """Forget what the layers so far have written."""
         self._layers.close()
-        for cache, start in zip(self._caches, self._starts, strict=True):
-            cache.trim(start)
+        for index in range(len(self.parts)):
+            self.undo(index)
+
+    def undo(self, index: int) -> None:
+        """Forget the rows of one part."""
+        self._caches[index].trim(self._lengths[index])
 
 
-def _cache_of(part: Part) -> SequenceCache:
-    cache = part.sequence.cache
-    assert cache is not None, "only sequences that run have parts"
-    return cache
+def _span_of(part: Part, start: int) -> Span:
+    sequence, stop = part.sequence, start + part.num_rows
+    if sequence.leader is None:
+        return Span(_cache_of(sequence), start, stop)
+    return Span(_cache_of(sequence), start, stop, _cache_of(sequence.leader), sequence.follows_to)
+
+
+def _cache_of(sequence: Sequence) -> SequenceCache:
+    assert sequence.cache is not None, "only sequences that run have parts"
+    return sequence.cache

@@ -5,6 +5,7 @@ prompts have in common is read once: the first reads it, the others wait for it.
 """
 
 from collections.abc import Iterable
+from itertools import takewhile
 from time import monotonic
 from typing import Protocol
 
@@ -40,6 +41,9 @@ class Prefixes(Protocol):
         restored now are returned: their `num_cached_tokens` are known.
         """
 
+    def note_followed(self, sequence: Sequence, length_before: int) -> None:
+        """It has read on behind its leader, in the same pass, where its cache had held so many tokens."""
+
     def administer(self, command: Administer) -> None:
         """Forget all, or keep a prompt whatever comes."""
 
@@ -59,6 +63,9 @@ class NoPrefixes:
         """Nobody waits for another."""
         return []
 
+    def note_followed(self, sequence: Sequence, length_before: int) -> None:
+        """Nobody follows another."""
+
     def administer(self, command: Administer) -> None:
         """There is nothing to change."""
 
@@ -67,8 +74,9 @@ class SavedPrefixes:
     """Prefixes from a `PrefixCache`.
 
     A sequence that is admitted claims the blocks that it is about to read. One that comes later, and would
-    read a block next that is claimed, gets the claimant for its leader: it reads nothing until that block and
-    all after it that both share are saved. Whoever has a leader claims nothing, so nobody waits in a circle.
+    read a block next that is claimed, gets a leader: whoever has claimed the last of the blocks in a row that
+    others will have read. It waits until those are saved, or goes on behind the leader in the pass that reads
+    them, and claims what comes after them.
     """
 
     keeps_rows = True
@@ -134,14 +142,21 @@ class SavedPrefixes:
         if not restoring.advance():
             sequence.restoring = restoring
             return False
-        before, after = restoring.length_before, _cache_of(sequence).length
+        after = _cache_of(sequence).length
+        self._note_cached(sequence, restoring.length_before, after)
+        sequence.num_saved_tokens = after
+        self._claim(sequence)
+        return True
+
+    def note_followed(self, sequence: Sequence, length_before: int) -> None:
+        """What it took over from its leader need not be saved yet: memory may have had no room."""
+        self._note_cached(sequence, length_before, sequence.follows_to)
+
+    def _note_cached(self, sequence: Sequence, before: int, after: int) -> None:
         self._saved.note_restored(sequence.tokens(0, sequence.num_tokens), before, after)
         is_first_time = not sequence.generated and before >= sequence.num_saved_tokens
         if is_first_time:
             sequence.num_cached_tokens += after - before
-        sequence.num_saved_tokens = after
-        self._claim(sequence)
-        return True
 
     def _claim(self, sequence: Sequence) -> None:
         # Its own are of an earlier place, which it gave away: it would wait for itself.
@@ -152,12 +167,12 @@ class SavedPrefixes:
         }
         prompt = sequence.tokens(0, sequence.num_tokens)
         names = self._saved.names_from(prompt, _cache_of(sequence).length)
-        leader = self._claims.get(names[0]) if names else None
-        if leader is None:
-            self._claims |= {name: sequence for name in names if name not in self._claims}
-            return
-        shared = [name for name in names if self._claims.get(name) is leader]
-        sequence.leader, sequence.follows_to = leader, self._saved.end_of(shared[-1])
+        shared = list(takewhile(self._claims.__contains__, names))
+        if shared:
+            # At least one token stays unread, so that there are logits to go on from.
+            follows_to = min(self._saved.end_of(shared[-1]), sequence.num_tokens - 1)
+            sequence.leader, sequence.follows_to = self._claims[shared[-1]], follows_to
+        self._claims |= {name: sequence for name in names[len(shared) :] if name not in self._claims}
 
 
 def _is_reading(owner: Sequence, name: BlockName) -> bool:

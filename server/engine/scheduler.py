@@ -26,7 +26,10 @@ TINY = 1 / 32
 
 @dataclass(frozen=True)
 class Part:
-    """The next `num_rows` tokens of a sequence, to be read in a pass."""
+    """The next `num_rows` tokens of a sequence, to be read in a pass.
+
+    If the sequence has a leader, a part of that is in the pass before this one, or has been read.
+    """
 
     sequence: Sequence
     num_rows: int
@@ -40,7 +43,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []  # in order of admission
         self._in_pass: set[Sequence] = set()
-        self._left_out: set[Sequence] = set()  # had a prompt to read when others boarded last
+        self._left_out: set[Sequence] = set()  # had a prompt to read, or a leader, when others boarded last
         self._turn: list[Sequence] = []
         self._turn_steps = 0
         self._row_s = 0.0  # measured: seconds of a prompt's row
@@ -144,27 +147,34 @@ class Scheduler:
     def has_reader_for(self, parts: list[Part]) -> bool:
         """Whether anybody would board with these who has come since: those left out would be so again.
 
-        Whose prompt is tiny beside the longest would not.
+        Whose prompt is tiny beside the longest would not, unless it follows one of them.
         """
         tiny = TINY * max(part.num_rows for part in parts)
-        return any(item.num_unread > tiny for item in self._readers() if item not in self._left_out)
+        come = [item for item in self._readers() if item.num_unread > tiny]
+        come += self._followers_of(parts)
+        return any(item not in self._left_out for item in come)
 
     def board(self, num_rows: int) -> list[Part]:
         """Parts of prompts for a pass over at most so many rows: some room for short ones, then by turn.
 
-        Those that are tiny beside the longest stay out: `board_short` is theirs.
+        Those that are tiny beside the longest stay out: `board_short` is theirs. Where there is room, whoever
+        waits for what is read now comes along.
         """
         ranked = self.shares.rank(self._readers(), self._clock(), self._cost)
         parts = self._take_whole(ranked, int(num_rows * FOR_SHORT), int(num_rows * SHORT))
         left, taken = num_rows - sum(part.num_rows for part in parts), {part.sequence for part in parts}
         for sequence in ranked:
             if sequence not in taken and left:
-                parts.append(Part(sequence, min(left, sequence.num_unread)))
+                parts.append(_next_part(sequence, left))
                 left -= parts[-1].num_rows
         tiny = TINY * max((part.num_rows for part in parts), default=0)
         parts = [part for part in parts if part.sequence.num_unread > tiny]
+        left = num_rows - sum(part.num_rows for part in parts)
+        while left and (following := self._followers_of(parts)):
+            parts.append(_next_part(following[0], left))
+            left -= parts[-1].num_rows
         self._in_pass |= {part.sequence for part in parts}
-        self._left_out = set(self._readers())
+        self._left_out = {*self._readers(), *(item for item in self.followers if item.leader)}
         return parts
 
     def board_short(self, num_rows: int) -> list[Part]:
@@ -177,6 +187,15 @@ class Scheduler:
     def _readers(self) -> list[Sequence]:
         reading = [item for item in self._running if not item.is_decoding and not item.is_held]
         return [item for item in reading if item not in self._in_pass and not item.is_cancelled]
+
+    def _followers_of(self, parts: list[Part]) -> list[Sequence]:
+        """Those whose leader's part ends the wait: behind it they can read on in the same pass."""
+        stops = {part.sequence: part.sequence.num_before + part.num_rows for part in parts}
+        return [
+            item
+            for item in self.followers
+            if item.leader in stops and item.follows_to <= stops[item.leader] and item not in stops
+        ]
 
     @staticmethod
     def _take_whole(ranked: list[Sequence], num_rows: int, most_each: int) -> list[Part]:
@@ -222,7 +241,8 @@ class Scheduler:
     @property
     def followers(self) -> list[Sequence]:
         """Those that wait until another has read what they share, or for what was saved of them."""
-        return [item for item in self._running if item.is_held and not item.is_cancelled]
+        held = [item for item in self._running if item.is_held and item not in self._in_pass]
+        return [item for item in held if not item.is_cancelled]
 
     @property
     def has_steps(self) -> bool:
@@ -252,3 +272,8 @@ class Scheduler:
 
     def _num_inflight(self, agent: str) -> int:
         return sum(item.request.agent == agent and not item.is_cancelled for item in self._running)
+
+
+def _next_part(sequence: Sequence, num_rows: int) -> Part:
+    """What it has to read next, up to so many rows."""
+    return Part(sequence, min(num_rows, sequence.num_tokens - sequence.num_before))

@@ -27,7 +27,7 @@ class Sequence:
     num_scored: int = 0  # prompt tokens whose scores were sent
     num_cached_tokens: int = 0  # prompt tokens that came from a saved prefix
     num_saved_tokens: int = 0  # tokens up to which whole blocks are saved
-    leader: "Sequence | None" = None  # reads what this one would read next, so this one waits for it
+    leader: "Sequence | None" = None  # reads what this one would read next, and this one goes on from there
     restoring: Restoring | None = None  # what was saved of it is on its way into the cache
     follows_to: int = 0  # tokens that both have in common
     promised_tokens: int = 0  # room in the KV that was set aside when it was admitted
@@ -47,6 +47,19 @@ class Sequence:
     def num_unread(self) -> int:
         """Tokens that are not in the cache yet."""
         return self.num_tokens - (self.cache.length if self.cache else 0)
+
+    @property
+    def num_before(self) -> int:
+        """Length of what its next row comes after: what the cache holds, or its leader will have read."""
+        assert self.cache is not None, "only sequences that run have rows"
+        return self.follows_to if self.leader else self.cache.length
+
+    @property
+    def has_lost_leader(self) -> bool:
+        """Whether what it follows is gone, or has not read what both share after all."""
+        if self.leader is None:
+            return False
+        return self.leader.cache is None or self.leader.cache.length < self.follows_to
 
     @property
     def is_decoding(self) -> bool:
