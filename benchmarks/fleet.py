@@ -110,6 +110,11 @@ class Timed:
     inner: Model
     longest_layer_s: float = 0.0
 
+    @property
+    def num_layers(self) -> int:
+        """As the model's own."""
+        return self.inner.num_layers
+
     def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         """As the model's own."""
         layers, layer_s = self.inner.forward(tokens, spans), 0.0

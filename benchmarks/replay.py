@@ -100,6 +100,11 @@ class ReplayedModel:
         for layer, following in pairwise(inner.model.layers):
             layer.precede(following)
 
+    @property
+    def num_layers(self) -> int:
+        """As the model's own."""
+        return self._inner.num_layers
+
     def make_cache(self) -> SequenceCache:
         """An empty cache."""
         return self._inner.make_cache()

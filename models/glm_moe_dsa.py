@@ -192,6 +192,10 @@ class Model(nn.Module):
         return cache
 
     @property
+    def num_layers(self) -> int:
+        return self.args.num_hidden_layers
+
+    @property
     def cache_bytes(self) -> int:
         """Of all caches that are still somebody's."""
         return sum(cache.nbytes for cache in self._caches)

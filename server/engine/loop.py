@@ -72,7 +72,6 @@ class EngineLoop:
         )
         self._passes: list[Pass] = []
         self._places: dict[str, int] = {}  # what those who wait were told
-        self._num_layers = 0  # known when the first pass is through
         self._num_lost_layers = 0  # of passes that were started again since one was through
         self._is_stopping = False
 
@@ -163,7 +162,7 @@ class EngineLoop:
 
     def _drop_passes(self) -> None:
         for one in list(self._passes):
-            if not is_worth_its_end(one, self._scheduler, self._prefixes, self._num_layers):
+            if not is_worth_its_end(one, self._scheduler, self._prefixes, self._model.num_layers):
                 self._give_up(one)
 
     def _admit(self) -> None:
@@ -213,7 +212,7 @@ class EngineLoop:
     def _make_way(self, large: Pass) -> None:
         """Give up a pass that has hardly begun where somebody would come along in the next one."""
         num_lost = self._num_lost_layers + large.num_layers_done
-        if num_lost >= RESTART * self._num_layers or large.num_rows >= self._limits.pass_rows:
+        if num_lost >= RESTART * self._model.num_layers or large.num_rows >= self._limits.pass_rows:
             return
         if self._scheduler.has_reader_for(large.parts):
             self._num_lost_layers = num_lost
@@ -247,7 +246,7 @@ class EngineLoop:
             self._scheduler.leave_pass(one.parts)
             self._scheduler.note_pass(one.num_rows, one.seconds)
             self._width.note_prompt()
-            self._num_layers, self._num_lost_layers = one.num_layers_done, 0
+            self._num_lost_layers = 0
             self._answers.hand_out(one, hidden)
 
     def _decode(self, batch: list[Sequence]) -> None:

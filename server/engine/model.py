@@ -17,6 +17,10 @@ from server.engine.prefix import PrefixCache
 class Model(Protocol):
     """A language model over flat batches."""
 
+    @property
+    def num_layers(self) -> int:
+        """How often a forward pauses, those amid layers not counted."""
+
     def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         """Yield after each layer, with None also amid those of many rows; return the hidden rows [N, H]."""
 

@@ -6,7 +6,7 @@ from server.engine.scheduler import Scheduler
 
 
 def is_worth_its_end(one: Pass, scheduler: Scheduler, prefixes: Prefixes, num_layers: int) -> bool:
-    """Whether to compute a pass to its end; `num_layers` are those of a whole one, 0 while it is not known.
+    """Whether to compute a pass to its end; `num_layers` are those of a whole one.
 
     Clients that gave up ask again, so a pass that nobody waits for goes on where its rows are kept. It ends
     at once where others have something to read and less than half of it is done, unless one of them wants the
@@ -16,6 +16,6 @@ def is_worth_its_end(one: Pass, scheduler: Scheduler, prefixes: Prefixes, num_la
         return one.is_wanted
     leaders = {part.sequence for part in one.parts}
     is_followed = any(item.leader in leaders for item in scheduler.followers)
-    is_half_done = 0 < num_layers <= 2 * one.num_layers_done
+    is_half_done = num_layers <= 2 * one.num_layers_done
     is_contended = scheduler.has_readers or scheduler.num_waiting
     return is_followed or is_half_done or not is_contended

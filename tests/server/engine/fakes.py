@@ -38,6 +38,7 @@ class FakeCache(SequenceCache):
 class CountingModel:
     """After token t comes t + 1: its logit is 5, those of the ones after it 4.9, 4.8, ..."""
 
+    num_layers: int = NUM_LAYERS
     layer_s: float = 0.0
     fails_at_token: int | None = None
     damaged_token: int | None = None
@@ -53,7 +54,7 @@ class CountingModel:
             span.cache.tokens.extend(ids[span.start : span.stop])
         if self.fails_at_token in ids:
             raise OSError(f"token {self.fails_at_token} cannot be read")
-        for layer in range(NUM_LAYERS):
+        for layer in range(self.num_layers):
             time.sleep(self.layer_s)
             self.num_layers_run += 1
             self.on_layer()

@@ -1,7 +1,7 @@
 """A tiny streamed GLM whose banks are governed, on a machine with a neighbour and a time of its own."""
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import cast
@@ -106,7 +106,10 @@ class ClockedModel:
     inner: Model
     world: World
     on_layer: Callable[[], object] = bool
-    num_layers: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def num_layers(self) -> int:
+        return self.inner.num_layers
 
     def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         layers = self.inner.forward(tokens, spans)

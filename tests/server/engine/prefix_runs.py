@@ -52,6 +52,10 @@ class CountedModel:
     row_layers: int = 0  # rows times layers, of all passes
     on_layer: Callable[[], object] = bool
 
+    @property
+    def num_layers(self) -> int:
+        return self.inner.num_layers
+
     def forward(self, tokens: mx.array, spans: Sequence[Span]) -> Generator[int | None, None, mx.array]:
         self.rows.append(tokens.shape[0])
         layers = self.inner.forward(tokens, spans)

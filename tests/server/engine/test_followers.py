@@ -154,19 +154,9 @@ def test_whoever_finds_no_room_comes_with_the_next_pass(
 def test_who_comes_before_a_tenth_of_the_pass_is_done_is_taken_along(
     model: CountedModel, uncached: Callable[[tuple[int, ...]], list[int]]
 ) -> None:
-    """The loop learns from its first pass how many layers there are."""
     first, *others = requests(PROMPTS)
-
-    def react(event: Event) -> list[Generate]:
-        match event:
-            case Finished("short"):
-                return [first]
-            case Started("agent 0"):
-                return others
-        return []
-
     model.take_rows()
-    answers = serve(model, [Generate("short", (1, 2, 3), 1, GREEDY)], react)
+    answers = serve(model, [first], lambda event: others if event == Started("agent 0") else [])
     assert [count for count in model.rows if count > 8] == [326, 256 + 4 * 70]
     assert all(answers[name] == uncached(prompt) for name, prompt in PROMPTS.items())
 
@@ -221,7 +211,10 @@ def test_a_failed_pass_is_taken_apart_and_those_go_on_that_can(
 def test_damaged_rows_of_a_leader_are_nobody_elses(
     model: CountedModel, uncached: Callable[[tuple[int, ...]], list[int]]
 ) -> None:
-    answers = serve(Damaged(model.inner, damaged=[17]), requests(PROMPTS))
+    """What they took over from it is not saved either: they read it again, together."""
+    damaged = Damaged(model.inner, damaged=[17])
+    answers = serve(damaged, requests(PROMPTS))
+    assert [count for count in damaged.rows if count > 8] == [256 + 4 * 70, 256 + 3 * 70]
     assert answers.keys() == PROMPTS.keys() - {"agent 0"}
     assert all(answers[name] == uncached(PROMPTS[name]) for name in answers)
 

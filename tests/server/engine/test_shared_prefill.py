@@ -109,17 +109,15 @@ def test_a_later_turn_of_a_session_waits_for_the_pass_that_its_client_left(
     assert num_rows == 320 + 30 + 3
 
 
-@pytest.mark.parametrize(("layer", "goes_on"), [(NUM_LAYERS + 2, False), (NUM_LAYERS + 3, True)])
+@pytest.mark.parametrize(("layer", "goes_on"), [(2, False), (3, True)])
 def test_a_pass_that_nobody_waits_for_gives_way_to_others_while_less_than_half_is_done(
     model: CountedModel, uncached: dict[tuple[int, ...], list[int]], layer: int, goes_on: bool
 ) -> None:
-    """A loop knows how many layers there are after its first pass, so a short prompt goes first."""
-    prefix, short = open_prefix(), Generate("short", (1, 2, 3), 1, GREEDY)
-    events: dict[int, list[Command]] = {
-        2: [request("long")],
-        layer: [Cancel("long"), request("other", OTHER)],
-    }
-    outcomes = run_script(model, prefix, [short], lambda at: events.get(at, []), {"short", "other"})
+    prefix = open_prefix()
+    coming: list[Command] = [Cancel("long"), request("other", OTHER)]
+    outcomes = run_script(
+        model, prefix, [request("long")], lambda at: coming if at == layer else [], {"other"}
+    )
     assert outcomes["other"].tokens == uncached[OTHER]
     assert (prefix.count_saved(PROMPT) == 320) == goes_on
 
@@ -127,17 +125,11 @@ def test_a_pass_that_nobody_waits_for_gives_way_to_others_while_less_than_half_i
 def test_a_pass_that_its_clients_next_attempt_waits_for_goes_on_whoever_else_waits(
     model: CountedModel, uncached: dict[tuple[int, ...], list[int]]
 ) -> None:
-    short = Generate("short", (1, 2, 3), 1, GREEDY)
-    events: dict[int, list[Command]] = {
-        2: [request("long")],
-        NUM_LAYERS + 2: [Cancel("long"), request("again"), request("other", OTHER)],
-    }
-    model.take_rows()
-    awaited = {"short", "again", "other"}
-    outcomes = run_script(model, open_prefix(), [short], lambda at: events.get(at, []), awaited)
+    coming: list[Command] = [Cancel("first"), request("again"), request("other", OTHER)]
+    outcomes, num_rows = run(model, {2: coming}, {"again", "other"})
     assert outcomes["again"].tokens == uncached[PROMPT]
     assert outcomes["other"].tokens == uncached[OTHER]
-    assert model.take_rows() <= 3 + 320 + 64 + 320 + 2 * 3
+    assert num_rows <= 320 + 64 + 320 + 2 * 3
 
 
 def test_when_the_reader_of_a_long_prompt_leaves_another_takes_over(
