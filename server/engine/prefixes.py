@@ -1,7 +1,7 @@
 """Where saved prefixes join the engine: after a sequence is admitted, after each part, and at its end.
 
 All calls come from the engine's thread, between steps. `SavedPrefixes` also sees to it that what several
-prompts have in common is read once: the first reads it, the others wait for it.
+prompts have in common is read once: the first reads it, the others go on behind it or wait for it.
 """
 
 from collections.abc import Iterable
