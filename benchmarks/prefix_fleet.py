@@ -27,6 +27,8 @@ from server.engine.prefixes import SavedPrefixes
 
 PLENTY = 10**10
 WAYS = ("plain", "alone", "together")
+# Of a pass: what the plan gives a budget of 100G and a context of as many.
+PASS_ROWS = 32_768
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,6 @@ class Fleet:
     shared: int
     result: int
     answer: int
-
-    @property
-    def longest(self) -> int:
-        """Tokens of a whole conversation."""
-        return self.shared + self.turns * (self.result + self.answer)
 
 
 def measure_fleet(make: Callable[[bool], SlowPocket], fleet: Fleet, ways: Sequence[str]) -> None:
@@ -105,7 +102,7 @@ def _serve_fleet(pocket: SlowPocket, fleet: Fleet, is_together: bool) -> Served:
         waiting.extend(first[1:])
         del first[1:]
     prefixes = SavedPrefixes(PrefixCache(bytes(32), PLENTY))
-    return drive(pocket.backend(fleet.longest), first, react, prefixes=prefixes)
+    return drive(pocket.backend(PASS_ROWS), first, react, prefixes=prefixes)
 
 
 def main() -> None:
