@@ -1,11 +1,12 @@
 """What a fleet gains from asking at once: `python -m benchmarks.prefix_fleet [--way WAY]`.
 
 Agents share a beginning and take turns of a tool's result and an answer: all at once (`together`), against
-one request at a time, with guesses at the next layer's experts as this server makes them (`alone`) or without
-(`plain`). All have the same prefix cache, empty at the start, over Pocket or another folder with a quarter of
-its experts in memory and the rest on a simulated disk, by default as slow beside this machine as the
-target's. With `--token-ms` the machine's compute is simulated too (`benchmarks.simulated_device`): what a
-batch costs a CPU grows with its rows, and on the target most of it does not.
+one request at a time, as other streaming servers work: without guesses at the next layer's experts, of
+which the least recently used one goes (`plain`), or with this server's guesses and policy (`alone`). All
+have the same prefix cache, empty at the start, over Pocket or another folder with a quarter of its experts
+in memory and the rest on a simulated disk, by default as slow beside this machine as the target's. With
+`--token-ms` the machine's compute is simulated too (`benchmarks.simulated_device`): what a batch costs a
+CPU grows with its rows, and on the target most of it does not.
 
 Run it alone on the machine; `--scale 24` makes all lengths shorter, and less like the target's.
 """
@@ -43,10 +44,10 @@ class Fleet:
 
 
 def measure_fleet(make: Callable[[bool], SlowPocket], fleet: Fleet, ways: Sequence[str]) -> None:
-    """Print each way of serving the conversations, and their ratios. `make` is told whether to look ahead."""
+    """Print each way of serving the conversations, and their ratios. `make` is told whether to be plain."""
     walls = {}
     for way in ways:
-        pocket = make(way != "plain")
+        pocket = make(way == "plain")
         started = time.monotonic()
         served = _serve_fleet(pocket, fleet, way == "together")
         wall = walls[way] = time.monotonic() - started

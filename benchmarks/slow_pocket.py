@@ -26,7 +26,7 @@ from server.engine.messages import ModelInfo
 from server.engine.model import Backend
 from server.glm.tokenizer import load_tokenizer
 from streaming.disk import DirectDisk
-from streaming.policy import LeastNearlyChosen
+from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, open_model
 
@@ -44,7 +44,7 @@ class SlowPocket:
     rate: float
     token_s: float | None = None  # None: as this machine computes
     folder: Path = POCKET
-    looks_ahead: bool = True
+    is_plain: bool = False  # the least recently used expert goes and nothing is guessed
     disk: SimulatedDisk = field(init=False)
     opened: Opened = field(init=False)
 
@@ -53,12 +53,13 @@ class SlowPocket:
         args = open_checkpoint(self.folder).args
         top_k = args.num_experts_per_tok
         paced = partial(PacedStore, token_s=self.token_s, top_k=top_k) if self.token_s else ExpertStore
-        make_policy = partial(LeastNearlyChosen, args.n_routed_experts, top_k)
+        nearness = partial(LeastNearlyChosen, args.n_routed_experts, top_k)
+        make_policy = LeastRecentlyUsed if self.is_plain else nearness
         self.opened = open_model(
             self.folder,
             args.n_routed_experts // SHARE,
             choose_arithmetic(),
-            looks_ahead=self.looks_ahead,
+            looks_ahead=not self.is_plain,
             disk=self.disk,
             make_store=partial(paced, make_policy=make_policy),
         )
