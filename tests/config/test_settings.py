@@ -82,6 +82,14 @@ def test_wrong_values_are_named_in_one_line(flags: dict[str, Any], words: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["ram_budget", "port", "max_context", "decode_share", "model"])
+def test_true_in_a_file_is_no_number(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "glmserve.toml"
+    file.write_text(f"{key} = true\nstream_experts = true\n")
+    with pytest.raises(UsageError, match=f"--{key.replace('_', '-')} .*true says nothing"):
+        load_settings({}, file)
+
+
 @pytest.mark.parametrize("content", [None, "port = ", "prot = 1"])
 def test_a_bad_file_is_named(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "glmserve.toml"
