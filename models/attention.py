@@ -44,7 +44,7 @@ class Span:
 
     @property
     def position(self) -> int:
-        """Of its first row, counted in tokens, while a forward begins."""
+        """Tokens before its first row, while a forward begins; of whole spans."""
         return max(self.cache.length, self.num_shared)
 
     def append(self, kind: Callable[[SequenceCache], RowCache], rows: mx.array) -> mx.array:

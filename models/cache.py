@@ -33,6 +33,7 @@ class RowCache:
     def adopt(self, origin: "RowCache", stop: int) -> None:
         """Go on with another's rows up to `stop`; those that are held already are the same."""
         if self.length < stop:
+            assert stop <= origin.length, "rows are adopted that nobody has written"
             self.append(origin.rows(self.length, stop))
 
     def rows(self, start: int, stop: int) -> mx.array:

@@ -64,13 +64,13 @@ class Answers:
         complete: list[tuple[Sequence, int]] = []
         for index, part in enumerate(done.parts):
             sequence, (start, stop) = part.sequence, done.rows_of(index)
-            if sequence.has_lost_leader:  # whose numbers are damaged: this one reads for itself
+            if sequence.has_lost_leader:  # what it adopted may be damaged, too: it is read anew
                 done.undo(index)
                 continue
-            if sequence.leader:
-                self._prefixes.note_followed(sequence, done.length_before(index))
-                sequence.leader = None
             try:
+                if sequence.leader:
+                    self._prefixes.note_followed(sequence, done.length_before(index))
+                    sequence.leader = None
                 if done.is_reading or sequence.is_cancelled:  # its rows are kept before it draws a token
                     _check_rows(hidden[start:stop])
                 if done.is_reading and not sequence.is_cancelled:

@@ -198,6 +198,8 @@ class EngineLoop:
             return
         if self._passes:
             self._make_way(self._passes[0])
+            if not self._passes:
+                return  # who is not wanted is cleared away first, and who followed it looks for another
         if not self._scheduler.has_readers:
             return
         if self._passes:
@@ -209,14 +211,14 @@ class EngineLoop:
                 one.turn_s = 0.0
             self._passes.insert(0, Pass(self._model, parts))
 
-    def _make_way(self, large: Pass) -> None:
+    def _make_way(self, one: Pass) -> None:
         """Give up a pass that has hardly begun where somebody would come along in the next one."""
-        num_lost = self._num_lost_layers + large.num_layers_done
-        if num_lost >= RESTART * self._model.num_layers or large.num_rows >= self._limits.pass_rows:
+        num_lost = self._num_lost_layers + one.num_layers_done + one.is_amid_layer
+        if num_lost >= RESTART * self._model.num_layers or one.num_rows >= self._limits.pass_rows:
             return
-        if self._scheduler.has_reader_for(large.parts):
+        if self._scheduler.has_reader_for(one.parts):
             self._num_lost_layers = num_lost
-            self._give_up(large)
+            self._give_up(one)
 
     def _give_up(self, one: Pass) -> None:
         one.abandon()

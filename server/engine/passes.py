@@ -80,7 +80,7 @@ class Pass:
             self.undo(index)
 
     def undo(self, index: int) -> None:
-        """Forget the rows of one part."""
+        """Forget the rows of one part, and what it adopted for them."""
         self._caches[index].trim(self._lengths[index])
 
 

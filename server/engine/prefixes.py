@@ -135,7 +135,7 @@ class SavedPrefixes:
                 self._saved.pin(command.token_ids, is_pinned=False)
 
     def _advance(self, sequence: Sequence) -> bool:
-        """Restore what has come; at the end claim the rest of the prompt, or follow the one that has."""
+        """Restore what has come; at the end follow whoever reads on from there, and claim what nobody has."""
         restoring = sequence.restoring
         assert restoring, "only those are advanced that are restored"
         sequence.restoring = None  # whatever goes wrong, the sequence goes on
@@ -149,21 +149,24 @@ class SavedPrefixes:
         return True
 
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
-        """What it took over from its leader need not be saved yet: memory may have had no room."""
+        """As far as the leader's part was saved, what is adopted need not be: memory may have had no room."""
+        assert sequence.leader, "only those have followed that have a leader"
         self._note_cached(sequence, length_before, sequence.follows_to)
+        saved = min(sequence.leader.num_saved_tokens, sequence.follows_to)
+        sequence.num_saved_tokens = max(sequence.num_saved_tokens, saved)
 
     def _note_cached(self, sequence: Sequence, before: int, after: int) -> None:
         self._saved.note_restored(sequence.tokens(0, sequence.num_tokens), before, after)
         is_first_time = not sequence.generated and before >= sequence.num_saved_tokens
-        if is_first_time:
-            sequence.num_cached_tokens += after - before
+        if is_first_time:  # or nearly: what followed and was not saved may be adopted once more
+            sequence.num_cached_tokens = min(sequence.num_cached_tokens + after - before, after)
 
     def _claim(self, sequence: Sequence) -> None:
         # Its own are of an earlier place, which it gave away: it would wait for itself.
         self._claims = {
             name: owner
             for name, owner in self._claims.items()
-            if owner is not sequence and _is_reading(owner, name)
+            if owner is not sequence and _reads(owner) and self._saved.end_of(name) > owner.num_saved_tokens
         }
         prompt = sequence.tokens(0, sequence.num_tokens)
         names = self._saved.names_from(prompt, _cache_of(sequence).length)
@@ -171,12 +174,9 @@ class SavedPrefixes:
         if shared:
             # At least one token stays unread, so that there are logits to go on from.
             follows_to = min(self._saved.end_of(shared[-1]), sequence.num_tokens - 1)
-            sequence.leader, sequence.follows_to = self._claims[shared[-1]], follows_to
+            if follows_to > _cache_of(sequence).length:
+                sequence.leader, sequence.follows_to = self._claims[shared[-1]], follows_to
         self._claims |= {name: sequence for name in names[len(shared) :] if name not in self._claims}
-
-
-def _is_reading(owner: Sequence, name: BlockName) -> bool:
-    return _reads(owner) and owner.num_saved_tokens <= name.start
 
 
 def _reads(sequence: Sequence) -> bool:

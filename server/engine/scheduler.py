@@ -28,7 +28,7 @@ TINY = 1 / 32
 class Part:
     """The next `num_rows` tokens of a sequence, to be read in a pass.
 
-    If the sequence has a leader, a part of that is in the pass before this one, or has been read.
+    If the sequence has a leader, a part of that stands before it in the same pass, or has been read.
     """
 
     sequence: Sequence
@@ -189,12 +189,23 @@ class Scheduler:
         return [item for item in reading if item not in self._in_pass and not item.is_cancelled]
 
     def _followers_of(self, parts: list[Part]) -> list[Sequence]:
-        """Those whose leader's part ends the wait: behind it they can read on in the same pass."""
-        stops = {part.sequence: part.sequence.num_before + part.num_rows for part in parts}
+        """Those whose leader's part ends the wait: behind it they can read on in the same pass.
+
+        Beside them no prompt may be tiny that would do without them.
+        """
+        stops = {
+            part.sequence: part.sequence.num_before + part.num_rows
+            for part in parts
+            if not part.sequence.is_cancelled
+        }
+        most = min((part.num_rows for part in parts if not part.sequence.leader), default=0) / TINY
         return [
             item
             for item in self.followers
-            if item.leader in stops and item.follows_to <= stops[item.leader] and item not in stops
+            if item not in stops
+            and item.leader in stops
+            and item.follows_to <= stops[item.leader]
+            and item.num_tokens - item.follows_to < most
         ]
 
     @staticmethod
@@ -240,7 +251,7 @@ class Scheduler:
 
     @property
     def followers(self) -> list[Sequence]:
-        """Those that wait until another has read what they share, or for what was saved of them."""
+        """Those outside a pass that wait for what another reads, or for what was saved of them."""
         held = [item for item in self._running if item.is_held and item not in self._in_pass]
         return [item for item in held if not item.is_cancelled]
 

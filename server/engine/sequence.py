@@ -29,7 +29,7 @@ class Sequence:
     num_saved_tokens: int = 0  # tokens up to which whole blocks are saved
     leader: "Sequence | None" = None  # reads what this one would read next, and this one goes on from there
     restoring: Restoring | None = None  # what was saved of it is on its way into the cache
-    follows_to: int = 0  # tokens that both have in common
+    follows_to: int = 0  # tokens that it takes over from its leader: whole blocks, and never its last token
     promised_tokens: int = 0  # room in the KV that was set aside when it was admitted
     is_cancelled: bool = False
 
@@ -68,7 +68,7 @@ class Sequence:
 
     @property
     def is_held(self) -> bool:
-        """Whether it runs and can have no part in a step yet: others, or a disk, bring what it needs."""
+        """Whether it runs and cannot have a step of its own: others, or a disk, bring what it needs."""
         return self.leader is not None or self.restoring is not None
 
     @property

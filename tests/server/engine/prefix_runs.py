@@ -193,3 +193,36 @@ def run_script(
     loop.check_integrity()
     model.on_layer = bool
     return outcomes
+
+
+def answer(
+    model: CountedModel,
+    first: Sequence[Generate],
+    react: Callable[[Event], Sequence[Command]] = lambda event: [],
+) -> dict[str, list[int]]:
+    """Answers to those that got one; `react` says what comes after an event."""
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    answers: dict[str, list[int]] = {}
+    open_ids = {one.request_id for one in first}
+
+    def send(event: Event) -> None:
+        for command in react(event):
+            inbox.put(command)
+            match command:
+                case Generate(request_id):
+                    open_ids.add(request_id)
+                case Cancel(request_id):
+                    open_ids.discard(request_id)
+        if isinstance(event, Token):
+            answers.setdefault(event.request_id, []).append(event.score.token_id)
+        if isinstance(event, Finished | Failed):
+            open_ids.discard(event.request_id)
+            if not open_ids:
+                inbox.put(Shutdown())
+
+    for one in first:
+        inbox.put(one)
+    loop = make_loop(model, open_prefix(), inbox, send, 2048)
+    loop.run()
+    loop.check_integrity()
+    return answers

@@ -3,39 +3,41 @@
 import random
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 
 import mlx.core as mx
 import pytest
 
 from models.attention import Span
+from server.engine.constraint import Constraint
 from server.engine.messages import (
     Cancel,
     Command,
-    Event,
-    Failed,
-    Finished,
     Generate,
-    Shutdown,
     Started,
-    Token,
 )
+from server.engine.prefixes import SavedPrefixes
+from server.engine.sampling import start_sampling
+from server.engine.sequence import Sequence as Request
 from tests.server.engine.prefix_runs import (
     CONFIG,
     GREEDY,
     CountedModel,
     Outcome,
+    answer,
     ask,
     make_counted_model,
-    make_loop,
     open_prefix,
     run_script,
 )
-from tests.tiny_glm import tokens
+from tests.tiny_glm import make_weights, tokens
+from tests.tiny_model import make_model
 
 NUM_LAYERS = CONFIG["num_hidden_layers"]
+# A tenth of so many is more than one.
+DEEP = CONFIG | {"num_hidden_layers": 11, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 8}
 SHARED = tuple(tokens(CONFIG, 256))
 TAILS = [tuple(tokens(CONFIG, 70, seed=20 + i)) for i in range(4)]
+OTHER = tuple(tokens(CONFIG, 320, seed=9))
 PROMPTS = {f"agent {i}": (*SHARED, *tail) for i, tail in enumerate(TAILS)}
 
 
@@ -45,15 +47,20 @@ def model() -> CountedModel:
 
 
 @pytest.fixture(scope="module")
+def deep() -> CountedModel:
+    return CountedModel(make_model(DEEP, make_weights(DEEP, 3)))
+
+
+@pytest.fixture(scope="module")
 def uncached(model: CountedModel) -> Callable[[tuple[int, ...]], list[int]]:
     known: dict[tuple[int, ...], list[int]] = {}
 
-    def answer(prompt: tuple[int, ...]) -> list[int]:
+    def ask_once(prompt: tuple[int, ...]) -> list[int]:
         if prompt not in known:
             known[prompt] = ask(model, None, prompt, 4).tokens
         return known[prompt]
 
-    return answer
+    return ask_once
 
 
 def requests(prompts: dict[str, tuple[int, ...]]) -> list[Generate]:
@@ -73,35 +80,6 @@ def run(
         model, open_prefix(), requests(prompts), script, set(prompts) if awaited is None else awaited, rows
     )
     return outcomes, [count for count in model.rows if count > len(prompts)]
-
-
-def serve(
-    model: CountedModel,
-    first: Sequence[Generate],
-    react: Callable[[Event], Sequence[Command]] = lambda event: [],
-) -> dict[str, list[int]]:
-    """Answers to those that got one; `react` says what comes after an event."""
-    inbox: SimpleQueue[Command] = SimpleQueue()
-    answers: dict[str, list[int]] = {}
-    open_ids = {one.request_id for one in first}
-
-    def send(event: Event) -> None:
-        for command in react(event):
-            inbox.put(command)
-            open_ids.update([command.request_id] if isinstance(command, Generate) else [])
-        if isinstance(event, Token):
-            answers.setdefault(event.request_id, []).append(event.score.token_id)
-        if isinstance(event, Finished | Failed):
-            open_ids.discard(event.request_id)
-            if not open_ids:
-                inbox.put(Shutdown())
-
-    for one in first:
-        inbox.put(one)
-    loop = make_loop(model, open_prefix(), inbox, send, 2048)
-    loop.run()
-    loop.check_integrity()
-    return answers
 
 
 def test_what_all_share_and_what_each_has_of_its_own_is_one_pass(
@@ -151,14 +129,71 @@ def test_whoever_finds_no_room_comes_with_the_next_pass(
     assert all(outcomes[name].tokens == uncached(prompt) for name, prompt in PROMPTS.items())
 
 
-def test_who_comes_before_a_tenth_of_the_pass_is_done_is_taken_along(
+def test_who_comes_before_a_tenth_of_the_pass_is_done_is_taken_along(deep: CountedModel) -> None:
+    alone = {name: ask(deep, None, prompt, 4).tokens for name, prompt in PROMPTS.items()}
+    first, *others = requests(PROMPTS)
+    deep.take_rows()
+    answers = answer(deep, [first], lambda event: others if event == Started("agent 0") else [])
+    assert [count for count in deep.rows if count > 8] == [326, 256 + 4 * 70]
+    assert answers == alone
+
+
+def test_no_pass_starts_again_for_whoever_follows_one_that_has_left(deep: CountedModel) -> None:
+    """The next attempt of a client that gave up: it reads its rest when the pass is through."""
+    other, first = requests({"other": OTHER, "first": PROMPTS["agent 0"]})
+    [again] = requests({"again": PROMPTS["agent 0"]})
+    coming: list[Command] = [Cancel("first"), again]
+    deep.take_rows()
+    answer(deep, [other, first], lambda event: coming if event == Started("first") else [])
+    assert [count for count in deep.rows if count > 8] == [320 + 326]
+
+
+def test_whoever_followed_one_that_has_left_is_in_the_pass_that_starts_again(deep: CountedModel) -> None:
+    *both, other = requests({name: PROMPTS[name] for name in ("agent 0", "agent 1")} | {"other": OTHER})
+    coming: list[Command] = [Cancel("agent 0"), other]
+    deep.take_rows()
+    answer(deep, both, lambda event: coming if event == Started("agent 1") else [])
+    assert [count for count in deep.rows if count > 8] == [326 + 70, 326 + 320]
+
+
+def test_a_tiny_prompt_does_not_wait_for_one_that_follows_it(model: CountedModel) -> None:
+    long = (*SHARED[:64], *tokens(CONFIG, 2400, seed=31))
+    _, passes = run(model, {"tiny": SHARED[:74], "long": long}, rows=4096)
+    assert passes == [74, 2400]
+
+
+def test_two_that_go_on_from_within_a_block_share_what_is_new(
     model: CountedModel, uncached: Callable[[tuple[int, ...]], list[int]]
 ) -> None:
-    first, *others = requests(PROMPTS)
+    """As the next turn of a conversation does, asked for twice."""
+    prefix, turn = open_prefix(), (*SHARED, *TAILS[0], *TAILS[1])
+    ask(model, prefix, (*SHARED, *TAILS[0]), 1)  # 326 tokens
     model.take_rows()
-    answers = serve(model, [first], lambda event: others if event == Started("agent 0") else [])
-    assert [count for count in model.rows if count > 8] == [326, 256 + 4 * 70]
-    assert all(answers[name] == uncached(prompt) for name, prompt in PROMPTS.items())
+    both = requests({"first": turn, "again": turn})
+    outcomes = run_script(model, prefix, both, lambda layer: [], {"first", "again"})
+    assert [count for count in model.rows if count > 8] == [70 + 396 % 64]
+    assert outcomes["first"].tokens == outcomes["again"].tokens == uncached(turn)
+    assert outcomes["again"].usage.num_cached_tokens == 384
+
+
+def test_what_is_adopted_is_saved_once(model: CountedModel) -> None:
+    """Of each its own block of 64 and a tail of 6, and what the answers add to that."""
+    prefix = open_prefix()
+    run_script(model, prefix, requests(PROMPTS), lambda layer: [], set(PROMPTS))
+    assert prefix.num_saved_tokens == 256 + 4 * (64 + 6 + 9)
+
+
+def test_what_is_adopted_twice_is_cached_once(model: CountedModel) -> None:
+    """Its cache was taken away, and what it had adopted was never saved."""
+    prefixes = SavedPrefixes(open_prefix(memory=0))
+    leader, follower = (
+        Request(one, start_sampling(GREEDY, one.token_ids, 64), Constraint(one, None))
+        for one in requests(PROMPTS)[:2]
+    )
+    for _ in range(2):
+        follower.leader, follower.follows_to = leader, 256
+        prefixes.note_followed(follower, 0)
+    assert follower.num_cached_tokens == 256
 
 
 @pytest.mark.parametrize("layer", range(1, NUM_LAYERS + 1))
@@ -202,7 +237,7 @@ def test_a_failed_pass_is_taken_apart_and_those_go_on_that_can(
         num_left[0] -= is_hit
         return is_hit
 
-    answers = serve(Damaged(model.inner, fails=fails), requests(PROMPTS))
+    answers = answer(Damaged(model.inner, fails=fails), requests(PROMPTS))
     gone = {"agent 0"} if length > 256 else PROMPTS.keys() - {"agent 0"}
     assert answers.keys() == PROMPTS.keys() - gone
     assert all(answers[name] == uncached(PROMPTS[name]) for name in answers)
@@ -213,7 +248,7 @@ def test_damaged_rows_of_a_leader_are_nobody_elses(
 ) -> None:
     """What they took over from it is not saved either: they read it again, together."""
     damaged = Damaged(model.inner, damaged=[17])
-    answers = serve(damaged, requests(PROMPTS))
+    answers = answer(damaged, requests(PROMPTS))
     assert [count for count in damaged.rows if count > 8] == [256 + 4 * 70, 256 + 3 * 70]
     assert answers.keys() == PROMPTS.keys() - {"agent 0"}
     assert all(answers[name] == uncached(PROMPTS[name]) for name in answers)
