@@ -31,7 +31,7 @@ COUNTERS = {
     "prefix_asked_tokens": ("prefix_asked_tokens", "prompt tokens looked for in the prefix cache"),
     "prefix_restored_tokens": (
         "prefix_restored_tokens",
-        "prompt tokens found there, and not computed",
+        "prompt tokens found there, or read by another request in the same pass, and not computed",
     ),
     "prefix_saved_tokens": ("prefix_saved_tokens", "tokens put there"),
     "prefix_bytes_written": ("prefix_written_bytes", "bytes of blocks written to --prefix-cache-dir"),

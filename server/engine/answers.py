@@ -97,7 +97,7 @@ class Answers:
         self.save(sequence)
 
     def tell_progress(self, sequence: Sequence) -> None:
-        """How much of the prompt is in the cache, and how much of that was saved before."""
+        """How much of the prompt is in the cache, and how much of that was computed for others."""
         num_prompt = sequence.num_prompt_tokens
         num_read = min(sequence.num_tokens - sequence.num_unread, num_prompt)
         request_id, num_cached = sequence.request.request_id, sequence.num_cached_tokens

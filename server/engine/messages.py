@@ -219,7 +219,7 @@ class Progress:
     request_id: str
     num_prefilled: int
     num_prompt_tokens: int
-    num_cached: int = 0  # of them, from the prefix cache
+    num_cached: int = 0  # of them, computed for others, before or in the same pass
 
 
 @dataclass(frozen=True)

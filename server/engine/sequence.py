@@ -25,7 +25,7 @@ class Sequence:
     cache: SequenceCache | None = None
     generated: list[int] = field(default_factory=list)
     num_scored: int = 0  # prompt tokens whose scores were sent
-    num_cached_tokens: int = 0  # prompt tokens that came from a saved prefix
+    num_cached_tokens: int = 0  # prompt tokens that were computed for others
     num_saved_tokens: int = 0  # tokens up to which whole blocks are saved
     leader: "Sequence | None" = None  # reads what this one would read next, and this one goes on from there
     restoring: Restoring | None = None  # what was saved of it is on its way into the cache
