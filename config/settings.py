@@ -72,7 +72,8 @@ class Settings(BaseSettings):
         None,
         "Model",
         "TOKENS",
-        "longest prompt and answer together (default 32768, or the model's own maximum where that is less)",
+        "longest prompt and answer together, and what all requests that run at once share: a fleet wants the "
+        "sum of its agents' (default 32768, or the model's own maximum where that is less)",
         ge=1,
     )
     stream_experts: bool = _setting(
