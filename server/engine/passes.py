@@ -9,10 +9,8 @@ from collections.abc import Sequence as Rows
 import mlx.core as mx
 
 from models.attention import Span
-from models.cache import SequenceCache
 from server.engine.model import Model
 from server.engine.scheduler import Part
-from server.engine.sequence import Sequence
 
 
 class Pass:
@@ -25,7 +23,7 @@ class Pass:
         self.seconds = 0.0  # spent on it, by the loop's clock
         self.turn_s = 0.0  # of them, since it shares the time with another pass
         self.is_reading = not all(part.sequence.is_decoding for part in parts)
-        self._caches = [_cache_of(part.sequence) for part in parts]
+        self._caches = [part.sequence.running_cache for part in parts]
         self._lengths = [cache.length for cache in self._caches]
         self._written: list[mx.array] = []
         tokens: list[int] = []
@@ -87,10 +85,5 @@ class Pass:
 def _span_of(part: Part, start: int) -> Span:
     sequence, stop = part.sequence, start + part.num_rows
     if sequence.leader is None:
-        return Span(_cache_of(sequence), start, stop)
-    return Span(_cache_of(sequence), start, stop, _cache_of(sequence.leader), sequence.follows_to)
-
-
-def _cache_of(sequence: Sequence) -> SequenceCache:
-    assert sequence.cache is not None, "only sequences that run have parts"
-    return sequence.cache
+        return Span(sequence.running_cache, start, stop)
+    return Span(sequence.running_cache, start, stop, sequence.leader.running_cache, sequence.follows_to)

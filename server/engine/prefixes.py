@@ -9,7 +9,6 @@ from itertools import takewhile
 from time import monotonic
 from typing import Protocol
 
-from models.cache import SequenceCache
 from server.engine.messages import Administer
 from server.engine.prefix import PrefixCache
 from server.engine.sequence import Sequence
@@ -88,11 +87,11 @@ class SavedPrefixes:
     def restore(self, sequence: Sequence) -> None:
         """Nothing is copied yet: that happens in `settle`, a group of blocks between two steps."""
         tokens = sequence.tokens(0, sequence.num_tokens)
-        sequence.restoring = self._saved.restore(tokens, _cache_of(sequence))
+        sequence.restoring = self._saved.restore(tokens, sequence.running_cache)
 
     def save(self, sequence: Sequence) -> None:
         """Keep whole blocks, and the last part of one where the sequence will not fill it soon."""
-        cache = _cache_of(sequence)
+        cache = sequence.running_cache
         is_pausing = sequence.is_cancelled or sequence.num_unread <= 1
         tokens = sequence.tokens(0, cache.length)
         sequence.num_saved_tokens = self._saved.save(tokens, cache, sequence.num_saved_tokens, is_pausing)
@@ -142,7 +141,7 @@ class SavedPrefixes:
         if not restoring.advance():
             sequence.restoring = restoring
             return False
-        after = _cache_of(sequence).length
+        after = sequence.running_cache.length
         self._note_cached(sequence, restoring.length_before, after)
         sequence.num_saved_tokens = after
         self._claim(sequence)
@@ -169,12 +168,12 @@ class SavedPrefixes:
             if owner is not sequence and _reads(owner) and self._saved.end_of(name) > owner.num_saved_tokens
         }
         prompt = sequence.tokens(0, sequence.num_tokens)
-        names = self._saved.names_from(prompt, _cache_of(sequence).length)
+        names = self._saved.names_from(prompt, sequence.running_cache.length)
         shared = list(takewhile(self._claims.__contains__, names))
         if shared:
             # At least one token stays unread, so that there are logits to go on from.
             follows_to = min(self._saved.end_of(shared[-1]), sequence.num_tokens - 1)
-            if follows_to > _cache_of(sequence).length:
+            if follows_to > sequence.running_cache.length:
                 sequence.leader, sequence.follows_to = self._claims[shared[-1]], follows_to
         self._claims |= {name: sequence for name in names[len(shared) :] if name not in self._claims}
 
@@ -182,8 +181,3 @@ class SavedPrefixes:
 def _reads(sequence: Sequence) -> bool:
     """Once it decodes, what is not saved of its prompt does not come soon: memory had no room for it."""
     return sequence.cache is not None and not sequence.is_decoding
-
-
-def _cache_of(sequence: Sequence) -> SequenceCache:
-    assert sequence.cache is not None, "only sequences that run have rows"
-    return sequence.cache

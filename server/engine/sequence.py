@@ -49,10 +49,15 @@ class Sequence:
         return self.num_tokens - (self.cache.length if self.cache else 0)
 
     @property
+    def running_cache(self) -> SequenceCache:
+        """The cache, of one that runs."""
+        assert self.cache is not None, "only sequences that run have rows"
+        return self.cache
+
+    @property
     def num_before(self) -> int:
         """Length of what its next row comes after: what the cache holds, or its leader will have read."""
-        assert self.cache is not None, "only sequences that run have rows"
-        return self.follows_to if self.leader else self.cache.length
+        return self.follows_to if self.leader else self.running_cache.length
 
     @property
     def has_lost_leader(self) -> bool:
