@@ -29,6 +29,7 @@ from server.engine.messages import (
 from server.engine.model import Backend
 from server.engine.prefix import DiskTier, PrefixCache
 from server.engine.prefixes import SavedPrefixes
+from tests.server.engine.events import events_of, tokens_of
 from tests.tiny_glm import SHARED, make_weights
 from tests.tiny_model import make_model
 
@@ -201,28 +202,6 @@ def answer(
     react: Callable[[Event], Sequence[Command]] = lambda event: [],
 ) -> dict[str, list[int]]:
     """Answers to those that got one; `react` says what comes after an event."""
-    inbox: SimpleQueue[Command] = SimpleQueue()
-    answers: dict[str, list[int]] = {}
-    open_ids = {one.request_id for one in first}
-
-    def send(event: Event) -> None:
-        for command in react(event):
-            inbox.put(command)
-            match command:
-                case Generate(request_id):
-                    open_ids.add(request_id)
-                case Cancel(request_id):
-                    open_ids.discard(request_id)
-        if isinstance(event, Token):
-            answers.setdefault(event.request_id, []).append(event.score.token_id)
-        if isinstance(event, Finished | Failed):
-            open_ids.discard(event.request_id)
-            if not open_ids:
-                inbox.put(Shutdown())
-
-    for one in first:
-        inbox.put(one)
-    loop = make_loop(model, open_prefix(), inbox, send, 2048)
-    loop.run()
-    loop.check_integrity()
-    return answers
+    events = events_of(lambda inbox, send: make_loop(model, open_prefix(), inbox, send, 2048), first, react)
+    answered = [event.request_id for event in events if isinstance(event, Token)]
+    return {request_id: tokens_of(events, request_id) for request_id in answered}

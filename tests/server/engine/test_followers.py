@@ -12,6 +12,7 @@ from server.engine.constraint import Constraint
 from server.engine.messages import (
     Cancel,
     Command,
+    Event,
     Generate,
     Started,
 )
@@ -136,6 +137,18 @@ def test_who_comes_before_a_tenth_of_the_pass_is_done_is_taken_along(deep: Count
     answers = answer(deep, [first], lambda event: others if event == Started("agent 0") else [])
     assert [count for count in deep.rows if count > 8] == [326, 256 + 4 * 70]
     assert answers == alone
+
+
+def test_a_pass_does_not_start_again_for_each_of_many_that_come_one_by_one(deep: CountedModel) -> None:
+    """A first layer that was begun counts as lost: two that come meanwhile are taken along, no more."""
+    first, *others = requests(PROMPTS)
+
+    def react(event: Event) -> list[Generate]:
+        return [others.pop(0)] if isinstance(event, Started) and others else []
+
+    deep.take_rows()
+    answer(deep, [first], react)
+    assert [count for count in deep.rows if count > 8] == [326, 326 + 2 * 70, 70]
 
 
 def test_no_pass_starts_again_for_whoever_follows_one_that_has_left(deep: CountedModel) -> None:

@@ -21,35 +21,16 @@ from server.engine.messages import (
     Token,
     TokenScore,
 )
+from tests.server.engine.events import events_of, tokens_of
 from tests.server.engine.fakes import NUM_LAYERS, VOCAB, CountingModel, make_backend
 
 GREEDY = Sampling(temperature=0)
 
 
 def run(*commands: Command, model: CountingModel | None = None, rows: int = 2048) -> list[Event]:
-    """All events of a loop that is told to stop when it is idle."""
-    inbox: SimpleQueue[Command] = SimpleQueue()
-    events: list[Event] = []
-    unfinished = {command.request_id for command in commands if isinstance(command, Generate)}
-    unfinished -= {command.request_id for command in commands if isinstance(command, Cancel)}
-
-    def send(event: Event) -> None:
-        events.append(event)
-        if isinstance(event, Finished | Failed):
-            unfinished.discard(event.request_id)
-        if not unfinished:
-            inbox.put(Shutdown())
-
-    for command in commands:
-        inbox.put(command)
-    EngineLoop(make_backend(model, rows=rows), inbox, send).run()
-    return events
-
-
-def tokens_of(events: list[Event], request_id: str = "a") -> list[int]:
-    return [
-        item.score.token_id for item in events if isinstance(item, Token) and item.request_id == request_id
-    ]
+    """All events of a loop over these."""
+    backend = make_backend(model, rows=rows)
+    return events_of(lambda inbox, send: EngineLoop(backend, inbox, send), commands)
 
 
 def last(events: list[Event]) -> Event:
