@@ -1,8 +1,8 @@
 """What a fleet gains from asking at once: `python -m benchmarks.prefix_fleet [--way WAY]`.
 
 Agents share a beginning and take turns of a tool's result and an answer: all at once (`together`), against
-one request at a time, as other streaming servers work: without guesses at the next layer's experts, of
-which the least recently used one goes (`plain`), or with this server's guesses and policy (`alone`). All
+one request at a time, as other streaming servers work: where the least recently used expert goes and
+nothing is guessed, as most of them do (`plain`), or with this server's policy and guesses (`alone`). All
 have the same prefix cache, empty at the start, over Pocket or another folder with a quarter of its experts
 in memory and the rest on a simulated disk, by default as slow beside this machine as the target's. With
 `--token-ms` the machine's compute is simulated too (`benchmarks.simulated_device`): what a batch costs a
