@@ -1,7 +1,8 @@
 """More experts in one request than a layer has slots, a few at a time, each read at most once.
 
-What is there is computed with first, where it lies. The others pass through a quarter of the slots: while
-some are computed with, the next are read. So most of the bank keeps what the policy holds dearest; if all of
+What is there is computed with first, where it lies; if no slot is left then for what is to be read, those of
+it that are worth least before the others. The others pass through a quarter of the slots: while some are
+computed with, the next are read. So most of the bank keeps what the policy holds dearest; if all of
 it were passed through, a request would find nothing that the one before had read. What is worth least is read
 first: what is read last stays. Called by the store, on its thread; the books are the layer's.
 """
@@ -44,10 +45,13 @@ def take_turns(state: StoreLayer, experts: Sequence[int]) -> Generator[Turn]:
                 state.wait(fills)
                 here = [fill.expert for fill in fills]
                 uncomputed.update(here)
-            here.sort()
-            yield here, [state.books.slot(expert) for expert in here]
-            uncomputed.difference_update(here)
-            here = []
+            now = here
+            if left and len(under_way) < at_once:  # every slot holds a wanted one: these make room first
+                now = state.books.least_worth_first(here)[: (at_once - len(under_way)) * most]
+            now.sort()
+            yield now, [state.books.slot(expert) for expert in now]
+            uncomputed.difference_update(now)
+            here = [expert for expert in here if expert in uncomputed]
     finally:  # the one who computes gave up, or a read failed: nobody asks for the rest
         for fill in [fill for fills in under_way for fill in fills]:
             state.give_up(fill)

@@ -39,3 +39,17 @@ def test_what_is_worth_most_stays_wherever_it_stands_in_the_order(tmp_path: Path
     assert [expert for expert in range(NUM_EXPERTS) if expert in store._layers[1].books] == sorted(best)
     store.check_integrity()
     store.close()
+
+
+def test_where_every_slot_holds_a_wanted_one_a_few_make_room_for_the_first_reads(tmp_path: Path) -> None:
+    index = write(tmp_path, 0)
+    store = ExpertStore(index, NUM_SLOTS, float_dtype=mx.float32)
+    store.acquire(1, range(NUM_SLOTS))
+    turns = store.take_turns(1, range(NUM_EXPERTS))
+    experts, slots = next(turns)
+    assert experts == [0, 1]  # least recently used
+    experts, slots = next(turns)
+    assert experts == [2, 3]
+    assert_hold(index, store, np.array(slots, np.int32), experts)
+    assert store.num_resident == 2, "the disk rests until all that was there is computed with"
+    store.close()
