@@ -46,7 +46,7 @@ def take_turns(state: StoreLayer, experts: Sequence[int]) -> Generator[Turn]:
                 here = [fill.expert for fill in fills]
                 uncomputed.update(here)
             now = here
-            if left and len(under_way) < at_once:  # every slot holds a wanted one: these make room first
+            if left and len(under_way) < at_once:  # more reads start behind these than behind all
                 now = state.books.least_worth_first(here)[: (at_once - len(under_way)) * most]
             now.sort()
             yield now, [state.books.slot(expert) for expert in now]

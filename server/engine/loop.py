@@ -32,9 +32,7 @@ OVERTAKEN = 8
 # Prompts that come before this part of a pass's layers is done make it start again with all of them. No more
 # than that is lost, however many come one after the other.
 RESTART = 0.1
-# While all who run wait for saved prefixes from the disk, commands are looked at so often.
-RESTORE_WAIT_S = 0.05
-# And so often while nobody runs, and all who wait do so for their grammars.
+# While nobody runs, and all who wait do so for their grammars, commands are looked at so often.
 GRAMMAR_WAIT_S = 0.02
 
 log = logging.getLogger(__name__)
@@ -185,9 +183,9 @@ class EngineLoop:
         self._places = places
 
     def _settle(self) -> None:
-        wait_s = 0.0 if self._passes or self._scheduler.has_steps else RESTORE_WAIT_S
+        is_alone = not (self._passes or self._scheduler.has_decoders)
         try:
-            for sequence in self._prefixes.settle(self._scheduler.followers, wait_s):
+            for sequence in self._prefixes.settle(self._scheduler.followers, is_alone):
                 if sequence.num_cached_tokens:
                     self._answers.tell_progress(sequence)
         except Exception:  # what was saved is of no use: the prompt is read

@@ -16,6 +16,11 @@ from streaming.prefix_format import BlockName
 
 # Between two steps blocks are copied for so long: half a step of the target.
 COPY_S = 0.2
+# And so long where nobody's step waits: who is restored then begins a pass, and who is not needs another one,
+# which takes 18 s on the target. On two virtual cores 25,000 of its tokens are copied in that time.
+LONE_COPY_S = 2.0
+# Then a disk is waited for, too, but commands are looked at so often.
+DISK_WAIT_S = 0.05
 
 
 class Prefixes(Protocol):
@@ -33,11 +38,11 @@ class Prefixes(Protocol):
     def save(self, sequence: Sequence) -> None:
         """Rows were added by a part of a prompt, or the sequence is over: keep what is worth it."""
 
-    def settle(self, sequences: Iterable[Sequence], wait_s: float) -> list[Sequence]:
+    def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
         """Let those go on whose `leader` has read what they waited for, or has gone; restore some more.
 
-        `wait_s` is above 0 where nobody else has a step to do: so long a disk is waited for. Those that are
-        restored now are returned: their `num_cached_tokens` are known.
+        `is_alone`: nobody decodes and no pass is under way, so that there is time to wait for a disk. Those
+        that are restored now are returned: their `num_cached_tokens` are known.
         """
 
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
@@ -58,7 +63,7 @@ class NoPrefixes:
     def save(self, sequence: Sequence) -> None:
         """Nothing is kept."""
 
-    def settle(self, sequences: Iterable[Sequence], wait_s: float) -> list[Sequence]:
+    def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
         """Nobody waits for another."""
         return []
 
@@ -96,14 +101,15 @@ class SavedPrefixes:
         tokens = sequence.tokens(0, cache.length)
         sequence.num_saved_tokens = self._saved.save(tokens, cache, sequence.num_saved_tokens, is_pausing)
 
-    def settle(self, sequences: Iterable[Sequence], wait_s: float) -> list[Sequence]:
+    def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
         """Look again for those whose leader is done with what they share; then restore, by admission.
 
         One after the other, because so much memory is set aside for blocks between disk and cache.
         """
         held = self._release(sequences)
         restored: list[Sequence] = []
-        until_s = monotonic() + COPY_S
+        wait_s, copy_s = (DISK_WAIT_S, LONE_COPY_S) if is_alone else (0.0, COPY_S)
+        until_s = monotonic() + copy_s
         while held and held[0].restoring and held[0].restoring.wait(wait_s):
             if self._advance(held[0]):
                 restored.append(held.pop(0))

@@ -256,9 +256,9 @@ class Scheduler:
         return [item for item in held if not item.is_cancelled]
 
     @property
-    def has_steps(self) -> bool:
-        """Whether anybody can have a part in a step now."""
-        return any(not item.is_held for item in self._running)
+    def has_decoders(self) -> bool:
+        """Whether anybody decodes."""
+        return any(item.is_decoding for item in self._running)
 
     def charge(self, parts: list[Part], seconds: float) -> None:
         """Divide the time of a step between those who had a part in it, by rows."""

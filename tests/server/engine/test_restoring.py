@@ -185,6 +185,7 @@ def test_whoever_is_restored_goes_on_before_the_others_are(
 ) -> None:
     """Nobody has a step to do at first, and the disk is never waited for long."""
     monkeypatch.setattr(prefixes, "COPY_S", 0.0)
+    monkeypatch.setattr(prefixes, "LONE_COPY_S", 0.0)
     prefix, num_restored = open_prefix(on_disk), []
 
     def note(served: Served, event: Token | Finished) -> Sequence[Generate]:
@@ -194,3 +195,34 @@ def test_whoever_is_restored_goes_on_before_the_others_are(
     run(model, prefix, [Generate(f"r{number}", PROMPT, 4, GREEDY) for number in range(4)], react=note)
     assert num_restored[0] < 2 * len(PROMPT)
     prefix.close(20)
+
+
+def test_saved_prompts_that_come_together_share_a_pass_over_what_is_new(
+    model: CountedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefixes, "COPY_S", 0.0)
+    monkeypatch.setattr(prefixes, "LONE_COPY_S", 1e9)
+    prefix = open_prefix()
+    for seed in range(4):
+        ask(model, prefix, tokens(CONFIG, 1300, seed=seed), 1)
+    turns = [(*tokens(CONFIG, 1300, seed=seed), *tokens(CONFIG, 80, seed=9)) for seed in range(4)]
+    alone = [ask(model, None, turn, 1).tokens for turn in turns]
+    model.take_rows()
+    requests = [Generate(f"{i}", turn, 1, GREEDY, agent=f"{i}") for i, turn in enumerate(turns)]
+    served = run(model, prefix, requests)
+    assert model.rows == [4 * 80]
+    assert [served.tokens[request.request_id] for request in requests] == alone
+
+
+def test_room_for_a_saved_prompt_is_made_once(model: CountedModel) -> None:
+    prefix, cache, sizes = open_prefix(), model.make_cache(), list[int]()
+    ask(model, prefix, PROMPT, 1)
+    restoring_all = prefix.restore(PROMPT, cache)
+    is_last = False
+    while not is_last:
+        assert restoring_all.wait(NEVER_S)
+        is_last = restoring_all.advance()
+        sizes.append(cache.nbytes)
+    assert cache.length == len(PROMPT) - 1
+    assert len(sizes) > 2
+    assert len(set(sizes)) == 1, "it grew group by group"
