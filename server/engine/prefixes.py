@@ -110,7 +110,7 @@ class SavedPrefixes:
         restored: list[Sequence] = []
         wait_s, copy_s = (DISK_WAIT_S, LONE_COPY_S) if is_alone else (0.0, COPY_S)
         until_s = monotonic() + copy_s
-        while held and held[0].restoring and held[0].restoring.wait(wait_s):
+        while held and _has_come(held[0], wait_s):
             if self._advance(held[0]):
                 restored.append(held.pop(0))
             if monotonic() > until_s:  # commands are looked at, and whoever is complete has steps now
@@ -187,3 +187,13 @@ class SavedPrefixes:
 def _reads(sequence: Sequence) -> bool:
     """Once it decodes, what is not saved of its prompt does not come soon: memory had no room for it."""
     return sequence.cache is not None and not sequence.is_decoding
+
+
+def _has_come(sequence: Sequence, wait_s: float) -> bool:
+    """Whether more of what was saved of it can be copied, at the latest after so long."""
+    restoring, sequence.restoring = sequence.restoring, None  # whatever goes wrong, the sequence goes on
+    if not restoring:
+        return False
+    has_come = restoring.wait(wait_s)
+    sequence.restoring = restoring
+    return has_come

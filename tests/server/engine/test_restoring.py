@@ -128,6 +128,24 @@ def test_a_disk_that_brings_an_unforeseen_error_costs_what_it_did_not_bring(
     prefix.close(20)
 
 
+def test_a_prompt_that_no_thread_can_be_had_for_is_read(
+    model: CountedModel,
+    on_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uncached: list[int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    prefix = open_prefix(on_disk)
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(prefix._readers, "submit", refuse)
+    assert run(model, prefix, [SAVED]).tokens["saved"] == uncached
+    assert caplog.text.count("could not be restored") == 1, "it was tried for block after block"
+    prefix.close(20)
+
+
 def test_a_disk_that_is_stuck_is_given_up(
     model: CountedModel,
     on_disk: Path,
