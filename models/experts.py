@@ -125,10 +125,9 @@ class Experts:
         # One row's experts are unique and ascending as they are.
         experts = (wanted[0] if len(wanted) == 1 else np.unique(wanted)).tolist()
         if len(experts) > self._source.num_slots(self._layer):
-            return self._pairs_in_turns(x, wanted, experts, beside)
+            return self._pairs_in_turns(x, wanted, experts, guessed, beside)
         fetch = self._source.begin(self._layer, experts)
-        if guessed is not None and self._next is not None:
-            self._source.expect(self._next._layer, guessed.T.tolist())
+        self._expect_next(guessed)
         slots, is_here = fetch.slots[None], fetch.is_here[None]
         if len(wanted) > 1:
             places = np.searchsorted(experts, wanted)
@@ -139,6 +138,11 @@ class Experts:
             mx.async_eval(pairs, *beside)
             return self._remember(pairs)
         return self._remember(self._pairs_as_they_come(x, fetch, slots, is_here, beside))
+
+    def _expect_next(self, guessed: NDArray[np.int32] | None) -> None:
+        """Starts to read what is guessed, once the reads for this layer have been started."""
+        if guessed is not None and self._next is not None:
+            self._source.expect(self._next._layer, guessed.T.tolist())
 
     def _synchronise(
         self, ids: mx.array, scores: mx.array | None, guess: mx.array | None
@@ -178,13 +182,20 @@ class Experts:
         return self._gathered(x[rows, None, :], mx.array(slots.ravel()[pairs]))
 
     def _pairs_in_turns(
-        self, x: mx.array, wanted: NDArray[np.int32], experts: list[int], beside: Sequence[mx.array]
+        self,
+        x: mx.array,
+        wanted: NDArray[np.int32],
+        experts: list[int],
+        guessed: NDArray[np.int32] | None,
+        beside: Sequence[mx.array],
     ) -> mx.array:
         """More experts than slots: some at a time, each pair computed alone."""
         num_rows, k = wanted.shape
         out = mx.zeros((num_rows * k, x.shape[1]), dtype=x.dtype)
         mx.async_eval(*beside)
-        for turn, places in self._source.take_turns(self._layer, experts):
+        for number, (turn, places) in enumerate(self._source.take_turns(self._layer, experts)):
+            if number == 0:
+                self._expect_next(guessed)
             pairs = np.flatnonzero(np.isin(wanted, turn))
             slots = np.array(places, np.int32)[np.searchsorted(turn, wanted.ravel()[pairs])]
             out[mx.array(pairs)] = self._gathered(x[mx.array(pairs // k), None, :], mx.array(slots))

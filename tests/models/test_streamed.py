@@ -15,6 +15,7 @@ from models.building import bank_quantizations
 from models.experts import Experts
 from streaming.policy import LeastNearlyChosen
 from streaming.store import ExpertStore
+from streaming.turns import Turn
 from tests.checkpoints import Opened, greedy, open_model, save_packed
 from tests.models.make_golden import SEED
 from tests.tiny_glm import WIDER, make_weights, tokens
@@ -57,7 +58,7 @@ def test_logits_of_a_prompt_in_chunks_of_any_size_are_the_same_bits(
     streamed: Opened, resident: Opened
 ) -> None:
     ids = tokens(WIDER, 60)
-    for chunk in (1, 7, 8, 9, 60):  # to 8 rows each pair by itself, from 9 on each expert with its rows
+    for chunk in (1, 3, 7, 8, 9, 60):  # to 8 rows each pair by itself, from 9 on each expert with its rows
         assert np.array_equal(logits(streamed.model, ids, chunk), logits(resident.model, ids, chunk)), chunk
 
 
@@ -143,6 +144,25 @@ def test_the_first_sparse_layer_is_guessed_by_the_dense_one_before_it(folder: Pa
     greedy(opened.model, tokens(WIDER, 12), 2)
     layers = list(opened.checkpoint.args.moe_layers)
     assert guessed == layers, "each once, for the one token that was decoded"
+    opened.store.close()
+
+
+def test_what_is_guessed_is_read_also_where_more_is_wanted_than_there_are_slots(tmp_path: Path) -> None:
+    config = WIDER | {"n_routed_experts": 48}
+    folder = save_packed(tmp_path, config, make_weights(config, SEED), lambda path: None)
+    opened, ids, in_turns = open_model(folder, 8), tokens(config, 60), []
+    take_turns = opened.store.take_turns
+
+    def note_turns(layer: int, experts: Sequence[int]) -> Iterator[Turn]:
+        in_turns.append(layer)
+        return take_turns(layer, experts)
+
+    opened.store.take_turns = note_turns  # type: ignore[method-assign]
+    assert np.array_equal(logits(opened.model, ids, 4), logits(open_model(folder).model, ids, 4))
+    num_layers = 60 // 4 * len(opened.checkpoint.args.moe_layers)
+    assert len(in_turns) > num_layers / 2, "the test means nothing where all fit"
+    assert opened.store.statistics().ahead_started > 0.8 * num_layers, "8 slots have room for one guess"
+    opened.store.check_integrity()
     opened.store.close()
 
 
