@@ -25,13 +25,10 @@ from models.arithmetic import choose_arithmetic
 from models.attention import Attention, Part, Span, make_parts
 from models.cache import SequenceCache
 from models.tiles import select_tiles
-from tests.tiny_glm import SHARED
+from tests.glm52 import GLM52
 
-CONFIG: dict[str, Any] = SHARED | {
-    "hidden_size": 6144, "num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 4, "first_k_dense_replace": 4,
-    "num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 2048, "kv_lora_rank": 512,
-    "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256, "index_n_heads": 32,
-    "index_head_dim": 128, "index_topk": 2048, "max_position_embeddings": 1_048_576,
+CONFIG: dict[str, Any] = GLM52 | {
+    "num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 4, "first_k_dense_replace": 4,
 }  # fmt: skip
 FULL_LAYER, SHARED_LAYER = 2, 3
 INDEXERS, LAYERS = 21, 78  # of GLM-5.2

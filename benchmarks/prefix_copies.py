@@ -13,8 +13,8 @@ import mlx.core as mx
 from models.args import ModelArgs
 from models.cache import SequenceCache
 from models.cache_blocks import bytes_per_token
-from server.engine.prefix import PrefixCache
-from tests.models.test_args import GLM52
+from server.engine.prefix import BLOCK_TOKENS, PrefixCache
+from tests.glm52 import GLM52
 
 ROUNDS = 5
 
@@ -46,7 +46,7 @@ def measure(args: ModelArgs, num_tokens: int) -> None:
         times.append(time.perf_counter())
         restore(prefix, tokens, empty)
         times.append(time.perf_counter())
-        assert empty.length == num_tokens // 64 * 64
+        assert empty.length == num_tokens // BLOCK_TOKENS * BLOCK_TOKENS
         saving.append(times[1] - times[0])
         restoring.append(times[2] - times[1])
     num_bytes = num_tokens * bytes_per_token(full)

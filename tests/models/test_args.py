@@ -7,13 +7,8 @@ import pytest
 from config.errors import CheckpointError
 from models.args import ModelArgs, indexer_schedule
 from models.cache import cache_bytes_per_token
+from tests.glm52 import GLM52
 from tests.tiny_glm import TINY
-
-GLM52: dict[str, Any] = TINY | {
-    "num_hidden_layers": 78, "hidden_size": 6144, "q_lora_rank": 2048, "kv_lora_rank": 512,
-    "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256, "index_head_dim": 128,
-    "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75, "index_topk_freq": 4, "index_skip_topk_offset": 3,
-}  # fmt: skip
 
 
 def full(config: dict[str, Any]) -> list[int]:

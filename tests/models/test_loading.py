@@ -24,6 +24,7 @@ from models.linear import Linear
 from models.loading import load_model, make_geometry, open_checkpoint, read_config
 from models.names import is_unused, to_model_names
 from tests.checkpoints import open_model, save_packed
+from tests.glm52 import GLM52
 from tests.models.make_golden import GOLDEN, LENGTHS, SEED
 from tests.tiny_glm import SCHEDULES, SHARED, TINY, Array, fuse_experts, make_weights, save_checkpoint, tokens
 from tests.tiny_model import MemoryExperts, logits, make_model
@@ -276,15 +277,6 @@ def test_scales_that_fit_no_packing_are_refused(words: int, groups: int) -> None
 
 # The real shapes: names and shapes only.
 
-REAL: dict[str, Any] = TINY | {
-    "vocab_size": 154880, "hidden_size": 6144, "num_hidden_layers": 78, "intermediate_size": 12288,
-    "moe_intermediate_size": 2048, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75,
-    "n_routed_experts": 256, "num_experts_per_tok": 8, "num_attention_heads": 64, "q_lora_rank": 2048,
-    "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
-    "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048,
-    "index_topk_freq": 4, "index_skip_topk_offset": 3,
-}  # fmt: skip
-
 
 def parameters(model: Model) -> list[tuple[str, mx.array]]:
     return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
@@ -292,7 +284,7 @@ def parameters(model: Model) -> list[tuple[str, mx.array]]:
 
 def test_a_uniform_mxfp4_checkpoint_at_the_real_shapes_has_2489_tensors() -> None:
     """78 x 16 attention and norms, 21 x 8 indexers, 3 x 6 dense, 75 x 14 sparse, 5 around them."""
-    args = ModelArgs.from_config(REAL)
+    args = ModelArgs.from_config(GLM52)
     no_bank = MemoryExperts(dataclasses.replace(args, first_k_dense_replace=78), {})
     model = Model(args, CPU, lambda layer: Experts(layer, no_bank, {}, CPU))
     for _, module in model.named_modules():

@@ -150,7 +150,7 @@ def test_the_first_sparse_layer_is_guessed_by_the_dense_one_before_it(folder: Pa
 def test_what_is_guessed_is_read_also_where_more_is_wanted_than_there_are_slots(tmp_path: Path) -> None:
     config = WIDER | {"n_routed_experts": 48}
     folder = save_packed(tmp_path, config, make_weights(config, SEED), lambda path: None)
-    opened, ids, in_turns = open_model(folder, 8), tokens(config, 60), []
+    opened, resident, ids, in_turns = open_model(folder, 8), open_model(folder), tokens(config, 60), []
     take_turns = opened.store.take_turns
 
     def note_turns(layer: int, experts: Sequence[int]) -> Iterator[Turn]:
@@ -158,12 +158,13 @@ def test_what_is_guessed_is_read_also_where_more_is_wanted_than_there_are_slots(
         return take_turns(layer, experts)
 
     opened.store.take_turns = note_turns  # type: ignore[method-assign]
-    assert np.array_equal(logits(opened.model, ids, 4), logits(open_model(folder).model, ids, 4))
+    assert np.array_equal(logits(opened.model, ids, 4), logits(resident.model, ids, 4))
     num_layers = 60 // 4 * len(opened.checkpoint.args.moe_layers)
     assert len(in_turns) > num_layers / 2, "the test means nothing where all fit"
     assert opened.store.statistics().ahead_started > 0.8 * num_layers, "8 slots have room for one guess"
     opened.store.check_integrity()
     opened.store.close()
+    resident.store.close()
 
 
 def test_the_test_notices_a_slot_that_is_overwritten_too_early(
