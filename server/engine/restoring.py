@@ -47,7 +47,7 @@ class Restoring:
         on_stuck: Callable[[Future[Block | None]], None],
     ) -> None:
         self.length_before = cache.length
-        # Room for all at once: 16,384 tokens of GLM-5.2 took 9.8 s group by group, and take 1.6 to 2.2 s so.
+        # Room for all at once: 16,384 tokens of GLM-5.2 took 9.8 s group by group, and take 1.6 to 2.5 s so.
         cache.expect(most + 1 - cache.length)
         self._cache, self._most = cache, most
         self._num_whole = cache.length // block_tokens  # whole blocks that have come
