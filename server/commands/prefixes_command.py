@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from models.loading.loading.fingerprint import cache_fingerprint
-
 from config.errors import UsageError
 from config.settings import Settings
 from config.sizes import format_size
 from models.arithmetic import choose_arithmetic
+from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import open_checkpoint
 from server.commands.checkpoint import choose_checkpoint
 from server.commands.serve import prefix_directory

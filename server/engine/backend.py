@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-from models.loading.loading.fingerprint import cache_fingerprint
 
 from config.errors import CheckpointError, DiskError, UsageError
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
@@ -14,6 +13,7 @@ from config.plan_report import render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
 from models.glm_moe_dsa import Model as GlmModel
+from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
 from server.engine.memory.governor import Governor, Ungoverned

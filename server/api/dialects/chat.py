@@ -9,7 +9,8 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
 
 from server.api.access.receipts import Caller, Receipt
-from server.api.answer.answer import Answer, Delta, shapes
+from server.api.answer import shapes
+from server.api.answer.answer import Answer, Delta
 from server.api.answer.json_answer import respond_whole
 from server.api.answer.merge import merge
 from server.api.answer.shapes import Envelope

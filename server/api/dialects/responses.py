@@ -9,7 +9,8 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from config.errors import RequestError
 from server.api.access.receipts import Caller
-from server.api.answer.answer import Answer, shapes
+from server.api.answer import shapes
+from server.api.answer.answer import Answer
 from server.api.answer.items import Change, Closed, Grew, Item, Items, Opened
 from server.api.answer.json_answer import respond_whole
 from server.api.answer.named_events import Event, stream_named

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from models.loading.loading.fingerprint import COMPUTING, cache_fingerprint, source_meaning
 
 from models.args import ModelArgs
 from models.arithmetic import CPU, CUDA
+from models.loading.fingerprint import COMPUTING, cache_fingerprint, source_meaning
 from streaming.files.headers import INDEX_NAME
 from tests.tiny_glm import SHARED, make_weights, save_checkpoint
 

@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from models.loading.loading.fingerprint import cache_fingerprint
 
 from models.arithmetic import choose_arithmetic
+from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import open_checkpoint
 from server.cli import main
 from streaming.prefix.block_files import BlockFiles

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rig.drive import Served, drive
-from server.engine.prefix.lookup import PrefixCache, restore
+from server.engine.prefix import restore
+from server.engine.prefix.lookup import PrefixCache
 from server.engine.schedule import shared_prefixes
 from server.engine.schedule.shared_prefixes import SavedPrefixes
 from server.link.messages import Cancel, Finished, Generate, Token
