@@ -44,7 +44,7 @@ def messages_router(service: Service) -> APIRouter:
             return stream_named(
                 message.events(),
                 lambda error: anthropic_error(describe(error)),
-                lambda: comment(chat.progress()).removesuffix(b"\n") + encode({"type": "ping"}, "ping"),
+                lambda: comment(chat.progress()) + encode({"type": "ping"}, "ping"),
                 service.keepalive_s,
                 headers,
             )
