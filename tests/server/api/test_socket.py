@@ -118,7 +118,7 @@ def test_an_event_is_one_line_to_whoever_takes_lines_apart(
 def test_no_block_of_a_stream_is_only_a_comment(
     base_url: str, engine: ScriptedEngine, path: str, fields: dict[str, Any]
 ) -> None:
-    engine.token_s = 0.12  # more than two keepalives to a token
+    engine.token_s = 0.25  # several keepalives to a token
     engine.script = engine.script[:3]
     text = httpx.post(f"{base_url}/v1/{path}", json=fields | {"stream": True}).text
     assert text.count(": OPENROUTER PROCESSING\n") >= 4
