@@ -6,7 +6,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.errors import error_object
+from server.api.error_bodies import error_object
 
 MAX_HEAD_BYTES = 64 * 2**10
 MAX_LINE_BYTES = 16 * 2**10

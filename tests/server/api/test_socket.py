@@ -15,9 +15,9 @@ import httpx
 import openai
 import pytest
 
+from server.api.access.keys import Access, KeyRing
+from server.api.access.quotas import parse_quota
 from server.api.app import make_app
-from server.api.keys import Access, KeyRing
-from server.api.quotas import parse_quota
 from server.api.service import Service
 from server.glm.tokenizer import Tokenizer
 from tests.server.api.conftest import running_app, running_server
@@ -213,7 +213,7 @@ def test_a_fault_of_ours_among_the_blanks_is_in_the_log(
     engine.script = [[]]  # type: ignore[list-item]
     response = httpx.post(f"{impatient_url}/v1/chat/completions", json={"messages": HELLO})
     assert response.json()["error"]["message"] == "the server failed; its log says more"
-    [record] = [one for one in caplog.records if one.name == "server.api.whole"]
+    [record] = [one for one in caplog.records if one.name == "server.api.answer.json_answer"]
     assert record.exc_info
     assert response.headers["x-generation-id"] in record.getMessage()
 
@@ -240,8 +240,7 @@ def until(is_true: Callable[[], object]) -> None:
 
 
 def test_the_http_side_and_the_dialect_import_no_mlx() -> None:
-    code = (
-        "import sys, server.serve; print(sorted({n.split('.')[0] for n in sys.modules} & {'mlx', 'mlx_lm'}))"
-    )
+    loaded = "{n.split('.')[0] for n in sys.modules}"
+    code = f"import sys, server.commands.serve; print(sorted({loaded} & {{'mlx', 'mlx_lm'}}))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ast.literal_eval(found.stdout) == []

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from server.glm.tokenizer import Tokenizer
+from tests.server.api.answer.test_tool_calls import BERGEN, OSLO, TOOLS
 from tests.server.api.scripted import ScriptedEngine
-from tests.server.api.test_tool_calls import BERGEN, OSLO, TOOLS
 
 GLM = "z-ai/glm-5.2"
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "model": GLM}
