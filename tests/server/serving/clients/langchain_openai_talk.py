@@ -21,7 +21,7 @@ from tests.server.serving.clients.common import (
 
 def connect(url: str, **fields: Any) -> Any:
     given: dict[str, Any] = {"temperature": 0, "max_tokens": MAX_TOKENS, "stream_usage": True} | fields
-    return ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key="none", max_retries=0, **given)  # type: ignore[arg-type]
+    return ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key="none", max_retries=0, **given)
 
 
 def chat(url: str) -> Any:

@@ -17,8 +17,8 @@ from agents.items import ReasoningItem, ToolCallItem
 from openai import AsyncOpenAI
 from openai.types.shared import Reasoning
 from pydantic import BaseModel
-from tests.server.clients import common
 
+from tests.server.serving.clients import common
 from tests.server.serving.clients.common import MAX_TOKENS, MODEL, NUM_TOP, SUM, TWO_CITIES, main, message_of
 
 
@@ -29,7 +29,6 @@ class Answer(BaseModel):
     is_sunny: bool
 
 
-@function_tool
 def get_weather(city: str) -> str:
     """Get the current weather for a city.
 
@@ -105,9 +104,9 @@ def stream(url: str) -> Any:
 
 
 def tools(url: str) -> Any:
-    result = ask(url, TWO_CITIES, tools=[get_weather])
+    result = ask(url, TWO_CITIES, tools=[function_tool(get_weather)])
     calls = [item.raw_item for item in result.new_items if isinstance(item, ToolCallItem)]
-    return {"calls": [json.loads(call.arguments) for call in calls], "text": result.final_output}  # type: ignore[union-attr]
+    return {"calls": [json.loads(call.arguments) for call in calls], "text": result.final_output}
 
 
 def no_thought(url: str) -> Any:

@@ -95,7 +95,7 @@ def error(url: str) -> Any:
 
 def cancel(url: str) -> Any:
     with connect(url) as api, api.responses.send(model=MODEL, input=SUM, stream=True) as events:
-        name: str = next(iter(events)).response.id  # type: ignore[union-attr]
+        name: str = next(iter(events)).response.id
     return name.replace("resp_", "gen-")
 
 

@@ -6,7 +6,15 @@ import { createOpenRouter } from "@openrouter/ai-sdk-provider";
 import { Output, generateText, jsonSchema, stepCountIs, streamText, tool } from "ai";
 import { FUNCTION, MAX_TOKENS, MODEL, PARAMETERS, SCHEMA, SUM, TWO_CITIES, main, messageOf, url, weather } from "./common.mjs";
 
-const openAI = { baseURL: `${url}/v1`, apiKey: "none" };
+// The id of the last answer: the AI SDK tells none of an answer that is cut off.
+let lastId;
+async function noted(...request) {
+  const response = await fetch(...request);
+  lastId = response.headers.get("x-generation-id");
+  return response;
+}
+
+const openAI = { baseURL: `${url}/v1`, apiKey: "none", fetch: noted };
 // Each has its own names for how hard to think.
 const providers = {
   "openai-compatible": [
@@ -23,7 +31,7 @@ const providers = {
     { anthropic: { thinking: { type: "adaptive" } } }, { anthropic: { thinking: { type: "disabled" } } },
   ],
   openrouter: [
-    createOpenRouter({ baseURL: `${url}/api/v1`, apiKey: "sk-or-none" })(MODEL),
+    createOpenRouter({ baseURL: `${url}/api/v1`, apiKey: "sk-or-none", fetch: noted })(MODEL),
     { openrouter: { reasoning: { effort: "high" } } }, { openrouter: { reasoning: { effort: "none" } } },
   ],
 };
@@ -66,12 +74,9 @@ const error = () => messageOf(() => generateText(asked(SUM, { topP: 3 })));
 
 async function cancel() {
   const leaving = new AbortController();
-  const result = streamText(asked(SUM, { abortSignal: leaving.signal, onError: () => {}, onAbort: () => {} }));
-  for await (const part of result.fullStream) {
-    if (!["text-delta", "reasoning-delta", "text-start", "reasoning-start"].includes(part.type)) continue;
-    leaving.abort();
-  }
-  return null;
+  const { fullStream } = streamText(asked(SUM, { abortSignal: leaving.signal }));
+  for await (const part of fullStream) if (part.type.endsWith("-delta")) leaving.abort();
+  return lastId;
 }
 
-await main({ chat, stream, tools, no_thought, json_schema, error });
+await main({ chat, stream, tools, no_thought, json_schema, error, cancel });

@@ -26,7 +26,8 @@ export const SCHEMA = {
 export const FORMAT = { type: "json_schema", json_schema: { name: "answer", strict: true, schema: SCHEMA } };
 
 export const user = (text) => ({ role: "user", content: text });
-export const weather = ({ city }) => JSON.stringify({ city, temperature: 7, condition: "rain" });
+// With blanks, as Python writes JSON: the small model knows no other form.
+export const weather = ({ city }) => `{"city": ${JSON.stringify(city)}, "temperature": 7, "condition": "rain"}`;
 
 // What the error says that this must raise.
 export async function messageOf(ask) {
