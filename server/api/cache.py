@@ -7,12 +7,13 @@ next request show them.
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 
 from config.errors import RequestError
 from server.api.body import body_of
 from server.api.chat_schema import ChatRequest
 from server.api.explain import MAX_EXPLANATIONS
+from server.api.ledger import Caller
 from server.api.replay import render_messages
 from server.api.service import Service
 from server.api.volatile import without_volatile_lines
@@ -46,11 +47,13 @@ def cache_router(service: Service) -> APIRouter:
         return {"data": {"status": "accepted"}}
 
     @router.post("/pin", status_code=202)
-    async def pin(body: Body) -> dict[str, Any]:
+    async def pin(request: Request, body: Body) -> dict[str, Any]:
+        service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
         return await anyio.to_thread.run_sync(_administer, service, body, True)
 
     @router.post("/unpin", status_code=202)
-    async def unpin(body: Body) -> dict[str, Any]:
+    async def unpin(request: Request, body: Body) -> dict[str, Any]:
+        service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
         return await anyio.to_thread.run_sync(_administer, service, body, False)
 
     return router

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from config.errors import BusyError, EngineError, RequestError
@@ -141,13 +142,24 @@ def _headers(error: Exception) -> dict[str, str]:
 
 def _first_fault(error: ValidationError) -> tuple[str, str | None]:
     """The first of those that lie deepest: of the kinds that a value may have it came nearest to that one."""
-    faults = [(_steps(fault["loc"]), fault) for fault in error.errors(include_url=False, include_input=False)]
+    faults = [(_steps(fault), fault) for fault in error.errors(include_url=False, include_input=False)]
     steps, fault = max(faults, key=lambda one: len(one[0]))
     message = _MESSAGES.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
-    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
-    return (f"{param}: {message}" if param else message), param or None
+    is_named = bool(_blamed(fault))  # then the words name the field within its part of the body
+    part = _path(steps[:-1] if is_named else steps)
+    return (f"{part}: {message}" if part else message), _path(steps) or None
 
 
-def _steps(location: tuple[int | str, ...]) -> list[int | str]:
+def _steps(fault: ErrorDetails) -> list[int | str]:
     """The way to a fault in the client's body, without pydantic's names of the kinds that it tried."""
-    return [step for step in location if isinstance(step, int) or not _KIND.match(step)]
+    steps = [step for step in fault["loc"] if isinstance(step, int) or not _KIND.match(step)]
+    return [*steps, *_blamed(fault)]
+
+
+def _blamed(fault: ErrorDetails) -> list[str]:
+    """The field that `schema.fault` blames, if it is not the place of the fault itself."""
+    return [fault["ctx"]["param"]] if fault["type"] == "fault" and fault["ctx"]["param"] else []
+
+
+def _path(steps: list[int | str]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")

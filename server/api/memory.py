@@ -12,7 +12,7 @@ from pydantic import model_validator
 from config.sizes import parse_size
 from server.api.body import body_of
 from server.api.errors import GenerationFailed
-from server.api.schema import Exact
+from server.api.schema import Exact, fault
 from server.api.service import Service
 from server.engine.messages import Failed, Replan
 
@@ -30,7 +30,7 @@ class PlanRequest(Exact):
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
         if self.budget_bytes is None and self.expert_policy is None:
-            raise ValueError("give 'ram_budget', 'expert_policy' or both")
+            raise fault("ram_budget", "give 'ram_budget', 'expert_policy' or both")
         return self
 
 

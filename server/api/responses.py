@@ -33,6 +33,7 @@ def responses_router(service: Service) -> APIRouter:
     @router.post("/responses")
     async def create_response(request: Request, body: Body) -> Response:
         caller = Caller.of(request, body.session_id, body.user)
+        service.parameters.note(request, body, caller, body.requires_parameters)
         chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(), caller))
         response = _Response(service, body, chat)
         if not body.stream:

@@ -4,15 +4,25 @@ Nothing is stored here, so a conversation comes whole in `input`; what would nee
 """
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from config.errors import RequestError
-from server.api.chat_parts import JsonSchema, Lenient
+from server.api.chat_parts import JsonSchema, not_hosted
 from server.api.chat_schema import ChatRequest
-from server.api.schema import IGNORED, Exact, GenerationRequest, Listed
+from server.api.schema import (
+    IGNORED,
+    REFUSED,
+    Count,
+    GenerationRequest,
+    Lenient,
+    Listed,
+    Options,
+    Whole,
+    fault,
+)
 from server.glm.effort import Effort
 
 # Of what OpenAI's service does beside answering; nothing is lost without it.
@@ -53,6 +63,16 @@ class FunctionTool(Lenient):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    @property
+    def is_hosted(self) -> bool:
+        """Whether OpenAI carries it out."""
+        return self.type != "function"
+
+    def overlooked(self) -> Iterator[str]:
+        """The type of a hosted tool."""
+        if self.is_hosted:
+            yield self.type
+
 
 class FunctionChoice(Lenient):
     """The one function that must be called."""
@@ -61,7 +81,7 @@ class FunctionChoice(Lenient):
     name: str
 
 
-class ReasoningChoice(Exact):
+class ReasoningChoice(Options):
     """How hard to think. There are no summaries: the thought itself is sent."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(["context", "mode"])
@@ -77,7 +97,7 @@ class TextFormat(JsonSchema):
     type: Literal["text", "json_object", "json_schema"]
 
 
-class TextConfig(Exact):
+class TextConfig(Options):
     """Format; verbosity has no counterpart in this model."""
 
     format: TextFormat | None = None
@@ -88,17 +108,22 @@ class ResponsesRequest(GenerationRequest):
     """The body of POST /responses, with the sampling fields that chat completions have, too."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED | RESPONSES_IGNORED
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (*REFUSED, "response_format"), "give the form of the answer in 'text.format'"
+    )
 
     input: str | Annotated[Listed[InputItem], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_output_tokens: Count | None = None
     tools: Listed[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: (
+        Annotated[Literal["none", "auto", "required"] | FunctionChoice, BeforeValidator(not_hosted)] | None
+    ) = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningChoice | None = None
     text: TextConfig | None = None
     include: Listed[str] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None
     previous_response_id: str | None = None
@@ -110,14 +135,17 @@ class ResponsesRequest(GenerationRequest):
     def _refuse_what_is_missing(self) -> Self:
         for name in NEEDS_STORE:
             if getattr(self, name):
-                raise ValueError(
+                raise fault(
+                    name,
                     f"'{name}' is not supported: this server stores no responses (store is false always); "
-                    "send the whole conversation in 'input'"
+                    "send the whole conversation in 'input'",
                 )
         if self.truncation == "auto":
-            raise ValueError("'truncation' can only be \"disabled\": nothing of the input is left out")
+            raise fault(
+                "truncation", "'truncation' can only be \"disabled\": nothing of the input is left out"
+            )
         if self.n not in (None, 1):
-            raise ValueError(f"'n' can only be 1, not {self.n}")
+            raise fault("n", f"'n' can only be 1, not {self.n}")
         return self
 
     @property
@@ -137,7 +165,12 @@ class ResponsesRequest(GenerationRequest):
         fields["messages"] = [*self._instructions(), *_messages(self.input)]
         optional = {
             "max_completion_tokens": self.max_output_tokens,
-            "tools": [_tool(f"tools[{index}]", tool) for index, tool in enumerate(self.tools or [])] or None,
+            "tools": [
+                _tool(f"tools[{index}]", tool)
+                for index, tool in enumerate(self.tools or [])
+                if not tool.is_hosted
+            ]
+            or None,
             "tool_choice": self._tool_choice(),
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
@@ -257,8 +290,7 @@ def _part_text(path: str, part: Part) -> str:
 
 
 def _tool(path: str, tool: FunctionTool) -> dict[str, Any]:
-    if tool.type != "function" or not tool.name:
-        message = f"{path}: tools of type {tool.type[:40]!r} are not supported, only functions with a name"
-        raise RequestError(message, param=path)
+    if not tool.name:
+        raise RequestError(f"{path}: a function needs 'name'", param=f"{path}.name")
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
     return {"type": "function", "function": {name: v for name, v in function.items() if v is not None}}

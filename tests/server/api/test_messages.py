@@ -212,7 +212,7 @@ def test_the_sdk_lists_the_model(sdk: anthropic.Anthropic) -> None:
 
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
-NO_TOOL = {"type": "web_search_20250305", "name": "web_search"}
+NO_TOOL = {"type": "custom", "name": "web_search"}
 
 
 @pytest.mark.parametrize(

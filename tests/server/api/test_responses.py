@@ -207,8 +207,8 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}
         ({"input": []}, "input"),
         ({"input": [{"role": "user", "text": "hi"}]}, "needs 'content'"),
         ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "needs 'output'"),
-        ({"tools": [{"type": "web_search"}]}, "web_search"),
-        ({"extra_body": {"wizard": 1}}, "wizard"),
+        ({"tool_choice": {"type": "web_search"}}, "web_search"),
+        ({"extra_body": {"response_format": {"type": "json_object"}}}, "text.format"),
         ({"model": "gpt-9"}, "is not a valid model ID"),
     ],
 )
