@@ -9,6 +9,7 @@ from server.api.catalogue import health_router, models_router
 from server.api.chat import chat_router
 from server.api.completions import completion_router
 from server.api.errors import install_error_handlers
+from server.api.head import HeadAsGet
 from server.api.keys import Access, Guard
 from server.api.memory import memory_router
 from server.api.messages import messages_router
@@ -61,6 +62,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     app.include_router(metrics_router(service.engine, service.ledger, service.parameters))
     install_error_handlers(app)
     app.add_middleware(SaysIgnored)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
     if access.cors_origins:  # outermost: a browser's preflight carries no key
         app.add_middleware(

@@ -1,5 +1,6 @@
 """GET /models: one answer for OpenAI's, OpenRouter's and LM Studio's clients; GET /health."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -63,6 +64,9 @@ def models_router(service: Service) -> APIRouter:
             "object": "list",
             "total_count": 1,
             "links": {"next": None},
+            "has_more": False,
+            "first_id": card["id"],
+            "last_id": card["id"],
             "data": [card],
             "models": [local],
         }
@@ -125,6 +129,11 @@ def model_card(service: Service) -> dict[str, Any]:
         "description": "",
         "context_length": length,
         "object": "model",
+        "type": "model",  # this and the next four are Anthropic's
+        "display_name": f"{service.model_id} (local)",
+        "created_at": datetime.fromtimestamp(service.started_at, UTC).isoformat().replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": length,
         "owned_by": service.model_id.partition("/")[0],
         "max_model_len": length,
         "architecture": ARCHITECTURE,

@@ -9,11 +9,28 @@ from server.api.schema import Count, Lenient, Listed, Noted, Options, fault
 from server.glm.effort import Effort
 
 
-class TextPart(Lenient):
-    """Content in parts. This model reads text only."""
+class Part(Lenient):
+    """A part of a message's content."""
 
-    type: Literal["text"]
-    text: str
+    type: str
+    text: str | None = None
+
+
+# What is no text, by words in the names of its parts in all dialects.
+_MEDIA = ("image", "file", "document", "audio", "video")
+
+
+def text_or_placeholder(kind: str, text: str | None, name: str | None = None) -> str:
+    """The text of a part of a tool's result, or what the model reads in the place of another kind of part.
+
+    `name` is that of the tool which a reference names.
+    """
+    if kind in ("text", "input_text", "output_text"):
+        return text or ""
+    if name is not None:
+        return f"[tool: {name}]"
+    medium = next((medium for medium in _MEDIA if medium in kind), kind[:40])
+    return f"[{medium} left out: this model reads text]"
 
 
 class FunctionCall(Lenient):
@@ -58,7 +75,7 @@ class Message(Lenient):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Listed[TextPart] | None = None
+    content: str | Listed[Part] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     reasoning_details: Listed[ReasoningDetail] | None = None
@@ -74,14 +91,28 @@ class Message(Lenient):
     def _has_content(self) -> Self:
         if self.content is None and self.role not in ("assistant", "tool"):
             raise fault("content", f"a message of role {self.role!r} needs content")
+        for index, part in enumerate(self._parts if self.role != "tool" else ()):
+            if part.type != "text" or part.text is None:
+                message = f"parts of type {part.type[:40]!r} are not supported, this model reads text"
+                raise fault(f"content[{index}]", message)
         return self
+
+    @property
+    def _parts(self) -> list[Part]:
+        return self.content if isinstance(self.content, list) else []
 
     @property
     def text(self) -> str:
         """The content as one string."""
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
+            return "".join(text_or_placeholder(part.type, part.text) for part in self.content)
         return self.content or ""
+
+    def overlooked(self) -> Iterator[str]:
+        """What a tool gave that is no text: a client cannot help that, so a placeholder stands for it."""
+        for index, part in enumerate(self._parts):
+            if part.type != "text":
+                yield f"content[{index}].{part.type}"
 
     @property
     def thought(self) -> str | None:

@@ -88,7 +88,7 @@ class _Message:
             async for change in changes:
                 for event in self._on_change(change):
                     yield event
-        yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
+        yield {"type": "message_delta", "delta": self._end(), "usage": self._tokens()}
         yield {"type": "message_stop"}
 
     def _on_change(self, change: Change) -> Iterator[Event]:
@@ -138,6 +138,14 @@ class _Message:
         return {"stop_reason": reason, "stop_sequence": None}
 
     def _usage(self) -> dict[str, Any]:
+        """Tokens so far, and how the request was served."""
+        return self._tokens() | {
+            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+            "inference_geo": None,
+            "service_tier": "standard",
+        }
+
+    def _tokens(self) -> dict[str, Any]:
         """Tokens so far; Anthropic counts those from the cache apart."""
         usage = self._answer.usage
         return {
@@ -145,6 +153,8 @@ class _Message:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": usage.num_cached_tokens,
             "output_tokens": usage.num_completion_tokens,
+            "output_tokens_details": {"thinking_tokens": self._answer.parser.num_reasoning_tokens},
+            "server_tool_use": None,
         }
 
 

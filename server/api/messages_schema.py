@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from config.errors import RequestError
+from server.api.chat_parts import text_or_placeholder
 from server.api.chat_schema import ChatRequest
 from server.api.schema import FORMS, Count, Finite, Lenient, Listed, Options, Stop, Whole, fault
 
@@ -47,6 +48,14 @@ class Block(Lenient):
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
     content: "str | Listed[Block] | None" = None
+    tool_name: str | None = None
+
+    def overlooked(self) -> Iterator[str]:
+        """What a tool gave that is no text: a client cannot help that, so a placeholder stands for it."""
+        if self.type == "tool_result" and isinstance(self.content, list):
+            for index, block in enumerate(self.content):
+                if block.type != "text":
+                    yield f"content[{index}].{block.type}"
 
 
 class Turn(Lenient):
@@ -219,14 +228,14 @@ def _of_turn(path: str, turn: Turn) -> Iterator[dict[str, Any]]:
         yield _assistant(path, turn.content)
     else:
         texts: list[Block] = []
-        for position, block in enumerate(turn.content):
+        for block in turn.content:
             if block.type != "tool_result":
                 texts.append(block)
                 continue
             if texts:
                 yield {"role": turn.role, "content": _text_parts(f"{path}.content", texts)}
                 texts = []
-            yield _tool_result(f"{path}.content[{position}]", block)
+            yield _tool_result(block)
         if texts or not turn.content:
             yield {"role": turn.role, "content": _text_parts(f"{path}.content", texts)}
 
@@ -252,10 +261,11 @@ def _call(path: str, block: Block) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": function}
 
 
-def _tool_result(path: str, block: Block) -> dict[str, Any]:
+def _tool_result(block: Block) -> dict[str, Any]:
     content = block.content or ""
-    text = content if isinstance(content, str) else _text_parts(f"{path}.content", content)
-    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
+    if not isinstance(content, str):
+        content = "".join(text_or_placeholder(one.type, one.text, one.tool_name) for one in content)
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
 
 
 def _text_parts(path: str, blocks: list[Block]) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ class Parameters:
             return
         told.update(map(str, new[:room]))
         hints = [f"{one} (did you mean {one.meant}?)" if one.meant else str(one) for one in new]
-        log.warning("%s: ignored, because unknown here: %s", caller.label, ", ".join(hints))
+        log.warning("%s: ignored here: %s", caller.label, ", ".join(hints))
 
 
 class SaysIgnored:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from config.errors import RequestError
-from server.api.chat_parts import JsonSchema, not_hosted
+from server.api.chat_parts import JsonSchema, not_hosted, text_or_placeholder
 from server.api.chat_schema import ChatRequest
 from server.api.schema import (
     IGNORED,
@@ -52,6 +52,12 @@ class InputItem(Lenient):
     name: str | None = None
     arguments: str | None = None
     output: str | Listed[Part] | None = None
+
+    def overlooked(self) -> Iterator[str]:
+        """What a tool gave that is no text: a client cannot help that, so a placeholder stands for it."""
+        for index, part in enumerate(self.output if isinstance(self.output, list) else ()):
+            if not part.type.endswith("text"):
+                yield f"output[{index}].{part.type}"
 
 
 class FunctionTool(Lenient):
@@ -112,7 +118,7 @@ class ResponsesRequest(GenerationRequest):
         (*REFUSED, "response_format"), "give the form of the answer in 'text.format'"
     )
 
-    input: str | Annotated[Listed[InputItem], Field(min_length=1)]
+    input: str | Listed[InputItem]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     tools: Listed[FunctionTool] | None = None
@@ -210,8 +216,8 @@ def _unseal(path: str, sealed: str) -> str:
 
 def _messages(items: str | list[InputItem]) -> Iterator[dict[str, Any]]:
     """Messages of chat. What a turn of the assistant consists of lies side by side in the input."""
-    if isinstance(items, str):
-        yield {"role": "user", "content": items}
+    if isinstance(items, str) or not items:
+        yield {"role": "user", "content": items or ""}
         return
     turn: dict[str, Any] | None = None
     for index, item in enumerate(items):
@@ -262,9 +268,7 @@ def _thought(path: str, item: InputItem) -> str:
 
 def _other_message(path: str, item: InputItem) -> dict[str, Any]:
     if item.type == "function_call_output":
-        if item.output is None:
-            raise RequestError(f"{path}: a function_call_output needs 'output'", param=path)
-        return {"role": "tool", "tool_call_id": item.call_id, "content": _text(f"{path}.output", item.output)}
+        return {"role": "tool", "tool_call_id": item.call_id, "content": _output(item.output)}
     if item.type not in ("message", None):
         raise RequestError(f"{path}: items of type {item.type[:40]!r} are not supported", param=path)
     if item.role is None:
@@ -272,6 +276,12 @@ def _other_message(path: str, item: InputItem) -> dict[str, Any]:
     if item.content is None:
         raise RequestError(f"{path}: a message of role {item.role!r} needs 'content'", param=path)
     return {"role": item.role, "content": _text(f"{path}.content", item.content)}
+
+
+def _output(output: str | list[Part] | None) -> str:
+    if isinstance(output, list):
+        return "".join(text_or_placeholder(part.type, part.text) for part in output)
+    return output or ""
 
 
 def _text(path: str, content: str | list[Part] | None) -> Any:

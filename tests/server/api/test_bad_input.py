@@ -220,12 +220,13 @@ def test_fields_without_a_meaning_here_are_ignored(client: TestClient, field: st
 def test_a_prompt_beyond_the_context_is_told_in_the_words_that_clients_search_for(
     client: TestClient, engine: ScriptedEngine
 ) -> None:
-    error = refused(client, body_with(messages=[{"role": "user", "content": "word " * 5000}]))
+    path = f"/api{CHAT}"
+    error = refused(client, body_with(messages=[{"role": "user", "content": "word " * 5000}]), path=path)
     assert error["metadata"]["error_type"] == "context_length_exceeded"
     assert "maximum context length is 4096 tokens. However, you requested about " in error["message"]
-    error = refused(client, body_with(max_tokens=4096))
+    error = refused(client, body_with(max_tokens=4095), path=path)
     num_prompt = len(engine.requests[0].token_ids)
-    assert f"{4096 + num_prompt} tokens ({num_prompt} of text input, 4096 in the output)" in error["message"]
+    assert f"{4095 + num_prompt} tokens ({num_prompt} of text input, 4095 in the output)" in error["message"]
 
 
 def test_unknown_paths_and_methods_get_the_body_too(client: TestClient) -> None:

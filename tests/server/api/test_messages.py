@@ -219,10 +219,6 @@ NO_TOOL = {"type": "custom", "name": "web_search"}
     ("fields", "words"),
     [
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "image"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [IMAGE]}]}]},
-            "image",
-        ),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "document"),
         ({"system": [IMAGE]}, "image"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "I"}]}, "must end with the user"),

@@ -83,7 +83,7 @@ def test_names_are_escaped_in_header_and_log(
     response = client.post("/v1/chat/completions", json=body)
     assert response.headers["x-glmserve-ignored"] == said
     assert said in caplog.text
-    assert len([line for line in caplog.text.splitlines() if "ignored, because" in line]) == 1
+    assert len([line for line in caplog.text.splitlines() if "ignored here" in line]) == 1
     assert len(caplog.records) == len(caplog.text.splitlines())
 
 
@@ -110,7 +110,7 @@ def test_the_log_says_it_once_for_each_agent(
     assert "max_tokns (did you mean max_tokens?)" in told(max_tokns=1, session_id="a")
     assert told(max_tokns=2, session_id="a") == ""
     assert "'b'" in told(max_tokns=1, session_id="b")
-    assert told(max_tokns=1, other=1, session_id="a").endswith("here: other")
+    assert told(max_tokns=1, other=1, session_id="a").endswith("ignored here: other")
 
 
 def test_metrics_count_them_without_their_names(service: Service, engine: ScriptedEngine) -> None:
