@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, HTTPException, Response
 from fastapi.responses import JSONResponse
 
 from config.errors import RequestError
@@ -35,6 +35,8 @@ PARAMETERS = [
     "reasoning_effort",
     "include_reasoning",
 ]
+# Asked of something that is not there they are a 404, as a GET is.
+CHANGES = ["POST", "PUT", "PATCH", "DELETE"]
 ARCHITECTURE = {
     "modality": "text->text",
     "input_modalities": ["text"],
@@ -89,6 +91,12 @@ def models_router(service: Service) -> APIRouter:
     async def get_openrouter_model(model_id: str) -> dict[str, Any]:
         _check_id(service, model_id)
         return {"data": model_card(service)}
+
+    @router.api_route("/models/{model_id:path}", methods=CHANGES, include_in_schema=False)
+    @router.api_route("/model/{model_id:path}", methods=CHANGES, include_in_schema=False)
+    async def change_model(model_id: str) -> None:
+        _check_id(service, model_id.removesuffix("/endpoints"))
+        raise HTTPException(405, "a model can only be read", {"Allow": "GET, HEAD"})
 
     return router
 

@@ -191,7 +191,7 @@ class TokenCount(BaseModel):
 
 class OutputItem(BaseModel):
     id: str
-    type: Literal["reasoning", "message", "function_call"]
+    type: Literal["reasoning", "message", "function_call", "custom_tool_call"]
     status: Literal["completed"]
 
 

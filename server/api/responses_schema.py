@@ -1,17 +1,27 @@
 """The body of OpenAI's Responses, and the chat request that it amounts to.
 
-Nothing is stored here, so a conversation comes whole in `input`; what would need the store is refused.
+No response is stored here, so a conversation comes whole in `input`, but for references to recent items; what
+would need a store is refused.
 """
 
 import base64
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from config.errors import RequestError
-from server.api.chat_parts import JsonSchema, not_hosted, text_or_placeholder
+from server.api.chat_parts import JsonSchema, text_or_placeholder
 from server.api.chat_schema import ChatRequest
+from server.api.responses_tools import (
+    ResponsesTool,
+    ToolChoice,
+    ToolToCall,
+    custom_arguments,
+    flat_name,
+    own_tools,
+)
 from server.api.schema import (
     IGNORED,
     REFUSED,
@@ -28,6 +38,7 @@ from server.glm.effort import Effort
 # Of what OpenAI's service does beside answering; nothing is lost without it.
 RESPONSES_IGNORED = frozenset(["access_programs", "client_metadata", "max_tool_calls"])
 NEEDS_STORE = ("previous_response_id", "conversation", "prompt", "background")
+Find = Callable[[str], dict[str, Any] | None]
 ENCRYPTED = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
 
@@ -40,6 +51,15 @@ class Part(Lenient):
     refusal: str | None = None
 
 
+OWN_CALLS = ("function_call", "custom_tool_call", "local_shell_call")
+RESULTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output")
+_HOSTED = re.compile(r"(_call|_call_output|^tool_search_output|^ghost_snapshot)$|^mcp_")
+
+
+def _is_hosted(kind: str) -> bool:
+    return kind not in (*OWN_CALLS, *RESULTS) and bool(_HOSTED.search(kind))
+
+
 class InputItem(Lenient):
     """One item of the input. Which fields an item has depends on its type."""
 
@@ -49,46 +69,42 @@ class InputItem(Lenient):
     summary: Listed[Part] | None = None
     encrypted_content: str | None = None
     call_id: str | None = None
+    id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
+    input: str | None = None
+    action: dict[str, Any] | None = None
     output: str | Listed[Part] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_hosted(cls, value: Any) -> Any:
+        """An item of a hosted tool has fields of its own, which are nobody's here."""
+        kind = value.get("type") if isinstance(value, dict) else None
+        return {"type": kind} if isinstance(kind, str) and _is_hosted(kind) else value
+
+    @property
+    def is_hosted(self) -> bool:
+        """Whether it tells of a tool that is hosted elsewhere."""
+        return _is_hosted(self.type or "")
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it only names an item of an earlier response."""
+        return self.type == "item_reference" or (self.type is None and self.role is None and bool(self.id))
+
     def overlooked(self) -> Iterator[str]:
-        """What a tool gave that is no text: a client cannot help that, so a placeholder stands for it."""
+        """The item itself, or what a tool gave that is no text: a placeholder stands for that."""
+        if self.is_hosted:
+            yield self.type or ""
         for index, part in enumerate(self.output if isinstance(self.output, list) else ()):
             if not part.type.endswith("text"):
                 yield f"output[{index}].{part.type}"
 
 
-class FunctionTool(Lenient):
-    """A function that the client carries out; OpenAI's own tools have other types."""
-
-    type: str
-    name: str | None = None
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    @property
-    def is_hosted(self) -> bool:
-        """Whether OpenAI carries it out."""
-        return self.type != "function"
-
-    def overlooked(self) -> Iterator[str]:
-        """The type of a hosted tool."""
-        if self.is_hosted:
-            yield self.type
-
-
-class FunctionChoice(Lenient):
-    """The one function that must be called."""
-
-    type: Literal["function"]
-    name: str
-
-
 class ReasoningChoice(Options):
-    """How hard to think. There are no summaries: the thought itself is sent."""
+    """How hard to think. A summary is the thought itself."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(["context", "mode"])
 
@@ -121,10 +137,8 @@ class ResponsesRequest(GenerationRequest):
     input: str | Listed[InputItem]
     instructions: str | None = None
     max_output_tokens: Count | None = None
-    tools: Listed[FunctionTool] | None = None
-    tool_choice: (
-        Annotated[Literal["none", "auto", "required"] | FunctionChoice, BeforeValidator(not_hosted)] | None
-    ) = None
+    tools: Listed[ResponsesTool] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningChoice | None = None
     text: TextConfig | None = None
@@ -164,19 +178,23 @@ class ResponsesRequest(GenerationRequest):
         """Whether the client asks for a thought in the one form that it is sure to send back."""
         return ENCRYPTED in (self.include or [])
 
-    def chat(self) -> ChatRequest:
-        """The same request as a chat completion. Raises ValidationError, or RequestError."""
+    @property
+    def wants_summary(self) -> bool:
+        """Whether the client shows summaries of thoughts: it gets the thought itself as one."""
+        return bool(self.reasoning and (self.reasoning.summary or self.reasoning.generate_summary))
+
+    def chat(self, find: Find = lambda item_id: None) -> ChatRequest:
+        """The same request as a chat completion; `find` gives items that are only referred to.
+
+        Raises ValidationError, or RequestError.
+        """
         shared = GenerationRequest.model_fields
         fields = self.given(*(name for name in shared if name not in ("n", "stream_options")))
-        fields["messages"] = [*self._instructions(), *_messages(self.input)]
+        items = self.input if isinstance(self.input, str) else _resolved(self.input, find)
+        fields["messages"] = [*self._instructions(), *_messages(items)]
         optional = {
             "max_completion_tokens": self.max_output_tokens,
-            "tools": [
-                _tool(f"tools[{index}]", tool)
-                for index, tool in enumerate(self.tools or [])
-                if not tool.is_hosted
-            ]
-            or None,
+            "tools": [tool.function() for tool in own_tools(self.tools)] or None,
             "tool_choice": self._tool_choice(),
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
@@ -191,8 +209,9 @@ class ResponsesRequest(GenerationRequest):
         return [{"role": "system", "content": self.instructions}] if self.instructions is not None else []
 
     def _tool_choice(self) -> Any:
-        if isinstance(self.tool_choice, FunctionChoice):
-            return {"type": "function", "function": {"name": self.tool_choice.name}}
+        if isinstance(self.tool_choice, ToolToCall):
+            name = flat_name(self.tool_choice.namespace, self.tool_choice.name)
+            return {"type": "function", "function": {"name": name}}
         return self.tool_choice
 
     def _response_format(self) -> dict[str, Any] | None:
@@ -212,6 +231,26 @@ def _unseal(path: str, sealed: str) -> str:
         return base64.b64decode(sealed, validate=True).decode()
     except ValueError as error:
         raise RequestError(f"{path}.encrypted_content is not of this server", param=path) from error
+
+
+def _resolved(items: list[InputItem], find: Find) -> list[InputItem]:
+    """The items, with those that are referred to in their places, and without those of hosted tools."""
+    return [
+        _referred(f"input[{index}]", item, find) if item.is_reference else item
+        for index, item in enumerate(items)
+        if not item.is_hosted
+    ]
+
+
+def _referred(path: str, item: InputItem, find: Find) -> InputItem:
+    found = find(item.id or "")
+    if found is None:
+        raise RequestError(
+            f"{path}: there is no item {(item.id or '')[:100]!r} among the recent ones (item_reference); "
+            "send the item itself (in the AI SDK: store: false)",
+            param=f"{path}.id",
+        )
+    return InputItem.model_validate(found)
 
 
 def _messages(items: str | list[InputItem]) -> Iterator[dict[str, Any]]:
@@ -249,32 +288,43 @@ def _assistant_part(path: str, item: InputItem) -> dict[str, Any] | None:
     match item.type:
         case "reasoning":
             return {"reasoning": _thought(path, item)}
-        case "function_call":
-            if not item.name:
-                raise RequestError(f"{path}: a function_call needs 'name'", param=path)
-            function = {"name": item.name, "arguments": item.arguments or ""}
-            return {"tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
+        case "function_call" | "custom_tool_call" | "local_shell_call":
+            function = _function(path, item)
+            call_id = item.call_id or item.id
+            return {"tool_calls": [{"id": call_id, "type": "function", "function": function}]}
         case "message" | None if item.role == "assistant":
             return {"content": _text(f"{path}.content", item.content)}
     return None
 
 
+def _function(path: str, item: InputItem) -> dict[str, Any]:
+    if item.type == "local_shell_call":
+        return {"name": "local_shell", "arguments": item.action or {}}
+    if not item.name:
+        raise RequestError(f"{path}: a {item.type} needs 'name'", param=f"{path}.name")
+    name = flat_name(item.namespace, item.name)
+    if item.type == "custom_tool_call":
+        return {"name": name, "arguments": custom_arguments(item.input or "")}
+    return {"name": name, "arguments": item.arguments or ""}
+
+
 def _thought(path: str, item: InputItem) -> str:
     if item.encrypted_content:
         return _unseal(path, item.encrypted_content)
-    parts = item.content if isinstance(item.content, list) else item.summary or []
+    parts = item.content if isinstance(item.content, list) and item.content else item.summary or []
     return "".join(part.text or "" for part in parts)
 
 
 def _other_message(path: str, item: InputItem) -> dict[str, Any]:
-    if item.type == "function_call_output":
-        return {"role": "tool", "tool_call_id": item.call_id, "content": _output(item.output)}
+    if item.type in RESULTS:
+        return {"role": "tool", "tool_call_id": item.call_id or item.id, "content": _output(item.output)}
     if item.type not in ("message", None):
         raise RequestError(f"{path}: items of type {item.type[:40]!r} are not supported", param=path)
     if item.role is None:
-        raise RequestError(f"{path}: a message needs 'role'", param=path)
+        raise RequestError(f"{path}: a message needs 'role'", param=f"{path}.role")
     if item.content is None:
-        raise RequestError(f"{path}: a message of role {item.role!r} needs 'content'", param=path)
+        message = f"{path}: a message of role {item.role!r} needs 'content'"
+        raise RequestError(message, param=f"{path}.content")
     return {"role": item.role, "content": _text(f"{path}.content", item.content)}
 
 
@@ -297,10 +347,3 @@ def _part_text(path: str, part: Part) -> str:
         message = f"{path}: parts of type {part.type[:40]!r} are not supported, this model reads text"
         raise RequestError(message, param=path)
     return text
-
-
-def _tool(path: str, tool: FunctionTool) -> dict[str, Any]:
-    if not tool.name:
-        raise RequestError(f"{path}: a function needs 'name'", param=f"{path}.name")
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    return {"type": "function", "function": {name: v for name, v in function.items() if v is not None}}

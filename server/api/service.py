@@ -11,6 +11,7 @@ from server.api.ledger import Ledger
 from server.api.line import Line
 from server.api.names import ModelNames
 from server.api.parameters import Parameters
+from server.api.recent_items import RecentItems
 from server.api.remembered import Remembered
 from server.api.schema import GenerationRequest
 from server.engine.interface import Engine
@@ -42,6 +43,7 @@ class Service:
     explainer: Explainer = field(default_factory=Explainer)
     keepalive_s: float = 5.0
     patience_s: float | None = 10.0
+    recent_items: RecentItems = field(default_factory=RecentItems)
     parameters: Parameters = field(default_factory=Parameters)
     started_at: int = field(default_factory=lambda: int(time.time()))
 
