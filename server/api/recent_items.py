@@ -1,6 +1,6 @@
 """Items of recent responses, so that a client may refer to one by its id instead of sending it again.
 
-`RecentItems` belongs to the service and to the event loop's thread; only `find` may be called from any thread.
+`RecentItems` belongs to the service and to the event loop's thread; any thread may call `find`.
 Its bytes are a line of the memory plan. Nothing outlives the process.
 """
 

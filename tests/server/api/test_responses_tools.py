@@ -90,7 +90,7 @@ def test_two_tools_of_one_flat_name_are_refused_by_it(client: TestClient) -> Non
 @pytest.mark.parametrize("text", ["*** Begin Patch\n+ä\n", '{"input": 3}', "", "a </think> b"])
 def test_a_custom_tool_is_a_function_of_one_string(
     client: TestClient,
-    says: Callable[..., None],
+    says: Callable[..., None],  # noqa: F811
     engine: ScriptedEngine,
     tokenizer: Tokenizer,
     text: str,
