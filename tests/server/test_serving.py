@@ -78,12 +78,13 @@ def gauge(server: Server, name: str) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_requests", [1, 2, 4])
 def test_requests_are_counted_while_they_run(server: Server, num_requests: int) -> None:
-    body = {"prompt": "A", "max_tokens": 2000, "logit_bias": {"100": 100}, "stream": True}  # says one thing only
+    body = {"prompt": "A", "max_tokens": 2000, "logit_bias": {"100": 100}, "stream": True}  # no end of turn
     with ExitStack() as stack:
+        streams = []  # one that is collected hangs up
         for index in range(num_requests):
             asked = httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60)
-            lines = stack.enter_context(asked).iter_lines()
-            next(line for line in lines if line.startswith("data:"))
+            streams.append(stack.enter_context(asked).iter_lines())
+            next(line for line in streams[-1] if line.startswith("data:"))
             assert gauge(server, "requests_running") == index + 1
             assert gauge(server, "agents") == 1
     deadline = time.monotonic() + 10
