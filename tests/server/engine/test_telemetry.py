@@ -2,8 +2,8 @@
 
 import pytest
 
-from server.engine.messages import Event, Failed, Finished, Progress, Queued, Started, Stats, Usage
 from server.engine.telemetry import CROWD_S, Telemetry
+from server.link.messages import Event, Failed, Finished, Progress, Queued, Started, Stats, Usage
 
 
 class Told:

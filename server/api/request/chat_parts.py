@@ -1,0 +1,222 @@
+"""What the body of a chat completion is made of; `chat_schema` puts it together."""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from server.api.request.common_fields import Count, Lenient, Listed, Noted, Options, fault
+from server.glm.effort import Effort
+
+
+class Part(Lenient):
+    """A part of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+# What is no text, by words in the names of its parts in all dialects.
+_MEDIA = ("image", "file", "document", "audio", "video")
+
+
+def text_or_placeholder(kind: str, text: str | None, name: str | None = None) -> str:
+    """The text of a part of a tool's result, or what the model reads in the place of another kind of part.
+
+    `name` is that of the tool which a reference names.
+    """
+    if kind in ("text", "input_text", "output_text"):
+        return text or ""
+    if name is not None:
+        return f"[tool: {name}]"
+    medium = next((medium for medium in _MEDIA if medium in kind), kind[:40])
+    return f"[{medium} left out: this model reads text]"
+
+
+class FunctionCall(Lenient):
+    """A call that the model made; the arguments are JSON in a string."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(Lenient):
+    """A tool call of an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
+class ReasoningDetail(Lenient):
+    """OpenRouter's form of an earlier thought."""
+
+    text: str | None = None
+
+
+class Reasoning(Options):
+    """OpenRouter's `reasoning`. There are no summaries: the thought itself is sent."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(["summary", "context", "mode"])
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+    max_tokens: Count | None = None
+
+
+class ConfigurationUpdate(Lenient):
+    """A change of mind in the middle of a conversation."""
+
+    reasoning: Reasoning | None = None
+
+
+class Message(Lenient):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Listed[Part] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    reasoning_details: Listed[ReasoningDetail] | None = None
+    tool_calls: Listed[ToolCall] | None = None
+    tool_call_id: str | None = None
+    configuration_update: ConfigurationUpdate | None = None
+    function_call: None = (
+        None  # the old form of a call: whoever still sends one must know that it is not read
+    )
+    audio: None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and self.role not in ("assistant", "tool"):
+            raise fault("content", f"a message of role {self.role!r} needs content")
+        for index, part in enumerate(self._parts if self.role != "tool" else ()):
+            if part.type != "text" or part.text is None:
+                message = f"parts of type {part.type[:40]!r} are not supported, this model reads text"
+                raise fault(f"content[{index}]", message)
+        return self
+
+    @property
+    def _parts(self) -> list[Part]:
+        return self.content if isinstance(self.content, list) else []
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, list):
+            return "".join(text_or_placeholder(part.type, part.text) for part in self.content)
+        return self.content or ""
+
+    def overlooked(self) -> Iterator[str]:
+        """What a tool gave that is no text: a client cannot help that, so a placeholder stands for it."""
+        for index, part in enumerate(self._parts):
+            if part.type != "text":
+                yield f"content[{index}].{part.type}"
+
+    @property
+    def thought(self) -> str | None:
+        """The reasoning of an earlier turn, in whichever form it came back."""
+        details = "".join(detail.text or "" for detail in self.reasoning_details or [])
+        return self.reasoning_content or self.reasoning or details or None
+
+
+class Function(BaseModel):
+    """What the model is told about a function, keys in the client's order."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    # the format of calls has no place for blanks or tags in a name
+    name: Annotated[str, Field(pattern=r"^[^\s<>]{1,256}$")]
+
+
+class Tool(Noted):
+    """A tool that the model may call; one that is hosted elsewhere has another type, and is not here."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: str
+    function: Function | None = None
+
+    @model_validator(mode="after")
+    def _has_a_function(self) -> Self:
+        if self.type == "function" and self.function is None:
+            raise fault("function", "a tool of type 'function' needs 'function'")
+        if self.type == "custom":
+            raise fault(
+                "type", "tools of type 'custom' are not supported here: make it one of type 'function'"
+            )
+        return self
+
+    def overlooked(self) -> Iterator[str]:
+        """The type of a hosted tool."""
+        if self.type != "function":
+            yield self.type
+
+
+class TemplateOptions(Options):
+    """`chat_template_kwargs`: the template's own switches."""
+
+    enable_thinking: bool | None = None
+    clear_thinking: bool | None = None
+    reasoning_effort: Effort | None = None
+
+
+class Thinking(Options):
+    """Z.ai's switch."""
+
+    type: Literal["enabled", "disabled"]
+    clear_thinking: bool | None = None
+
+
+class JsonSchema(Lenient):
+    """A schema and its name. It is enforced whether `strict` is true or not."""
+
+    name: str | None = None
+    strict: bool | None = None
+    json_schema: Any = Field(default=None, alias="schema")
+
+
+class ResponseFormat(Options):
+    """What the content must be."""
+
+    refused: ClassVar[Mapping[str, str]] = {"schema": "the schema belongs into 'json_schema'"}
+
+    type: Literal["text", "json_object", "json_schema", "grammar", "regex"]
+    json_schema: JsonSchema | None = None
+    grammar: str | None = None
+    regex: Annotated[str, Field(max_length=4096)] | None = None
+
+    @model_validator(mode="after")
+    def _says_what(self) -> Self:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.json_schema is None):
+            raise fault("json_schema", "type 'json_schema' needs 'json_schema.schema'")
+        if self.type == "grammar" and not self.grammar:
+            raise fault("grammar", "type 'grammar' needs 'grammar'")
+        if self.type == "regex" and not self.regex:
+            raise fault("regex", "type 'regex' needs 'regex'")
+        return self
+
+
+class NamedFunction(Lenient):
+    """The name of a tool."""
+
+    name: str
+
+
+class NamedTool(Lenient):
+    """The one tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def not_hosted(choice: Any) -> Any:
+    """The choice, unless it is of a tool that is hosted elsewhere: nobody here could carry it out."""
+    kind = choice.get("type") if isinstance(choice, dict) else "function"
+    if kind != "function":
+        raise fault("", f"a choice of type {str(kind)[:40]!r} is not supported, only a function by its name")
+    return choice
+
+
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(not_hosted)]
