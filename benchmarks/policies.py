@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.routing import Routing, load_routing, make_routing
+from benchmarks.rig.routing import Routing, load_routing, make_routing
 from config.expert_policy import ExpertPolicy
 from streaming.contest import COUNTED_STEPS, PAUSE_STEPS, WARM_STEPS, Contest, make_rule
 from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores

@@ -10,9 +10,9 @@ import pytest
 
 import benchmarks
 from benchmarks.policies import TUNED_SHARES, _step, count_hits
-from benchmarks.routing import Routing, load_routing, make_routing
+from benchmarks.rig.routing import Routing, load_routing, make_routing
 from config.settings import Settings
-from server.engine.messages import EngineConfig
+from server.link.messages import EngineConfig
 from streaming.contest import COUNTED_STEPS, MARGIN, WARM_STEPS, Contest, make_rule
 from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed
 
