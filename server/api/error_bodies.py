@@ -176,9 +176,9 @@ def _first_fault(error: ValidationError) -> tuple[str, str | None]:
     faults = [(_steps(fault), fault) for fault in error.errors(include_url=False, include_input=False)]
     steps, fault = max(faults, key=lambda one: len(one[0]))
     message = _MESSAGES.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
-    is_named = bool(_blamed(fault))  # then the words name the field within its part of the body
-    part = _path(steps[:-1] if is_named else steps)
-    return (f"{part}: {message}" if part else message), _path(steps) or None
+    param = _path(steps) or None
+    is_named = fault["loc"] == ()  # a fault of the whole body says in its words which field is to blame
+    return (message if is_named else f"{param}: {message}"), param
 
 
 def _steps(fault: ErrorDetails) -> list[int | str]:

@@ -92,9 +92,11 @@ class Message(Lenient):
         if self.content is None and self.role not in ("assistant", "tool"):
             raise fault("content", f"a message of role {self.role!r} needs content")
         for index, part in enumerate(self._parts if self.role != "tool" else ()):
-            if part.type != "text" or part.text is None:
-                message = f"parts of type {part.type[:40]!r} are not supported, this model reads text"
-                raise fault(f"content[{index}]", message)
+            if part.type != "text":
+                message = f"a part can only be of type 'text', not {part.type[:40]!r}: this model reads text"
+                raise fault(f"content[{index}].type", message)
+            if part.text is None:
+                raise fault(f"content[{index}].text", "a part of type 'text' needs 'text'")
         return self
 
     @property
