@@ -115,9 +115,10 @@ def test_without_a_word_of_rope_its_theta_is_that_of_transformers() -> None:
 @pytest.mark.parametrize(
     "rope",
     [
-        {}, {"rope_type": None}, {"rope_type": "default"}, {"theta": 8e6}, {"base": 8e6}, {"rope_theta": None},
-        {"full_attention": {"rope_theta": 8e6, "rope_type": "default"}}, {"rope_theta": "8e6"},
-        {"rope_theta": [8e6]}, {"rope_theta": True}, {"rope_theta": 0}, {"rope_theta": -8e6}, [], "", 8e6, False,
+        {}, {"rope_type": None}, {"rope_type": "default"}, {"theta": 8e6}, {"base": 8e6},
+        {"full_attention": {"rope_theta": 8e6, "rope_type": "default"}}, {"rope_theta": None},
+        {"rope_theta": "8e6"}, {"rope_theta": [8e6]}, {"rope_theta": True}, {"rope_theta": 0},
+        {"rope_theta": -8e6}, [], "", 8e6, False,
     ],
     ids=str,
 )  # fmt: skip
