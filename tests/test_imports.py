@@ -14,7 +14,7 @@ ALLOWED = {
     "config": set[str](),
     "streaming": {"config"},
     "models": {"config", "streaming"},
-    "server.engine": {"config", "streaming", "models", "server.logs"},
+    "server.engine": {"config", "streaming", "models", "server.logs", "server.glm.tokenizer_file"},
     "server.glm": {"config"},
     "server.api": {"config", "server.engine.interface", "server.engine.messages", "server.glm",
                    "server.version"},
