@@ -5,7 +5,6 @@ Called by the command line. Reads headers only; knows nothing of what the tensor
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from pathlib import Path
 import models
 from config.errors import CheckpointError
 from models.args import MODEL_TYPE
+from server.hub_cache import cache_folder, cached_repos, find_snapshot, parse_repo, snapshot_of
 from streaming.headers import FP8, read_headers
 
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 GLM_ID = "z-ai/glm-5.2"
 # Pocket is a toy: it must never answer to the name of the real model unless somebody says so.
 POCKET_ID = "glmserve/pocket"
@@ -51,8 +50,8 @@ def find_checkpoint(path_or_repo: str) -> Path:
     """The complete checkpoint that the user means. Never downloads."""
     # os.path's questions, and not Path's: what may not be looked at, or has no possible name, is not there.
     path = Path(os.path.expanduser(path_or_repo))
-    if not os.path.exists(path) and REPO_ID.fullmatch(path_or_repo):
-        path = _find_in_cache(path_or_repo)
+    if not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
+        path = _find_in_cache(*repo)
     if not os.path.isdir(path):
         raise CheckpointError(f"--model {path_or_repo}: there is no such folder, or it may not be read")
     if not os.path.exists(path / "config.json"):
@@ -61,12 +60,13 @@ def find_checkpoint(path_or_repo: str) -> Path:
     return path
 
 
-def _find_in_cache(repo: str) -> Path:
-    snapshot = _snapshot(_cache_folder() / f"models--{repo.replace('/', '--')}")
+def _find_in_cache(repo: str, revision: str | None) -> Path:
+    snapshot = find_snapshot(repo, revision)
     if snapshot is None:
+        at = f" --revision {revision}" if revision else ""
         raise CheckpointError(
-            f"--model {repo} is neither a folder nor in the Hugging Face cache; "
-            f"fetch it with `hf download {repo}`"
+            f"--model {repo}{f'@{revision}' if revision else ''} is neither a folder nor in the Hugging Face "
+            f"cache ({cache_folder()}); fetch it with `hf download {repo}{at}`"
         )
     return snapshot
 
@@ -74,8 +74,8 @@ def _find_in_cache(repo: str) -> Path:
 def _cached_glms() -> Iterator[Path]:
     """Complete checkpoints of our model type by name, those in FP8 last: they must be converted first."""
     only_convert = []
-    for folder in sorted(_cache_folder().glob("models--*")):
-        snapshot = _snapshot(folder)
+    for folder in cached_repos():
+        snapshot = snapshot_of(folder)
         dtypes = _dtypes_of_glm(snapshot) if snapshot else None
         if snapshot is None or dtypes is None:
             continue
@@ -95,22 +95,3 @@ def _dtypes_of_glm(snapshot: Path) -> set[str] | None:
         return {entry.dtype for entry in read_headers(snapshot).values()}
     except (OSError, ValueError, RecursionError, CheckpointError):
         return None
-
-
-def _snapshot(folder: Path) -> Path | None:
-    """Of the main revision; None where there is none, or none that may be read."""
-    try:
-        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        revision = "main"
-    except (OSError, ValueError):
-        return None
-    snapshot = folder / "snapshots" / revision
-    return snapshot if revision and os.path.isdir(snapshot) else None
-
-
-def _cache_folder() -> Path:
-    if hub := os.environ.get("HF_HUB_CACHE"):
-        return Path(hub)
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return Path(home) / "hub"
