@@ -19,8 +19,8 @@ import models
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.cache import RowCache, SequenceCache
+from models.checkpoint_tensors import read_tensors
 from streaming.floats import Bytes
-from streaming.headers import list_files
 
 
 def read_blocks(cache: SequenceCache, start: int, sizes: Sequence[int]) -> list[Bytes]:
@@ -85,7 +85,7 @@ def cache_fingerprint(
     for source in sorted(Path(models.__file__).parent.glob("*.py")):
         _feed(digest, source.name.encode(), source.read_bytes())
     _feed(digest, (directory / "config.json").read_bytes())
-    for path in list_files(directory):
+    for path in sorted({entry.path for entry in read_tensors(directory, args).values()}):
         stat = path.stat()
         time = f" {stat.st_mtime_ns}" if knows_times else ""
         _feed(digest, f"{path.name} {stat.st_size}{time}".encode(), *_samples(path))

@@ -3,7 +3,6 @@
 Called by the command line. Reads headers only; knows nothing of what the tensors mean.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ from pathlib import Path
 
 import models
 from config.errors import CheckpointError
-from models.args import MODEL_TYPE
+from models.args import ModelArgs
+from models.checkpoint_tensors import read_config, read_tensors
+from models.vendor_formats import refuse_vendor_format
 from server.hub_cache import cache_folder, cached_repos, find_snapshot, parse_repo, snapshot_of
-from streaming.headers import FP8, read_headers
+from streaming.headers import FP8, TensorEntry, read_headers
 
 GLM_ID = "z-ai/glm-5.2"
 # Pocket is a toy: it must never answer to the name of the real model unless somebody says so.
@@ -56,7 +57,7 @@ def find_checkpoint(path_or_repo: str) -> Path:
         raise CheckpointError(f"--model {path_or_repo}: there is no such folder, or it may not be read")
     if not os.path.exists(path / "config.json"):
         raise CheckpointError(f"--model {path}: no config.json there, so this is not a checkpoint")
-    read_headers(path)
+    _read_tensors(path)
     return path
 
 
@@ -87,11 +88,20 @@ def _cached_glms() -> Iterator[Path]:
 
 
 def _dtypes_of_glm(snapshot: Path) -> set[str] | None:
-    """Of the tensors; None where it is no complete checkpoint of our model type."""
+    """Of the tensors; None where it is no complete checkpoint of our model type, in a format of our own."""
     try:
-        config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-            return None
-        return {entry.dtype for entry in read_headers(snapshot).values()}
-    except (OSError, ValueError, RecursionError, CheckpointError):
+        config = read_config(snapshot)
+        tensors = _read_tensors(snapshot)
+        refuse_vendor_format(snapshot, config, tensors)
+        return {entry.dtype for entry in tensors.values()}
+    except CheckpointError:
         return None
+
+
+def _read_tensors(directory: Path) -> dict[str, TensorEntry]:
+    """Headers of all tensors; those that the index lists where the config does not say which are needed."""
+    try:
+        args = ModelArgs.from_config(read_config(directory))
+    except CheckpointError:  # the engine says what is wrong with it
+        return read_headers(directory)
+    return read_tensors(directory, args)
