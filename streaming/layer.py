@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 
 from config.errors import DiskError
 from streaming.banks import Bank
+from streaming.disk.reads import ReadClass
 from streaming.fills import Fill, Filler, raise_failure
 from streaming.lookahead import Gate
-from streaming.reads import ReadClass
 from streaming.residency import Residency
 from streaming.statistics import StoreStatistics
 

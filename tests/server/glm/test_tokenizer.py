@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from config.errors import CheckpointError
-from server.engine.grammar import Grammars
+from server.engine.decode.token_masks import Grammars
 from server.glm.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 
 TEXTS = [
