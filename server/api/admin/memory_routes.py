@@ -4,11 +4,12 @@ The engine decides, and answers with the plan that is in force then; nothing is 
 """
 
 import secrets
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Depends
 from pydantic import model_validator
 
+from config.expert_policy import ExpertPolicy
 from config.sizes import parse_size
 from server.api.error_bodies import GenerationFailed
 from server.api.request.body import body_of
@@ -21,7 +22,7 @@ class PlanRequest(Exact):
     """As the flags of these names; absent: as it is."""
 
     ram_budget: str | None = None
-    expert_policy: Literal["lru", "nearness"] | None = None
+    expert_policy: ExpertPolicy | None = None
 
     @property
     def budget_bytes(self) -> int | None:

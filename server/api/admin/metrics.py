@@ -64,6 +64,10 @@ GAUGES = {
     "kv_tokens": ("kv_tokens", "tokens whose KV is held or set aside"),
     "kv_capacity": ("kv_tokens_capacity", "tokens whose KV fits"),
     "batch_width": ("batch_width", "answers that go forward in one step, at most"),
+    "policy_gain": (
+        "expert_policy_nearness_gain",
+        "what nearness would have hit more than lru, of the experts asked for, when both were tried last",
+    ),
     "probe_bytes_per_s": ("probe_bytes_per_second", "rate at which the disk read experts at start-up"),
     "probe_depth": ("probe_depth", "reads at a time that this takes: the reader's threads"),
 }
@@ -74,7 +78,7 @@ LABELLED = {
         "what was measured of the widths that were tried, undisturbed",
         "batch_width",
     ),
-    "policy": ("expert_policy", "--expert-policy, or the one that was chosen since", "policy"),
+    "policy": ("expert_policy", "the policy that decides which expert gives up its place", "policy"),
     "planned": ("memory_planned_bytes", "the ledger, planned", "line"),
     "used": ("memory_used_bytes", "the ledger, used", "line"),
 }
