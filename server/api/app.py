@@ -16,6 +16,8 @@ from server.api.dialects.responses import responses_router
 from server.api.dialects.tokenize import tokenize_router
 from server.api.error_bodies import install_error_handlers
 from server.api.openapi import BASES, DescribedApp
+from server.api.request.head import HeadAsGet
+from server.api.request.parameters import HEADER, SaysIgnored
 from server.api.service import Service
 from server.api.slashes import TrailingSlash
 from server.version import VERSION
@@ -42,8 +44,10 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(cache_router(service), prefix=base)
         app.include_router(memory_router(service), prefix=base)
     app.include_router(health_router(service))
-    app.include_router(metrics_router(service.engine, service.ledger))
+    app.include_router(metrics_router(service.engine, service.ledger, service.parameters))
     install_error_handlers(app)
+    app.add_middleware(SaysIgnored)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
     app.add_middleware(TrailingSlash)
     if access.cors_origins:  # outermost: a browser's preflight carries no key
@@ -53,6 +57,6 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],  # those that are asked for: each SDK has its own
             allow_private_network=True,
-            expose_headers=["X-Generation-Id", "X-Glmserve-Cache", "Retry-After"],
+            expose_headers=["X-Generation-Id", "X-Glmserve-Cache", HEADER, "Retry-After"],
         )
     return app

@@ -39,6 +39,7 @@ def messages_router(service: Service) -> APIRouter:
     @router.post("/messages")
     async def create_message(request: Request, body: Body) -> Response:
         caller = Caller.of(request, None, body.user)
+        service.parameters.note(request, body, caller)
         chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(), caller, fills_context=True))
         message = _Message(chat, body.max_tokens)
         headers = {"X-Generation-Id": chat.envelope.id, "request-id": chat.envelope.id}
@@ -57,7 +58,8 @@ def messages_router(service: Service) -> APIRouter:
         return response
 
     @router.post("/messages/count_tokens")
-    async def count_tokens(body: Prompt) -> dict[str, int]:
+    async def count_tokens(request: Request, body: Prompt) -> dict[str, int]:
+        service.parameters.note(request, body, Caller.of(request, None, None))
         service.names.check(body.model, [])
         encode = service.dialect.tokenizer.encode
         token_ids = await anyio.to_thread.run_sync(lambda: encode(render(service, body.chat())))

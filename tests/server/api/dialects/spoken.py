@@ -58,6 +58,17 @@ CHATS = [
     Case("nothing", {}, "</think><|user|>"),
     Case("failure", {}, fails_after=3),
 ]  # fmt: skip
+CUSTOM = {"type": "custom", "name": "patch", "description": "d", "format": {"type": "text"}}
+SKY_CALLS = CALLS.replace("weather", "sky__weather")
+CUSTOM_CALL = (
+    "ask</think><tool_call>patch<arg_key>input</arg_key><arg_value>+1</arg_value></tool_call><|observation|>"
+)
+NAMESPACE = {
+    "type": "namespace",
+    "name": "sky",
+    "description": "d",
+    "tools": [{"type": "function", **FUNCTION}],
+}
 RESPONSES_TOOLS = [{"type": "function", **FUNCTION}, {"type": "function", "name": "bare"}]
 RESPONSES = [
     Case("plain", {}),
@@ -69,6 +80,8 @@ RESPONSES = [
     Case("scores", {"top_logprobs": 2, "include": ["message.output_text.logprobs"]}),
     Case("sealed thought", {"include": ["reasoning.encrypted_content"], "reasoning": {"effort": "high"}}),
     Case("summary", {"reasoning": {"effort": "low", "summary": "auto"}}),
+    Case("custom", {"tools": [CUSTOM]}, CUSTOM_CALL),
+    Case("namespace", {"tools": [NAMESPACE, {"type": "web_search"}]}, SKY_CALLS),
     Case("cut", {"max_output_tokens": 5}),
     Case("cut in its thought", {"max_output_tokens": 1}),
     Case("cut in a call", {"tools": RESPONSES_TOOLS, "max_output_tokens": 40}, CALLS),

@@ -80,7 +80,9 @@ def test_every_kind_of_object_and_event_is_spoken(spoken: list[Spoken]) -> None:
             "created", "in_progress", "completed", "incomplete", "failed", "output_item.added",
             "output_item.done", "content_part.added", "content_part.done", "output_text.delta",
             "output_text.done", "reasoning_text.delta", "reasoning_text.done",
-            "function_call_arguments.delta", "function_call_arguments.done",
+            "function_call_arguments.delta", "function_call_arguments.done", "custom_tool_call_input.delta",
+            "custom_tool_call_input.done", "reasoning_summary_part.added", "reasoning_summary_text.delta",
+            "reasoning_summary_text.done", "reasoning_summary_part.done",
         )
     }  # fmt: skip
 

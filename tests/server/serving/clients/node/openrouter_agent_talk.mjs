@@ -26,8 +26,8 @@ async function tools() {
   const getWeather = tool({
     name: FUNCTION.name,
     description: FUNCTION.description,
-    inputSchema: z.object({ city: z.string().describe("Name of the city") }),
-    execute: async (given) => (calls.push(given), JSON.parse(weather(given))),
+    inputSchema: z.object({ location: z.string().describe("Name of the city") }), // zod's schemas are news to it
+    execute: async ({ location: city }) => (calls.push({ city }), JSON.parse(weather({ city }))),
   });
   return { text: await ask(TWO_CITIES, { tools: [getWeather] }).getText(), calls };
 }
