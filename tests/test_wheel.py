@@ -1,14 +1,20 @@
-"""The built wheel holds our four packages and their launcher, and runs from a folder with other `models`."""
+"""The built wheel holds our four packages and their launcher, and serves wherever it is installed."""
 
+import json
 import shutil
 import subprocess
 import sys
+import urllib.request
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# uv is in the environment that `make` builds; pipx is where somebody has put it.
+TOOLS = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +39,7 @@ def test_its_top_level_is_ours(wheel: Path) -> None:
     }
     assert "server/glm/chat_template.jinja" in names
     assert "models/pocket/config.json" in names
+    assert not [name for name in names if "test" in name or "recipe/" in name], "nothing of training or tests"
 
 
 @pytest.mark.slow
@@ -53,3 +60,19 @@ def test_it_runs_from_a_folder_that_holds_another_models(wheel: Path, tmp_path: 
     env = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=foreign, env=env, capture_output=True, text=True, timeout=120)
     assert "there is no such folder" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_uvx_serves_it_from_the_root_folder(wheel: Path, environment: dict[str, str]) -> None:
+    uvx = require("uvx", environment)
+    command = [uvx, "--system-certs", "--constraints", str(ROOT / "constraints.txt"), "--from", str(wheel), "glmserve"]
+    with served(command, environment) as url:
+        assert ask(url) == "17 + 25 = 42."
+
+
+@pytest.mark.long
+def test_pipx_installs_it_and_it_serves_from_the_root_folder(wheel: Path, environment: dict[str, str]) -> None:
+    pipx = require("pipx", environment)
+    run(environment, pipx, "install", f"--pip-args=--constraint={ROOT / 'constraints.txt'}", str(wheel))
+    with served([environment["PIPX_BIN_DIR"] + "/glmserve"], environment) as url:
+        assert ask(url) == "17 + 25 = 42."
