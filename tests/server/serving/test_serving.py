@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,32 @@ def server() -> Iterator[Server]:
     started = start_server()
     yield started
     stop_server(started)
+
+
+def gauge(server: Server, name: str) -> float:
+    """A gauge of /metrics."""
+    text = httpx.get(server.url + "/metrics", timeout=10).text
+    found = re.search(rf"^glmserve_{name} (\S+)$", text, re.MULTILINE)
+    assert found, text
+    return float(found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_requests", [1, 2, 4])
+def test_requests_are_counted_while_they_run(server: Server, num_requests: int) -> None:
+    body = {"prompt": "A", "max_tokens": 2000, "logit_bias": {"100": 100}, "stream": True}  # no end of turn
+    with ExitStack() as stack:
+        streams = []  # one that is collected hangs up
+        for index in range(num_requests):
+            asked = httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60)
+            streams.append(stack.enter_context(asked).iter_lines())
+            next(line for line in streams[-1] if line.startswith("data:"))
+            assert gauge(server, "requests_running") == index + 1
+            assert gauge(server, "agents") == 1
+    deadline = time.monotonic() + 10
+    while gauge(server, "requests_running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def ask(server: Server, text: str) -> str:
