@@ -23,8 +23,8 @@ const providers = {
   ],
   openai: [
     createOpenAI(openAI).responses(MODEL),
-    { openai: { reasoningEffort: "high", forceReasoning: true, store: false } },
-    { openai: { reasoningEffort: "none", store: false } },
+    { openai: { reasoningEffort: "high", reasoningSummary: "auto", forceReasoning: true } },
+    { openai: { reasoningEffort: "none", forceReasoning: true } },
   ],
   anthropic: [
     createAnthropic(openAI)(MODEL),
