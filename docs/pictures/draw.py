@@ -49,8 +49,8 @@ class Picture:
         )
         return "\n".join(
             [
-                f"<svg xmlns=\"http://www.w3.org/2000/svg\" {size} role=\"img\" "
-                f"aria-label=\"{escape(self.title)}\">",
+                f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
+                f'aria-label="{escape(self.title)}">',
                 f"<style>{STYLE}</style><defs>{marker}</defs>",
                 f'<rect class="page" width="{self.width}" height="{self.height}"/>',
                 *self.parts,
