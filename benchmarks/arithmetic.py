@@ -50,7 +50,7 @@ def elementwise(rows: int, width: int, heads: int = 8) -> dict[str, dict[str, fl
     out, added = mx.zeros((4 * rows, width)), mx.random.normal((rows, width))
     mx.eval(scores, seen, out, added)
     times = {}
-    for name, arithmetic in (("mlx", replace(CPU, has_slow_exp=False)), ("ours", CPU)):
+    for name, arithmetic in (("mlx", replace(CPU, uses_numpy=False)), ("ours", CPU)):
         times[name] = {
             "softmax under a mask": median_ms(partial(_softmax, arithmetic, scores, seen)) / scores.size,
             "rows added to some": median_ms(partial(arithmetic.add_rows, out, chosen, added)) / added.size,

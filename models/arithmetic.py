@@ -70,8 +70,8 @@ class Arithmetic:
     `gather_from`: with more keys than this for each selected one, a prompt's rows gather the selected keys;
     with fewer they attend to all keys under a mask.
     `tile_elements`: of the largest intermediate of attention and indexer, within `models.tiles`' bounds.
-    `has_slow_exp`: for many rows attention's exponentials and sums over chosen rows are NumPy's, evaluated at
-    once.
+    `uses_numpy`: attention, indexer scores and the products of many rows are NumPy's, evaluated at once, in
+    float32.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Arithmetic:
     experts_at_once: int = 4
     gather_from: int = 6
     tile_elements: int = 2**24
-    has_slow_exp: bool = False
+    uses_numpy: bool = False
 
     def is_few(self, rows: int) -> bool:
         """Whether so many rows are multiplied with the weights as they are packed."""
@@ -101,6 +101,8 @@ class Arithmetic:
     def product(self, x: mx.array, w: Weight) -> mx.array:
         """x times the transpose of w. x [..., rows, in], w [..., out, in] -> [..., rows, out]."""
         q, rows = w.quantization, x.shape[-2]
+        if self._goes_to_numpy(rows):
+            return _delivered(_floats(x), self._transposed(w, rows))
         if q is None:
             return self._dense_product(x, w.weight.swapaxes(-1, -2))
         if not self.is_few(rows):
@@ -108,6 +110,22 @@ class Arithmetic:
         return mx.quantized_matmul(
             x, w.weight, scales_of(w), w.get("biases"), True, q.group_size, q.bits, q.mode
         )
+
+    def mlp(self, x: mx.array, gate: Weight, up: Weight, down: Weight) -> mx.array:
+        """silu(x gate) * (x up), times down: [rows, in] -> [rows, out], weights as in `product`."""
+        rows = x.shape[-2]
+        if not self._goes_to_numpy(rows):
+            return self.product(gated(self.product(x, gate), self.product(x, up)), down)
+        values = _floats(x)
+        hidden = values @ self._transposed(gate, rows)
+        beside = values @ self._transposed(up, rows)
+        with np.errstate(over="ignore"):  # of a large negative gate: nothing is left of it
+            inverse = np.exp(-hidden)
+        inverse += 1
+        hidden /= inverse
+        hidden *= beside
+        del inverse, beside
+        return _delivered(hidden, self._transposed(down, rows))
 
     def gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         """Each row with the matrix in its own slot. x [..., 1, in], w [slots, out, in], slots [...]."""
@@ -128,40 +146,52 @@ class Arithmetic:
             transpose=True, group_size=q.group_size, bits=q.bits, mode=q.mode,
         )  # fmt: skip
 
-    def softmax(self, scores: mx.array, visible: mx.array | None, rows: int) -> mx.array:
-        """Softmax over the last axis in float32; what is not visible (bool, broadcast) counts for nothing.
+    def attended(self, q: mx.array, keys: mx.array, values: mx.array, visible: mx.array | None) -> mx.array:
+        """softmax(q keys^T) values, the softmax in float32; keys that are not visible count for nothing.
 
-        The scores belong to so many rows of a sequence, and nobody else refers to them.
+        q [..., n, D], keys [..., T, D], values [..., T, V], visible bool [..., n, T] or None for all ->
+        [..., n, V].
         """
-        if not self.has_slow_exp or self.is_few(rows):
+        if not self.uses_numpy:
+            scores = q @ keys.swapaxes(-1, -2)
             seen = scores if visible is None else mx.where(visible, scores, -mx.inf)
-            return mx.softmax(seen, axis=-1, precise=True)
-        values = _view(scores)
+            return mx.softmax(seen, axis=-1, precise=True).astype(self.dtype) @ values
+        weights = _times(_floats(q), _floats(keys).swapaxes(-1, -2))
         if visible is not None:
-            values += np.where(_view(visible), np.float32(0), np.float32(-np.inf))
-        values -= values.max(axis=-1, keepdims=True)
-        np.exp(values, out=values)
-        values /= values.sum(axis=-1, keepdims=True)
-        return scores
-
-    def gated(self, gate: mx.array, up: mx.array) -> mx.array:
-        """silu(gate) * up, [..., rows, width].
-
-        Always MLX's: how many rows an expert gets depends on their company, and their bits must not. Of many
-        it is evaluated at once, so that unpacked weights of both are gone before those of down come.
-        """
-        out = nn.silu(gate) * up
-        if self.has_slow_exp and not self.is_few(gate.shape[-2]):
-            mx.eval(out)
+            np.copyto(weights, -np.inf, where=~_view(visible))
+        weights -= weights.max(axis=-1, keepdims=True)
+        np.exp(weights, out=weights)
+        out = _delivered(weights, _floats(values))
+        _view(out)[...] /= weights.sum(axis=-1, keepdims=True)
         return out
+
+    def index_scores(self, queries: mx.array, weights: mx.array, keys: mx.array) -> mx.array:
+        """sum over heads of w_h relu(q_h . k): [N, heads, D], [N, heads], [T, D] -> float32 [N, T].
+
+        The sum is a product with the weights, not `mx.sum` over a strided axis, which returned zeros above
+        2^31 elements (mlx #3784).
+        """
+        if not self.uses_numpy:
+            of_heads = mx.maximum(queries @ keys.astype(mx.float32).T, 0)  # [N, heads, T]
+            return (weights[:, None, :] @ of_heads)[:, 0, :]
+        scores = _times(_floats(queries), _floats(keys).T)
+        np.maximum(scores, 0, out=scores)
+        return _delivered(_floats(weights)[:, None, :], scores)[:, 0, :]
 
     def add_rows(self, out: mx.array, rows: NDArray[np.int64], added: mx.array) -> mx.array:
         """out [N, H] with added [n, H] on top of these rows, each named once; nobody else refers to out."""
-        if not self.has_slow_exp:
+        if not self.uses_numpy:
             return out.at[mx.array(rows)].add(added)
         mx.eval(out, added)
         _view(out)[rows] += _view(added)
         return out
+
+    def _goes_to_numpy(self, rows: int) -> bool:
+        return self.uses_numpy and not self.is_few(rows)
+
+    def _transposed(self, w: Weight, rows: int) -> NDArray[np.float32]:
+        """The unpacked weight [..., in, out]."""
+        return _floats(self.unpacked(w, rows).weight).swapaxes(-1, -2)
 
     def _unpack(self, w: Weight, q: Quantization) -> mx.array:
         return mx.dequantize(
@@ -176,10 +206,37 @@ class Arithmetic:
         return mx.concatenate([x[..., i : i + 1, :] @ dense for i in range(rows)], axis=-2)
 
 
+def gated(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up."""
+    return nn.silu(gate) * up
+
+
 def _view(array: mx.array) -> NDArray[Any]:
     """The array's own memory, once it is evaluated."""
     mx.eval(array)
     return np.array(array, copy=False)
+
+
+def _floats(array: mx.array) -> NDArray[np.float32]:
+    """The array's own memory, or a copy where it is not float32: NumPy knows no bfloat16."""
+    return _view(array.astype(mx.float32))
+
+
+def _times(
+    a: NDArray[np.float32], b: NDArray[np.float32], out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """a times b, [..., n, m] and [..., m, k]; one matrix for all of a is multiplied in one call."""
+    if b.ndim > 2 or a.ndim == 2:
+        return np.matmul(a, b, out=out)
+    flat = None if out is None else out.reshape(-1, b.shape[1])
+    return np.matmul(a.reshape(-1, a.shape[-1]), b, out=flat).reshape(*a.shape[:-1], b.shape[1])
+
+
+def _delivered(a: NDArray[np.float32], b: NDArray[np.float32]) -> mx.array:
+    """a times b in memory of MLX's."""
+    out = mx.zeros((*a.shape[:-1], b.shape[-1]))
+    _times(a, b, _view(out))
+    return out
 
 
 # bfloat16 products are 8 times slower than float32 ones in MLX's CPU kernels, and one packed product costs
@@ -197,7 +254,7 @@ CPU = Arithmetic(
     experts_at_once=1,
     gather_from=2,
     tile_elements=2**20,
-    has_slow_exp=True,
+    uses_numpy=True,
 )
 # The defaults; not measured on Metal.
 METAL = Arithmetic("metal", mx.bfloat16, max_packed_rows=None)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from models.arithmetic import Arithmetic, Quantization
+from models.arithmetic import Arithmetic, Quantization, Weight, gated
 from models.expert_source import ExpertSource, Fetch, Place
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -225,10 +225,13 @@ class Experts:
         out = mx.zeros((weights.shape[0], take(mx.array([0])).shape[1]))
         for group in self._source.sweep(self._layer, counts, self._arithmetic.experts_at_once):
             for place in group:
-                mlp = self._unpacked(place, counts[place.expert])
+                gate_up_down = self._unpacked(place, counts[place.expert])
                 for rows, columns in _pieces(*rows_of[place.expert]):
                     chosen = mx.array(rows)
-                    y = mlp(take(chosen)) * weights[chosen, mx.array(columns), None]
+                    y = (
+                        self._arithmetic.mlp(take(chosen), *gate_up_down)
+                        * weights[chosen, mx.array(columns), None]
+                    )
                     out = self._arithmetic.add_rows(out, rows, y)
                     if len(rows) == EXPERT_ROWS:
                         mx.eval(out)
@@ -236,17 +239,14 @@ class Experts:
             yield
         return out
 
-    def _unpacked(self, place: Place, num_rows: int) -> Callable[[mx.array], mx.array]:
-        """One expert, its weights in the form that so many rows are multiplied with: [n, H] -> [n, H]."""
-        gate, up, down = (
+    def _unpacked(self, place: Place, num_rows: int) -> list[Weight]:
+        """Gate, up and down of one expert, in the form that so many rows are multiplied with."""
+        return [
             self._arithmetic.unpacked(
                 BankWeight(place.arrays, projection, self._quantizations[projection], place.slot), num_rows
             )
             for projection in PROJECTIONS
-        )
-        product = self._arithmetic.product
-        gated = self._arithmetic.gated
-        return lambda x: product(gated(product(x, gate), product(x, up)), down)
+        ]
 
     def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
         """x [..., 1, H] against slots [...] -> [..., H]."""
@@ -256,7 +256,7 @@ class Experts:
             w = BankWeight(bank, projection, self._quantizations[projection])
             return self._arithmetic.gathered_product(rows, w, slots)
 
-        hidden = self._arithmetic.gated(product(x, "gate_proj"), product(x, "up_proj"))
+        hidden = gated(product(x, "gate_proj"), product(x, "up_proj"))
         return product(hidden, "down_proj")[..., 0, :]
 
     def _remember(self, out: mx.array) -> mx.array:

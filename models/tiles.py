@@ -71,7 +71,7 @@ def select_tiles(
     for start, stop, seen in cut_tiles(rows, keys.shape[0], height):
         chosen = causal_mask(seen - (stop - start), stop - start, seen)
         if seen > k:
-            scores = index_scores(queries[start:stop], weights[start:stop], keys[:seen], limit)
+            scores = index_scores(queries[start:stop], weights[start:stop], keys[:seen], arithmetic)
             chosen = select(scores, chosen, k)
         if rows <= GATHER_ROWS or seen > most:
             chosen = selected_positions(chosen, k)

@@ -9,7 +9,7 @@ import pytest
 from models.arithmetic import CPU, Arithmetic
 from models.selection import causal_mask
 
-MLX = replace(CPU, has_slow_exp=False)
+MLX = replace(CPU, uses_numpy=False)
 ROWS = 40
 
 
