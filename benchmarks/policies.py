@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.routing import Routing, load_routing, make_routing
+from benchmarks.rig.routing import Routing, load_routing, make_routing
 from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores
 
 SHARES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.75)

@@ -8,27 +8,27 @@ from pathlib import Path
 import mlx.core as mx
 
 from config.errors import CheckpointError, DiskError, UsageError
-from config.ledger import render_plan
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
+from config.plan_report import render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
-from models.cache_blocks import cache_fingerprint
 from models.glm_moe_dsa import Model as GlmModel
-from models.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
+from models.loading.fingerprint import cache_fingerprint
+from models.loading.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
-from server.engine.limits import Limits
-from server.engine.memory import Governor, Ungoverned
-from server.engine.messages import EngineConfig, ExpertPolicy, ModelInfo
-from server.engine.model import Backend, Model, ReportProgress
-from server.engine.prefix import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
-from server.engine.pressure import choose_room
+from server.engine.memory.governor import Governor, Ungoverned
+from server.engine.memory.pressure import choose_room
+from server.engine.memory.usage import MemoryUse
+from server.engine.model_protocol import Backend, Model, ReportProgress
+from server.engine.prefix.lookup import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
+from server.engine.schedule.limits import Limits
 from server.engine.telemetry import measure_all, measure_store
-from server.engine.use import MemoryUse
-from streaming.disk import DirectDisk, Disk
-from streaming.mirror import MirroredDisk, find_copies
+from server.link.messages import EngineConfig, ExpertPolicy, ModelInfo
+from streaming.disk.disk import DirectDisk, Disk
+from streaming.disk.mirror import MirroredDisk, find_copies
+from streaming.disk.probe import DiskProbe, probe_disk
+from streaming.disk.reader import NUM_THREADS
 from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
-from streaming.probe import DiskProbe, probe_disk
-from streaming.reader import NUM_THREADS
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
