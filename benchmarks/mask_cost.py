@@ -3,7 +3,7 @@
 The same prompt is continued freely and held to a JSON schema, in turns. Shown are the milliseconds of a step
 of either side, and those that a held step spends on the grammar itself: waiting for the mask (computed on a
 thread beside the forward pass), bringing it to MLX, and starting the next one. The process starts itself
-again with OpenBLAS preloaded, as the server starts its engine.
+again with the variables that the engine process is given.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 
 import mlx.core as mx
 
-from benchmarks.rig.drive import use_fast_blas
+from benchmarks.rig.drive import use_engine_environment
 from models.arithmetic import choose_arithmetic
 from models.attention.attention import Span
 from server.commands.checkpoint import POCKET
@@ -76,7 +76,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=9, help="answers of each side")
     rounds = parser.parse_args().rounds
-    use_fast_blas("benchmarks.mask_cost")
+    use_engine_environment("benchmarks.mask_cost")
     opened = open_model(POCKET, None, choose_arithmetic())
     tokenizer = load_dialect(POCKET).tokenizer
     grammar = make_grammar({"start": "content", "content": json_rule(SCHEMA)})

@@ -94,16 +94,11 @@ class Arithmetic:
         """Whether the experts of so many rows are computed pair by pair."""
         return rows <= self.max_gathered_rows
 
-    def unpacked(self, w: Weight, rows: int) -> Weight:
-        """The weight in the form that so many rows are multiplied with, for use in several products."""
-        q = w.quantization
-        return w if q is None or self.is_few(rows) else Dense(self._unpack(w, q))
-
     def product(self, x: mx.array, w: Weight) -> mx.array:
         """x times the transpose of w. x [..., rows, in], w [..., out, in] -> [..., rows, out]."""
         q, rows = w.quantization, x.shape[-2]
         if self._goes_to_numpy(rows):
-            return _delivered(_floats(x), self._transposed(w, rows))
+            return _delivered(_floats(x), self._transposed(w))
         if q is None:
             return self._dense_product(x, w.weight.swapaxes(-1, -2))
         if not self.is_few(rows):
@@ -118,15 +113,10 @@ class Arithmetic:
         if not self._goes_to_numpy(rows):
             return self.product(gated(self.product(x, gate), self.product(x, up)), down)
         values = _floats(x)
-        hidden = values @ self._transposed(gate, rows)
-        beside = values @ self._transposed(up, rows)
-        with np.errstate(over="ignore"):  # of a large negative gate: nothing is left of it
-            inverse = np.exp(-hidden)
-        inverse += 1
-        hidden /= inverse
-        hidden *= beside
-        del inverse, beside
-        return _delivered(hidden, self._transposed(down, rows))
+        hidden = values @ self._transposed(gate)
+        _silu(hidden)
+        hidden *= values @ self._transposed(up)
+        return _delivered(hidden, self._transposed(down))
 
     def gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         """Each row with the matrix in its own slot. x [..., 1, in], w [slots, out, in], slots [...]."""
@@ -190,9 +180,10 @@ class Arithmetic:
     def _goes_to_numpy(self, rows: int) -> bool:
         return self.uses_numpy and not self.is_few(rows)
 
-    def _transposed(self, w: Weight, rows: int) -> NDArray[np.float32]:
+    def _transposed(self, w: Weight) -> NDArray[np.float32]:
         """The unpacked weight [..., in, out]."""
-        return _floats(self.unpacked(w, rows).weight).swapaxes(-1, -2)
+        q = w.quantization
+        return _floats(w.weight if q is None else self._unpack(w, q)).swapaxes(-1, -2)
 
     def _unpack(self, w: Weight, q: Quantization) -> mx.array:
         return mx.dequantize(
@@ -231,6 +222,14 @@ def _times(
         return np.matmul(a, b, out=out)
     flat = None if out is None else out.reshape(-1, b.shape[1])
     return np.matmul(a.reshape(-1, a.shape[-1]), b, out=flat).reshape(*a.shape[:-1], b.shape[1])
+
+
+def _silu(values: NDArray[np.float32]) -> None:
+    """silu of the values, in place."""
+    with np.errstate(over="ignore"):  # of a large negative one: nothing is left of it
+        inverse = np.exp(-values)
+    inverse += 1
+    values /= inverse
 
 
 def _delivered(a: NDArray[np.float32], b: NDArray[np.float32]) -> mx.array:

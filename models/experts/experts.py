@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from models.arithmetic import Arithmetic, Quantization, Weight, gated
+from models.arithmetic import Arithmetic, Quantization, gated
 from models.experts.expert_source import ExpertSource, Fetch, Place
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -225,7 +225,7 @@ class Experts:
         out = mx.zeros((weights.shape[0], take(mx.array([0])).shape[1]))
         for group in self._source.sweep(self._layer, counts, self._arithmetic.experts_at_once):
             for place in group:
-                gate_up_down = self._unpacked(place, counts[place.expert])
+                gate_up_down = self._weights(place)
                 for rows, columns in _pieces(*rows_of[place.expert]):
                     chosen = mx.array(rows)
                     y = (
@@ -239,12 +239,10 @@ class Experts:
             yield
         return out
 
-    def _unpacked(self, place: Place, num_rows: int) -> list[Weight]:
-        """Gate, up and down of one expert, in the form that so many rows are multiplied with."""
+    def _weights(self, place: Place) -> list[BankWeight]:
+        """Gate, up and down of one expert."""
         return [
-            self._arithmetic.unpacked(
-                BankWeight(place.arrays, projection, self._quantizations[projection], place.slot), num_rows
-            )
+            BankWeight(place.arrays, projection, self._quantizations[projection], place.slot)
             for projection in PROJECTIONS
         ]
 

@@ -18,7 +18,6 @@ import openai
 import pytest
 
 from server.commands.checkpoint import POCKET
-from server.link.blas import with_fast_blas
 
 ROOT = Path(__file__).parents[3]
 START_TIMEOUT_S = 60
@@ -212,13 +211,6 @@ def test_a_server_that_is_stopped_closes_what_it_keeps(tmp_path: Path, number: s
     assert stopped.process.stderr is not None
     assert "Traceback" not in stopped.process.stderr.read()
     stopped.process.stderr.close()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(with_fast_blas({}) == {}, reason="OpenBLAS is not installed, or MLX computes elsewhere")
-def test_the_engine_process_carries_the_fast_blas(server: Server) -> None:
-    [engine] = children_of(server.process.pid)
-    assert "libopenblas" in Path(f"/proc/{engine}/maps").read_text()
 
 
 def children_of(pid: int) -> list[int]:
