@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 # What MLX packs in mode affine; the other modes have one size each.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
+# Multiplications of queries with keys that take MLX's CPU wheel as long as evaluating them at once takes.
+NUMPY_PRODUCTS = 2**16
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Arithmetic:
     with fewer they attend to all keys under a mask.
     `tile_elements`: of the largest intermediate of attention and indexer, within the bounds of
     `models.attention.tiles`.
-    `uses_numpy`: attention, indexer scores and the products of many rows are NumPy's, evaluated at once, in
-    float32.
+    `uses_numpy`: products of many rows, and attention and indexer scores where they are some work, are
+    NumPy's, evaluated at once, in float32.
     """
 
     name: str
@@ -143,7 +145,7 @@ class Arithmetic:
         q [..., n, D], keys [..., T, D], values [..., T, V], visible bool [..., n, T] or None for all ->
         [..., n, V].
         """
-        if not self.uses_numpy:
+        if not self._is_worth_numpy(q, keys):
             scores = q @ keys.swapaxes(-1, -2)
             seen = scores if visible is None else mx.where(visible, scores, -mx.inf)
             return mx.softmax(seen, axis=-1, precise=True).astype(self.dtype) @ values
@@ -162,7 +164,7 @@ class Arithmetic:
         The sum is a product with the weights, not `mx.sum` over a strided axis, which returned zeros above
         2^31 elements (mlx #3784).
         """
-        if not self.uses_numpy:
+        if not self._is_worth_numpy(queries, keys):
             of_heads = mx.maximum(queries @ keys.astype(mx.float32).T, 0)  # [N, heads, T]
             return (weights[:, None, :] @ of_heads)[:, 0, :]
         scores = _times(_floats(queries), _floats(keys).T)
@@ -176,6 +178,10 @@ class Arithmetic:
         mx.eval(out, added)
         _view(out)[rows] += _view(added)
         return out
+
+    def _is_worth_numpy(self, queries: mx.array, keys: mx.array) -> bool:
+        """Whether so many queries and keys are multiplied at once; else they stay lazy."""
+        return self.uses_numpy and queries.size * keys.shape[-2] >= NUMPY_PRODUCTS
 
     def _goes_to_numpy(self, rows: int) -> bool:
         return self.uses_numpy and not self.is_few(rows)
