@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
+
 FinishReason = Literal["stop", "length"]
 
 # Background requests run when nobody else wants to, or when they have waited long.
 Priority = Literal["interactive", "background"]
-
-# As --expert-policy has them.
-ExpertPolicy = Literal["lru", "nearness"]
 
 # Whose fault a failure is. `server/api/error_bodies.py` turns it into a status.
 FailureKind = Literal["request", "engine", "disk", "died", "busy", "timeout"]
@@ -32,7 +31,7 @@ class EngineConfig:
     decode_share: float = 0.3
     max_inflight_per_agent: int = 8
     batch_width: int | None = None
-    expert_policy: ExpertPolicy = "nearness"
+    expert_policy: ExpertPolicy = DEFAULT_EXPERT_POLICY
     mirror: Path | None = None
     sweep_tokens: int | None = None  # None: what the plan gives
     prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache

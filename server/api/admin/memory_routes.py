@@ -4,15 +4,16 @@ The engine decides, and answers with the plan that is in force then; nothing is 
 """
 
 import secrets
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Depends
 from pydantic import model_validator
 
+from config.expert_policy import ExpertPolicy
 from config.sizes import parse_size
 from server.api.error_bodies import GenerationFailed
 from server.api.request.body import body_of
-from server.api.request.common_fields import Exact
+from server.api.request.common_fields import Exact, fault
 from server.api.service import Service
 from server.link.messages import Failed, Replan
 
@@ -21,7 +22,7 @@ class PlanRequest(Exact):
     """As the flags of these names; absent: as it is."""
 
     ram_budget: str | None = None
-    expert_policy: Literal["lru", "nearness"] | None = None
+    expert_policy: ExpertPolicy | None = None
 
     @property
     def budget_bytes(self) -> int | None:
@@ -30,7 +31,7 @@ class PlanRequest(Exact):
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
         if self.budget_bytes is None and self.expert_policy is None:
-            raise ValueError("give 'ram_budget', 'expert_policy' or both")
+            raise fault("ram_budget", "give 'ram_budget', 'expert_policy' or both")
         return self
 
 

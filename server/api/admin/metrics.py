@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from server.api.access.receipts import Ledger
+from server.api.request.parameters import Parameters
 from server.link.engine_protocol import Engine
 
 # Name in the engine's counts -> name for Prometheus (without the suffix _total), and what it means.
@@ -64,6 +65,10 @@ GAUGES = {
     "kv_tokens": ("kv_tokens", "tokens whose KV is held or set aside"),
     "kv_capacity": ("kv_tokens_capacity", "tokens whose KV fits"),
     "batch_width": ("batch_width", "answers that go forward in one step, at most"),
+    "policy_gain": (
+        "expert_policy_nearness_gain",
+        "what nearness would have hit more than lru, of the experts asked for, when both were tried last",
+    ),
     "probe_bytes_per_s": ("probe_bytes_per_second", "rate at which the disk read experts at start-up"),
     "probe_depth": ("probe_depth", "reads at a time that this takes: the reader's threads"),
 }
@@ -74,20 +79,24 @@ LABELLED = {
         "what was measured of the widths that were tried, undisturbed",
         "batch_width",
     ),
-    "policy": ("expert_policy", "--expert-policy, or the one that was chosen since", "policy"),
+    "policy": ("expert_policy", "the policy that decides which expert gives up its place", "policy"),
     "planned": ("memory_planned_bytes", "the ledger, planned", "line"),
     "used": ("memory_used_bytes", "the ledger, used", "line"),
 }
 PREFIX = "glmserve_"
 
 
-def metrics_router(engine: Engine, ledger: Ledger | None = None) -> APIRouter:
+def metrics_router(
+    engine: Engine, ledger: Ledger | None = None, parameters: Parameters | None = None
+) -> APIRouter:
     """The route; without a model it answers with `glmserve_ready 0` and nothing else."""
     router = APIRouter()
     registry = CollectorRegistry()
     registry.register(_EngineCollector(engine))
     if ledger:
         registry.register(_LedgerCollector(ledger))
+    if parameters:
+        registry.register(_ParametersCollector(parameters))
 
     @router.get("/metrics")
     def metrics() -> Response:
@@ -132,3 +141,13 @@ class _LedgerCollector(Collector):
         text = "tool calls that broke off or were malformed, and so were sent as content"
         count = self._ledger.num_rejected_calls
         yield CounterMetricFamily(f"{PREFIX}rejected_tool_calls", text, value=count)
+
+
+class _ParametersCollector(Collector):
+    def __init__(self, parameters: Parameters) -> None:
+        self._parameters = parameters
+
+    def collect(self) -> Iterable[Metric]:
+        text = "parameters of requests that are unknown here, and were ignored"
+        count = self._parameters.num_ignored
+        yield CounterMetricFamily(f"{PREFIX}ignored_parameters", text, value=count)

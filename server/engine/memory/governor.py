@@ -14,14 +14,15 @@ from time import monotonic
 from typing import Protocol
 
 from config.errors import BudgetError
+from config.expert_policy import ExpertPolicy
 from config.plan import Geometry, MemoryPlan
 from config.plan_report import as_dict, render_plan
 from config.replan import replan
 from config.sizes import format_size
 from server.engine.apple import wire
 from server.engine.memory.pressure import MeasureRoom, Room
-from server.link.messages import ExpertPolicy, Failed, Replan, Replanned
-from streaming.policy import Policy
+from server.link.messages import Failed, Replan, Replanned
+from streaming.contest import Rule
 from streaming.store import ExpertStore
 
 # The system's files are read so often; each look costs less than a millisecond.
@@ -88,15 +89,15 @@ class Governor:
         geometry: Geometry,
         plan: MemoryPlan,
         settle: Callable[[], None],
-        make_policy: Callable[[ExpertPolicy], Callable[[], Policy]],
-        policy: ExpertPolicy,
+        make_rule: Callable[[ExpertPolicy], Rule],
+        rule: Rule,
         *,
         measure_room: MeasureRoom,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.plan = plan
         self._store, self._geometry, self._settle = store, geometry, settle
-        self._make_policy, self._policy = make_policy, policy
+        self._make_rule, self._rule = make_rule, rule
         self._measure_room, self._clock = measure_room, clock
         self._room: Room | None = None
         self._num_shrinks = 0
@@ -111,7 +112,9 @@ class Governor:
         return 0.0 if self._is_moving else LOOK_S
 
     def measure(self) -> Mapping[str, float]:
-        values = {"slots_planned": sum(self.plan.slots_per_layer), f"policy.{self._policy}": 1.0}
+        values = {"slots_planned": sum(self.plan.slots_per_layer), f"policy.{self._rule.decides}": 1.0}
+        if self._rule.gain is not None:
+            values["policy_gain"] = self._rule.gain
         values["shrinks"] = self._num_shrinks
         return values | ({"available_bytes": self._room.available_bytes} if self._room else {})
 
@@ -128,9 +131,9 @@ class Governor:
             plan = replan(self._geometry, before, command.ram_budget_bytes or before.budget_bytes)
         except BudgetError as error:
             return Failed(command.request_id, "request", str(error))
-        if command.expert_policy and command.expert_policy != self._policy:
-            self._policy = command.expert_policy
-            self._store.follow(self._make_policy(self._policy))
+        if command.expert_policy and command.expert_policy != self._rule.name:
+            self._rule = self._make_rule(command.expert_policy)
+            self._store.follow(self._rule)
         self.plan = plan
         if plan != before:
             log.info("the budget is %s now", format_size(plan.budget_bytes))
@@ -139,7 +142,7 @@ class Governor:
             self._raise(_spare(room, room.available_bytes) if room else plan.budget_bytes)
             self._wait(self._clock())
         lines = tuple(render_plan(plan).splitlines())
-        return Replanned(command.request_id, plan.budget_bytes, self._policy, as_dict(plan), lines)
+        return Replanned(command.request_id, plan.budget_bytes, self._rule.name, as_dict(plan), lines)
 
     # how much
 

@@ -8,6 +8,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from config.expert_policy import ExpertPolicy
 from config.plan import Geometry, MemoryPlan, make_plan
 from models.arithmetic import CPU
 from models.attention.attention import Span
@@ -19,8 +20,8 @@ from server.engine.memory.governor import Governor, Memory, Ungoverned
 from server.engine.memory.pressure import Room
 from server.engine.model_protocol import Backend
 from server.engine.schedule.limits import Limits
-from server.link.messages import Command, ExpertPolicy, ModelInfo
-from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
+from server.link.messages import Command, ModelInfo
+from streaming.contest import Rule, make_rule
 from streaming.store import ExpertStore
 from tests.checkpoints import save_packed
 from tests.server.engine.driven import World
@@ -35,8 +36,8 @@ def save(folder: Path) -> Path:
     return save_packed(folder, WIDER, make_weights(WIDER, 3), lambda path: None)
 
 
-def make_policy(name: ExpertPolicy) -> Callable[[], Policy]:
-    return LeastRecentlyUsed if name == "lru" else lambda: LeastNearlyChosen(NUM_EXPERTS, K)
+def rule(name: ExpertPolicy) -> Rule:
+    return make_rule(name, NUM_EXPERTS, K)
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Governed:
 
     def govern(self, machine: "Machine") -> Governor:
         return Governor(
-            self.store, self.geometry, self.plan, self.model.settle, make_policy, "nearness",
+            self.store, self.geometry, self.plan, self.model.settle, rule, rule("nearness"),
             measure_room=machine.room, clock=machine.world.clock,
         )  # fmt: skip
 
@@ -73,7 +74,7 @@ def open_governed(folder: Path, more_slots: int = 10, *, in_place: bool = True) 
         checkpoint.experts,
         dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True)),
         float_dtype=CPU.dtype,
-        make_policy=make_policy("nearness"),
+        make_policy=rule("nearness"),
         ring_slots=plan.ring_slots,
         shares_memory=in_place,
     )

@@ -245,6 +245,7 @@ def test_another_budget_and_policy_under_way_change_no_bit(
         1000,
         (33.3, Replan("less", budget - 8 * governed.per_slot, "lru")),
         (77.7, Replan("more", budget + 3 * governed.per_slot)),
+        (100.0, Replan("auto", None, "auto")),
         (111.1, Replan("back", None, "nearness")),
     )
     governor = governed.govern(machine)
@@ -269,7 +270,9 @@ def test_another_budget_and_policy_under_way_change_no_bit(
     assert told == made
     assert slots["less"] < sum(governed.plan.slots_per_layer) < slots["more"] == slots["back"]
     assert slots["less"] in seen
-    assert watching == {"less": {False}, "more": {False}, "back": {True}}, "only nearness looks at scores"
+    assert watching == {"less": {False}, "more": {False}, "auto": {True}, "back": {True}}, (
+        "lru needs no scores"
+    )
     assert governed.store.total_slots == slots["more"]
     assert governor.measure()["policy.nearness"] == 1.0
 
