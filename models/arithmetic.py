@@ -12,6 +12,8 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from models import cuda_kernels
+
 # What MLX packs in mode affine; the other modes have one size each.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
@@ -72,6 +74,7 @@ class Arithmetic:
     `tile_elements`: of the largest intermediate of attention and indexer, within `models.tiles`' bounds.
     `has_slow_exp`: for many rows attention's exponentials and sums over chosen rows are NumPy's, evaluated at
     once.
+    `has_kernels`: what `models.cuda_kernels` can compute is computed there.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Arithmetic:
     gather_from: int = 6
     tile_elements: int = 2**24
     has_slow_exp: bool = False
+    has_kernels: bool = False
 
     def is_few(self, rows: int) -> bool:
         """Whether so many rows are multiplied with the weights as they are packed."""
@@ -103,13 +107,57 @@ class Arithmetic:
         q, rows = w.quantization, x.shape[-2]
         if q is None:
             return self._dense_product(x, w.weight.swapaxes(-1, -2))
+        if rows <= cuda_kernels.TILE_ROWS and self._has_kernel(x, w):
+            return cuda_kernels.multiply(x, [_parts(w)], q.group_size)
         if not self.is_few(rows):
             return x @ self._unpack(w, q).swapaxes(-1, -2)
         return mx.quantized_matmul(
             x, w.weight, scales_of(w), w.get("biases"), True, q.group_size, q.bits, q.mode
         )
 
-    def gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
+    def gated_product(self, x: mx.array, gate: Weight, up: Weight) -> mx.array:
+        """silu(x gate) * (x up): x [rows, in], weights [width, in] -> [rows, width]."""
+        if x.shape[-2] <= cuda_kernels.TILE_ROWS and self._has_kernel(x, gate, up):
+            assert gate.quantization is not None, "a kernel multiplies packed weights"
+            return cuda_kernels.multiply(x, [_parts(gate), _parts(up)], gate.quantization.group_size)
+        return self.gated(self.product(x, gate), self.product(x, up))
+
+    def pairs(self, x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array) -> mx.array:
+        """Each row through the gated MLPs in its slots: x [N, in], weights [slots, ...], slots [N, k] ->
+        [N, k, out]."""
+        if self._has_kernel(x, gate, up) and (q := down.quantization) is not None:
+            assert gate.quantization is not None, "a kernel multiplies packed weights"
+            hidden = cuda_kernels.multiply(
+                x, [_parts(gate), _parts(up)], gate.quantization.group_size, slots=slots
+            )
+            if self._has_kernel(hidden, down):
+                return cuda_kernels.multiply(hidden, [_parts(down)], q.group_size, slots=slots)
+            return self._gathered_product(hidden[..., None, :], down, slots)[..., 0, :]
+        rows = x[:, None, None, :]
+        products = (self._gathered_product(rows, w, slots) for w in (gate, up))
+        return self._gathered_product(self.gated(*products), down, slots)[..., 0, :]
+
+    def mixed(self, pairs: mx.array, weights: mx.array) -> mx.array:
+        """Sum of each row's pairs by weight, in order: [N, k, H], float32 [N, k] -> [N, H]."""
+        if self.has_kernels:
+            return cuda_kernels.mix(pairs, weights)
+        return (pairs * weights[..., None]).sum(axis=1).astype(pairs.dtype)
+
+    def can_route(self, num_experts: int, k: int) -> bool:
+        """Whether `route` is the fastest way to choose k experts."""
+        return self.has_kernels and cuda_kernels.can_route(num_experts, k)
+
+    def route(
+        self, logits: mx.array, bias: mx.array, k: int, is_normed: bool, factor: float
+    ) -> list[mx.array]:
+        """As `cuda_kernels.route`, where `can_route` says so."""
+        return cuda_kernels.route(logits, bias, k, is_normed, factor)
+
+    def best_positions(self, scores: mx.array, k: int) -> mx.array | None:
+        """As `cuda_kernels.best_positions`; None where that is not the fastest way."""
+        return cuda_kernels.best_positions(scores, k) if self.has_kernels else None
+
+    def _gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         """Each row with the matrix in its own slot. x [..., 1, in], w [slots, out, in], slots [...]."""
         num_pairs = slots.size
         if num_pairs >= self.min_pairs:
@@ -118,6 +166,14 @@ class Arithmetic:
         order = mx.minimum(mx.arange(self.min_pairs), num_pairs - 1)
         out = self._gather(x[order], w, slots.reshape(-1)[order])
         return out[:num_pairs].reshape(*slots.shape, 1, -1)
+
+    def _has_kernel(self, x: mx.array, *weights: Weight) -> bool:
+        """Whether all these are packed alike, as the kernels take it."""
+        if not self.has_kernels or (q := weights[0].quantization) is None:
+            return False
+        return all(w.quantization == q for w in weights) and cuda_kernels.supports(
+            x, weights[0].weight, scales_of(weights[0]), q.mode, q.bits, q.group_size
+        )
 
     def _gather(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         q = w.quantization
@@ -176,6 +232,12 @@ class Arithmetic:
         return mx.concatenate([x[..., i : i + 1, :] @ dense for i in range(rows)], axis=-2)
 
 
+def _parts(w: Weight) -> list[mx.array]:
+    """Weight, scales and, where there are any, biases."""
+    biases = w.get("biases")
+    return [w.weight, scales_of(w)] + ([] if biases is None else [biases])
+
+
 def _view(array: mx.array) -> NDArray[Any]:
     """The array's own memory, once it is evaluated."""
     mx.eval(array)
@@ -204,7 +266,7 @@ METAL = Arithmetic("metal", mx.bfloat16, max_packed_rows=None)
 # On one H100 gathering selected keys won from 12,288 keys for 2,048, unpacked weights from about 32 rows. MLX
 # 0.32 multiplies fewer than eight gathered pairs by another kernel than eight and more; one kernel for all
 # gives streamed experts the bits of resident ones. Eight pairs in one call are also faster than in two.
-CUDA = Arithmetic("cuda", mx.bfloat16, max_packed_rows=32, min_pairs=8)
+CUDA = Arithmetic("cuda", mx.bfloat16, max_packed_rows=32, min_pairs=8, has_kernels=True)
 
 
 def choose_arithmetic() -> Arithmetic:

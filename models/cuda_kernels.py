@@ -120,21 +120,28 @@ __device__ __forceinline__ void add_warps(float* shared, const float (&sum)[4], 
 }
 """.replace("GROUPS_AT_ONCE;", f"{GROUPS_AT_ONCE};")
 
-# Which matrix, and which rows of x with it: those of a slot each, or up to eight with one matrix.
+# Which matrix, and which rows of x with it: up to eight with one matrix, the same for each of several matrices,
+# or one with the matrix in its slot.
 _PLACE = {
-    True: """
-  const int pairs_per_row = gridDim.y / x_shape[0];
-  const long matrix = slots[blockIdx.y], row = blockIdx.y / pairs_per_row, to = blockIdx.y;
-  const int rows = 1;
+    "one": """
+  const int all_rows = x_shape[0], start = blockIdx.y * 8, N = w_shape[0], K = w_shape[1] * 8;
+  const long matrix = 0, row = start, to = row;
+  const int rows = min(8, all_rows - start);
 """,
-    False: """
+    "each": """
   const int all_rows = x_shape[1], tiles = (all_rows + 7) / 8, start = blockIdx.y % tiles * 8;
+  const int N = w_shape[1], K = w_shape[2] * 8;
   const long matrix = blockIdx.y / tiles, row = matrix * all_rows + start, to = row;
   const int rows = min(8, all_rows - start);
 """,
+    "slots": """
+  const int N = w_shape[1], K = w_shape[2] * 8;
+  const long matrix = slots[blockIdx.y], row = blockIdx.y / pairs_per_row, to = blockIdx.y;
+  constexpr int rows = 1;
+""",
 }
 _BEGIN = """
-  const int N = w_shape[1], K = x_shape[XLAST], groups = K / GROUP;
+  const int groups = K / GROUP;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4;
   const long output = blockIdx.x * 16L + g;
   const int each = (groups + warps - 1) / warps, first = warp * each, last = min(groups, first + each);
@@ -152,29 +159,26 @@ _DOT = """
 """
 _STORE = """
   for (int i = threadIdx.x; i < rows * 16; i += blockDim.x)
-    out[(to + i / 16) * N + blockIdx.x * 16L + i % 16] = VALUE;
+    out[(to + i / 16) * N + blockIdx.x * 16L + i % 16] = static_cast<T>(VALUE);
 """
-_GATED = """__float2bfloat16(__bfloat162float(__float2bfloat16(silu(__bfloat162float(
-        __float2bfloat16(result[0][i]))))) * __bfloat162float(__float2bfloat16(result[1][i])))"""
+_GATED = """__bfloat162float(__float2bfloat16(silu(__bfloat162float(__float2bfloat16(result[0][i]))))) *
+        __bfloat162float(__float2bfloat16(result[1][i]))"""
 _SILU = "\n__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }\n"
 
 
 @cache
-def _product_kernel(is_affine: bool, group_size: int, is_gathered: bool, is_gated: bool) -> Kernel:
+def _product_kernel(is_affine: bool, group_size: int, place: str, is_gated: bool) -> Kernel:
     """x with packed weights; gated: silu(x gate) * (x up)."""
-    weights = ("w", "v") if is_gated else ("w",)
-    names = ["x"]
-    source = _PLACE[is_gathered] + _BEGIN.replace("XLAST", "1" if is_gathered else "2")
-    for which, name in enumerate(weights):
+    names, source = ["x"], _PLACE[place] + _BEGIN
+    for which, name in enumerate("wv" if is_gated else "w"):
         names += [name, f"{name}s"] + ([f"{name}b"] if is_affine else [])
         dot = _DOT.replace("WEIGHT", name).replace("SCALES", f"{name}s").replace("WHICH", str(which))
         source += dot.replace("BIASES", f"{name}b" if is_affine else f"{name}s")
-    source += _STORE.replace("VALUE", _GATED if is_gated else "__float2bfloat16(result[0][i])")
+    source += _STORE.replace("VALUE", _GATED if is_gated else "result[0][i]")
     source = source.replace("AFFINE", str(is_affine).lower()).replace("GROUP", str(group_size))
-    kind = f"{'affine' if is_affine else 'mxfp4'}{group_size}{'_slots' if is_gathered else ''}"
     return mx.fast.cuda_kernel(
-        f"{'gated' if is_gated else 'product'}_{kind}",
-        input_names=[*names, *(["slots"] if is_gathered else [])],
+        f"{'gated' if is_gated else 'product'}_{place}_{'affine' if is_affine else 'mxfp4'}{group_size}",
+        input_names=[*names, *(["slots"] if place == "slots" else [])],
         output_names=["out"],
         source=source,
         header=_HEADER + _SILU,
@@ -183,9 +187,8 @@ def _product_kernel(is_affine: bool, group_size: int, is_gathered: bool, is_gate
 
 def supports(x: mx.array, weight: mx.array, scales: mx.array, mode: str, bits: int, group_size: int) -> bool:
     """Whether `multiply` takes these: bfloat16 rows and 4-bit weights of even sizes."""
-    is_format = (mode == "affine" and scales.dtype == mx.bfloat16) or (mode == "mxfp4")
-    inputs, outputs = x.shape[-1], weight.shape[-2]
-    fits = inputs % group_size == 0 and outputs % TILE_OUTPUTS == 0
+    is_format = (mode == "affine" and scales.dtype == mx.bfloat16) or mode == "mxfp4"
+    fits = x.shape[-1] % group_size == 0 and weight.shape[-2] % TILE_OUTPUTS == 0
     return bits == 4 and is_format and x.dtype == mx.bfloat16 and fits
 
 
@@ -193,28 +196,35 @@ def multiply(
     x: mx.array,
     weights: Sequence[Sequence[mx.array]],
     group_size: int,
+    *,
     slots: mx.array | None = None,
+    dtype: mx.Dtype = mx.bfloat16,
 ) -> mx.array:
-    """Rows with packed matrices, each given as weight [M, N, words], scales and, if affine, biases.
+    """Rows with packed matrices, each given as weight [..., N, words], scales and, if affine, biases.
 
-    Without slots, x [M, rows, K] -> [M, rows, N]. With slots int32 [pairs], x [rows, K] -> [pairs, N], where
-    pairs of one row follow each other. Two weights: silu of the product with the first times that with the second.
+    x [rows, K] with one matrix, or [M, rows, K] with M of them -> [..., rows, N]. With slots, any integers
+    [rows, k]: x [rows, K], or [rows, k, K], -> [rows, k, N]. Two weights: silu of the product with the first
+    times that with the second.
     """
-    matrices, outputs = weights[0][0].shape[0], weights[0][0].shape[1]
-    groups = x.shape[-1] // group_size
-    warps = min(MOST_WARPS, max(1, groups // GROUPS_AT_ONCE))
-    if slots is None:
-        count, shape = matrices * -(-x.shape[1] // TILE_ROWS), (matrices, x.shape[1], outputs)
-    else:
-        count, shape = slots.shape[0], (slots.shape[0], outputs)
-    kernel = _product_kernel(len(weights[0]) == 3, group_size, slots is not None, len(weights) == 2)
+    matrix = weights[0][0]
+    outputs = matrix.shape[-2]
+    warps = min(MOST_WARPS, max(1, x.shape[-1] // group_size // GROUPS_AT_ONCE))
     inputs = [x, *(part for weight in weights for part in weight)]
-    return kernel(
-        inputs=inputs if slots is None else [*inputs, slots],
+    template: list[tuple[str, Any]] = [("T", dtype)]
+    if slots is not None:
+        place, count, shape = "slots", slots.size, (*slots.shape, outputs)
+        inputs.append(slots)
+        template.append(("pairs_per_row", slots.size * x.shape[-1] // x.size))
+    else:
+        place, shape = ("one" if matrix.ndim == 2 else "each"), (*x.shape[:-1], outputs)
+        count = x.size // (x.shape[-2] * x.shape[-1]) * -(-x.shape[-2] // TILE_ROWS)
+    return _product_kernel(len(weights[0]) == 3, group_size, place, len(weights) == 2)(
+        inputs=inputs,
+        template=template,
         grid=(outputs // TILE_OUTPUTS * WARP * warps, count, 1),
         threadgroup=(WARP * warps, 1, 1),
         output_shapes=[shape],
-        output_dtypes=[mx.bfloat16],
+        output_dtypes=[dtype],
     )[0]
 
 
@@ -258,29 +268,34 @@ _ROUTE = r"""
   if (e < k) {
     float sum = 0;
     for (int j = 0; j < k; ++j) sum += kept[j];
-    weights[row * k + e] = kept[e] / (is_normed ? sum + 1e-20f : 1.0f) * factor[0];
+    weights[row * k + e] = kept[e] / (is_normed ? sum + 1e-20f : 1.0f) * FACTOR;
   }
 """
 
 
 @cache
-def _route_kernel() -> Kernel:
+def _route_kernel(factor: float) -> Kernel:
+    source = _ROUTE.replace("FACTOR", f"static_cast<float>({factor!r})")
     return mx.fast.cuda_kernel(
-        "route", ["logits", "bias", "factor"], ["ids", "weights", "choice", "ranked"], _ROUTE, _ORDER
+        "route", ["logits", "bias"], ["ids", "weights", "choice", "ranked"], source, _ORDER
     )
 
 
 def can_route(num_experts: int, k: int) -> bool:
+    """Whether `route` takes so many experts."""
     return k <= min(64, num_experts) and num_experts <= 1024
 
 
-def route(logits: mx.array, bias: mx.array, k: int, is_normed: bool, factor: mx.array) -> list[mx.array]:
-    """The k best experts of each row: float32 [N, E], [E], [] -> ids int32 [N, k] ascending, weights float32
-    [N, k], by what they were chosen [N, E], and the ids again, likeliest first. Of equal ones the lower wins."""
+def route(logits: mx.array, bias: mx.array, k: int, is_normed: bool, factor: float) -> list[mx.array]:
+    """The k best experts of each row by sigmoid(logits) + bias, float32 [N, E], [E].
+
+    Returns ids int32 [N, k] ascending, weights float32 [N, k] (the sigmoids, normed, times factor), by what they
+    were chosen [N, E], and the ids again, likeliest first. Of equal experts the lower one wins.
+    """
     rows, experts = logits.shape
     threads = -(-experts // WARP) * WARP
-    return _route_kernel()(
-        inputs=[logits, bias, factor],
+    return _route_kernel(factor)(
+        inputs=[logits, bias],
         template=[("ids_of", k), ("is_normed", is_normed)],
         grid=(rows * threads, 1, 1),
         threadgroup=(threads, 1, 1),
@@ -398,8 +413,7 @@ def best_positions(scores: mx.array, k: int) -> mx.array:
     stands where a row sees fewer than k.
     """
     rows = scores.shape[0]
-    kernel: Any = _positions_kernel()
-    out: mx.array = kernel(
+    return _positions_kernel()(
         inputs=[scores],
         template=[("k", k)],
         grid=(rows * 1024, 1, 1),
@@ -407,4 +421,3 @@ def best_positions(scores: mx.array, k: int) -> mx.array:
         output_shapes=[(rows, k)],
         output_dtypes=[mx.int32],
     )[0]
-    return out

@@ -107,7 +107,7 @@ class Experts:
         """
         if self._arithmetic.gathers(x.shape[0]):
             pairs = self._all_pairs(x, ids, scores, guess, beside)
-            return (pairs * weights[..., None]).sum(axis=1).astype(x.dtype)
+            return self._arithmetic.mixed(pairs, weights).astype(x.dtype)
         return run_through(self.sweep(lambda rows: x[rows], ids, weights, scores)).astype(x.dtype)
 
     def _all_pairs(
@@ -120,7 +120,7 @@ class Experts:
     ) -> mx.array:
         """Output of each expert for each row that wants it: [N, H], [N, k] -> [N, k, H]."""
         if self._source.is_resident:
-            return self._gathered(x[:, None, None, :], ids)
+            return self._gathered(x, ids)
         wanted, guessed = self._synchronise(ids, scores, guess)
         # One row's experts are unique and ascending as they are.
         experts = (wanted[0] if len(wanted) == 1 else np.unique(wanted)).tolist()
@@ -133,7 +133,7 @@ class Experts:
             places = np.searchsorted(experts, wanted)
             slots, is_here = fetch.slots[places], fetch.is_here[places]
         if is_here.all():
-            pairs = self._gathered(x[:, None, None, :], mx.array(slots))
+            pairs = self._gathered(x, mx.array(slots))
             # Computed while the next layer's graph is built.
             mx.async_eval(pairs, *beside)
             return self._remember(pairs)
@@ -179,7 +179,7 @@ class Experts:
     def _pairs(self, x: mx.array, slots: NDArray[np.int32], pairs: NDArray[np.int64]) -> mx.array:
         """Outputs [P, H] of numbered (row, expert) pairs, each computed alone."""
         rows = mx.array(pairs // slots.shape[1])
-        return self._gathered(x[rows, None, :], mx.array(slots.ravel()[pairs]))
+        return self._gathered(x[rows], mx.array(slots.ravel()[pairs])[:, None])[:, 0]
 
     def _pairs_in_turns(
         self,
@@ -198,7 +198,7 @@ class Experts:
                 self._expect_next(guessed)
             pairs = np.flatnonzero(np.isin(wanted, turn))
             slots = np.array(places, np.int32)[np.searchsorted(turn, wanted.ravel()[pairs])]
-            out[mx.array(pairs)] = self._gathered(x[mx.array(pairs // k), None, :], mx.array(slots))
+            out[mx.array(pairs)] = self._gathered(x[mx.array(pairs // k)], mx.array(slots)[:, None])[:, 0]
             mx.eval(out)
         return out.reshape(num_rows, k, -1)
 
@@ -249,15 +249,10 @@ class Experts:
         return lambda x: product(gated(product(x, gate), product(x, up)), down)
 
     def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
-        """x [..., 1, H] against slots [...] -> [..., H]."""
+        """x [N, H] against slots [N, k] -> [N, k, H]."""
         bank = self._source.bank(self._layer)
-
-        def product(rows: mx.array, projection: str) -> mx.array:
-            w = BankWeight(bank, projection, self._quantizations[projection])
-            return self._arithmetic.gathered_product(rows, w, slots)
-
-        hidden = self._arithmetic.gated(product(x, "gate_proj"), product(x, "up_proj"))
-        return product(hidden, "down_proj")[..., 0, :]
+        weights = (BankWeight(bank, name, self._quantizations[name]) for name in PROJECTIONS)
+        return self._arithmetic.pairs(x, *weights, slots)
 
     def _remember(self, out: mx.array) -> mx.array:
         """A lazy product reads its slots when it is evaluated: keep it until then."""

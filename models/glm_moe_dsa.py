@@ -35,7 +35,7 @@ class DenseMlp(nn.Module):
         self.down_proj = Linear(intermediate, hidden, arithmetic)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self._arithmetic.gated(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self._arithmetic.gated_product(x, self.gate_proj, self.up_proj))
 
 
 class MoeMlp(nn.Module):
