@@ -17,6 +17,8 @@ from models import cuda_kernels
 # What MLX packs in mode affine; the other modes have one size each.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
+# Of packed weights whose rows MLX's CUDA kernel multiplies in one order, however many there are.
+GROUPED_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Arithmetic:
     `tile_elements`: of the largest intermediate of attention and indexer, within `models.tiles`' bounds.
     `has_slow_exp`: for many rows attention's exponentials and sums over chosen rows are NumPy's, evaluated at
     once.
+    `max_grouped_rows`: experts with up to so many of a prompt's rows are multiplied several in one product.
+    `slots_on_device`: reading ids back costs more than looking slots up where every expert has one.
     `has_kernels`: what `models.cuda_kernels` can compute is computed there.
     """
 
@@ -87,6 +91,8 @@ class Arithmetic:
     gather_from: int = 6
     tile_elements: int = 2**24
     has_slow_exp: bool = False
+    max_grouped_rows: int = 0
+    slots_on_device: bool = True
     has_kernels: bool = False
 
     def is_few(self, rows: int) -> bool:
@@ -142,6 +148,40 @@ class Arithmetic:
         if self.has_kernels:
             return cuda_kernels.mix(pairs, weights)
         return (pairs * weights[..., None]).sum(axis=1).astype(pairs.dtype)
+
+    def grouped(self, x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array) -> mx.array:
+        """Rows of several experts, each through its own gated MLP: x [G, rows, in], slots [G]."""
+        hidden = self.gated(self._gather(x, gate, slots), self._gather(x, up, slots))
+        return self._gather(hidden, down, slots)
+
+    def can_group(self, rows: int, *weights: Weight) -> bool:
+        """Whether experts with so many of a prompt's rows each are best multiplied together."""
+        return rows <= self.max_grouped_rows and all(
+            w.quantization is not None and w.quantization.bits in GROUPED_BITS for w in weights
+        )
+
+    def add_experts(
+        self, out: mx.array, y: mx.array, weights: mx.array, ids: mx.array, ranks: mx.array, bases: mx.array
+    ) -> mx.array:
+        """As `cuda_kernels.add_experts`, where `can_group` says so."""
+        return cuda_kernels.add_experts(out, y, weights, ids, ranks, bases)
+
+    def readable(self, ids: mx.array, bound: int) -> list[mx.array]:
+        """Non-negative integers below `bound`, [N, k], as arrays of their rows that are read back fastest.
+
+        MLX's CUDA backend keeps up to eight bytes where the host reads them; longer arrays are moved first.
+        """
+        if not self.has_kernels or bound > 256 or ids.shape[1] > 8 or ids.shape[0] > cuda_kernels.TILE_ROWS:
+            return [ids]
+        return [ids[i : i + 1].astype(mx.uint8) for i in range(ids.shape[0])]
+
+    def sent(self, values: NDArray[np.int32], bound: int) -> mx.array:
+        """Non-negative integers below `bound`, [N, k], on the device, the fastest way."""
+        rows, width = values.shape
+        if not self.has_kernels or bound > 256 or width > 8 or rows > cuda_kernels.TILE_ROWS:
+            return mx.array(values)
+        small = [mx.array(row[None]) for row in values.astype(np.uint8)]
+        return small[0] if rows == 1 else mx.concatenate(small)
 
     def can_route(self, num_experts: int, k: int) -> bool:
         """Whether `route` is the fastest way to choose k experts."""
@@ -260,13 +300,22 @@ CPU = Arithmetic(
     gather_from=2,
     tile_elements=2**20,
     has_slow_exp=True,
+    slots_on_device=False,
 )
 # The defaults; not measured on Metal.
 METAL = Arithmetic("metal", mx.bfloat16, max_packed_rows=None)
 # On one H100 gathering selected keys won from 12,288 keys for 2,048, unpacked weights from about 32 rows. MLX
 # 0.32 multiplies fewer than eight gathered pairs by another kernel than eight and more; one kernel for all
 # gives streamed experts the bits of resident ones. Eight pairs in one call are also faster than in two.
-CUDA = Arithmetic("cuda", mx.bfloat16, max_packed_rows=32, min_pairs=8, has_kernels=True)
+CUDA = Arithmetic(
+    "cuda",
+    mx.bfloat16,
+    max_packed_rows=32,
+    min_pairs=8,
+    experts_at_once=16,
+    max_grouped_rows=512,
+    has_kernels=True,
+)
 
 
 def choose_arithmetic() -> Arithmetic:

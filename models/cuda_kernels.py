@@ -1,13 +1,13 @@
-"""Kernels of our own for CUDA, where MLX's take three times what their bytes cost. Called by arithmetic only.
+"""Kernels of our own for CUDA, where MLX launches many small ones. Called by arithmetic only.
 
-Products of few rows with 4-bit weights, the router's choice, and the choice of keys. Each result depends on its
-own row alone, and a product with an expert not on the slot that holds it. What these kernels do not take,
-MLX's own operations do; `supports` and `can_route` say which.
+Products of few rows with 4-bit weights, the router's choice, the choice of keys, sums of experts' outputs.
+Each result depends on its own row alone, and a product with an expert not on the slot that holds it. What
+these kernels do not take, MLX's own operations do; `supports` and `can_route` say which.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -27,7 +27,8 @@ using Bf16 = __nv_bfloat16;
 
 // Adds A[16, 16] B[16, 8] to d; the four words of A and two of B are this lane's.
 __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -38,8 +39,8 @@ __device__ __forceinline__ unsigned pair_of(unsigned word, int i) {
   const unsigned shifted = word >> (4 * i);
   if (AFFINE) return (shifted & 0x000F000Fu) | 0x43004300u;
   const unsigned small = ((shifted << 12) & 0x80008000u) | ((shifted << 6) & 0x01C001C0u);
-  const __nv_bfloat162 scaled = __hmul2(reinterpret_cast<const __nv_bfloat162&>(small),
-                                        __nv_bfloat162(__ushort_as_bfloat16(0x7E80), __ushort_as_bfloat16(0x7E80)));
+  const __nv_bfloat162 unit = __bfloat162bfloat162(__ushort_as_bfloat16(0x7E80));
+  const __nv_bfloat162 scaled = __hmul2(reinterpret_cast<const __nv_bfloat162&>(small), unit);
   return reinterpret_cast<const unsigned&>(scaled);
 }
 
@@ -50,8 +51,9 @@ __device__ __forceinline__ float scale_of(unsigned char power) {
 
 // One warp's share of 16 outputs for 8 rows: groups `first` to `last` of rows lane / 4 and lane / 4 + 8.
 template <bool AFFINE, int GROUP, typename S>
-__device__ __forceinline__ void dot(float (&sum)[4], const Bf16* x, bool has_row, const unsigned* w, const S* scales,
-                                    const S* biases, int first, int last, int groups) {
+__device__ __forceinline__ void dot(
+    float (&sum)[4], const Bf16* x, bool has_row, const unsigned* w, const S* scales, const S* biases,
+    int first, int last, int groups) {
   constexpr int WORDS = GROUP / 32, AT_ONCE = GROUPS_AT_ONCE;
   const int t = threadIdx.x & 3;
   const long next_w = 8L * groups * (GROUP / 8), next_s = 8L * groups;
@@ -67,9 +69,10 @@ __device__ __forceinline__ void dot(float (&sum)[4], const Bf16* x, bool has_row
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const unsigned* from = w + half * next_w + group * (GROUP / 8) + t * WORDS;
-        if constexpr (WORDS == 4) *reinterpret_cast<uint4*>(words[u][half]) = *reinterpret_cast<const uint4*>(from);
-        if constexpr (WORDS == 2) *reinterpret_cast<uint2*>(words[u][half]) = *reinterpret_cast<const uint2*>(from);
-        if constexpr (WORDS == 1) words[u][half][0] = *from;
+        unsigned(&to)[WORDS] = words[u][half];
+        if constexpr (WORDS == 4) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        if constexpr (WORDS == 2) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
+        if constexpr (WORDS == 1) to[0] = *from;
         s[u][half] = is_in ? scale_of(scales[half * next_s + group]) : 0.0f;
         b[u][half] = AFFINE && is_in ? scale_of(biases[half * next_s + group]) - 128.0f * s[u][half] : 0.0f;
       }
@@ -99,7 +102,8 @@ __device__ __forceinline__ void dot(float (&sum)[4], const Bf16* x, bool has_row
         }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] += s[u][i / 2] * d[i] + (AFFINE ? b[u][i / 2] * total[i] : 0.0f);
+      for (int i = 0; i < 4; ++i)
+        sum[i] += s[u][i / 2] * d[i] + (AFFINE ? b[u][i / 2] * total[i] : 0.0f);
     }
   }
 }
@@ -120,8 +124,8 @@ __device__ __forceinline__ void add_warps(float* shared, const float (&sum)[4], 
 }
 """.replace("GROUPS_AT_ONCE;", f"{GROUPS_AT_ONCE};")
 
-# Which matrix, and which rows of x with it: up to eight with one matrix, the same for each of several matrices,
-# or one with the matrix in its slot.
+# Which matrix, and which rows of x with it: up to eight with one matrix, the same for each of several, or one
+# with the matrix in its slot.
 _PLACE = {
     "one": """
   const int all_rows = x_shape[0], start = blockIdx.y * 8, N = w_shape[0], K = w_shape[1] * 8;
@@ -152,8 +156,8 @@ _DOT = """
   {
     float sum[4] = {0, 0, 0, 0};
     const long scale_at = (matrix * N + output) * groups;
-    dot<AFFINE, GROUP>(sum, mine, g < rows, WEIGHT + scale_at * (GROUP / 8), SCALES + scale_at, BIASES + scale_at,
-                       first, last, groups);
+    dot<AFFINE, GROUP>(sum, mine, g < rows, WEIGHT + scale_at * (GROUP / 8), SCALES + scale_at,
+                       BIASES + scale_at, first, last, groups);
     add_warps(shared, sum, result[WHICH]);
   }
 """
@@ -166,6 +170,13 @@ _GATED = """__bfloat162float(__float2bfloat16(silu(__bfloat162float(__float2bflo
 _SILU = "\n__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }\n"
 
 
+def _compiled(
+    name: str, input_names: list[str], output_names: list[str], source: str, header: str = ""
+) -> Kernel:
+    """The kernel; it is compiled when it is first evaluated."""
+    return cast(Kernel, mx.fast.cuda_kernel(name, input_names, output_names, source, header))
+
+
 @cache
 def _product_kernel(is_affine: bool, group_size: int, place: str, is_gated: bool) -> Kernel:
     """x with packed weights; gated: silu(x gate) * (x up)."""
@@ -176,7 +187,7 @@ def _product_kernel(is_affine: bool, group_size: int, place: str, is_gated: bool
         source += dot.replace("BIASES", f"{name}b" if is_affine else f"{name}s")
     source += _STORE.replace("VALUE", _GATED if is_gated else "result[0][i]")
     source = source.replace("AFFINE", str(is_affine).lower()).replace("GROUP", str(group_size))
-    return mx.fast.cuda_kernel(
+    return _compiled(
         f"{'gated' if is_gated else 'product'}_{place}_{'affine' if is_affine else 'mxfp4'}{group_size}",
         input_names=[*names, *(["slots"] if place == "slots" else [])],
         output_names=["out"],
@@ -276,9 +287,7 @@ _ROUTE = r"""
 @cache
 def _route_kernel(factor: float) -> Kernel:
     source = _ROUTE.replace("FACTOR", f"static_cast<float>({factor!r})")
-    return mx.fast.cuda_kernel(
-        "route", ["logits", "bias"], ["ids", "weights", "choice", "ranked"], source, _ORDER
-    )
+    return _compiled("route", ["logits", "bias"], ["ids", "weights", "choice", "ranked"], source, _ORDER)
 
 
 def can_route(num_experts: int, k: int) -> bool:
@@ -289,8 +298,8 @@ def can_route(num_experts: int, k: int) -> bool:
 def route(logits: mx.array, bias: mx.array, k: int, is_normed: bool, factor: float) -> list[mx.array]:
     """The k best experts of each row by sigmoid(logits) + bias, float32 [N, E], [E].
 
-    Returns ids int32 [N, k] ascending, weights float32 [N, k] (the sigmoids, normed, times factor), by what they
-    were chosen [N, E], and the ids again, likeliest first. Of equal experts the lower one wins.
+    Returns ids int32 [N, k] ascending, weights float32 [N, k] (the sigmoids, normed, times factor), by what
+    they were chosen [N, E], and the ids again, likeliest first. Of equal experts the lower one wins.
     """
     rows, experts = logits.shape
     threads = -(-experts // WARP) * WARP
@@ -316,7 +325,7 @@ _MIX = r"""
 
 @cache
 def _mix_kernel() -> Kernel:
-    return mx.fast.cuda_kernel("mix", ["pairs", "weights"], ["out"], _MIX)
+    return _compiled("mix", ["pairs", "weights"], ["out"], _MIX)
 
 
 def mix(pairs: mx.array, weights: mx.array) -> mx.array:
@@ -329,6 +338,44 @@ def mix(pairs: mx.array, weights: mx.array) -> mx.array:
         threadgroup=(256, 1, 1),
         output_shapes=[(rows, width)],
         output_dtypes=[pairs.dtype],
+    )[0]
+
+
+_ADD = r"""
+  const int k = ids_shape[1], H = y_shape[1];
+  const long row = blockIdx.y, h = blockIdx.x * blockDim.x + threadIdx.x;
+  if (h >= H) return;
+  float sum = before[row * H + h];
+  for (int j = 0; j < k; ++j) {
+    const int base = bases[ids[row * k + j]];
+    if (base >= 0)
+      sum += static_cast<float>(y[(base + ranks[row * k + j]) * 1L * H + h]) * weights[row * k + j];
+  }
+  out[row * H + h] = sum;
+"""
+
+
+@cache
+def _add_kernel() -> Kernel:
+    names = ["before", "y", "weights", "ids", "ranks", "bases"]
+    return _compiled("add_experts", names, ["out"], _ADD)
+
+
+def add_experts(
+    before: mx.array, y: mx.array, weights: mx.array, ids: mx.array, ranks: mx.array, bases: mx.array
+) -> mx.array:
+    """before float32 [N, H] with some experts' outputs y [rows, H] on top, by weight, in order of the ids.
+
+    ids, ranks int32 and weights float32 [N, k]; bases int32 [E]: where each expert's rows begin in y, or -1.
+    A pair's output is row bases[id] + rank.
+    """
+    rows, width = before.shape
+    return _add_kernel()(
+        inputs=[before, y, weights, ids, ranks, bases],
+        grid=(-(-width // 256) * 256, rows, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(rows, width)],
+        output_dtypes=[mx.float32],
     )[0]
 
 
@@ -403,7 +450,7 @@ _POSITIONS = r"""
 
 @cache
 def _positions_kernel() -> Kernel:
-    return mx.fast.cuda_kernel("best_positions", ["scores"], ["out"], _POSITIONS, _ORDER)
+    return _compiled("best_positions", ["scores"], ["out"], _POSITIONS, _ORDER)
 
 
 def best_positions(scores: mx.array, k: int) -> mx.array:

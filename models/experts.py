@@ -22,6 +22,8 @@ from models.expert_source import ExpertSource, Fetch, Place
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Rows of one expert that are computed together: bounds what its hidden rows take.
 EXPERT_ROWS = 2048
+# Of experts that are multiplied together each has the rows of the one with most, rounded up to so many.
+GROUPED_ROWS = 16
 # More rows together drive out what is guessed, or what was there, unless all that they may want has a slot.
 # Of 64 uses by eight rows an eighth are of experts that another uses, too: of 256, 54 to 57 are wanted.
 GUESSED_ROWS = 4
@@ -121,6 +123,9 @@ class Experts:
         """Output of each expert for each row that wants it: [N, H], [N, k] -> [N, k, H]."""
         if self._source.is_resident:
             return self._gathered(x, ids)
+        if guess is None and (table := self._table()) is not None:
+            self._source.count_hits(ids.size)
+            return self._remember(self._gathered(x, table[ids]))
         wanted, guessed = self._synchronise(ids, scores, guess)
         # One row's experts are unique and ascending as they are.
         experts = (wanted[0] if len(wanted) == 1 else np.unique(wanted)).tolist()
@@ -133,11 +138,15 @@ class Experts:
             places = np.searchsorted(experts, wanted)
             slots, is_here = fetch.slots[places], fetch.is_here[places]
         if is_here.all():
-            pairs = self._gathered(x, mx.array(slots))
+            pairs = self._gathered(x, self._arithmetic.sent(slots, self._source.num_slots(self._layer)))
             # Computed while the next layer's graph is built.
             mx.async_eval(pairs, *beside)
             return self._remember(pairs)
         return self._remember(self._pairs_as_they_come(x, fetch, slots, is_here, beside))
+
+    def _table(self) -> mx.array | None:
+        """Each expert's slot, where all have one and asking for them is spared."""
+        return self._source.slot_table(self._layer) if self._arithmetic.slots_on_device else None
 
     def _expect_next(self, guessed: NDArray[np.int32] | None) -> None:
         """Starts to read what is guessed, once the reads for this layer have been started."""
@@ -148,16 +157,18 @@ class Experts:
         self, ids: mx.array, scores: mx.array | None, guess: mx.array | None
     ) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
         """The one synchronisation of the layer: ids, scores and guess, and an end to all pending products."""
+        readable = [ids] if scores is None else self._arithmetic.readable(ids, scores.shape[-1])
         if scores is not None and not self._source.watches_scores(self._layer):
             scores = None
         owners = [self] if guess is None or self._next is None else [self, self._next]
         pending = [owner._pending for owner in owners]
-        mx.eval(*(array for array in (ids, scores, guess, *pending) if array is not None))
+        mx.eval(*(array for array in (*readable, scores, guess, *pending) if array is not None))
         for owner in owners:
             owner._pending = None
         if scores is not None:
             self._source.observe(self._layer, np.array(scores))
-        return np.array(ids), None if guess is None else np.array(guess)
+        wanted = np.concatenate([np.array(rows) for rows in readable]).astype(np.int32)
+        return wanted, None if guess is None else np.array(guess)
 
     def _pairs_as_they_come(
         self,
@@ -223,36 +234,98 @@ class Experts:
         rows_of = _rows_by_expert(wanted)
         counts = {expert: len(rows) for expert, (rows, _) in rows_of.items()}
         out = mx.zeros((weights.shape[0], take(mx.array([0])).shape[1]))
+        ranks: mx.array | None = None
         for group in self._source.sweep(self._layer, counts, self._arithmetic.experts_at_once):
-            for place in group:
-                mlp = self._unpacked(place, counts[place.expert])
-                for rows, columns in _pieces(*rows_of[place.expert]):
-                    chosen = mx.array(rows)
-                    y = mlp(take(chosen)) * weights[chosen, mx.array(columns), None]
-                    out = self._arithmetic.add_rows(out, rows, y)
-                    if len(rows) == EXPERT_ROWS:
-                        mx.eval(out)
+            for run in self._runs(group, counts):
+                if self._can_group(run[0], counts):
+                    ranks = _ranks(rows_of, wanted.shape) if ranks is None else ranks
+                    out = self._add_run(out, take, run, rows_of, weights, ids, ranks)
+                else:
+                    out = self._add_place(out, take, run[0], rows_of[run[0].expert], weights)
             mx.eval(out)
             yield
         return out
 
+    def _weights(
+        self, arrays: Mapping[str, mx.array], slot: int | None = None
+    ) -> tuple[BankWeight, BankWeight, BankWeight]:
+        """Gate, up and down of a bank, or of one of its slots."""
+        gate, up, down = (BankWeight(arrays, name, self._quantizations[name], slot) for name in PROJECTIONS)
+        return gate, up, down
+
+    def _can_group(self, place: Place, counts: Mapping[int, int]) -> bool:
+        return self._arithmetic.can_group(counts[place.expert], *self._weights(place.arrays))
+
+    def _runs(self, group: Sequence[Place], counts: Mapping[int, int]) -> Iterator[list[Place]]:
+        """The group in order, cut into places that are multiplied together and those that are not."""
+        run: list[Place] = []
+        for place in group:
+            if run and self._can_group(place, counts) and place.arrays is run[0].arrays:
+                run.append(place)
+                continue
+            if run:
+                yield run
+            run = [place]
+            if not self._can_group(place, counts):
+                yield run
+                run = []
+        if run:
+            yield run
+
+    def _add_place(
+        self,
+        out: mx.array,
+        take: Callable[[mx.array], mx.array],
+        place: Place,
+        pairs: tuple[Indices, Indices],
+        weights: mx.array,
+    ) -> mx.array:
+        """out [N, H] with one expert's outputs for the rows that want it."""
+        mlp = self._unpacked(place, len(pairs[0]))
+        for rows, columns in _pieces(*pairs):
+            chosen = mx.array(rows)
+            y = mlp(take(chosen)) * weights[chosen, mx.array(columns), None]
+            out = self._arithmetic.add_rows(out, rows, y)
+            if len(rows) == EXPERT_ROWS:
+                mx.eval(out)
+        return out
+
+    def _add_run(
+        self,
+        out: mx.array,
+        take: Callable[[mx.array], mx.array],
+        run: Sequence[Place],
+        rows_of: Mapping[int, tuple[Indices, Indices]],
+        weights: mx.array,
+        ids: mx.array,
+        ranks: mx.array,
+    ) -> mx.array:
+        """out [N, H] with the outputs of several experts, each multiplied with as many rows, some in vain."""
+        height = -(-max(len(rows_of[place.expert][0]) for place in run) // GROUPED_ROWS) * GROUPED_ROWS
+        chosen = np.zeros((len(run), height), np.int32)
+        bases = np.full(1 + max(rows_of), -1, np.int32)
+        for number, place in enumerate(run):
+            rows, _ = rows_of[place.expert]
+            chosen[number, : len(rows)] = rows
+            bases[place.expert] = number * height
+        slots = np.array([place.slot for place in run], np.int32)
+        sent = mx.array(np.concatenate([chosen.ravel(), bases, slots]))
+        flat, bases_sent, slots_sent = mx.split(sent, [chosen.size, chosen.size + bases.size])
+        x = take(flat).reshape(len(run), height, -1)
+        y = self._arithmetic.grouped(x, *self._weights(run[0].arrays), slots=slots_sent)
+        return self._arithmetic.add_experts(out, y.reshape(-1, out.shape[1]), weights, ids, ranks, bases_sent)
+
     def _unpacked(self, place: Place, num_rows: int) -> Callable[[mx.array], mx.array]:
         """One expert, its weights in the form that so many rows are multiplied with: [n, H] -> [n, H]."""
-        gate, up, down = (
-            self._arithmetic.unpacked(
-                BankWeight(place.arrays, projection, self._quantizations[projection], place.slot), num_rows
-            )
-            for projection in PROJECTIONS
-        )
+        weights = self._weights(place.arrays, place.slot)
+        gate, up, down = (self._arithmetic.unpacked(weight, num_rows) for weight in weights)
         product = self._arithmetic.product
         gated = self._arithmetic.gated
         return lambda x: product(gated(product(x, gate), product(x, up)), down)
 
     def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
         """x [N, H] against slots [N, k] -> [N, k, H]."""
-        bank = self._source.bank(self._layer)
-        weights = (BankWeight(bank, name, self._quantizations[name]) for name in PROJECTIONS)
-        return self._arithmetic.pairs(x, *weights, slots)
+        return self._arithmetic.pairs(x, *self._weights(self._source.bank(self._layer)), slots=slots)
 
     def _remember(self, out: mx.array) -> mx.array:
         """A lazy product reads its slots when it is evaluated: keep it until then."""
@@ -285,3 +358,11 @@ def _rows_by_expert(wanted: NDArray[np.int32]) -> dict[int, tuple[Indices, Indic
     pairs = np.split(order, starts[1:])
     k = wanted.shape[1]
     return {int(e): (p // k, p % k) for e, p in zip(ids, pairs, strict=True)}
+
+
+def _ranks(rows_of: Mapping[int, tuple[Indices, Indices]], shape: tuple[int, ...]) -> mx.array:
+    """For each (row, expert) pair its place among the rows that want the expert: int32 of this shape."""
+    ranks = np.empty(shape, np.int32)
+    for rows, columns in rows_of.values():
+        ranks[rows, columns] = np.arange(len(rows))
+    return mx.array(ranks)
