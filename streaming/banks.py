@@ -181,10 +181,6 @@ class StagedBank:
         self._parts = parts
         self._kept = kept
         self._staging = staging
-        self._bytes = [
-            rows.reshape(STAGED_ROWS, -1).view(np.uint8) if name == part.dtype else None
-            for rows, name, part in zip(staging, kept, parts, strict=True)
-        ]
         self._rows: dict[int, int] = {}
         self.arrays: Mapping[str, mx.array] = {
             part.name: _as_float(mx.zeros((num_slots, *part.shape), _MLX_CARRIERS[name]), name)
@@ -197,10 +193,7 @@ class StagedBank:
         self._rows = {slot: row for row, slot in enumerate(slots)}
 
     def target(self, slot: int, part: int, start: int, nbytes: int, at: int) -> Target | None:
-        if (rows := self._bytes[part]) is None:
-            return None
-        memory = rows[self._rows[slot], start : start + nbytes]
-        return Target(at, memory, memory.ctypes.data)
+        return None
 
     def write(self, slot: int, part: int, start: int, raw: Bytes) -> None:
         row = self._staging[part][self._rows[slot]].reshape(-1)
