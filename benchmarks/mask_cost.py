@@ -12,15 +12,15 @@ import time
 
 import mlx.core as mx
 
-from benchmarks.drive import use_fast_blas
+from benchmarks.rig.drive import use_fast_blas
 from models.arithmetic import choose_arithmetic
-from models.attention import Span
-from server.checkpoint import POCKET
-from server.engine.constraint import Constraint
-from server.engine.grammar import Grammars
-from server.engine.messages import Generate
-from server.glm.grammar import json_rule, make_grammar
-from server.serve import load_dialect
+from models.attention.attention import Span
+from server.commands.checkpoint import POCKET
+from server.commands.serve import load_dialect
+from server.engine.decode.constraint import Constraint
+from server.engine.decode.token_masks import Grammars
+from server.glm.answer_grammar import json_rule, make_grammar
+from server.link.messages import Generate
 from tests.checkpoints import Opened, open_model
 
 NUM_TOKENS = 48
@@ -82,7 +82,7 @@ def main() -> None:
     grammar = make_grammar({"start": "content", "content": json_rule(SCHEMA)})
     prompt = tuple(tokenizer.encode("[gMASK]<sop><|user|>Names, please.<|assistant|><think></think>"))
     request = Generate("x", prompt, NUM_TOKENS, stop_token_ids=tokenizer.eos_token_ids, grammar=grammar)
-    grammars = Grammars(POCKET / "tokenizer.json", opened.model.args.vocab_size)
+    grammars = Grammars(POCKET, opened.model.args.vocab_size)
     free, held = Side(opened, request, None), Side(opened, request, grammars)
     for number in range(rounds + 1):
         if number == 1:  # the first round makes what is made once

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from config.errors import DiskError
 from streaming.banks import Bank
+from streaming.disk.reads import ReadClass
+from streaming.files.index import ExpertIndex, Part
 from streaming.fills import Fill, Filler
-from streaming.index import ExpertIndex, Part
-from streaming.reads import ReadClass
 
 Key = tuple[int, int]  # layer, expert
 
@@ -61,8 +61,12 @@ class Ring:
         lane = self._lane_of[layer]
         if not lane.bank.is_in_place:
             return self._bring_staged(lane, layer, experts)
-        if any((layer, expert) not in self._fills for expert in experts):
-            raise DiskError(f"layer {layer}: reads that the disk never answered hold its slots")
+        may_come = True
+        while any((layer, expert) not in self._fills for expert in experts):
+            if not may_come:
+                raise DiskError(f"layer {layer}: reads that the disk never answered hold its slots")
+            may_come = self._filler.wait_for_voided(lane.name)
+            self._start()
         fills = [self._fills[layer, expert] for expert in experts]
         return fills, self._filler.wait(fills)
 

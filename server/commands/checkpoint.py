@@ -1,0 +1,107 @@
+"""Finds the folder of a checkpoint and checks that all of it is there, before anything is loaded.
+
+Called by the command line. Reads headers only; knows nothing of what the tensors mean.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from config.errors import CheckpointError
+from models.args import ModelArgs
+from models.loading.checkpoint_tensors import read_config, read_tensors
+from models.loading.vendor_formats import refuse_vendor_format
+from models.pocket import FOLDER
+from server.commands.hub_cache import cache_folder, cached_repos, find_snapshot, parse_repo, snapshot_of
+from streaming.files.headers import FP8, TensorEntry, read_headers
+
+GLM_ID = "z-ai/glm-5.2"
+# Pocket is a toy: it must never answer to the name of the real model unless somebody says so.
+POCKET_ID = "glmserve/pocket"
+POCKET = FOLDER
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A complete checkpoint, the id that clients see by default, and why it was chosen."""
+
+    directory: Path
+    model_id: str
+    remark: str = ""
+
+
+def choose_checkpoint(path_or_repo: str | None) -> FoundCheckpoint:
+    """The checkpoint that the user named, else a GLM in the local Hugging Face cache, else Pocket."""
+    if path_or_repo is not None:
+        directory = find_checkpoint(path_or_repo)
+        return FoundCheckpoint(directory, POCKET_ID if directory.resolve() == POCKET.resolve() else GLM_ID)
+    for directory in _cached_glms():
+        remark = f"no --model given: serving {directory}, found in the Hugging Face cache"
+        return FoundCheckpoint(directory, GLM_ID, remark)
+    remark = (
+        "no --model given and no GLM in the Hugging Face cache: serving Pocket, a small demonstration model. "
+        "For the real one: hf download mlx-community/GLM-5.2-mxfp4, then glmserve --model "
+        "mlx-community/GLM-5.2-mxfp4 --stream-experts"
+    )
+    return FoundCheckpoint(find_checkpoint(str(POCKET)), POCKET_ID, remark)
+
+
+def find_checkpoint(path_or_repo: str) -> Path:
+    """The complete checkpoint that the user means. Never downloads."""
+    # os.path's questions, and not Path's: what may not be looked at, or has no possible name, is not there.
+    path = Path(os.path.expanduser(path_or_repo))
+    if not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
+        path = _find_in_cache(*repo)
+    if not os.path.isdir(path):
+        raise CheckpointError(f"--model {path_or_repo}: there is no such folder, or it may not be read")
+    if not os.path.exists(path / "config.json"):
+        raise CheckpointError(f"--model {path}: no config.json there, so this is not a checkpoint")
+    _read_tensors(path)
+    return path
+
+
+def _find_in_cache(repo: str, revision: str | None) -> Path:
+    snapshot = find_snapshot(repo, revision)
+    if snapshot is None:
+        at = f" --revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"--model {repo}{f'@{revision}' if revision else ''} is neither a folder nor in the Hugging Face "
+            f"cache ({cache_folder()}); fetch it with `hf download {repo}{at}`"
+        )
+    return snapshot
+
+
+def _cached_glms() -> Iterator[Path]:
+    """Complete checkpoints of our model type by name, those in FP8 last: they must be converted first."""
+    only_convert = []
+    for folder in cached_repos():
+        snapshot = snapshot_of(folder)
+        dtypes = _dtypes_of_glm(snapshot) if snapshot else None
+        if snapshot is None or dtypes is None:
+            continue
+        if FP8 in dtypes:
+            only_convert.append(snapshot)
+        else:
+            yield snapshot
+    yield from only_convert
+
+
+def _dtypes_of_glm(snapshot: Path) -> set[str] | None:
+    """Of the tensors; None where it is no complete checkpoint of our model type, in a format of our own."""
+    try:
+        config = read_config(snapshot)
+        tensors = _read_tensors(snapshot)
+        refuse_vendor_format(snapshot, config, tensors)
+        return {entry.dtype for entry in tensors.values()}
+    except CheckpointError:
+        return None
+
+
+def _read_tensors(directory: Path) -> dict[str, TensorEntry]:
+    """Headers of all tensors; those that the index lists where the config does not say which are needed."""
+    try:
+        args = ModelArgs.from_config(read_config(directory))
+    except CheckpointError:  # the engine says what is wrong with it
+        return read_headers(directory)
+    return read_tensors(directory, args)
