@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from models.arithmetic import choose_arithmetic
-from models.attention import Span
-from models.cache import SequenceCache
+from models.attention.attention import Span
+from models.attention.cache import SequenceCache
 from models.glm_moe_dsa import Model
-from models.loading import load_model, open_checkpoint
-from streaming.headers import read_headers
+from models.loading.loading import load_model, open_checkpoint
+from streaming.files.headers import read_headers
 from streaming.store import ExpertStore
 
 CONTEXTS, PROMPTS = (16, 4096), (32, 128, 512, 1024, 2048)
