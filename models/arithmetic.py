@@ -4,8 +4,9 @@ Everything else in `models/` asks an `Arithmetic` for a product and never looks 
 in docs/measurements.md; the command is `python -m benchmarks.arithmetic`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from models import cuda_kernels
 
+T = TypeVar("T")
 # What MLX packs in mode affine; the other modes have one size each.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
@@ -79,6 +81,7 @@ class Arithmetic:
     once.
     `max_grouped_rows`: experts with up to so many of a prompt's rows are multiplied several in one product.
     `slots_on_device`: reading ids back costs more than looking slots up where every expert has one.
+    `compiles`: what few rows go through between two uses of the cache is compiled once for their number.
     `has_kernels`: what `models.cuda_kernels` can compute is computed there.
     """
 
@@ -94,7 +97,13 @@ class Arithmetic:
     has_slow_exp: bool = False
     max_grouped_rows: int = 0
     slots_on_device: bool = True
+    compiles: bool = False
     has_kernels: bool = False
+
+    def compiled(self, function: Callable[..., T]) -> Callable[..., T]:
+        """A function of few rows in the form in which calling it often is cheapest. Of arrays alone; weights
+        that it finds elsewhere stay what they were when it is first called."""
+        return mx.compile(function) if self.compiles else function
 
     def is_few(self, rows: int) -> bool:
         """Whether so many rows are multiplied with the weights as they are packed."""
@@ -315,6 +324,7 @@ CUDA = Arithmetic(
     min_pairs=8,
     experts_at_once=16,
     max_grouped_rows=512,
+    compiles=True,
     has_kernels=True,
 )
 

@@ -49,14 +49,24 @@ class MoeMlp(nn.Module):
         if args.n_shared_experts:
             width = args.moe_intermediate_size * args.n_shared_experts
             self.shared_experts = DenseMlp(args.hidden_size, width, arithmetic)
+        self._whole_of_few = arithmetic.compiled(self._whole)
+        self._gate_few = arithmetic.compiled(lambda x: self.gate(x))
+        self._shared_of_few = arithmetic.compiled(lambda x: self.shared_experts(x))
 
     def __call__(self, x: mx.array, guess: mx.array | None = None) -> mx.array:
         """x [N, H] -> [N, H]; `guess`: the next layer's experts, as `Router.ranked` gives them."""
-        ids, weights, choice = self.gate(x)
+        if self._experts.are_resident_for(x.shape[0]):
+            return self._whole_of_few(x)
+        ids, weights, choice = self._gate_few(x)
         if "shared_experts" not in self:
             return self._experts(x, ids, weights, choice, guess=guess)
-        shared = self.shared_experts(x)
+        shared = self._shared_of_few(x)
         return self._experts(x, ids, weights, choice, guess=guess, beside=(shared,)) + shared
+
+    def _whole(self, x: mx.array) -> mx.array:
+        """The same where experts are resident."""
+        routed = self._experts(x, *self.gate(x))
+        return routed + self.shared_experts(x) if "shared_experts" in self else routed
 
     def sweep(self, x: mx.array, norm: nn.RMSNorm, parts: Sequence[Part]) -> Generator[None, None, None]:
         """Adds what it makes of norm(x) to x [N, H], for many rows, with pauses.

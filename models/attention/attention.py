@@ -111,21 +111,40 @@ class Attention(nn.Module):
         if args.indexer_types[layer] == FULL:
             self.indexer = Indexer(args, arithmetic)
         self._rope = Rope(args.qk_rope_head_dim, args.rope_theta)
+        self._project_few = arithmetic.compiled(self._project)
+        self._finish_few = arithmetic.compiled(self._finish)
+        self._ask_few = arithmetic.compiled(self._ask)
 
     def __call__(self, x: mx.array, part: Part) -> mx.array:
         """x [N, H] -> [N, H]; appends this layer's rows to the caches of the spans."""
-        q_residual = self.q_a_layernorm(self.q_a_proj(x))
-        queries = self._latent_queries(q_residual, part.positions)  # [heads, N, latent]
-        rows = self._latent_rows(x, part.positions)  # [N, latent]
+        project, finish = (
+            (self._project, self._finish) if part.is_large else (self._project_few, self._finish_few)
+        )
+        q_residual, queries, rows, *new_keys = project(x, part.positions)
         keys = [span.append(lambda cache: cache.latents[self._layer], rows) for span in part.spans]
         if "indexer" in self:
-            self._update_selection(x, q_residual, part)
+            self._update_selection(x, q_residual, new_keys[0], part)
         outs = [
             self._attend(queries[:, span.start : span.stop], span_keys, selected)
             for span, span_keys, selected in zip(part.spans, keys, part.selected, strict=True)
         ]
-        out = self.unembed_out(mx.concatenate(outs, axis=1))  # [heads, N, v]
-        return self.o_proj(out.transpose(1, 0, 2).reshape(x.shape[0], -1))
+        return finish(mx.concatenate(outs, axis=1))
+
+    def _project(self, x: mx.array, positions: mx.array) -> list[mx.array]:
+        """What rows x [N, H] bring: the query residual, latent queries [heads, N, latent], rows of the cache
+        [N, latent] and, in a full layer, index keys [N, D]."""
+        q_residual = self.q_a_layernorm(self.q_a_proj(x))
+        made = [q_residual, self._latent_queries(q_residual, positions), self._latent_rows(x, positions)]
+        return [*made, self.indexer.key_rows(x, positions)] if "indexer" in self else made
+
+    def _finish(self, out: mx.array) -> mx.array:
+        """What was attended to, out of the latent space: [heads, N, kv_lora] -> [N, H]."""
+        values = self.unembed_out(out)  # [heads, N, v]
+        return self.o_proj(values.transpose(1, 0, 2).reshape(out.shape[1], -1))
+
+    def _ask(self, x: mx.array, q_residual: mx.array, positions: mx.array) -> list[mx.array]:
+        """Index queries [N, index heads, D] and how much each head counts, [N, index heads]."""
+        return [self.indexer.query_rows(q_residual, positions), self.indexer.head_weights(x)]
 
     def _latent_queries(self, q_residual: mx.array, positions: mx.array) -> mx.array:
         """Queries against cached rows: the nope part in latent space, then the rotated part."""
@@ -141,17 +160,16 @@ class Attention(nn.Module):
         rotary = self._rope(rotary[:, None, :], positions)[:, 0, :]
         return mx.concatenate([self.kv_a_layernorm(latent), rotary], axis=-1)
 
-    def _update_selection(self, x: mx.array, q_residual: mx.array, part: Part) -> None:
+    def _update_selection(self, x: mx.array, q_residual: mx.array, new_keys: mx.array, part: Part) -> None:
         """Write the index keys of all spans, then score where there are more keys than may be selected."""
-        k, new_keys = self._args.index_topk, self.indexer.key_rows(x, part.positions)
+        k = self._args.index_topk
         for span in part.spans:
             span.append(lambda cache: cache.index_keys[self._layer], new_keys)
         stores = [span.cache.index_keys[self._layer] for span in part.spans]
         part.selected = [None] * len(part.spans)
         if all(store.length <= k for store in stores):
             return
-        queries = self.indexer.query_rows(q_residual, part.positions)
-        weights = self.indexer.head_weights(x)
+        queries, weights = (self._ask if part.is_large else self._ask_few)(x, q_residual, part.positions)
         for i, (span, store) in enumerate(zip(part.spans, stores, strict=True)):
             if store.length > k:
                 rows = slice(span.start, span.stop)

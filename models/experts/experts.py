@@ -65,6 +65,11 @@ class Experts:
         self._quantizations = quantizations
         self._pending: mx.array | None = None
         self._next: Experts | None = None
+        self._pairs_of_few = arithmetic.compiled(self._pairs_of)
+
+    def are_resident_for(self, rows: int) -> bool:
+        """Whether a call for so many rows depends on its arrays alone."""
+        return self._source.is_resident and self._arithmetic.gathers(rows)
 
     def precede(self, following: "Experts") -> None:
         """The layer whose experts are guessed in this one."""
@@ -325,7 +330,10 @@ class Experts:
 
     def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
         """x [N, H] against slots [N, k] -> [N, k, H]."""
-        return self._arithmetic.pairs(x, *self._weights(self._source.bank(self._layer)), slots=slots)
+        return self._pairs_of_few(x, slots, dict(self._source.bank(self._layer)))
+
+    def _pairs_of(self, x: mx.array, slots: mx.array, arrays: Mapping[str, mx.array]) -> mx.array:
+        return self._arithmetic.pairs(x, *self._weights(arrays), slots=slots)
 
     def _remember(self, out: mx.array) -> mx.array:
         """A lazy product reads its slots when it is evaluated: keep it until then."""
