@@ -81,6 +81,7 @@ class Arithmetic:
     once.
     `max_grouped_rows`: experts with up to so many of a prompt's rows are multiplied several in one product.
     `slots_on_device`: reading ids back costs more than looking slots up where every expert has one.
+    `launches_early`: a layer of few rows is computed while the next one's graph is built.
     `compiles`: what few rows go through between two uses of the cache is compiled once for their number.
     `has_kernels`: what `models.cuda_kernels` can compute is computed there.
     """
@@ -97,6 +98,7 @@ class Arithmetic:
     has_slow_exp: bool = False
     max_grouped_rows: int = 0
     slots_on_device: bool = True
+    launches_early: bool = False
     compiles: bool = False
     has_kernels: bool = False
 
@@ -104,6 +106,11 @@ class Arithmetic:
         """A function of few rows in the form in which calling it often is cheapest. Of arrays alone; weights
         that it finds elsewhere stay what they were when it is first called."""
         return mx.compile(function) if self.compiles else function
+
+    def launch(self, x: mx.array) -> None:
+        """Starts to compute what a layer of few rows comes to, where that is not left to its reader."""
+        if self.launches_early:
+            mx.async_eval(x)  # type: ignore[no-untyped-call]
 
     def is_few(self, rows: int) -> bool:
         """Whether so many rows are multiplied with the weights as they are packed."""
@@ -324,6 +331,7 @@ CUDA = Arithmetic(
     min_pairs=8,
     experts_at_once=16,
     max_grouped_rows=512,
+    launches_early=True,
     compiles=True,
     has_kernels=True,
 )

@@ -240,6 +240,7 @@ class Model(nn.Module):
         for i, layer in enumerate(self.model.layers):
             if tokens.shape[0] <= EAGER_ROWS:
                 x = layer(x, parts)
+                self.arithmetic.launch(x)
             else:
                 yield from layer.piece_by_piece(x, parts)
                 mx.eval(x, *(state for span in spans for state in span.cache.states(i)))

@@ -103,9 +103,8 @@ def copy_rate() -> float:
 def weight_bytes(side: Side, store_bytes: int) -> int:
     """Bytes of weights that one token needs: the trunk without its embedding, and the chosen experts."""
     args, model = side.model.args, side.model
-    trunk = sum(
-        array.nbytes for name, array in tree_flatten(model.parameters()) if "embed_tokens" not in name
-    )
+    arrays: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    trunk = sum(array.nbytes for name, array in arrays.items() if "embed_tokens" not in name)
     return trunk + store_bytes * args.num_experts_per_tok // args.n_routed_experts
 
 
