@@ -4,9 +4,8 @@ Everything else in `models/` asks an `Arithmetic` for a product and never looks 
 in docs/measurements.md; the command is `python -m benchmarks.arithmetic`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 
 from models import cuda_kernels
 
-T = TypeVar("T")
 # What MLX packs in mode affine; the other modes have one size each.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
@@ -102,15 +100,10 @@ class Arithmetic:
     compiles: bool = False
     has_kernels: bool = False
 
-    def compiled(self, function: Callable[..., T]) -> Callable[..., T]:
-        """A function of few rows in the form in which calling it often is cheapest. Of arrays alone; weights
-        that it finds elsewhere stay what they were when it is first called."""
-        return mx.compile(function) if self.compiles else function
-
     def launch(self, x: mx.array) -> None:
         """Starts to compute what a layer of few rows comes to, where that is not left to its reader."""
         if self.launches_early:
-            mx.async_eval(x)  # type: ignore[no-untyped-call]
+            mx.async_eval(x)
 
     def is_few(self, rows: int) -> bool:
         """Whether so many rows are multiplied with the weights as they are packed."""

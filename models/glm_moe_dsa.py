@@ -5,6 +5,7 @@ files; experts come through an `ExpertSource`.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from weakref import WeakSet
 
@@ -49,19 +50,21 @@ class MoeMlp(nn.Module):
         if args.n_shared_experts:
             width = args.moe_intermediate_size * args.n_shared_experts
             self.shared_experts = DenseMlp(args.hidden_size, width, arithmetic)
-        self._whole_of_few = arithmetic.compiled(self._whole)
-        self._gate_few = arithmetic.compiled(lambda x: self.gate(x))
-        self._shared_of_few = arithmetic.compiled(lambda x: self.shared_experts(x))
+        self._compiles = arithmetic.compiles
 
     def __call__(self, x: mx.array, guess: mx.array | None = None) -> mx.array:
         """x [N, H] -> [N, H]; `guess`: the next layer's experts, as `Router.ranked` gives them."""
         if self._experts.are_resident_for(x.shape[0]):
-            return self._whole_of_few(x)
-        ids, weights, choice = self._gate_few(x)
+            return self._compiled(x) if self._compiles else self._whole(x)
+        ids, weights, choice = self.gate(x)
         if "shared_experts" not in self:
             return self._experts(x, ids, weights, choice, guess=guess)
-        shared = self._shared_of_few(x)
+        shared = self.shared_experts(x)
         return self._experts(x, ids, weights, choice, guess=guess, beside=(shared,)) + shared
+
+    @cached_property
+    def _compiled(self) -> Callable[..., mx.array]:
+        return mx.compile(self._whole)
 
     def _whole(self, x: mx.array) -> mx.array:
         """The same where experts are resident."""

@@ -28,7 +28,7 @@ from models.loading.loading import load_model, open_checkpoint
 from streaming.files.headers import read_headers
 from streaming.store import ExpertStore
 
-CONTEXTS, PROMPTS = (16, 4096), (32, 128, 512, 1024, 2048)
+CONTEXTS, PROMPTS = (16, 4096, 16384), (32, 128, 512, 2048)
 WARM_STEPS = 8
 
 

@@ -7,6 +7,7 @@ set of numbers. Memory is bounded by tiles of queries.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -111,15 +112,11 @@ class Attention(nn.Module):
         if args.indexer_types[layer] == FULL:
             self.indexer = Indexer(args, arithmetic)
         self._rope = Rope(args.qk_rope_head_dim, args.rope_theta)
-        self._project_few = arithmetic.compiled(self._project)
-        self._finish_few = arithmetic.compiled(self._finish)
-        self._ask_few = arithmetic.compiled(self._ask)
 
     def __call__(self, x: mx.array, part: Part) -> mx.array:
         """x [N, H] -> [N, H]; appends this layer's rows to the caches of the spans."""
-        project, finish = (
-            (self._project, self._finish) if part.is_large else (self._project_few, self._finish_few)
-        )
+        is_compiled = self._arithmetic.compiles and not part.is_large
+        project, finish = self._compiled if is_compiled else (self._project, self._finish)
         q_residual, queries, rows, *new_keys = project(x, part.positions)
         keys = [span.append(lambda cache: cache.latents[self._layer], rows) for span in part.spans]
         if "indexer" in self:
@@ -129,6 +126,11 @@ class Attention(nn.Module):
             for span, span_keys, selected in zip(part.spans, keys, part.selected, strict=True)
         ]
         return finish(mx.concatenate(outs, axis=1))
+
+    @cached_property
+    def _compiled(self) -> tuple[Callable[..., list[mx.array]], Callable[..., mx.array]]:
+        """What comes before the cache is used, and after, for few rows."""
+        return mx.compile(self._project), mx.compile(self._finish)
 
     def _project(self, x: mx.array, positions: mx.array) -> list[mx.array]:
         """What rows x [N, H] bring: the query residual, latent queries [heads, N, latent], rows of the cache
@@ -141,10 +143,6 @@ class Attention(nn.Module):
         """What was attended to, out of the latent space: [heads, N, kv_lora] -> [N, H]."""
         values = self.unembed_out(out)  # [heads, N, v]
         return self.o_proj(values.transpose(1, 0, 2).reshape(out.shape[1], -1))
-
-    def _ask(self, x: mx.array, q_residual: mx.array, positions: mx.array) -> list[mx.array]:
-        """Index queries [N, index heads, D] and how much each head counts, [N, index heads]."""
-        return [self.indexer.query_rows(q_residual, positions), self.indexer.head_weights(x)]
 
     def _latent_queries(self, q_residual: mx.array, positions: mx.array) -> mx.array:
         """Queries against cached rows: the nope part in latent space, then the rotated part."""
@@ -169,7 +167,8 @@ class Attention(nn.Module):
         part.selected = [None] * len(part.spans)
         if all(store.length <= k for store in stores):
             return
-        queries, weights = (self._ask if part.is_large else self._ask_few)(x, q_residual, part.positions)
+        queries = self.indexer.query_rows(q_residual, part.positions)
+        weights = self.indexer.head_weights(x)
         for i, (span, store) in enumerate(zip(part.spans, stores, strict=True)):
             if store.length > k:
                 rows = slice(span.start, span.stop)

@@ -11,6 +11,7 @@ with an expert does not depend on the slot that holds it, so any budget gives th
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -65,7 +66,6 @@ class Experts:
         self._quantizations = quantizations
         self._pending: mx.array | None = None
         self._next: Experts | None = None
-        self._pairs_of_few = arithmetic.compiled(self._pairs_of)
 
     def are_resident_for(self, rows: int) -> bool:
         """Whether a call for so many rows depends on its arrays alone."""
@@ -330,7 +330,16 @@ class Experts:
 
     def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
         """x [N, H] against slots [N, k] -> [N, k, H]."""
-        return self._pairs_of_few(x, slots, dict(self._source.bank(self._layer)))
+        bank = self._source.bank(self._layer)
+        return (
+            self._compiled(x, slots, dict(bank))
+            if self._arithmetic.compiles
+            else self._pairs_of(x, slots, bank)
+        )
+
+    @cached_property
+    def _compiled(self) -> Callable[..., mx.array]:
+        return mx.compile(self._pairs_of)
 
     def _pairs_of(self, x: mx.array, slots: mx.array, arrays: Mapping[str, mx.array]) -> mx.array:
         return self._arithmetic.pairs(x, *self._weights(arrays), slots=slots)
