@@ -26,6 +26,8 @@ from server.api.service import Service
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 # Anthropic signs thoughts. Nobody checks ours, but clients leave out a thought whose signature is empty.
 SIGNATURE = "glmserve"
+# Calls come from the model; Anthropic's may also come from code that its service runs.
+CALLER = {"type": "direct"}
 
 
 def messages_router(service: Service) -> APIRouter:
@@ -37,6 +39,7 @@ def messages_router(service: Service) -> APIRouter:
     @router.post("/messages")
     async def create_message(request: Request, body: Body) -> Response:
         caller = Caller.of(request, None, body.user)
+        service.parameters.note(request, body, caller)
         chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(), caller, fills_context=True))
         message = _Message(chat, body.max_tokens)
         headers = {"X-Generation-Id": chat.envelope.id, "request-id": chat.envelope.id}
@@ -44,7 +47,7 @@ def messages_router(service: Service) -> APIRouter:
             return stream_named(
                 message.events(),
                 lambda error: anthropic_error(describe(error)),
-                lambda: comment(chat.progress()).removesuffix(b"\n") + encode({"type": "ping"}, "ping"),
+                lambda: comment(chat.progress()) + encode({"type": "ping"}, "ping"),
                 service.keepalive_s,
                 headers,
             )
@@ -55,7 +58,8 @@ def messages_router(service: Service) -> APIRouter:
         return response
 
     @router.post("/messages/count_tokens")
-    async def count_tokens(body: Prompt) -> dict[str, int]:
+    async def count_tokens(request: Request, body: Prompt) -> dict[str, int]:
+        service.parameters.note(request, body, Caller.of(request, None, None))
         service.names.check(body.model, [])
         encode = service.dialect.tokenizer.encode
         token_ids = await anyio.to_thread.run_sync(lambda: encode(render(service, body.chat())))
@@ -86,7 +90,7 @@ class _Message:
             async for change in changes:
                 for event in self._on_change(change):
                     yield event
-        yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
+        yield {"type": "message_delta", "delta": self._end(), "usage": self._tokens()}
         yield {"type": "message_stop"}
 
     def _on_change(self, change: Change) -> Iterator[Event]:
@@ -124,18 +128,30 @@ class _Message:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
+            "stop_details": None,
+            "container": None,
+            "diagnostics": None,
             "usage": self._usage(),
         }
 
     def _end(self) -> dict[str, Any]:
-        if (stop := self._answer.stop_string) is not None:
-            return {"stop_reason": "stop_sequence", "stop_sequence": stop}
-        reason = STOP_REASONS[self._answer.reason or "stop"]
-        if reason == "max_tokens" and self._answer.request.max_tokens < self._max_tokens:
+        stop, reason = self._answer.stop_string, STOP_REASONS[self._answer.reason or "stop"]
+        if stop is not None:
+            reason = "stop_sequence"
+        elif reason == "max_tokens" and self._answer.request.max_tokens < self._max_tokens:
             reason = "model_context_window_exceeded"
-        return {"stop_reason": reason, "stop_sequence": None}
+        return {"stop_reason": reason, "stop_sequence": stop, "stop_details": None, "container": None}
 
     def _usage(self) -> dict[str, Any]:
+        """Tokens so far, and how the request was served."""
+        return self._tokens() | {
+            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+            "inference_geo": None,
+            "service_tier": "standard",
+            "speed": None,
+        }
+
+    def _tokens(self) -> dict[str, Any]:
         """Tokens so far; Anthropic counts those from the cache apart."""
         usage = self._answer.usage
         return {
@@ -143,6 +159,8 @@ class _Message:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": usage.num_cached_tokens,
             "output_tokens": usage.num_completion_tokens,
+            "output_tokens_details": {"thinking_tokens": self._answer.parser.num_reasoning_tokens},
+            "server_tool_use": None,
         }
 
 
@@ -153,7 +171,7 @@ def _empty_block(item: Item) -> dict[str, Any]:
         case "text":
             return {"type": "text", "text": ""}
         case "call":
-            return {"type": "tool_use", "id": item.call_id, "name": item.name, "input": {}}
+            return {"type": "tool_use", "id": item.call_id, "name": item.name, "input": {}, "caller": CALLER}
 
 
 def _block(item: Item) -> dict[str, Any]:
