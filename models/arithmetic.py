@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from models import cuda_kernels
+from models.cuda import choices, products, sums
 
 # What MLX packs in mode affine; the other modes have one size each.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -81,7 +81,7 @@ class Arithmetic:
     `slots_on_device`: reading ids back costs more than looking slots up where every expert has one.
     `launches_early`: a layer of few rows is computed while the next one's graph is built.
     `compiles`: what few rows go through between two uses of the cache is compiled once for their number.
-    `has_kernels`: what `models.cuda_kernels` can compute is computed there.
+    `has_kernels`: what `models.cuda` can compute is computed there.
     """
 
     name: str
@@ -123,8 +123,8 @@ class Arithmetic:
         q, rows = w.quantization, x.shape[-2]
         if q is None:
             return self._dense_product(x, w.weight.swapaxes(-1, -2))
-        if rows <= cuda_kernels.TILE_ROWS and self._has_kernel(x, w):
-            return cuda_kernels.multiply(x, [_parts(w)], q.group_size)
+        if rows <= products.TILE_ROWS and self._has_kernel(x, w):
+            return products.multiply(x, [_parts(w)], q.group_size)
         if not self.is_few(rows):
             return x @ self._unpack(w, q).swapaxes(-1, -2)
         return mx.quantized_matmul(
@@ -133,9 +133,9 @@ class Arithmetic:
 
     def gated_product(self, x: mx.array, gate: Weight, up: Weight) -> mx.array:
         """silu(x gate) * (x up): x [rows, in], weights [width, in] -> [rows, width]."""
-        if x.shape[-2] <= cuda_kernels.TILE_ROWS and self._has_kernel(x, gate, up):
+        if x.shape[-2] <= products.TILE_ROWS and self._has_kernel(x, gate, up):
             assert gate.quantization is not None, "a kernel multiplies packed weights"
-            return cuda_kernels.multiply(x, [_parts(gate), _parts(up)], gate.quantization.group_size)
+            return products.multiply(x, [_parts(gate), _parts(up)], gate.quantization.group_size)
         return self.gated(self.product(x, gate), self.product(x, up))
 
     def pairs(self, x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array) -> mx.array:
@@ -143,20 +143,20 @@ class Arithmetic:
         [N, k, out]."""
         if self._has_kernel(x, gate, up) and (q := down.quantization) is not None:
             assert gate.quantization is not None, "a kernel multiplies packed weights"
-            hidden = cuda_kernels.multiply(
+            hidden = products.multiply(
                 x, [_parts(gate), _parts(up)], gate.quantization.group_size, slots=slots
             )
             if self._has_kernel(hidden, down):
-                return cuda_kernels.multiply(hidden, [_parts(down)], q.group_size, slots=slots)
+                return products.multiply(hidden, [_parts(down)], q.group_size, slots=slots)
             return self._gathered_product(hidden[..., None, :], down, slots)[..., 0, :]
         rows = x[:, None, None, :]
-        products = (self._gathered_product(rows, w, slots) for w in (gate, up))
-        return self._gathered_product(self.gated(*products), down, slots)[..., 0, :]
+        both = (self._gathered_product(rows, w, slots) for w in (gate, up))
+        return self._gathered_product(self.gated(*both), down, slots)[..., 0, :]
 
     def mixed(self, pairs: mx.array, weights: mx.array) -> mx.array:
         """Sum of each row's pairs by weight, in order: [N, k, H], float32 [N, k] -> [N, H]."""
         if self.has_kernels:
-            return cuda_kernels.mix(pairs, weights)
+            return sums.mix(pairs, weights)
         return (pairs * weights[..., None]).sum(axis=1).astype(pairs.dtype)
 
     def grouped(self, x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array) -> mx.array:
@@ -173,39 +173,46 @@ class Arithmetic:
     def add_experts(
         self, out: mx.array, y: mx.array, weights: mx.array, ids: mx.array, ranks: mx.array, bases: mx.array
     ) -> mx.array:
-        """As `cuda_kernels.add_experts`, where `can_group` says so."""
-        return cuda_kernels.add_experts(out, y, weights, ids, ranks, bases)
+        """As `models.cuda.sums.add_experts`."""
+        if self.has_kernels:
+            return sums.add_experts(out, y, weights, ids, ranks, bases)
+        starts = bases[ids]
+        places = mx.maximum(starts + ranks, 0)
+        for j in range(ids.shape[1]):
+            added = out + y[places[:, j]] * weights[:, j, None]
+            out = mx.where(starts[:, j, None] >= 0, added, out)
+        return out
 
     def readable(self, ids: mx.array, bound: int) -> list[mx.array]:
         """Non-negative integers below `bound`, [N, k], as arrays of their rows that are read back fastest.
 
         MLX's CUDA backend keeps up to eight bytes where the host reads them; longer arrays are moved first.
         """
-        if not self.has_kernels or bound > 256 or ids.shape[1] > 8 or ids.shape[0] > cuda_kernels.TILE_ROWS:
+        if not self.has_kernels or bound > 256 or ids.shape[1] > 8 or ids.shape[0] > products.TILE_ROWS:
             return [ids]
         return [ids[i : i + 1].astype(mx.uint8) for i in range(ids.shape[0])]
 
     def sent(self, values: NDArray[np.int32], bound: int) -> mx.array:
         """Non-negative integers below `bound`, [N, k], on the device, the fastest way."""
         rows, width = values.shape
-        if not self.has_kernels or bound > 256 or width > 8 or rows > cuda_kernels.TILE_ROWS:
+        if not self.has_kernels or bound > 256 or width > 8 or rows > products.TILE_ROWS:
             return mx.array(values)
         small = [mx.array(row[None]) for row in values.astype(np.uint8)]
         return small[0] if rows == 1 else mx.concatenate(small)
 
     def can_route(self, num_experts: int, k: int) -> bool:
         """Whether `route` is the fastest way to choose k experts."""
-        return self.has_kernels and cuda_kernels.can_route(num_experts, k)
+        return self.has_kernels and choices.can_route(num_experts, k)
 
     def route(
         self, logits: mx.array, bias: mx.array, k: int, is_normed: bool, factor: float
     ) -> list[mx.array]:
-        """As `cuda_kernels.route`, where `can_route` says so."""
-        return cuda_kernels.route(logits, bias, k, is_normed, factor)
+        """As `choices.route`, where `can_route` says so."""
+        return choices.route(logits, bias, k, is_normed, factor)
 
     def best_positions(self, scores: mx.array, k: int) -> mx.array | None:
-        """As `cuda_kernels.best_positions`; None where that is not the fastest way."""
-        return cuda_kernels.best_positions(scores, k) if self.has_kernels else None
+        """As `choices.best_positions`; None where that is not the fastest way."""
+        return choices.best_positions(scores, k) if self.has_kernels else None
 
     def _gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         """Each row with the matrix in its own slot. x [..., 1, in], w [slots, out, in], slots [...]."""
@@ -221,7 +228,7 @@ class Arithmetic:
         """Whether all these are packed alike, as the kernels take it."""
         if not self.has_kernels or (q := weights[0].quantization) is None:
             return False
-        return all(w.quantization == q for w in weights) and cuda_kernels.supports(
+        return all(w.quantization == q for w in weights) and products.supports(
             x, weights[0].weight, scales_of(weights[0]), q.mode, q.bits, q.group_size
         )
 

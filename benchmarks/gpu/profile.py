@@ -136,6 +136,7 @@ def spread(seconds: Sequence[float]) -> str:
 def print_step(side: Side) -> None:
     """Operations of a step, and its head alone."""
     args, cache = side.model.args, side.caches[CONTEXTS[0]]
+    side.model.arithmetic = replace(side.model.arithmetic, launches_early=False)  # or little of it is left
     counts = count_operations(side.feed(cache, 1))
     print(f"operations a step: {counts.total()}, a layer: {counts.total() / args.num_hidden_layers:.0f}")
     print(", ".join(f"{name} {count}" for name, count in counts.most_common(24)))

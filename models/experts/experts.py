@@ -9,7 +9,7 @@ model knows. Outputs of a row's experts are added in ascending expert id in ever
 with an expert does not depend on the slot that holds it, so any budget gives the same bits.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,18 +19,16 @@ from numpy.typing import NDArray
 
 from models.arithmetic import Arithmetic, Quantization
 from models.experts.expert_source import ExpertSource, Fetch, Place
+from models.experts.grouping import Indices, cut_pieces, cut_runs, lay_out, ranks_of, rows_by_expert
 from streaming.policy import OBSERVED_ROWS
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Rows of one expert that are computed together: bounds what its hidden rows take.
 EXPERT_ROWS = 2048
-# Of experts that are multiplied together each has the rows of the one with most, rounded up to so many.
-GROUPED_ROWS = 16
 # More rows together drive out what is guessed, or what was there, unless all that they may want has a slot.
 # Of 64 uses by eight rows an eighth are of experts that another uses, too: of 256, 54 to 57 are wanted.
 GUESSED_ROWS = 4
 SHARED_USES = 1 / 8
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -239,14 +237,14 @@ class Experts:
         if scores is not None:
             scores = None if self._source.is_resident else scores[-OBSERVED_ROWS:]
         wanted, _ = self._synchronise(ids, scores, None)
-        rows_of = _rows_by_expert(wanted)
+        rows_of = rows_by_expert(wanted)
         counts = {expert: len(rows) for expert, (rows, _) in rows_of.items()}
         out = mx.zeros((weights.shape[0], take(mx.array([0])).shape[1]))
         ranks: mx.array | None = None
         for group in self._source.sweep(self._layer, counts, self._arithmetic.experts_at_once):
-            for run in self._runs(group, counts):
-                if self._can_group(run[0], counts):
-                    ranks = _ranks(rows_of, wanted.shape) if ranks is None else ranks
+            for run, is_together in cut_runs(group, lambda place: self._can_group(place, counts)):
+                if is_together:
+                    ranks = mx.array(ranks_of(rows_of, wanted.shape)) if ranks is None else ranks
                     out = self._add_run(out, take, run, rows_of, weights, ids, ranks)
                 else:
                     out = self._add_place(out, take, run[0], rows_of[run[0].expert], weights)
@@ -264,22 +262,6 @@ class Experts:
     def _can_group(self, place: Place, counts: Mapping[int, int]) -> bool:
         return self._arithmetic.can_group(counts[place.expert], *self._weights(place.arrays))
 
-    def _runs(self, group: Sequence[Place], counts: Mapping[int, int]) -> Iterator[list[Place]]:
-        """The group in order, cut into places that are multiplied together and those that are not."""
-        run: list[Place] = []
-        for place in group:
-            if run and self._can_group(place, counts) and place.arrays is run[0].arrays:
-                run.append(place)
-                continue
-            if run:
-                yield run
-            run = [place]
-            if not self._can_group(place, counts):
-                yield run
-                run = []
-        if run:
-            yield run
-
     def _add_place(
         self,
         out: mx.array,
@@ -290,7 +272,7 @@ class Experts:
     ) -> mx.array:
         """out [N, H] with one expert's outputs for the rows that want it."""
         mlp = self._unpacked(place, len(pairs[0]))
-        for rows, columns in _pieces(*pairs):
+        for rows, columns in cut_pieces(*pairs, EXPERT_ROWS):
             chosen = mx.array(rows)
             y = mlp(take(chosen)) * weights[chosen, mx.array(columns), None]
             out = self._arithmetic.add_rows(out, rows, y)
@@ -309,17 +291,11 @@ class Experts:
         ranks: mx.array,
     ) -> mx.array:
         """out [N, H] with the outputs of several experts, each multiplied with as many rows, some in vain."""
-        height = -(-max(len(rows_of[place.expert][0]) for place in run) // GROUPED_ROWS) * GROUPED_ROWS
-        chosen = np.zeros((len(run), height), np.int32)
-        bases = np.full(1 + max(rows_of), -1, np.int32)
-        for number, place in enumerate(run):
-            rows, _ = rows_of[place.expert]
-            chosen[number, : len(rows)] = rows
-            bases[place.expert] = number * height
+        chosen, bases = lay_out(run, rows_of)
         slots = np.array([place.slot for place in run], np.int32)
         sent = mx.array(np.concatenate([chosen.ravel(), bases, slots]))
         flat, bases_sent, slots_sent = mx.split(sent, [chosen.size, chosen.size + bases.size])
-        x = take(flat).reshape(len(run), height, -1)
+        x = take(flat).reshape(*chosen.shape, -1)
         y = self._arithmetic.grouped(x, *self._weights(run[0].arrays), slots=slots_sent)
         return self._arithmetic.add_experts(out, y.reshape(-1, out.shape[1]), weights, ids, ranks, bases_sent)
 
@@ -362,27 +338,3 @@ def run_through(steps: Generator[object, None, mx.array]) -> mx.array:
         except StopIteration as stop:
             result: mx.array = stop.value
             return result
-
-
-def _pieces(rows: Indices, columns: Indices) -> Iterator[tuple[Indices, Indices]]:
-    """An expert's rows, and its place among each row's experts, in pieces."""
-    for first in range(0, len(rows), EXPERT_ROWS):
-        piece = slice(first, first + EXPERT_ROWS)
-        yield rows[piece], columns[piece]
-
-
-def _rows_by_expert(wanted: NDArray[np.int32]) -> dict[int, tuple[Indices, Indices]]:
-    """Expert id -> (rows that want it, place of it among the row's experts). wanted [N, k]."""
-    order = np.argsort(wanted, axis=None, kind="stable")
-    ids, starts = np.unique(wanted.ravel()[order], return_index=True)
-    pairs = np.split(order, starts[1:])
-    k = wanted.shape[1]
-    return {int(e): (p // k, p % k) for e, p in zip(ids, pairs, strict=True)}
-
-
-def _ranks(rows_of: Mapping[int, tuple[Indices, Indices]], shape: tuple[int, ...]) -> mx.array:
-    """For each (row, expert) pair its place among the rows that want the expert: int32 of this shape."""
-    ranks = np.empty(shape, np.int32)
-    for rows, columns in rows_of.values():
-        ranks[rows, columns] = np.arange(len(rows))
-    return mx.array(ranks)
