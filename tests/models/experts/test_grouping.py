@@ -1,5 +1,6 @@
 """Experts of a prompt that are multiplied together, and rows that look their slots up on the device."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from models.arithmetic import CPU, Quantization
 from models.experts.grouping import GROUPED_ROWS, cut_runs, lay_out, ranks_of, rows_by_expert
+from streaming.fills import Fetch
 from streaming.store import ExpertStore
 from streaming.sweep import Place
 from tests.checkpoints import greedy, open_model, save_packed
@@ -69,6 +71,7 @@ def test_looked_up_slots_give_the_bits_of_resident_experts(num_tokens: int, fold
     for size in (16, 5, 16):
         for layer in opened.store.layers:
             opened.store.resize(layer, size)
+            opened.store.acquire(layer, range(16 - size, 16))  # with 5 slots, other experts come first
         found, found_rows = greedy(opened.model, prompt, 12)
         opened.model.settle()
         assert found == text
@@ -82,11 +85,12 @@ def test_a_layer_with_all_experts_asks_for_none(folder: Path, monkeypatch: pytes
         opened.store.acquire(layer, range(16))
     asked: list[int] = []
     begin = ExpertStore.begin
-    monkeypatch.setattr(
-        ExpertStore,
-        "begin",
-        lambda store, layer, experts: asked.append(layer) or begin(store, layer, experts),
-    )
+
+    def noted(store: ExpertStore, layer: int, experts: Sequence[int]) -> Fetch:
+        asked.append(layer)
+        return begin(store, layer, experts)
+
+    monkeypatch.setattr(ExpertStore, "begin", noted)
     hits = opened.store.statistics().hits
     greedy(opened.model, tokens(WIDER, 3), 5)
     assert not asked
