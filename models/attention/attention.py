@@ -57,7 +57,7 @@ class Span:
 
 
 @dataclass
-class Part:
+class RowPart:
     """Rows of one forward that attend together: positions, and what full layers hand to shared ones.
 
     `rows`: which of the forward's; the spans count from the first of them. `selected[i]` belongs to
@@ -75,13 +75,13 @@ class Part:
         return self.rows.stop - self.rows.start > EAGER_ROWS
 
 
-def make_parts(spans: Sequence[Span], num_rows: int = PART_ROWS) -> list[Part]:
+def make_parts(spans: Sequence[Span], num_rows: int = PART_ROWS) -> list[RowPart]:
     """The rows of all spans in order, cut into parts."""
     total = max(span.stop for span in spans)
     return [_make_part(spans, start, min(start + num_rows, total)) for start in range(0, total, num_rows)]
 
 
-def _make_part(spans: Sequence[Span], start: int, stop: int) -> Part:
+def _make_part(spans: Sequence[Span], start: int, stop: int) -> RowPart:
     cut, positions = [], []
     for span in spans:
         first, last = max(span.start, start), min(span.stop, stop)
@@ -89,7 +89,7 @@ def _make_part(spans: Sequence[Span], start: int, stop: int) -> Part:
             cut.append(replace(span, start=first - start, stop=last - start))
             before = span.position - span.start
             positions.append(mx.arange(before + first, before + last))
-    return Part(slice(start, stop), cut, mx.concatenate(positions).astype(mx.int32))
+    return RowPart(slice(start, stop), cut, mx.concatenate(positions).astype(mx.int32))
 
 
 class Attention(nn.Module):
@@ -113,7 +113,7 @@ class Attention(nn.Module):
             self.indexer = Indexer(args, arithmetic)
         self._rope = Rope(args.qk_rope_head_dim, args.rope_theta)
 
-    def __call__(self, x: mx.array, part: Part) -> mx.array:
+    def __call__(self, x: mx.array, part: RowPart) -> mx.array:
         """x [N, H] -> [N, H]; appends this layer's rows to the caches of the spans."""
         is_compiled = self._arithmetic.compiles and not part.is_large
         project, finish = self._compiled if is_compiled else (self._project, self._finish)
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         rotary = self._rope(rotary[:, None, :], positions)[:, 0, :]
         return mx.concatenate([self.kv_a_layernorm(latent), rotary], axis=-1)
 
-    def _update_selection(self, x: mx.array, q_residual: mx.array, new_keys: mx.array, part: Part) -> None:
+    def _update_selection(self, x: mx.array, q_residual: mx.array, new_keys: mx.array, part: RowPart) -> None:
         """Write the index keys of all spans, then score where there are more keys than may be selected."""
         k = self._args.index_topk
         for span in part.spans:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from models.experts.expert_source import Place
+from streaming.sweep import Place
 
 Indices = NDArray[np.int64]
 # Of experts that are multiplied together each has the rows of the one with most, rounded up to so many.
