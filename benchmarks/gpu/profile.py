@@ -1,7 +1,7 @@
 """Where a step's time goes at true shapes: `python -m benchmarks.gpu.profile FOLDER [--rounds 40]`.
 
-FOLDER holds a checkpoint. Three ways alternate, step by step: resident; streamed with every expert in its slot,
-looked up on the device; and the same with a synchronisation a layer. Figures: docs/measurements.md.
+FOLDER holds a checkpoint. Three ways alternate, step by step: resident; streamed with every expert in its
+slot, looked up on the device; and the same with a synchronisation a layer. Figures: docs/measurements.md.
 """
 
 import argparse
