@@ -13,9 +13,8 @@ from config.errors import RequestError
 from server.api.body import body_of
 from server.api.chat_schema import ChatRequest
 from server.api.explain import MAX_EXPLANATIONS
-from server.api.replay import render_messages
+from server.api.replay import prompt_of
 from server.api.service import Service
-from server.api.volatile import without_volatile_lines
 from server.engine.messages import Administer
 
 
@@ -59,7 +58,6 @@ def cache_router(service: Service) -> APIRouter:
 def _administer(service: Service, body: ChatRequest, is_pinned: bool) -> dict[str, Any]:
     """Pin what a chat with this body begins with: its tools and messages, in whole blocks."""
     service.model_info()
-    messages = without_volatile_lines(body.template_messages())
-    prompt = service.dialect.tokenizer.encode(render_messages(service.dialect.template, body, messages))
+    prompt = prompt_of(service.dialect.tokenizer, service.dialect.template, body)
     service.engine.administer(Administer("pin" if is_pinned else "unpin", tuple(prompt)))
     return {"data": {"status": "accepted", "prompt_tokens": len(prompt)}}

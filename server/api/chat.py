@@ -16,11 +16,10 @@ from server.api.constraints import grammar_of
 from server.api.ledger import Caller, Receipt
 from server.api.merge import merge
 from server.api.remembered import Said
-from server.api.replay import Renderer, render_messages
+from server.api.replay import Renderer
 from server.api.service import Service
 from server.api.shapes import Envelope
 from server.api.sse import stream
-from server.api.volatile import without_volatile_lines
 from server.api.whole import respond_whole
 from server.engine.messages import Generate, Thought
 from server.glm.answer_parser import AnswerParser, prompt_is_thinking
@@ -160,7 +159,9 @@ class Chat:
     def _remember(self) -> None:
         """Keep what was said for the turns to come, and what the prefix cache gave."""
         for answer, heard in zip(self.answers, self._heard, strict=True):
-            if answer.is_whole_turn:
+            # A client's bias or grammar can force a role into an answer: it must not come back as one.
+            has_roles = any(map(self._tokenizer.is_special, answer.token_ids))
+            if answer.is_whole_turn and not has_roles:
                 said = said_of(heard, answer.token_ids, is_thinking=answer.request.thought is not None)
                 self._service.remembered.add(self._caller.key or "", self._rendered.answered, said)
         first = self.answers[0]
@@ -168,11 +169,6 @@ class Chat:
 
     def _usage(self) -> dict[str, Any]:
         return shapes.usage(self.answers, self._receipt.usage(self.answers))
-
-
-def render(service: Service, body: ChatRequest) -> str:
-    """The prompt of a conversation."""
-    return render_messages(service.dialect.template, body, without_volatile_lines(body.template_messages()))
 
 
 def said_of(heard: list[Delta], token_ids: list[int], *, is_thinking: bool) -> Said:

@@ -165,8 +165,10 @@ def _in_order(function: Function) -> dict[str, Any]:
 def _template_message(index: int, message: Message) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     result: dict[str, Any] = {"role": role, "content": message.text}
-    if message.role == "assistant" and message.thought is not None:
-        result["reasoning_content"] = message.thought
+    if message.role == "assistant":
+        thought, result["content"] = _parted(message)
+        if thought is not None:
+            result["reasoning_content"] = thought
     if message.role == "tool" and message.tool_call_id:
         result["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
@@ -175,6 +177,18 @@ def _template_message(index: int, message: Message) -> dict[str, Any]:
             for position, call in enumerate(message.tool_calls)
         ]
     return result
+
+
+def _parted(message: Message) -> tuple[str | None, str]:
+    """The thought and the content of a turn; some clients keep the thought in front of the content, in tags.
+
+    A message that only mentions the tags stays whole.
+    """
+    start, text = "<think>", message.text.lstrip()
+    if message.thought is None and text.startswith(start) and "</think>" in text:
+        thought, _, content = text.removeprefix(start).partition("</think>")
+        return thought, content
+    return message.thought, message.text
 
 
 def _template_call(path: str, call: ToolCall) -> dict[str, Any]:

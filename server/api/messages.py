@@ -13,12 +13,13 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from server.api.answer import Answer
 from server.api.body import body_of
-from server.api.chat import Chat, render
+from server.api.chat import Chat
 from server.api.errors import anthropic_error, describe
 from server.api.items import Change, Closed, Grew, Item, Items, Opened
 from server.api.ledger import Caller
 from server.api.messages_schema import CountRequest, MessagesRequest
 from server.api.named_events import Event, stream_named
+from server.api.replay import prompt_of
 from server.api.service import Service
 from server.api.sse import comment, encode
 from server.api.whole import respond_whole
@@ -57,8 +58,10 @@ def messages_router(service: Service) -> APIRouter:
     @router.post("/messages/count_tokens")
     async def count_tokens(body: Prompt) -> dict[str, int]:
         service.names.check(body.model, [])
-        encode = service.dialect.tokenizer.encode
-        token_ids = await anyio.to_thread.run_sync(lambda: encode(render(service, body.chat())))
+        dialect = service.dialect
+        token_ids = await anyio.to_thread.run_sync(
+            lambda: prompt_of(dialect.tokenizer, dialect.template, body.chat())
+        )
         return {"input_tokens": len(token_ids)}
 
     return router

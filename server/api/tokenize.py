@@ -7,9 +7,9 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from server.api.body import body_of
-from server.api.chat import render
 from server.api.chat_schema import ChatRequest
 from server.api.completion_schema import TokenId
+from server.api.replay import prompt_of
 from server.api.schema import Listed
 from server.api.service import Service
 
@@ -53,8 +53,9 @@ def tokenize_router(service: Service) -> APIRouter:
     Ids = Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]
 
     def encode(body: TokenizeRequest) -> list[int]:
-        text = render(service, body.chat()) if body.messages is not None else body.prompt or body.content
-        return tokenizer.encode(text or "")
+        if body.messages is not None:
+            return prompt_of(tokenizer, service.dialect.template, body.chat())
+        return tokenizer.encode(body.prompt or body.content or "")
 
     @router.post("/tokenize")
     async def tokenize(body: Text) -> dict[str, Any]:

@@ -5,6 +5,7 @@ foreign programs: they run in a sandbox. Shared by all requests, without state o
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from config.errors import CheckpointError, RequestError
 from server.glm.files import read_json
+
+# What JSON in ASCII escapes: all but ASCII, and but the shield's stand-ins.
+ESCAPED = re.compile("[^\x00-\x7f\udc00-\udfff]")
 
 OUR_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
@@ -61,7 +65,9 @@ def load_chat_template(checkpoint: Path) -> ChatTemplate:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    """JSON as transformers' templates get it; stand-ins of the shield are never escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    return ESCAPED.sub(lambda found: json.dumps(found.group())[1:-1], text) if ensure_ascii else text
 
 
 def _raise_exception(message: str) -> None:

@@ -14,6 +14,7 @@ import tokenizers
 
 from config.errors import CheckpointError
 from server.glm.files import read_json
+from server.glm.shield import Shield
 
 
 class Tokenizer:
@@ -23,6 +24,8 @@ class Tokenizer:
         self._inner = inner
         self._inner.no_truncation()
         self._inner.no_padding()
+        self._ordinary = _without_added_tokens(inner)
+        self.shield = Shield(inner.get_added_tokens_decoder())
         self._bytes = _token_bytes(inner)
         self._special_ids = frozenset(
             token_id for token_id, token in inner.get_added_tokens_decoder().items() if token.special
@@ -37,13 +40,24 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text in which the tags and special tokens are recognised.
+        """Ids of a text in which tags and special tokens are recognised wherever they stand.
 
         `encode` would hold Python's lock to its end, seconds for a long text, and with it all who are served.
         """
         [encoded] = self._inner.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoded.ids
         return ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of what a template rendered from values that the shield hid: only its own markup is markup."""
+        pieces = self.shield.cut(text)
+        ordinary = [piece for piece in pieces if isinstance(piece, str)]
+        encoded = iter(self._ordinary.encode_batch_fast(ordinary, add_special_tokens=False))
+        return [
+            token_id
+            for piece in pieces
+            for token_id in (next(encoded).ids if isinstance(piece, str) else (piece,))
+        ]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; none for rows beyond the vocabulary."""
@@ -84,6 +98,23 @@ def load_tokenizer(checkpoint: Path) -> Tokenizer:
     except Exception as error:  # tokenizers raises bare Exception, whatever is wrong with the file
         raise CheckpointError(f"cannot read the tokenizer {path}: {error}") from error
     return Tokenizer(inner, _eos_token_ids(checkpoint, inner))
+
+
+def _without_added_tokens(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same vocabulary without its added tokens: all text is ordinary there. Both share the model."""
+    ordinary = tokenizers.Tokenizer(inner.model)
+    ordinary.pre_tokenizer = inner.pre_tokenizer
+    if inner.normalizer is not None:
+        ordinary.normalizer = inner.normalizer
+    added = inner.get_added_tokens_decoder()
+    for token in added.values():
+        is_markup = token.special or token.content.startswith("<")
+        if is_markup and not added.keys().isdisjoint(ordinary.encode(token.content).ids):
+            raise CheckpointError(
+                f"tokenizer.json: the ordinary vocabulary holds the control token {token.content!r}, too: "
+                "text of clients could not be told from it"
+            )
+    return ordinary
 
 
 def _eos_token_ids(checkpoint: Path, inner: tokenizers.Tokenizer) -> frozenset[int]:
