@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 from config.errors import UsageError
 from config.settings import ENV_PREFIX, Settings, flag_of, load_settings
-from server.serve import serve
 from server.version import VERSION
 
 EPILOG = f"""\
@@ -57,16 +56,21 @@ def parse_settings(words: Sequence[str], command: str = "serve") -> Settings:
     return load_settings(flags, config_file)
 
 
+# Each command imports what it runs once its words are read: `--help` needs no HTTP server, `serve` no MLX.
+
+
 def _serve(words: Sequence[str]) -> int:
-    return serve(parse_settings(words))
+    settings = parse_settings(words)
+    from server.serve import serve
+
+    return serve(settings)
 
 
 def _plan(words: Sequence[str]) -> int:
-    # Imported here: the HTTP process of `serve` does without MLX.
+    settings = parse_settings([word for word in words if word != "--json"], "plan")
     from server.plan_command import print_plan
 
-    is_json = "--json" in words
-    return print_plan(parse_settings([word for word in words if word != "--json"], "plan"), is_json)
+    return print_plan(settings, "--json" in words)
 
 
 def _convert(words: Sequence[str]) -> int:
@@ -80,9 +84,9 @@ def _prefixes(words: Sequence[str]) -> int:
         parse_settings(["--help"], "prefixes")
     if len(words) < 2 or words[0] not in ("export", "import") or words[1].startswith("-"):
         raise UsageError("say `glmserve prefixes export FILE [--pinned]` or `glmserve prefixes import FILE`")
+    settings = parse_settings([word for word in words[2:] if word != "--pinned"], "prefixes")
     from server.prefixes_command import move_prefixes
 
-    settings = parse_settings([word for word in words[2:] if word != "--pinned"], "prefixes")
     return move_prefixes(settings, words[0], Path(words[1]), "--pinned" in words)
 
 

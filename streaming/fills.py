@@ -5,6 +5,7 @@ bytes, under a ticket. It keeps no books: which slots are free is the caller's b
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +82,7 @@ class Filler:
     ) -> None:
         self._index = index
         self._tickets = TicketOffice()
+        self._voided: defaultdict[Hashable, list[Fill]] = defaultdict(list)  # by bank, oldest first
         self._reader = Reader(
             disk,
             index.stamps,
@@ -160,19 +162,34 @@ class Filler:
         return time.monotonic() - start_s
 
     def void(self, fill: Fill) -> None:
-        """Nobody wants it any more. Waits for what was started; after a hung read the slot `is_written`."""
+        """Voids a fill's ticket and drops its unstarted reads. Never waits: see `is_written`."""
+        self._tickets.revoke(fill.ticket.bank, fill.slot)
         if not fill.is_settled:
             self.cancel(fill)
-            self.wait([fill])
-        self._tickets.revoke(fill.ticket.bank, fill.slot)
+        voided = [one for one in self._voided[fill.ticket.bank] if not one.is_settled]
+        self._voided[fill.ticket.bank] = voided if fill.is_settled else [*voided, fill]
+
+    def wait_for_voided(self, owner: Hashable) -> bool:
+        """Waits until the oldest voided fill of a bank has settled. Returns False if all have."""
+        for fill in self._voided[owner]:
+            if not fill.is_settled:
+                self.wait([fill])
+                return True
+        return False
 
     def renew(self, owner: Hashable) -> None:
-        """The slots of this bank are other memory now; a read that hangs keeps what it writes into."""
+        """Records that a bank's slots are new memory. Reads that still run write into the old memory."""
         self._tickets.renew(owner)
+        self._voided.pop(owner, None)
 
     def is_written(self, owner: Hashable, slot: int) -> bool:
-        """Whether a read that hangs may yet write into the slot: nobody can have it."""
+        """Whether a voided read still runs and may write into the slot, which must not be taken then."""
         return self._tickets.is_written(owner, slot)
+
+    @property
+    def is_reading_voided(self) -> bool:
+        """Whether reads of voided fills still run."""
+        return any(not fill.is_settled for fills in self._voided.values() for fill in fills)
 
     def num_writers(self) -> int:
         return self._tickets.num_writers()

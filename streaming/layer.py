@@ -36,12 +36,11 @@ class StoreLayer:
         self._filler, self._expert_bytes, self._counts = filler, expert_bytes, counts
         self._gates: dict[int, Gate] = {}  # by how many layers before it was guessed
         self._fresh: set[int] = set()  # arrived ahead since the layer was last asked
-        self._cancelled: list[Fill] = []  # of them some reads had been started
 
     @property
     def under_way(self) -> list[Fill]:
         """Reads that nobody waits for."""
-        return [*self.ahead.values(), *self._cancelled]
+        return list(self.ahead.values())
 
     def __contains__(self, expert: object) -> bool:
         """Whether it is there or coming."""
@@ -87,8 +86,10 @@ class StoreLayer:
         raise_failure(self.number, failed)
 
     def give_up(self, fill: Fill) -> None:
-        """Nobody wants it any more: its slot is free."""
+        """Frees the slot of an unwanted fill; while a read still writes into it nobody can take it."""
         self._filler.void(fill)
+        if not self.bank.is_in_place:  # the staging rows are shared by all slots
+            self._filler.wait([fill])
         self.books.release(fill.slot)
 
     def expect(self, ranks: Sequence[Sequence[int]], distance: int) -> None:
@@ -115,14 +116,13 @@ class StoreLayer:
                 self._filler.hasten(fill)
                 joined[expert] = self.ahead.pop(expert)
             elif self._filler.cancel(fill):
-                self._cancelled.append(self.ahead.pop(expert))
-        self._bury()
+                self.give_up(self.ahead.pop(expert))
         return joined
 
     def resize(self, num_slots: int) -> None:
-        """As `ExpertStore.resize`. Reads that run ahead are given up: who needs them asks again."""
+        """As `ExpertStore.resize`. Gives up the reads that run ahead, without waiting for them."""
         self._land_ahead()
-        while self.under_way:
+        while self.ahead:
             self._give_up_one()
         kept = self.books.shed(num_slots)
         self.bank.resize(kept, num_slots)
@@ -146,20 +146,18 @@ class StoreLayer:
         return ()
 
     def make_room(self, num_wanted: int, keep: Collection[int]) -> None:
-        """Gives up what is under way until so many slots are free; DiskError if hung reads hold too many."""
-        while self.under_way and self.books.num_free(keep) < num_wanted:
+        """Gives up guesses until `num_wanted` slots can be taken; waits for voided reads only where it must.
+
+        DiskError if hung reads hold too many slots.
+        """
+        while self.ahead and self.books.num_free(keep) < num_wanted:
             self._give_up_one()
-        if self.books.num_free(keep) < num_wanted:
-            raise DiskError(f"layer {self.number}: reads that the disk never answered hold its slots")
+        while self.books.num_free(keep) < num_wanted:
+            if not self._filler.wait_for_voided(self.number) and self.books.num_free(keep) < num_wanted:
+                raise DiskError(f"layer {self.number}: reads that the disk never answered hold its slots")
 
     def _give_up_one(self) -> None:
-        self.give_up(self._cancelled.pop() if self._cancelled else self.ahead.popitem()[1])
-
-    def _bury(self) -> None:
-        """The slots of what was cancelled are free once nothing is under way into them."""
-        for fill in [fill for fill in self._cancelled if fill.is_settled]:
-            self._cancelled.remove(fill)
-            self.give_up(fill)
+        self.give_up(self.ahead.popitem()[1])
 
     def _make(self, expert: int, keep: Collection[int], read_class: ReadClass) -> Fill:
         return self._filler.make(self.number, self.bank, expert, self.books.take(keep), read_class)
@@ -173,7 +171,6 @@ class StoreLayer:
             self.give_up(fill)
 
     def _land_ahead(self) -> None:
-        self._bury()
         for expert, fill in [item for item in self.ahead.items() if item[1].is_settled]:
             del self.ahead[expert]
             self._filler.wait([fill])

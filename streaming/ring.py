@@ -61,8 +61,12 @@ class Ring:
         lane = self._lane_of[layer]
         if not lane.bank.is_in_place:
             return self._bring_staged(lane, layer, experts)
-        if any((layer, expert) not in self._fills for expert in experts):
-            raise DiskError(f"layer {layer}: reads that the disk never answered hold its slots")
+        may_come = True
+        while any((layer, expert) not in self._fills for expert in experts):
+            if not may_come:
+                raise DiskError(f"layer {layer}: reads that the disk never answered hold its slots")
+            may_come = self._filler.wait_for_voided(lane.name)
+            self._start()
         fills = [self._fills[layer, expert] for expert in experts]
         return fills, self._filler.wait(fills)
 

@@ -1,4 +1,4 @@
-"""The built wheel holds our four packages and nothing else, and runs from a folder with other `models`."""
+"""The built wheel holds our four packages and their launcher, and runs from a folder with other `models`."""
 
 import shutil
 import subprocess
@@ -26,7 +26,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_its_top_level_is_ours(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"config", "streaming", "models", "server"}
+    assert tops == {"config", "streaming", "models", "server", "glmserve"}
+    assert {name for name in names if name.startswith("glmserve/")} == {
+        "glmserve/__init__.py",
+        "glmserve/launcher.py",
+    }
     assert "server/glm/chat_template.jinja" in names
     assert "models/pocket/config.json" in names
 
@@ -41,7 +45,10 @@ def test_it_runs_from_a_folder_that_holds_another_models(wheel: Path, tmp_path: 
         sys.executable,
         "-P",
         "-c",
-        "from server.cli import main; main(['plan', '--model', 'nowhere'])",
+        "from glmserve.launcher import main; main()",
+        "plan",
+        "--model",
+        "nowhere",
     ]
     env = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=foreign, env=env, capture_output=True, text=True, timeout=120)

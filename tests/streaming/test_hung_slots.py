@@ -1,6 +1,8 @@
 """Slots into which a read that hangs may yet write: nobody gets them, and nobody else loses one by them."""
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,4 +72,104 @@ def test_a_sweep_whose_order_changes_reads_on_in_the_slots_that_are_left(tmp_pat
                 store.acquire(1, [7])  # a step of others, which drives expert 2 out
         assert seen == list(range(NUM_EXPERTS))
         hang.release(store)
+        store.check_integrity()
+
+
+def shrink(store: ExpertStore) -> None:
+    store.resize(1, 2)
+
+
+def grow(store: ExpertStore) -> None:
+    store.resize(1, NUM_EXPERTS)
+
+
+def demand_others(store: ExpertStore) -> None:
+    store.acquire(1, [4, 5, 6])
+
+
+def demand_others_in_turns(store: ExpertStore) -> None:
+    for _ in store.take_turns(1, [1, 2, 3, 4, 5, 6, 7]):
+        pass
+
+
+@pytest.mark.parametrize("go_on", [shrink, grow, demand_others, demand_others_in_turns])
+def test_nobody_waits_for_a_guess_that_hangs_and_is_not_needed(
+    index: ExpertIndex, go_on: Callable[[ExpertStore], None]
+) -> None:
+    hang = Hang(1)
+    with opened(index, 4, hang.disk, timeout_s=30) as store:
+        store.expect(1, [[0]])
+        assert hang.started.wait(5)
+        begun_s = time.monotonic()
+        go_on(store)
+        store.check_integrity()
+        assert time.monotonic() - begun_s < 3
+        hang.release(store)
+        assert_hold(index, store, store.acquire(1, [0, 7]), (0, 7))
+        store.check_integrity()
+
+
+def leave_a_sweep(store: ExpertStore) -> Iterator[None]:
+    sweep = store.sweep(1, dict.fromkeys(range(NUM_EXPERTS), 1), 1)
+    next(sweep)
+    yield
+    assert isinstance(sweep, Generator)
+    sweep.close()
+
+
+def sweep_another_layer(store: ExpertStore) -> Iterator[None]:
+    store.anticipate_sweep(1)
+    yield
+    for _ in store.sweep(2, dict.fromkeys(range(NUM_EXPERTS), 1), 1):
+        pass
+
+
+def abandon_a_step(store: ExpertStore) -> Iterator[None]:
+    store.begin(1, [0, 1, 2])
+    yield
+    store.begin(2, [3])
+
+
+def abandon_turns(store: ExpertStore) -> Iterator[None]:
+    store.acquire(1, [7])
+    next(store.take_turns(1, [0, 1, 2, 3, 7]))
+    yield
+    store.acquire(2, [5])
+
+
+@pytest.mark.parametrize("work", [leave_a_sweep, sweep_another_layer, abandon_a_step, abandon_turns])
+def test_work_that_is_given_up_leaves_a_read_that_hangs_behind(
+    index: ExpertIndex, work: Callable[[ExpertStore], Iterator[None]]
+) -> None:
+    """Hangs the first read of expert 1 of layer 1."""
+    hang = Hang(1)
+    first = min(piece.offset for piece in index.pieces(1, 1))
+    hang.disk.fault = lambda number, buffer, offset: (
+        hang._fault(1, buffer, offset)
+        if offset // 4096 == first // 4096 and not hang.started.is_set()
+        else None
+    )
+    with opened(index, 4, hang.disk, timeout_s=30) as store:
+        halves = work(store)
+        next(halves)
+        assert hang.started.wait(5)
+        begun_s = time.monotonic()
+        assert next(halves, "done") == "done"
+        assert time.monotonic() - begun_s < 3
+        hang.release(store)
+        for layer in index.layers:
+            store.acquire(layer, [1, 2])
+        store.check_integrity()
+
+
+def test_a_slot_that_a_voided_read_still_fills_is_waited_for_where_no_other_is_left(
+    index: ExpertIndex,
+) -> None:
+    hang = Hang(1, 2)
+    with opened(index, 4, hang.disk) as store:
+        store.begin(1, [0, 1])
+        assert hang.started.wait(5)
+        store.acquire(2, [3])  # gives up the step of layer 1
+        threading.Timer(0.1, hang.let_go.set).start()
+        assert_hold(index, store, store.acquire(1, [4, 5, 6, 7]), (4, 5, 6, 7))
         store.check_integrity()
