@@ -2,10 +2,8 @@
 
 from typing import Annotated, Any, Literal, Self
 
-import pydantic_core
 from pydantic import Field, model_validator
 
-from config.errors import RequestError
 from server.api.chat_parts import (
     Function,
     Message,
@@ -16,6 +14,7 @@ from server.api.chat_parts import (
     Thinking,
     Tool,
     ToolCall,
+    read_arguments,
 )
 from server.api.schema import GenerationRequest, Listed
 from server.glm.effort import Effort
@@ -142,7 +141,7 @@ class ChatRequest(GenerationRequest):
     def template_messages(self) -> list[dict[str, Any]]:
         """Messages as the template takes them."""
         return [
-            _template_message(index, message)
+            _template_message(f"messages[{index}]", message)
             for index, message in enumerate(self.messages)
             if _has_turn(message)
         ]
@@ -162,7 +161,7 @@ def _in_order(function: Function) -> dict[str, Any]:
     return {"name": function.name, **(function.model_extra or {})}
 
 
-def _template_message(index: int, message: Message) -> dict[str, Any]:
+def _template_message(path: str, message: Message) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     result: dict[str, Any] = {"role": role, "content": message.text}
     if message.role == "assistant":
@@ -173,7 +172,7 @@ def _template_message(index: int, message: Message) -> dict[str, Any]:
         result["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         result["tool_calls"] = [
-            _template_call(f"messages[{index}].tool_calls[{position}]", call)
+            _template_call(f"{path}.tool_calls[{position}]", call)
             for position, call in enumerate(message.tool_calls)
         ]
     return result
@@ -192,18 +191,7 @@ def _parted(message: Message) -> tuple[str | None, str]:
 
 
 def _template_call(path: str, call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": _arguments(path, call.function.arguments)}
+    """A call as templates take it. Arguments that are no JSON object stand behind the name, as they are."""
+    arguments, rest = read_arguments(call.function.arguments, f"{path}.function.arguments")
+    function = {"name": call.function.name + rest, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def _arguments(path: str, arguments: str | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(arguments, dict):
-        return arguments
-    param = f"{path}.function.arguments"
-    try:
-        value = pydantic_core.from_json(arguments or "{}", allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"{param} is not JSON: {error}", param=param) from error
-    if not isinstance(value, dict):
-        raise RequestError(f"{param} must be a JSON object in a string", param=param)
-    return value

@@ -1,14 +1,15 @@
 """POST /messages and /messages/count_tokens: Anthropic's dialect of the same chat.
 
-A call is sent when it is complete: Anthropic's clients read the beginning of a call's input as a whole one.
+A call is sent when it is closed: Anthropic's clients read the beginning of its input as a whole one. What
+there is of a call that broke off is sent as Anthropic does, with stop reason max_tokens.
 """
 
-import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Annotated, Any
 
 import anyio.to_thread
+import pydantic_core
 from fastapi import APIRouter, Depends, Request, Response
 
 from server.api.answer import Answer
@@ -79,7 +80,7 @@ class _Message:
     async def result(self) -> dict[str, Any]:
         """The whole message."""
         items = await Items.of(self.chat.deltas())
-        content = [_block(item) for item in items.complete]
+        content = [_block(item) for item in items.closed]
         return self._head() | {"content": content, "usage": self._usage()} | self._end()
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -166,4 +167,5 @@ def _block(item: Item) -> dict[str, Any]:
         case "text":
             return {"type": "text", "text": item.text}
         case "call":
-            return _empty_block(item) | {"input": json.loads(item.text)}
+            arguments = pydantic_core.from_json(item.text, allow_partial=not item.is_whole)
+            return _empty_block(item) | {"input": arguments}

@@ -72,7 +72,7 @@ class _Response:
         return self._object(self._status, items)
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """The response in OpenAI's events. A call that breaks off is never done."""
+        """The response in OpenAI's events. The arguments of a call that breaks off are never done."""
         items = Items()
         yield self._event("response.created", response=self._object("in_progress"))
         yield self._event("response.in_progress", response=self._object("in_progress"))
@@ -110,12 +110,12 @@ class _Response:
                 yield self._in_part("output_text.done", item, text=item.text, logprobs=logprobs)
             case "thought":
                 yield self._in_part("reasoning_text.done", item, text=item.text)
-            case "call":
+            case "call" if item.is_whole:
                 fields = {"name": item.name, "arguments": item.text}
                 yield self._of_item("function_call_arguments.done", item, **fields)
         if item.kind != "call":
             yield self._in_part("content_part.done", item, part=self._part(item))
-        yield self._event("response.output_item.done", item, item=self._item(item, "completed"))
+        yield self._event("response.output_item.done", item, item=self._closed_item(item))
 
     def _event(self, kind: str, at: Item | None = None, **fields: Any) -> Event:
         self._num_events += 1
@@ -134,7 +134,7 @@ class _Response:
 
     def _object(self, status: str, items: Items | None = None) -> dict[str, Any]:
         body = self._body
-        output = [self._item(item, "completed") for item in items.complete] if items else []
+        output = [self._closed_item(item) for item in items.closed] if items else []
         format_ = self._dumped(body.text.format) if body.text else None
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
@@ -181,9 +181,12 @@ class _Response:
     def _item_id(self, item: Item) -> str:
         return f"{PREFIXES[item.kind]}_{self._id}-{item.position}"
 
+    def _closed_item(self, item: Item) -> dict[str, Any]:
+        return self._item(item, "completed" if item.is_whole else "incomplete")
+
     def _item(self, item: Item, status: str) -> dict[str, Any]:
         """An output item; while it is in progress it has no content yet."""
-        is_done = status == "completed"
+        is_done = status != "in_progress"
         head = {"id": self._item_id(item), "status": status}
         parts = [self._part(item)] if is_done else []
         match item.kind:

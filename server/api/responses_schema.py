@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from config.errors import RequestError
-from server.api.chat_parts import JsonSchema, Lenient
+from server.api.chat_parts import JsonSchema, Lenient, read_arguments
 from server.api.chat_schema import ChatRequest
 from server.api.schema import IGNORED, Exact, GenerationRequest, Listed
 from server.glm.effort import Effort
@@ -40,7 +40,7 @@ class InputItem(Lenient):
     encrypted_content: str | None = None
     call_id: str | None = None
     name: str | None = None
-    arguments: str | None = None
+    arguments: Any = None
     output: str | Listed[Part] | None = None
 
 
@@ -213,7 +213,8 @@ def _assistant_part(path: str, item: InputItem) -> dict[str, Any] | None:
         case "function_call":
             if not item.name:
                 raise RequestError(f"{path}: a function_call needs 'name'", param=path)
-            function = {"name": item.name, "arguments": item.arguments or ""}
+            read_arguments(item.arguments, f"{path}.arguments")
+            function = {"name": item.name, "arguments": item.arguments}
             return {"tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
         case "message" | None if item.role == "assistant":
             return {"content": _text(f"{path}.content", item.content)}
