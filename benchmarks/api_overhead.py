@@ -25,11 +25,12 @@ import httpx
 import uvicorn
 
 from server.api.app import make_app
-from server.api.names import ModelNames
+from server.api.request.model_names import ModelNames
 from server.api.service import Service
-from server.checkpoint import POCKET
-from server.engine.interface import EngineStatus
-from server.engine.messages import (
+from server.commands.checkpoint import POCKET
+from server.commands.serve import load_dialect
+from server.link.engine_protocol import EngineStatus
+from server.link.messages import (
     Administer,
     Failed,
     Finished,
@@ -42,7 +43,6 @@ from server.engine.messages import (
     TokenScore,
     Usage,
 )
-from server.serve import load_dialect
 
 TEXT = "The quick brown fox looks at the lazy dog, says hello, and goes home again; nobody minds. "
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {

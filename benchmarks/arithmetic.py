@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.arithmetic import CPU, Arithmetic
-from models.selection import causal_mask
+from models.attention.selection import causal_mask
 
 SHAPES = ((256, 1024), (1024, 2048))
 ROWS = (1, 4, 8, 32, 128)

@@ -30,9 +30,9 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.checkpoint import BENCH, write_checkpoint
+from benchmarks.rig.checkpoint import BENCH, write_checkpoint
 from config.sizes import parse_size
-from server.checkpoint import GLM_ID
+from server.commands.checkpoint import GLM_ID
 from tests.tiny_tokenizer import build_tokenizer
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
@@ -98,7 +98,7 @@ def serving(group: Path, directory: Path, budget: str, context: int, watched: Pa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.watched", "serve", "--model", str(directory)]
+    command = [sys.executable, "-m", "benchmarks.rig.watched", "serve", "--model", str(directory)]
     command += ["--stream-experts", "--ram-budget", budget, "--max-context", str(context)]
     command += ["--prefix-cache-size", "0", "--port", str(port)]
     enter = f'echo $$ > {group}/cgroup.procs; exec "$@"'

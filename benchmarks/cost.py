@@ -23,18 +23,18 @@ from statistics import median
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.checkpoint import BENCH, write_checkpoint
+from benchmarks.rig.checkpoint import BENCH, write_checkpoint
 from models.arithmetic import CPU
-from models.attention import Span
-from models.loading import Checkpoint, load_model, open_checkpoint
-from streaming.aligned import buffer_bytes
-from streaming.disk import DirectDisk, aligned_buffer
-from streaming.floats import Bytes
-from streaming.index import PROJECTIONS, ExpertIndex
+from models.attention.attention import Span
+from models.loading.loading import Checkpoint, load_model, open_checkpoint
+from streaming.disk.aligned import buffer_bytes
+from streaming.disk.disk import DirectDisk, aligned_buffer
+from streaming.disk.probe import Rate, opened, read_bare
+from streaming.disk.reader import NUM_THREADS
+from streaming.files.floats import Bytes
+from streaming.files.index import PROJECTIONS, ExpertIndex
+from streaming.files.read_plan import Run, largest_run_bytes, plan_runs
 from streaming.policy import LeastNearlyChosen
-from streaming.probe import Rate, opened, read_bare
-from streaming.reader import NUM_THREADS
-from streaming.runs import Run, largest_run_bytes, plan_runs
 from streaming.store import ExpertStore
 
 SIDES = ("engine", "slots", "probe", "reused")

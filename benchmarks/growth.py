@@ -22,9 +22,9 @@ from mlx_lm.models.cache import CacheList, KVCache
 
 from models.args import ModelArgs
 from models.arithmetic import choose_arithmetic
-from models.attention import Attention, Part, Span, make_parts
-from models.cache import SequenceCache
-from models.tiles import select_tiles
+from models.attention.attention import Attention, Part, Span, make_parts
+from models.attention.cache import SequenceCache
+from models.attention.tiles import select_tiles
 from tests.glm52 import GLM52
 
 CONFIG: dict[str, Any] = GLM52 | {

@@ -12,15 +12,15 @@ import time
 
 import mlx.core as mx
 
-from benchmarks.drive import use_fast_blas
+from benchmarks.rig.drive import use_fast_blas
 from models.arithmetic import choose_arithmetic
-from models.attention import Span
-from server.checkpoint import POCKET
-from server.engine.constraint import Constraint
-from server.engine.grammar import Grammars
-from server.engine.messages import Generate
-from server.glm.grammar import json_rule, make_grammar
-from server.serve import load_dialect
+from models.attention.attention import Span
+from server.commands.checkpoint import POCKET
+from server.commands.serve import load_dialect
+from server.engine.decode.constraint import Constraint
+from server.engine.decode.token_masks import Grammars
+from server.glm.answer_grammar import json_rule, make_grammar
+from server.link.messages import Generate
 from tests.checkpoints import Opened, open_model
 
 NUM_TOKENS = 48

@@ -20,13 +20,13 @@ from tempfile import TemporaryDirectory
 import pytest
 from tokenizers import Tokenizer
 
-from models.pocket.recipe.cases import Case, make_needles
-from models.pocket.recipe.check import is_right, parse_text
-from models.pocket.recipe.decode import end_ids, greedy, open_pocket
-from models.pocket.recipe.render import prompt_text
-from server.checkpoint import POCKET
-from server.engine.blas import with_fast_blas
+from server.commands.checkpoint import POCKET
+from server.link.blas import with_fast_blas
 from tests.models.mutants import MUTANTS, head_dim_as_rotary_width
+from training.pocket.data.render import prompt_text
+from training.pocket.evaluation.cases import Case, make_needles
+from training.pocket.evaluation.check import is_right, parse_text
+from training.pocket.evaluation.decode import end_ids, greedy, open_pocket
 
 RIGHT = "as it is"
 LENGTHS = (2048, 4096)

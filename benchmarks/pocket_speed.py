@@ -11,10 +11,10 @@ import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.drive import use_fast_blas
+from benchmarks.rig.drive import use_fast_blas
 from models.arithmetic import choose_arithmetic
-from models.attention import Span
-from server.checkpoint import POCKET
+from models.attention.attention import Span
+from server.commands.checkpoint import POCKET
 from tests.checkpoints import Opened, open_model
 
 PROMPT_TOKENS, DECODED_TOKENS = 512, 64

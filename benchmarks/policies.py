@@ -8,30 +8,28 @@ import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.routing import Routing, load_routing, make_routing
+from benchmarks.rig.routing import Routing, load_routing, make_routing
+from config.expert_policy import ExpertPolicy
+from streaming.contest import COUNTED_STEPS, PAUSE_STEPS, WARM_STEPS, Contest, make_rule
 from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores
 
 SHARES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.75)
 
 
-class DecayedPopularity:
+class DecayedPopularity(Policy):
     """Recency and popularity: each use counts one, and counts decay by `keep` with every request.
 
     With a `keep` of 0.5 and below it orders as LRU does; towards 1 it counts uses.
     """
 
-    watches_scores = False
-
     def __init__(self, num_experts: int, keep: float = 0.9) -> None:
         self._keep = keep
         self._value = np.zeros(num_experts)
-
-    def observe(self, scores: Scores) -> None:
-        pass
 
     def use(self, experts: Sequence[int]) -> None:
         self._value *= self._keep
@@ -41,7 +39,7 @@ class DecayedPopularity:
         return float(self._value[expert])
 
 
-class ScoreMean:
+class ScoreMean(Policy):
     """A decayed mean of the router's score of every expert, selected or not; the lowest goes."""
 
     watches_scores = True
@@ -52,9 +50,6 @@ class ScoreMean:
 
     def observe(self, scores: Scores) -> None:
         self._mean += (1 - self._keep) * (scores[0] - self._mean)
-
-    def use(self, experts: Sequence[int]) -> None:
-        pass
 
     def worth(self, expert: int) -> float:
         return float(self._mean[expert])
@@ -68,7 +63,7 @@ class UnjudgedNearness(LeastNearlyChosen):
         self._worth = self._nearness
 
 
-class Belady:
+class Belady(Policy):
     """The expert whose next use lies farthest ahead goes."""
 
     watches_scores = True  # one call for each token
@@ -83,18 +78,16 @@ class Belady:
     def observe(self, scores: Scores) -> None:
         self._token += 1
 
-    def use(self, experts: Sequence[int]) -> None:
-        pass
-
     def worth(self, expert: int) -> float:
         return -float(self._next[self._token + 1, expert])
 
 
-def count_hits(routing: Routing, slots: int, make_policy: Callable[[], Policy], warm: int = 0) -> float:
-    """Hit rate after the first `warm` tokens."""
-    num_layers = routing.experts.shape[1]
-    policies = [make_policy() for _ in range(num_layers)]
-    return _replay(routing, slots, policies, warm)
+def count_hits(routing: Routing, slots: int, make_policy: "Make", warm: int = 0) -> float:
+    """Hit rate after the first `warm` tokens; a contest decides for all layers."""
+    made = [make_policy() for _ in range(routing.experts.shape[1])]
+    contest = made[0]
+    policies = [contest() if isinstance(contest, Contest) else policy for policy in made]
+    return _replay(routing, slots, [one for one in policies if isinstance(one, Policy)], warm)
 
 
 def belady_hits(routing: Routing, slots: int, warm: int = 0) -> float:
@@ -104,27 +97,40 @@ def belady_hits(routing: Routing, slots: int, warm: int = 0) -> float:
 
 
 def _replay(routing: Routing, slots: int, policies: Sequence[Policy], warm: int) -> float:
+    """Token by token through all layers, as a model does: policies may learn from each other's layers."""
     hits = asked = 0
-    for layer, policy in enumerate(policies):
-        resident: dict[int, None] = {}
-        for token, row in enumerate(routing.experts[:, layer].tolist()):
-            policy.observe(routing.scores[token, layer, None])
-            missed = [e for e in row if e not in resident]
-            keep = frozenset(row)
-            for expert in missed:
-                if len(resident) == slots:
-                    del resident[min((one for one in resident if one not in keep), key=policy.worth)]
-                resident[expert] = None
-            policy.use(row)
+    residents: list[dict[int, None]] = [{} for _ in policies]
+    for token, rows in enumerate(routing.experts.tolist()):
+        for layer, (policy, resident, row) in enumerate(zip(policies, residents, rows, strict=True)):
+            if policy.watches_scores:
+                policy.observe(routing.scores[token, layer, None])
+            num_hits = _step(policy, resident, row, slots)
             if token >= warm:
-                hits += len(row) - len(missed)
+                hits += num_hits
                 asked += len(row)
     return hits / asked
 
 
-def candidates(num_experts: int, k: int) -> dict[str, Callable[[], Policy]]:
-    out: dict[str, Callable[[], Policy]] = {"LRU": LeastRecentlyUsed}
+def _step(policy: Policy, resident: dict[int, None], row: Sequence[int], slots: int) -> int:
+    """One layer of one token; how many of its experts were there."""
+    policy.ask(row, resident, slots)
+    missed = [e for e in row if e not in resident]
+    if (num_over := len(resident) + len(missed) - slots) > 0:
+        keep = frozenset(row)
+        for victim in sorted((one for one in resident if one not in keep), key=policy.worth)[:num_over]:
+            del resident[victim]
+    resident.update(dict.fromkeys(missed))
+    policy.use(row)
+    return len(row) - len(missed)
+
+
+Make = Callable[[], Policy | Contest]
+
+
+def candidates(num_experts: int, k: int) -> dict[str, Make]:
+    out: dict[str, Make] = {"LRU": LeastRecentlyUsed}
     out["nearness"] = partial(LeastNearlyChosen, num_experts, k)
+    out["auto"] = partial(Contest, num_experts, k)
     out["unjudged"] = partial(UnjudgedNearness, num_experts, k, scale=1.0)
     for keep in (0.7, 0.8, 0.9, 0.95, 0.98):
         out[f"popularity {keep}"] = partial(DecayedPopularity, num_experts, keep)
@@ -159,7 +165,7 @@ def hold_out(names: Sequence[str], routings: Sequence[Routing]) -> None:
     def gains(label: str) -> str:
         return "".join(f"{100 * (hits[name][label] - hits[name]['LRU']):+7.2f} on {name}" for name in names)
 
-    for label in ("nearness", "unjudged"):
+    for label in ("nearness", "auto", "unjudged"):
         print(f"as it is               {label.ljust(18)}{gains(label)}")
     best_of = "".join(
         f"{100 * (max(rates.values()) - rates['LRU']):+7.2f} on {n}" for n, rates in hits.items()
@@ -186,7 +192,7 @@ FAMILIES = ("nearness ", "popularity ", "score mean ")
 TUNED_SHARES = (0.15, 0.25, 0.5)
 
 
-def families(num_experts: int, k: int) -> dict[str, Callable[[], Policy]]:
+def families(num_experts: int, k: int) -> dict[str, Make]:
     out = candidates(num_experts, k)
     for keep in (0.7, 0.8, 0.9):
         for scale in (0.35, 0.7, 1.0):
@@ -196,6 +202,40 @@ def families(num_experts: int, k: int) -> dict[str, Callable[[], Policy]]:
     return out
 
 
+def print_cost(num_experts: int = 256, k: int = 8, slots: int = 64, rounds: int = 2000) -> None:
+    """Prints the median microseconds that one layer's policy takes in a step: fixed, between, in trials."""
+    rng = np.random.default_rng(0)
+    rows = [sorted(rng.choice(num_experts, k, replace=False).tolist()) for _ in range(rounds)]
+    scores = rng.standard_normal((rounds, 1, num_experts)).astype(np.float32)
+    trial, share = WARM_STEPS + COUNTED_STEPS, (WARM_STEPS + COUNTED_STEPS) / PAUSE_STEPS
+    names: tuple[ExpertPolicy, ...] = ("lru", "nearness")
+    for name in names:
+        contest = Contest(num_experts, k)
+        contest()  # the layer that counts the steps
+        contest.decides, contest.trial = name, None
+        fixed = _cost(make_rule(name, num_experts, k)(), rows, scores, slots)
+        between = _cost(contest(), rows, scores, slots)
+        contest.trial = 1
+        during = _cost(contest(), rows, scores, slots)
+        more = (1 - share) * between + share * during - fixed
+        print(
+            f"{name} decides: fixed {fixed:.1f}, between trials {between:.1f}, in a trial of {trial} steps "
+            f"{during:.1f} microseconds a layer; {more:.1f} more than fixed in the mean"
+        )
+
+
+def _cost(policy: Policy, rows: Sequence[Sequence[int]], scores: NDArray[np.float32], slots: int) -> float:
+    resident, seconds = dict.fromkeys(range(slots)), []
+    for row, row_scores in zip(rows, scores, strict=True):
+        start_s = perf_counter()
+        if policy.watches_scores:
+            policy.observe(row_scores)
+        policy.ask(row, resident, slots)
+        policy.use(row)
+        seconds.append(perf_counter() - start_s)
+    return 1e6 * float(np.median(seconds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hold-out", type=Path, nargs="+", metavar="FILE", help="recorded traces")
@@ -203,7 +243,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--top", type=int, default=8)
+    parser.add_argument("--cost", action="store_true", help="what deciding costs a layer and step")
     given = parser.parse_args()
+    if given.cost:
+        print_cost()
+        return
     if given.hold_out:
         routings = [load_routing(path, given.top) for path in given.hold_out]
         shape = (given.tokens, given.layers, 256, 8)

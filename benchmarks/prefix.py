@@ -1,9 +1,9 @@
 """What saved prompts are worth: `python -m benchmarks.prefix ttft|abort`.
 
 The engine's own loop over Pocket with a quarter of its experts in memory and the rest on a simulated disk,
-by default as slow beside this machine as the target's (benchmarks/slow_pocket.py). Blocks of the prefix cache
-lie on the machine's real disk. Shares are also printed as if they had come from the simulated one: Pocket's
-blocks are large beside its experts, the target's are not.
+by default as slow beside this machine as the target's (benchmarks/rig/slow_pocket.py). Blocks of the prefix
+cache lie on the machine's real disk. Shares are also printed as if they had come from the simulated one:
+Pocket's blocks are large beside its experts, the target's are not.
 
 ttft    time to the first token of a long prompt: read whole; its beginning in memory, with 16 tokens added;
         the same from the SSD; the same in a new process after the old one was killed (kill -9) while it
@@ -24,12 +24,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-from benchmarks.drive import Served, drive, use_fast_blas
-from benchmarks.slow_pocket import SlowPocket, rate_like_the_target, text_tokens
-from models.cache_blocks import bytes_per_token
-from server.engine.messages import Cancel, Generate, Sampling
-from server.engine.prefix import DiskTier, PrefixCache
-from server.engine.prefixes import SavedPrefixes
+from benchmarks.rig.drive import Served, drive, use_fast_blas
+from benchmarks.rig.slow_pocket import SlowPocket, rate_like_the_target, text_tokens
+from models.attention.cache_blocks import bytes_per_token
+from server.engine.prefix.lookup import DiskTier, PrefixCache
+from server.engine.schedule.shared_prefixes import SavedPrefixes
+from server.link.messages import Cancel, Generate, Sampling
 
 PLENTY = 10**10
 FINGERPRINT = bytes(32)

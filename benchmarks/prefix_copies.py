@@ -11,9 +11,9 @@ from statistics import median
 import mlx.core as mx
 
 from models.args import ModelArgs
-from models.cache import SequenceCache
-from models.cache_blocks import bytes_per_token
-from server.engine.prefix import BLOCK_TOKENS, PrefixCache
+from models.attention.cache import SequenceCache
+from models.attention.cache_blocks import bytes_per_token
+from server.engine.prefix.lookup import BLOCK_TOKENS, PrefixCache
 from tests.glm52 import GLM52
 
 ROUNDS = 5

@@ -19,12 +19,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.checkpoint import BENCH, write_checkpoint
 from benchmarks.policies import count_hits
-from benchmarks.routing import Routing, make_routing
-from benchmarks.simulated_disk import SimulatedDisk
-from models.loading import open_checkpoint
-from streaming.index import ExpertIndex
+from benchmarks.rig.checkpoint import BENCH, write_checkpoint
+from benchmarks.rig.routing import Routing, make_routing
+from benchmarks.rig.simulated_disk import SimulatedDisk
+from models.loading.loading import open_checkpoint
+from streaming.files.index import ExpertIndex
 from streaming.policy import LeastRecentlyUsed
 from streaming.store import ExpertStore
 

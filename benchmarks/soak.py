@@ -23,11 +23,12 @@ from statistics import median
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.checkpoint import BENCH, write_checkpoint
+from benchmarks.rig.checkpoint import BENCH, write_checkpoint
 from models.arithmetic import CPU
-from models.loading import load_model, open_checkpoint
+from models.loading.loading import load_model, open_checkpoint
 from server.engine.loop import EngineLoop
-from server.engine.messages import (
+from server.engine.model_protocol import Backend
+from server.link.messages import (
     Command,
     Event,
     Failed,
@@ -38,7 +39,6 @@ from server.engine.messages import (
     Shutdown,
     Token,
 )
-from server.engine.model import Backend
 from streaming.store import ExpertStore
 
 TINY = BENCH | {

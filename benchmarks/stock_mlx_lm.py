@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from models.arithmetic import Quantization, choose_arithmetic
-from models.attention import Span
-from models.loading import load_model, open_checkpoint
-from server.engine.blas import with_fast_blas
+from models.attention.attention import Span
+from models.loading.loading import load_model, open_checkpoint
+from server.link.blas import with_fast_blas
 from streaming.store import ExpertStore
 from tests.checkpoints import save_packed
 from tests.tiny_glm import TINY, make_weights

@@ -21,14 +21,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.checkpoint import BENCH, write_checkpoint
-from benchmarks.simulated_disk import SimulatedDisk
+from benchmarks.rig.checkpoint import BENCH, write_checkpoint
+from benchmarks.rig.simulated_disk import SimulatedDisk
 from models.args import ModelArgs
 from models.arithmetic import choose_arithmetic
-from models.attention import Span
+from models.attention.attention import Span
 from models.glm_moe_dsa import Model
-from models.loading import Checkpoint, load_model, open_checkpoint
-from streaming.disk import DirectDisk
+from models.loading.loading import Checkpoint, load_model, open_checkpoint
+from streaming.disk.disk import DirectDisk
 from streaming.store import ExpertStore
 
 CONFIG: dict[str, Any] = BENCH | {

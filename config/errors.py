@@ -10,7 +10,7 @@
         └── BusyError         too many wait already; says when to come back
 
 Each message says what is wrong and what would have been right. The mapping to wire bodies is in
-`server/api/errors.py`, and only there.
+`server/api/error_bodies.py`, and only there.
 """
 
 

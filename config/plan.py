@@ -1,8 +1,8 @@
 """The memory plan: how a budget is divided, line by line, before anything is allocated.
 
 Pure functions of the checkpoint's geometry and the budget. The command line prints the plan
-(`config.ledger`), the engine obeys it: every owner of memory takes its line from here. Knows nothing of MLX;
-the geometry is measured by `models/` and `streaming/`.
+(`config.plan_report`), the engine obeys it: every owner of memory takes its line from here. Knows nothing of
+MLX; the geometry is measured by `models/` and `streaming/`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from config.errors import BudgetError, UsageError
+from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
 from config.sizes import format_size, parse_size, physical_memory_bytes
 
 ENV_PREFIX = "GLMSERVE_"
@@ -100,12 +101,13 @@ class Settings(BaseSettings):
         "(default: what the budget allows, at least 2048)",
         ge=1,
     )
-    expert_policy: Literal["lru", "nearness"] = _setting(
-        "nearness",
+    expert_policy: ExpertPolicy = _setting(
+        DEFAULT_EXPERT_POLICY,
         "Memory",
         "NAME",
-        "which expert gives up its place: nearness (the one that lately came least near to being chosen, by "
-        "what that has been worth) or lru (the one used longest ago)",
+        "which expert gives up its place: lru (the one used longest ago), nearness (the one with the lowest "
+        "recent router score, weighted by how often such scores led to its being chosen), or auto (begins "
+        "with lru and changes to whichever is measured to hit more)",
     )
     decode_share: float = _setting(
         0.3,

@@ -69,7 +69,8 @@ class Arithmetic:
     expert with all the rows that want it, `experts_at_once` of them between two evaluations.
     `gather_from`: with more keys than this for each selected one, a prompt's rows gather the selected keys;
     with fewer they attend to all keys under a mask.
-    `tile_elements`: of the largest intermediate of attention and indexer, within `models.tiles`' bounds.
+    `tile_elements`: of the largest intermediate of attention and indexer, within the bounds of
+    `models.attention.tiles`.
     `has_slow_exp`: for many rows attention's exponentials and sums over chosen rows are NumPy's, evaluated at
     once.
     """

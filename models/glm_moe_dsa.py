@@ -13,12 +13,12 @@ import mlx.nn as nn
 
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
-from models.attention import Attention, Part, Span, make_parts
-from models.cache import SequenceCache
-from models.experts import Experts, run_through
+from models.attention.attention import Attention, Part, Span, make_parts
+from models.attention.cache import SequenceCache
+from models.attention.tiles import EAGER_ROWS
+from models.experts.experts import Experts, run_through
+from models.experts.router import Router
 from models.linear import Linear
-from models.router import Router
-from models.tiles import EAGER_ROWS
 
 # A prompt that uses each expert so many times in the mean wants nearly every one.
 SURE_USES = 8

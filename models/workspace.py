@@ -9,11 +9,11 @@ from math import prod
 
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
-from models.attention import PART_ROWS
-from models.building import is_held_as_stored
-from models.tiles import tile_rows
-from streaming.headers import TensorEntry
-from streaming.index import PROJECTIONS, ExpertIndex
+from models.attention.attention import PART_ROWS
+from models.attention.tiles import tile_rows
+from models.loading.building import is_held_as_stored
+from streaming.files.headers import TensorEntry
+from streaming.files.index import PROJECTIONS, ExpertIndex
 
 Size = tuple[int, int]  # bytes of unpacked weights, and what lies beside them while they are unpacked
 

@@ -61,20 +61,20 @@ def parse_settings(words: Sequence[str], command: str = "serve") -> Settings:
 
 def _serve(words: Sequence[str]) -> int:
     settings = parse_settings(words)
-    from server.serve import serve
+    from server.commands.serve import serve
 
     return serve(settings)
 
 
 def _plan(words: Sequence[str]) -> int:
     settings = parse_settings([word for word in words if word != "--json"], "plan")
-    from server.plan_command import print_plan
+    from server.commands.plan_command import print_plan
 
     return print_plan(settings, "--json" in words)
 
 
 def _convert(words: Sequence[str]) -> int:
-    from models.convert_command import convert_command
+    from server.commands.convert_command import convert_command
 
     return convert_command(words)
 
@@ -85,7 +85,7 @@ def _prefixes(words: Sequence[str]) -> int:
     if len(words) < 2 or words[0] not in ("export", "import") or words[1].startswith("-"):
         raise UsageError("say `glmserve prefixes export FILE [--pinned]` or `glmserve prefixes import FILE`")
     settings = parse_settings([word for word in words[2:] if word != "--pinned"], "prefixes")
-    from server.prefixes_command import move_prefixes
+    from server.commands.prefixes_command import move_prefixes
 
     return move_prefixes(settings, words[0], Path(words[1]), "--pinned" in words)
 

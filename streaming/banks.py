@@ -16,10 +16,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from streaming.floats import CARRIERS, FLOATS, Bytes, commit
-from streaming.headers import ITEM_BYTES
-from streaming.index import Part
-from streaming.reads import Target
+from streaming.disk.reads import Target
+from streaming.files.floats import CARRIERS, FLOATS, Bytes, commit
+from streaming.files.headers import ITEM_BYTES
+from streaming.files.index import Part
 
 # Experts that one scatter carries; bounds the staging memory.
 STAGED_ROWS = 16

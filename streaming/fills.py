@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from config.errors import DiskError
 from streaming.banks import Bank
-from streaming.disk import Disk
-from streaming.floats import Bytes
-from streaming.index import ExpertIndex
-from streaming.reader import Reader
-from streaming.reads import Batch, Read, ReadClass, ReadDropped, ReadStatistics
-from streaming.runs import Run, Segment, largest_run_bytes, plan_runs
+from streaming.disk.disk import Disk
+from streaming.disk.reader import Reader
+from streaming.disk.reads import Batch, Read, ReadClass, ReadDropped, ReadStatistics
+from streaming.files.floats import Bytes
+from streaming.files.index import ExpertIndex
+from streaming.files.read_plan import Run, Segment, largest_run_bytes, plan_runs
 from streaming.tickets import Ticket, TicketOffice
 
 

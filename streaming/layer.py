@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 
 from config.errors import DiskError
 from streaming.banks import Bank
+from streaming.disk.reads import ReadClass
 from streaming.fills import Fill, Filler, raise_failure
 from streaming.lookahead import Gate
-from streaming.reads import ReadClass
 from streaming.residency import Residency
 from streaming.statistics import StoreStatistics
 
@@ -60,6 +60,7 @@ class StoreLayer:
         """Notes that somebody needs these now: those that are on their way, and those that are to be read."""
         for gate in self._gates.values():
             gate.judge(experts)
+        self.books.ask(experts)
         joined = self.join_ahead(experts)
         missed = [expert for expert in experts if expert not in self.books and expert not in joined]
         self._count(experts, len(missed), len(joined))

@@ -5,8 +5,8 @@ deterministic. One list over all layers would never hit: a token touches every l
 the first.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,35 +14,37 @@ import numpy.typing as npt
 Scores = npt.NDArray[np.float32]  # [tokens, experts]
 
 
-class Policy(Protocol):
+class Policy:
     """What is known of one layer's experts, resident or not."""
 
-    watches_scores: bool  # or `observe` need not be called
+    @property
+    def watches_scores(self) -> bool:
+        """Whether `observe` has to be called."""
+        return False
 
     def observe(self, scores: Scores) -> None:
-        """By what the router chose this layer's experts, all of them, a row for each token."""
-        ...
+        """Notes by what the router chose among this layer's experts, a row for each token."""
+
+    def ask(self, experts: Sequence[int], resident: Collection[int], num_slots: int) -> None:
+        """Notes what one decode step asks for, ascending, before any of it is read or used.
+
+        `resident`: the experts that hold slots now, of `num_slots`.
+        """
 
     def use(self, experts: Sequence[int]) -> None:
-        """One request used these experts, ascending."""
-        ...
+        """Notes that one request used these experts, ascending."""
 
     def worth(self, expert: int) -> float:
-        """Of two, the one with less gives up its place."""
-        ...
+        """Returns what keeping the expert is worth: of two, the one with less gives up its place."""
+        raise NotImplementedError
 
 
-class LeastRecentlyUsed:
+class LeastRecentlyUsed(Policy):
     """The expert unused for longest goes; of one request's experts the lowest id is the oldest."""
-
-    watches_scores = False
 
     def __init__(self) -> None:
         self._last_use: dict[int, int] = {}
         self._num_uses = 0
-
-    def observe(self, scores: Scores) -> None:
-        pass
 
     def use(self, experts: Sequence[int]) -> None:
         for expert in experts:
@@ -66,14 +68,14 @@ JUDGED_KEEP = 0.99
 JUDGED_PRIOR = 0.3
 
 
-class LeastNearlyChosen:
+class LeastNearlyChosen(Policy):
     """The expert goes that lately came least near to being chosen, by what its coming near has been worth.
 
     The router scores all experts, so an expert that just missed is known to be likelier than one that was
     far off; a policy that sees only choices cannot tell them apart. But some come near all the time and are
     hardly ever chosen: what an expert gets for being near is multiplied by how often it was chosen for how
     often it was near. Without that, a trained model of 256 experts hits 4 points less than with LRU, with it
-    2 to 3 more (docs/measurements.md). The default.
+    2 to 3 more (docs/measurements.md).
     """
 
     watches_scores = True
@@ -99,9 +101,6 @@ class LeastNearlyChosen:
         self._often_near += long_new * (near - self._often_near)
         self._often_chosen += long_new * (_mean(distance >= 0) - self._often_chosen)
         self._worth = self._nearness * (self._often_chosen + self._prior) / (self._often_near + self._prior)
-
-    def use(self, experts: Sequence[int]) -> None:
-        pass
 
     def worth(self, expert: int) -> float:
         return float(self._worth[expert])

@@ -17,11 +17,15 @@ class Residency:
     ) -> None:
         self.num_slots = num_slots
         self.num_evictions = 0
-        self.watches_scores = policy.watches_scores
         self._policy = policy
         self._is_written = is_written
         self._slot_of: dict[int, int] = {}
         self._free = list(reversed(range(num_slots)))  # descending, so that the lowest slot is taken first
+
+    @property
+    def watches_scores(self) -> bool:
+        """Whether the policy wants to `observe` the router's scores."""
+        return self._policy.watches_scores
 
     def __contains__(self, expert: object) -> bool:
         return expert in self._slot_of
@@ -34,6 +38,10 @@ class Residency:
 
     def observe(self, scores: Scores) -> None:
         self._policy.observe(scores)
+
+    def ask(self, experts: Sequence[int]) -> None:
+        """Tells the policy what one decode step asks for, ascending, before any of it is read or used."""
+        self._policy.ask(experts, self._slot_of, self.num_slots)
 
     def use(self, experts: Sequence[int]) -> None:
         """Resident experts were used by one request, ascending."""
@@ -83,7 +91,7 @@ class Residency:
         """Another policy takes over: it is told what is resident, in the order of the old one's victims."""
         for expert in self.least_worth_first(self._slot_of):
             policy.use((expert,))
-        self._policy, self.watches_scores = policy, policy.watches_scores
+        self._policy = policy
 
     def _evict(self, keep: Container[int]) -> int:
         """The slot of the expert that the policy gives up."""

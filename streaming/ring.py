@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from config.errors import DiskError
 from streaming.banks import Bank
+from streaming.disk.reads import ReadClass
+from streaming.files.index import ExpertIndex, Part
 from streaming.fills import Fill, Filler
-from streaming.index import ExpertIndex, Part
-from streaming.reads import ReadClass
 
 Key = tuple[int, int]  # layer, expert
 

@@ -19,17 +19,17 @@ import numpy.typing as npt
 from config.errors import CheckpointError, DiskError
 from config.plan import MIN_RING_SLOTS
 from streaming.banks import BankMaker
-from streaming.disk import DirectDisk, Disk
+from streaming.disk.disk import DirectDisk, Disk
+from streaming.disk.reader import NUM_THREADS, TIMEOUT_S
+from streaming.files.index import ExpertIndex
 from streaming.fills import Fetch, Filler
-from streaming.index import ExpertIndex
 from streaming.layer import StoreLayer
+from streaming.overflow import Turn, take_turns
 from streaming.policy import LeastRecentlyUsed, Policy
-from streaming.reader import NUM_THREADS, TIMEOUT_S
 from streaming.residency import Residency
 from streaming.ring import Ring
 from streaming.statistics import StoreStatistics
 from streaming.sweep import LayerBank, Place, Sweeper, resident_groups
-from streaming.turns import Turn, take_turns
 
 # Experts that `load_all` asks for in one go: enough to keep every reader busy.
 LOADED_AT_ONCE = 32

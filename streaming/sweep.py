@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from streaming.banks import Bank
+from streaming.files.index import ExpertIndex
 from streaming.fills import raise_failure
-from streaming.index import ExpertIndex
 from streaming.residency import Residency
 from streaming.ring import Ring
 from streaming.statistics import StoreStatistics

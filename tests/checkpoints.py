@@ -9,11 +9,11 @@ import mlx.core as mx
 
 from models.args import ModelArgs
 from models.arithmetic import CPU, Arithmetic, Quantization
-from models.attention import Span
+from models.attention.attention import Span
 from models.glm_moe_dsa import Model
-from models.loading import Checkpoint, load_model, open_checkpoint
-from models.names import split_kv_b
-from streaming.disk import Disk
+from models.loading.loading import Checkpoint, load_model, open_checkpoint
+from models.loading.tensor_names import split_kv_b
+from streaming.disk.disk import Disk
 from streaming.store import ExpertStore
 from tests.tiny_glm import Array, save_config
 

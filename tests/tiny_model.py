@@ -8,12 +8,12 @@ import numpy as np
 
 from models.args import ModelArgs
 from models.arithmetic import CPU
-from models.attention import Span
-from models.building import as_held, build_model
-from models.cache import SequenceCache
-from models.experts import PROJECTIONS
+from models.attention.attention import Span
+from models.attention.cache import SequenceCache
+from models.experts.experts import PROJECTIONS
 from models.glm_moe_dsa import Model
-from models.names import trunk_names
+from models.loading.building import as_held, build_model
+from models.loading.tensor_names import trunk_names
 from streaming.sweep import Place, resident_groups
 from tests.tiny_glm import Array
 

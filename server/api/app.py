@@ -3,20 +3,20 @@
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api.account import account_router
-from server.api.cache import cache_router
-from server.api.catalogue import health_router, models_router
-from server.api.chat import chat_router
-from server.api.completions import completion_router
-from server.api.errors import install_error_handlers
-from server.api.keys import Access, Guard
-from server.api.memory import memory_router
-from server.api.messages import messages_router
-from server.api.metrics import metrics_router
+from server.api.access.account import account_router
+from server.api.access.keys import Access, Guard
+from server.api.admin.cache_routes import cache_router
+from server.api.admin.catalogue import health_router, models_router
+from server.api.admin.memory_routes import memory_router
+from server.api.admin.metrics import metrics_router
+from server.api.dialects.anthropic import messages_router
+from server.api.dialects.chat import chat_router
+from server.api.dialects.completions import completion_router
+from server.api.dialects.responses import responses_router
+from server.api.dialects.tokenize import tokenize_router
+from server.api.error_bodies import install_error_handlers
 from server.api.openapi import BASES, DescribedApp
-from server.api.responses import responses_router
 from server.api.service import Service
-from server.api.tokenize import tokenize_router
 from server.version import VERSION
 
 # What clients of OpenRouter and Anthropic send beside the headers that browsers always allow.

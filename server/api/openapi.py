@@ -11,13 +11,13 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.api import declared
-from server.api.chat_schema import ChatRequest
-from server.api.completion_schema import CompletionRequest
-from server.api.memory import PlanRequest
-from server.api.messages_schema import MESSAGES_IGNORED, CountRequest, MessagesRequest
-from server.api.responses_schema import ResponsesRequest
-from server.api.schema import IGNORED
-from server.api.tokenize import DetokenizeRequest, TokenizeRequest
+from server.api.admin.memory_routes import PlanRequest
+from server.api.dialects.anthropic_schema import MESSAGES_IGNORED, CountRequest, MessagesRequest
+from server.api.dialects.responses_schema import ResponsesRequest
+from server.api.dialects.tokenize import DetokenizeRequest, TokenizeRequest
+from server.api.request.chat_schema import ChatRequest
+from server.api.request.common_fields import IGNORED
+from server.api.request.completion_schema import CompletionRequest
 
 # OpenRouter's base path, OpenAI's, and none, as mlx-lm also has it.
 BASES = ("/api/v1", "/v1", "")

@@ -5,18 +5,18 @@ import time
 from dataclasses import dataclass, field
 
 from config.errors import RequestError
-from server.api.errors import GenerationFailed
-from server.api.explain import Explainer
-from server.api.ledger import Ledger
-from server.api.line import Line
-from server.api.names import ModelNames
-from server.api.remembered import Remembered
-from server.api.schema import GenerationRequest
-from server.engine.interface import Engine
-from server.engine.messages import Generate, ModelInfo, Sampling
+from server.api.access.receipts import Ledger
+from server.api.answer.waiting import Line
+from server.api.error_bodies import GenerationFailed
+from server.api.prompt.explain import Explainer
+from server.api.prompt.remembered import Remembered
+from server.api.request.common_fields import GenerationRequest
+from server.api.request.model_names import ModelNames
 from server.glm.files import SamplingDefaults
 from server.glm.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
+from server.link.engine_protocol import Engine
+from server.link.messages import Generate, ModelInfo, Sampling
 
 
 @dataclass(frozen=True)

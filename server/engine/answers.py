@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from config.errors import DiskError, EngineError, RequestError
-from server.engine.messages import (
+from server.engine.decode.sampling import SamplerState, draw, score_tokens
+from server.engine.model_protocol import Model
+from server.engine.schedule.passes import Pass
+from server.engine.schedule.scheduler import Scheduler
+from server.engine.schedule.sequence import Sequence
+from server.engine.schedule.shared_prefixes import Prefixes
+from server.link.messages import (
     Event,
     Failed,
     FailureKind,
@@ -22,12 +28,6 @@ from server.engine.messages import (
     Token,
     TokenScore,
 )
-from server.engine.model import Model
-from server.engine.passes import Pass
-from server.engine.prefixes import Prefixes
-from server.engine.sampling import SamplerState, draw, score_tokens
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
 
 # Rows whose logits are held at once while a prompt is scored: 64 x 154,880 x 4 bytes = 40 MB.
 SCORED_ROWS = 64

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from config.sizes import format_size
-from server.engine.messages import Event, Progress, Token
+from server.link.messages import Event, Progress, Token
 
 DARWIN = "darwin"
 # Of `pressure_level`; 2 is a warning, 4 is critical.

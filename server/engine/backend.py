@@ -1,34 +1,34 @@
 """Opens the model for the engine: the one place where server/ meets models/ and streaming/."""
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
 from config.errors import CheckpointError, DiskError, UsageError
-from config.ledger import render_plan
+from config.expert_policy import ExpertPolicy
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
+from config.plan_report import render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
-from models.cache_blocks import cache_fingerprint
 from models.glm_moe_dsa import Model as GlmModel
-from models.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
+from models.loading.fingerprint import cache_fingerprint
+from models.loading.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
-from server.engine.limits import Limits
-from server.engine.memory import Governor, Ungoverned
-from server.engine.messages import EngineConfig, ExpertPolicy, ModelInfo
-from server.engine.model import Backend, Model, ReportProgress
-from server.engine.prefix import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
-from server.engine.pressure import choose_room
+from server.engine.memory.governor import Governor, Ungoverned
+from server.engine.memory.pressure import choose_room
+from server.engine.memory.usage import MemoryUse
+from server.engine.model_protocol import Backend, Model, ReportProgress
+from server.engine.prefix.lookup import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
+from server.engine.schedule.limits import Limits
 from server.engine.telemetry import measure_all, measure_store
-from server.engine.use import MemoryUse
-from streaming.disk import DirectDisk, Disk
-from streaming.mirror import MirroredDisk, find_copies
-from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
-from streaming.probe import DiskProbe, probe_disk
-from streaming.reader import NUM_THREADS
+from server.link.messages import EngineConfig, ModelInfo
+from streaming.contest import Rule, make_rule
+from streaming.disk.disk import DirectDisk, Disk
+from streaming.disk.mirror import MirroredDisk, find_copies
+from streaming.disk.probe import DiskProbe, probe_disk
+from streaming.disk.reader import NUM_THREADS
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
@@ -47,12 +47,13 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     if probe:
         plan = plan_memory(checkpoint, arithmetic, config, probe.depth)
     mx.set_cache_limit(plan.cache_limit_bytes)
+    rule = _make_rule(checkpoint, config.expert_policy)
     slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
     store = ExpertStore(
         checkpoint.experts,
         slots,
         float_dtype=arithmetic.dtype,
-        make_policy=_policy_maker(checkpoint, config.expert_policy),
+        make_policy=rule,
         disk=disk,
         num_threads=probe.depth if probe else NUM_THREADS,
         ring_slots=plan.ring_slots,
@@ -73,7 +74,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     use = MemoryUse(
         store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
     )
-    memory = _make_memory(checkpoint, arithmetic, config, plan, store, model)
+    memory = _make_memory(checkpoint, arithmetic, rule, plan, store, model)
     measure = measure_all(
         measure_store(store, lambda: memory.plan if isinstance(memory, Governor) else plan, use, probe),
         prefix.statistics if prefix else dict,
@@ -136,7 +137,7 @@ def open_prefix_cache(
 def _make_memory(
     checkpoint: Checkpoint,
     arithmetic: Arithmetic,
-    config: EngineConfig,
+    rule: Rule,
     plan: MemoryPlan,
     store: ExpertStore,
     model: GlmModel,
@@ -144,17 +145,12 @@ def _make_memory(
     if plan.is_resident:
         return Ungoverned()
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
-    make_policy = partial(_policy_maker, checkpoint)
-    return Governor(
-        store, geometry, plan, model.settle, make_policy, config.expert_policy, measure_room=choose_room()
-    )
+    make = partial(_make_rule, checkpoint)
+    return Governor(store, geometry, plan, model.settle, make, rule, measure_room=choose_room())
 
 
-def _policy_maker(checkpoint: Checkpoint, name: ExpertPolicy) -> Callable[[], Policy]:
-    args = checkpoint.args
-    if name == "lru":
-        return LeastRecentlyUsed
-    return partial(LeastNearlyChosen, args.n_routed_experts, args.num_experts_per_tok)
+def _make_rule(checkpoint: Checkpoint, name: ExpertPolicy) -> Rule:
+    return make_rule(name, checkpoint.args.n_routed_experts, checkpoint.args.num_experts_per_tok)
 
 
 def plan_memory(

@@ -15,17 +15,17 @@ from time import monotonic
 import mlx.core as mx
 
 from server.engine.answers import Answers
-from server.engine.grammar import Grammars
-from server.engine.messages import Administer, Cancel, Command, Event, Generate, Queued, Replan, Shutdown
-from server.engine.model import Backend
-from server.engine.orphans import is_worth_its_end
-from server.engine.pace import Pace
-from server.engine.passes import Pass
-from server.engine.prefixes import NoPrefixes, Prefixes
-from server.engine.reception import Reception
-from server.engine.scheduler import Part, Scheduler
-from server.engine.sequence import Sequence
-from server.engine.width import Width
+from server.engine.decode.token_masks import Grammars
+from server.engine.intake import Reception
+from server.engine.model_protocol import Backend
+from server.engine.schedule.batch_width import Width
+from server.engine.schedule.boarding import is_worth_its_end
+from server.engine.schedule.decode_share import Pace
+from server.engine.schedule.passes import Pass
+from server.engine.schedule.scheduler import Part, Scheduler
+from server.engine.schedule.sequence import Sequence
+from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
+from server.link.messages import Administer, Cancel, Command, Event, Generate, Queued, Replan, Shutdown
 
 # A second pass may run between the layers of one that has at least so many times its rows.
 OVERTAKEN = 8

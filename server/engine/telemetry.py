@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 
 from config.plan import MemoryPlan
 from config.sizes import format_size
-from server.engine.messages import Event, Failed, Finished, Heartbeat, Stats
-from server.engine.use import MemoryUse
-from streaming.probe import DiskProbe
+from server.engine.memory.usage import MemoryUse
+from server.link.messages import Event, Failed, Finished, Heartbeat, Stats
+from streaming.disk.probe import DiskProbe
 from streaming.store import ExpertStore
 
 INTERVAL_S = 5.0

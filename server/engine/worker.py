@@ -17,12 +17,12 @@ from queue import SimpleQueue
 from config.errors import UsageError
 from server.engine.apple import with_activity
 from server.engine.backend import open_backend
-from server.engine.grammar import Grammars
+from server.engine.decode.token_masks import Grammars
 from server.engine.loop import EngineLoop
-from server.engine.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Ready
-from server.engine.model import Backend, OpenBackend
-from server.engine.prefixes import SavedPrefixes
+from server.engine.model_protocol import Backend, OpenBackend
+from server.engine.schedule.shared_prefixes import SavedPrefixes
 from server.engine.telemetry import Telemetry
+from server.link.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Ready
 from server.logs import set_up_logging
 
 # Less than the HTTP side waits before it insists.

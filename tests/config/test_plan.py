@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import BudgetError
-from config.ledger import as_dict, render_plan
 from config.plan import Geometry, make_plan, reader_buffers
+from config.plan_report import as_dict, render_plan
 from config.sizes import parse_size
 
 GB = 10**9

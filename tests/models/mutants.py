@@ -11,13 +11,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-import models.router
+import models.experts.router
 from models.args import ModelArgs
-from models.attention import Attention, Part
-from models.indexer import Indexer
-from models.rope import Rope
-from models.router import Router
-from models.selection import select
+from models.attention.attention import Attention, Part
+from models.attention.indexer import Indexer
+from models.attention.rope import Rope
+from models.attention.selection import select
+from models.experts.router import Router
 from tests.tiny_glm import SHARED
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -46,7 +46,7 @@ def _patch_indexer_rope(patch: pytest.MonkeyPatch, call: Callable[..., mx.array]
     class WrongRope(Rope):
         __call__ = call
 
-    patch.setattr("models.indexer.Rope", WrongRope)
+    patch.setattr("models.attention.indexer.Rope", WrongRope)
 
 
 def shared_layers_are_dense(patch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def no_relu(patch: pytest.MonkeyPatch) -> None:
     def scores(queries: mx.array, weights: mx.array, keys: mx.array, _: int) -> mx.array:
         return (weights[:, None, :] @ (queries @ keys.T))[:, 0, :]
 
-    patch.setattr("models.tiles.index_scores", scores)
+    patch.setattr("models.attention.tiles.index_scores", scores)
 
 
 def head_weights_lose_their_sign(patch: pytest.MonkeyPatch) -> None:
@@ -88,11 +88,11 @@ def head_weights_lose_their_sign(patch: pytest.MonkeyPatch) -> None:
 
 
 def bias_in_expert_weights(patch: pytest.MonkeyPatch) -> None:
-    right = models.router.expert_weights
+    right = models.experts.router.expert_weights
 
     def call(self: Router, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         scores = mx.sigmoid(x @ self.weight.T) + self.e_score_correction_bias
-        ids = models.router.best_experts(scores, self._args.num_experts_per_tok)
+        ids = models.experts.router.best_experts(scores, self._args.num_experts_per_tok)
         return ids, right(scores, ids, self._args), scores
 
     patch.setattr(Router, "__call__", call)
@@ -101,8 +101,8 @@ def bias_in_expert_weights(patch: pytest.MonkeyPatch) -> None:
 def no_bias_in_choice(patch: pytest.MonkeyPatch) -> None:
     def call(self: Router, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         scores = mx.sigmoid(x @ self.weight.T)
-        ids = models.router.best_experts(scores, self._args.num_experts_per_tok)
-        return ids, models.router.expert_weights(scores, ids, self._args), scores
+        ids = models.experts.router.best_experts(scores, self._args.num_experts_per_tok)
+        return ids, models.experts.router.expert_weights(scores, ids, self._args), scores
 
     patch.setattr(Router, "__call__", call)
 
@@ -126,8 +126,8 @@ def head_dim_as_rotary_width(patch: pytest.MonkeyPatch, head_dim: int = SHARED["
             super().__init__(head_dim, theta)
             self.dims, self._periods = dims, self._periods[: dims // 2]
 
-    patch.setattr("models.indexer.Rope", WideRope)
-    patch.setattr("models.attention.Rope", WideRope)
+    patch.setattr("models.attention.indexer.Rope", WideRope)
+    patch.setattr("models.attention.attention.Rope", WideRope)
 
 
 def forced_sinks(patch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def forced_sinks(patch: pytest.MonkeyPatch) -> None:
         first = mx.arange(scores.shape[-1]) < 2
         return select(mx.where(first, mx.inf, scores), visible, k)
 
-    patch.setattr("models.tiles.select", with_sinks)
+    patch.setattr("models.attention.tiles.select", with_sinks)
 
 
 def forced_window(patch: pytest.MonkeyPatch) -> None:
@@ -143,11 +143,11 @@ def forced_window(patch: pytest.MonkeyPatch) -> None:
         age = visible.sum(axis=-1, keepdims=True) - 1 - mx.arange(scores.shape[-1])
         return select(mx.where(age < 3, mx.inf, scores), visible, k)
 
-    patch.setattr("models.tiles.select", with_window)
+    patch.setattr("models.attention.tiles.select", with_window)
 
 
 def one_key_too_many(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("models.tiles.select", lambda scores, visible, k: select(scores, visible, k + 1))
+    patch.setattr("models.attention.tiles.select", lambda scores, visible, k: select(scores, visible, k + 1))
 
 
 def unnormed_latent(patch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from config.errors import CheckpointError
 from models.args import ModelArgs, indexer_schedule
-from models.cache import cache_bytes_per_token
+from models.attention.cache import cache_bytes_per_token
 from tests.glm52 import GLM52
 from tests.tiny_glm import TINY
 

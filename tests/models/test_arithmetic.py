@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models.arithmetic import CPU, Arithmetic
-from models.selection import causal_mask
+from models.attention.selection import causal_mask
 
 MLX = replace(CPU, has_slow_exp=False)
 ROWS = 40

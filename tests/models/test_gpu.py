@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from models.arithmetic import CPU, Quantization, choose_arithmetic
-from models.attention import Span
-from server.checkpoint import POCKET
+from models.attention.attention import Span
+from server.commands.checkpoint import POCKET
 from server.glm.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
 from tests.checkpoints import greedy, open_model, save_packed

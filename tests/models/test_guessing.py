@@ -5,8 +5,8 @@ from typing import cast
 import pytest
 
 from models.arithmetic import CPU
-from models.expert_source import ExpertSource
-from models.experts import Experts
+from models.experts.expert_source import ExpertSource
+from models.experts.experts import Experts
 
 
 class Slots:

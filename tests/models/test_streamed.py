@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.arithmetic import CPU, Arithmetic, Quantization
-from models.attention import Span
-from models.building import bank_quantizations
-from models.experts import Experts
+from models.attention.attention import Span
+from models.experts.experts import Experts
+from models.loading.building import bank_quantizations
+from streaming.overflow import Turn
 from streaming.policy import LeastNearlyChosen
 from streaming.store import ExpertStore
-from streaming.turns import Turn
 from tests.checkpoints import Opened, greedy, open_model, save_packed
 from tests.models.make_golden import SEED
 from tests.tiny_glm import WIDER, make_weights, tokens

@@ -12,9 +12,9 @@ import pytest
 
 from config.errors import DiskError
 from models.arithmetic import CPU, Quantization
-from models.attention import Span, make_parts
-from models.loading import make_geometry
-from streaming.floats import Bytes
+from models.attention.attention import Span, make_parts
+from models.loading.loading import make_geometry
+from streaming.files.floats import Bytes
 from streaming.store import ExpertStore
 from streaming.sweep import ADMITTED_SHARE
 from tests.checkpoints import Opened, greedy, open_model, save_packed
@@ -177,7 +177,7 @@ def test_the_tests_notice_a_ring_slot_that_is_overwritten_too_early(
 def test_what_grows_with_a_prompt_is_in_the_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.glm_moe_dsa.make_parts", partial(make_parts, num_rows=250))
     tiled = open_model(folder, arithmetic=replace(CPU, tile_elements=2**17))  # full for both lengths
-    monkeypatch.setattr("models.experts.EXPERT_ROWS", 64)
+    monkeypatch.setattr("models.experts.experts.EXPERT_ROWS", 64)
     peaks = {}
     for length in (1000, 2000):
         ids, cache = mx.array(tokens(WIDER, length)), tiled.model.make_cache()

@@ -8,8 +8,8 @@ import pytest
 
 from models import workspace
 from models.arithmetic import CPU, METAL, Arithmetic, Quantization
-from models.attention import Span
-from models.loading import load_model, make_geometry, open_checkpoint
+from models.attention.attention import Span
+from models.loading.loading import load_model, make_geometry, open_checkpoint
 from models.workspace import loading_bytes
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, open_model, save_packed

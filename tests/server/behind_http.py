@@ -11,12 +11,12 @@ from typing import Any
 import uvicorn
 
 from server.api.app import make_app
-from server.api.names import ModelNames
+from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
-from server.engine.messages import EngineConfig
-from server.engine.process import EngineProcess
 from server.glm.template import OUR_TEMPLATE, ChatTemplate
 from server.glm.tokenizer import Tokenizer
+from server.link.messages import EngineConfig
+from server.link.supervisor import EngineProcess
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Served:
 
 @asynccontextmanager
 async def served(tokenizer: Tokenizer, kind: str, **options: Any) -> AsyncIterator[Served]:
-    """A running server over `tests.server.engine.fake_worker` of this kind, ready."""
+    """A running server over `tests.server.link.fake_worker` of this kind, ready."""
     config = EngineConfig(Path(kind), False, 10**9, None, "error")
-    engine = EngineProcess(config, worker="tests.server.engine.fake_worker", **options)
+    engine = EngineProcess(config, worker="tests.server.link.fake_worker", **options)
     template = ChatTemplate(OUR_TEMPLATE.read_text(encoding="utf-8"), "ours")
     app = make_app(Service(engine, Dialect(tokenizer, template), ModelNames("glm")))
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
-from server.engine.grammar import Grammars
-from server.engine.interface import EngineStatus
+from server.engine.decode.token_masks import Grammars
 from server.engine.loop import EngineLoop
-from server.engine.messages import (
+from server.engine.model_protocol import Backend
+from server.engine.schedule.shared_prefixes import Prefixes
+from server.link.engine_protocol import EngineStatus
+from server.link.messages import (
     Administer,
     Cancel,
     Command,
@@ -24,8 +26,6 @@ from server.engine.messages import (
     RequestEvent,
     Shutdown,
 )
-from server.engine.model import Backend
-from server.engine.prefixes import Prefixes
 from tests.tiny_glm import SHARED, make_weights
 from tests.tiny_model import make_model
 

@@ -10,7 +10,7 @@ import pytest
 
 from config.settings import Settings, flag_of
 from server.cli import COMMANDS, Command, main, parse_settings
-from tests.server.test_checkpoint import write_shard
+from tests.server.commands.test_checkpoint import write_shard
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from streaming.headers import ITEM_BYTES
+from streaming.files.headers import ITEM_BYTES
 
 Array = npt.NDArray[np.generic]
 Tensors = Mapping[str, tuple[str, tuple[int, ...], bytes]]  # dtype, shape, data

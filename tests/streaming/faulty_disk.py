@@ -4,9 +4,9 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from streaming.disk import DirectDisk, DiskFile
-from streaming.floats import Bytes
-from streaming.headers import FileStamp
+from streaming.disk.disk import DirectDisk, DiskFile
+from streaming.files.floats import Bytes
+from streaming.files.headers import FileStamp
 
 # Given the read's number, its first buffer and its offset: a count of bytes, or None to read properly.
 Fault = Callable[[int, Bytes, int], int | None]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from streaming.banks import BankMaker
-from streaming.index import Part
+from streaming.files.index import Part
 
 PARTS = (Part("gate_proj.weight", "U32", (32, 6)), Part("gate_proj.scales", "BF16", (32, 3)))
 

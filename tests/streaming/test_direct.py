@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import CheckpointError, DiskError
-from streaming.aligned import scatter
-from streaming.disk import DirectDisk, Disk, DiskFile, aligned_buffer
-from streaming.floats import Bytes
-from streaming.headers import FileStamp, read_headers
-from streaming.index import ExpertIndex
-from streaming.mirror import MirroredDisk, find_copies
-from streaming.reads import Target
+from streaming.disk.aligned import scatter
+from streaming.disk.disk import DirectDisk, Disk, DiskFile, aligned_buffer
+from streaming.disk.mirror import MirroredDisk, find_copies
+from streaming.disk.reads import Target
+from streaming.files.floats import Bytes
+from streaming.files.headers import FileStamp, read_headers
+from streaming.files.index import ExpertIndex
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import Kinds, separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from config.errors import DiskError
-from streaming.index import ExpertIndex
+from streaming.files.index import ExpertIndex
 from streaming.store import ExpertStore
 from tests.streaming.test_direct import NUM_EXPERTS, Hang, assert_hold, opened, raw, write
 

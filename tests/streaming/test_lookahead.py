@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulated_disk import SimulatedDisk
+from benchmarks.rig.simulated_disk import SimulatedDisk
 from config.errors import DiskError
-from streaming.floats import Bytes
-from streaming.headers import read_headers
-from streaming.index import ExpertIndex
+from streaming.files.floats import Bytes
+from streaming.files.headers import read_headers
+from streaming.files.index import ExpertIndex
 from streaming.lookahead import Gate
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import separate, stacked, write_safetensors

@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from streaming.headers import read_headers
-from streaming.index import ExpertIndex
+from streaming.files.headers import read_headers
+from streaming.files.index import ExpertIndex
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import stacked, write_safetensors
 

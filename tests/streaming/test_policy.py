@@ -5,7 +5,7 @@ import pytest
 
 import benchmarks
 from benchmarks.policies import UnjudgedNearness, belady_hits, count_hits
-from benchmarks.routing import Routing, load_routing, make_routing
+from benchmarks.rig.routing import Routing, load_routing, make_routing
 from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed
 
 

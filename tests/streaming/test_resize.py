@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.banks import SharedBank
-from streaming.floats import Bytes
-from streaming.headers import read_headers
-from streaming.index import ExpertIndex
+from streaming.files.floats import Bytes
+from streaming.files.headers import read_headers
+from streaming.files.index import ExpertIndex
 from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
 from streaming.store import ExpertStore
 from tests.memory import start_measuring

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config.errors import CheckpointError, DiskError
-from streaming.floats import Bytes
-from streaming.headers import read_headers
-from streaming.index import ExpertIndex
+from streaming.files.floats import Bytes
+from streaming.files.headers import read_headers
+from streaming.files.index import ExpertIndex
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import Kinds, as_float32, separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer
 
 import models.pocket
-from models.pocket.recipe.pack import pack_codes, unpack_codes
-from models.pocket.recipe.tokenizer import PLAIN_TOKENS, SPECIAL_TOKENS, VOCAB_SIZE
+from training.pocket.files.pack import pack_codes, unpack_codes
+from training.pocket.fit.tokenizer import PLAIN_TOKENS, SPECIAL_TOKENS, VOCAB_SIZE
 
 FOLDER = Path(models.pocket.__file__).parent
 

@@ -7,18 +7,18 @@ import pytest
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from models.attention import Span
+from models.attention.attention import Span
+from models.experts.router import Router
 from models.glm_moe_dsa import Model
-from models.pocket.recipe.cases import make_cases
-from models.pocket.recipe.check import Reply, parse_text
-from models.pocket.recipe.decode import end_ids, greedy, open_pocket
-from models.pocket.recipe.evaluate import ask, share_of
-from models.pocket.recipe.render import prompt_text
-from models.pocket.recipe.report import added, markdown
-from models.pocket.recipe.router_trace import chosen, record, statistics
-from models.pocket.recipe.sample import Sample, assistant, user
-from models.router import Router
-from server.checkpoint import POCKET
+from server.commands.checkpoint import POCKET
+from training.pocket.data.render import prompt_text
+from training.pocket.data.sample import Sample, assistant, user
+from training.pocket.evaluation.cases import make_cases
+from training.pocket.evaluation.check import Reply, parse_text
+from training.pocket.evaluation.decode import end_ids, greedy, open_pocket
+from training.pocket.evaluation.evaluate import ask, share_of
+from training.pocket.evaluation.report import added, markdown
+from training.pocket.evaluation.router_trace import chosen, record, statistics
 
 
 @pytest.fixture(scope="module")

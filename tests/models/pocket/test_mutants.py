@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks.pocket_mutants import PLANTS, RIGHT, table
-from models.attention import Span
-from models.pocket.recipe.decode import open_pocket
-from server.checkpoint import POCKET
+from models.attention.attention import Span
+from server.commands.checkpoint import POCKET
 from tests.models.mutants import MUTANTS
 from tests.tiny_glm import Array
+from training.pocket.evaluation.decode import open_pocket
 
 LENGTH = 300
 

@@ -10,10 +10,10 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import models.pocket
-from models.pocket.recipe.mixture import draw_sample
-from models.pocket.recipe.pools import Pools
-from models.pocket.recipe.render import prompt_text
-from models.pocket.recipe.sample import Sample
+from training.pocket.data.mixture import draw_sample
+from training.pocket.data.pools import Pools
+from training.pocket.data.render import prompt_text
+from training.pocket.data.sample import Sample
 
 TEMPLATE = Path(models.pocket.__file__).with_name("chat_template.jinja")
 WEATHER = {

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
-from server.api.names import ModelNames
+from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.files import SamplingDefaults
 from server.glm.template import OUR_TEMPLATE, ChatTemplate

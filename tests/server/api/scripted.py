@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from server.engine.interface import EngineStatus
-from server.engine.messages import (
+from server.link.engine_protocol import EngineStatus
+from server.link.messages import (
     Administer,
     Failed,
     FailureKind,

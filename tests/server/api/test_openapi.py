@@ -16,12 +16,12 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from server.api.app import make_app
-from server.api.names import ModelNames
 from server.api.openapi import BASES, OPERATIONS
+from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.tokenizer import Tokenizer
+from tests.server.api.answer.test_tool_calls import BERGEN
 from tests.server.api.scripted import ScriptedEngine
-from tests.server.api.test_tool_calls import BERGEN
 
 CHECKS: Any = [
     not_a_server_error,

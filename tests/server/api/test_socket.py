@@ -159,7 +159,7 @@ def test_a_fault_of_ours_among_the_blanks_is_in_the_log(
     engine.script = [[]]  # type: ignore[list-item]
     response = httpx.post(f"{impatient_url}/v1/chat/completions", json={"messages": HELLO})
     assert response.json()["error"]["message"] == "the server failed; its log says more"
-    [record] = [one for one in caplog.records if one.name == "server.api.whole"]
+    [record] = [one for one in caplog.records if one.name == "server.api.answer.json_answer"]
     assert record.exc_info
     assert response.headers["x-generation-id"] in record.getMessage()
 
@@ -186,8 +186,7 @@ def until(is_true: Callable[[], object]) -> None:
 
 
 def test_the_http_side_and_the_dialect_import_no_mlx() -> None:
-    code = (
-        "import sys, server.serve; print(sorted({n.split('.')[0] for n in sys.modules} & {'mlx', 'mlx_lm'}))"
-    )
+    loaded = "{n.split('.')[0] for n in sys.modules}"
+    code = f"import sys, server.commands.serve; print(sorted({loaded} & {{'mlx', 'mlx_lm'}}))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ast.literal_eval(found.stdout) == []

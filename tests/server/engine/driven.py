@@ -8,11 +8,11 @@ from typing import cast
 
 import mlx.core as mx
 
-from models.attention import Span
-from server.engine.limits import Limits
+from models.attention.attention import Span
 from server.engine.loop import EngineLoop
-from server.engine.messages import Command, Event, Finished, Generate, ModelInfo, Sampling, Shutdown, Token
-from server.engine.model import Backend
+from server.engine.model_protocol import Backend
+from server.engine.schedule.limits import Limits
+from server.link.messages import Command, Event, Finished, Generate, ModelInfo, Sampling, Shutdown, Token
 from tests.server.engine.fakes import VOCAB, CountingModel
 
 GREEDY = Sampling(temperature=0)

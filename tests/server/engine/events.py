@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 
 from server.engine.loop import EngineLoop
-from server.engine.messages import Cancel, Command, Event, Failed, Finished, Generate, Shutdown, Token
+from server.link.messages import Cancel, Command, Event, Failed, Finished, Generate, Shutdown, Token
 
 MakeLoop = Callable[[SimpleQueue[Command], Callable[[Event], None]], EngineLoop]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from models.attention import Span
-from models.cache import SequenceCache
-from server.engine.limits import Limits
-from server.engine.messages import ModelInfo
-from server.engine.model import Backend
+from models.attention.attention import Span
+from models.attention.cache import SequenceCache
+from server.engine.model_protocol import Backend
+from server.engine.schedule.limits import Limits
+from server.link.messages import ModelInfo
 
 VOCAB = 32
 NUM_LAYERS = 3

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from server.engine import apple
-from server.engine.messages import Event, Finished, Progress, Token, TokenScore, Usage
+from server.link.messages import Event, Finished, Progress, Token, TokenScore, Usage
 
 TOKEN = Token("a", TokenScore(1, 0.0))
 PROGRESS = Progress("a", 1, 2)

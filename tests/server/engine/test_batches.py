@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from server.engine.limits import Limits
-from server.engine.messages import Cancel, Event, Failed, Finished, Progress, Started, Token
+from server.engine.schedule.limits import Limits
+from server.link.messages import Cancel, Event, Failed, Finished, Progress, Started, Token
 from tests.server.engine.driven import TimedModel, World, answer, ask, longest_gap
 
 STEP_S = 0.1  # ten layers

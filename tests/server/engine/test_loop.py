@@ -6,7 +6,7 @@ from queue import SimpleQueue
 import pytest
 
 from server.engine.loop import EngineLoop
-from server.engine.messages import (
+from server.link.messages import (
     Cancel,
     Command,
     Event,

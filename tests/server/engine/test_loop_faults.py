@@ -8,9 +8,10 @@ from queue import SimpleQueue
 import pytest
 
 from models.arithmetic import CPU, Quantization
-from models.loading import load_model, open_checkpoint
+from models.loading.loading import load_model, open_checkpoint
 from server.engine.loop import EngineLoop
-from server.engine.messages import (
+from server.engine.model_protocol import Backend
+from server.link.messages import (
     Command,
     Event,
     Failed,
@@ -21,8 +22,7 @@ from server.engine.messages import (
     Shutdown,
     Token,
 )
-from server.engine.model import Backend
-from streaming.floats import Bytes
+from streaming.files.floats import Bytes
 from streaming.store import ExpertStore
 from tests.checkpoints import greedy, open_model, save_packed
 from tests.streaming.faulty_disk import Fault, FaultyDisk

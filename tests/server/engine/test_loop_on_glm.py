@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from models.glm_moe_dsa import Model
-from server.engine.limits import Limits
 from server.engine.loop import EngineLoop
-from server.engine.messages import (
+from server.engine.model_protocol import Backend
+from server.engine.schedule.limits import Limits
+from server.link.messages import (
     Command,
     Event,
     Finished,
@@ -22,7 +23,6 @@ from server.engine.messages import (
     Token,
     TokenScore,
 )
-from server.engine.model import Backend
 from tests.checkpoints import open_model, save_packed
 from tests.tiny_glm import SHARED, make_weights
 from tests.tiny_model import logits, make_model

@@ -8,17 +8,17 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from models.attention import Span
+from models.attention.attention import Span
 from models.glm_moe_dsa import Model
-from server.engine import sequence
-from server.engine.constraint import Constraint
-from server.engine.messages import Generate
-from server.engine.passes import Pass
-from server.engine.sampling import start_sampling
-from server.engine.scheduler import Part
+from server.engine.decode.constraint import Constraint
+from server.engine.decode.sampling import start_sampling
+from server.engine.schedule import sequence
+from server.engine.schedule.passes import Pass
+from server.engine.schedule.scheduler import Part
+from server.link.messages import Generate
 from streaming.banks import Bank
 from streaming.fills import Fetch, Fill
-from streaming.turns import Turn
+from streaming.overflow import Turn
 from tests.checkpoints import Opened, open_model, save_packed
 from tests.server.engine.test_loop_on_glm import PROMPTS
 from tests.tiny_glm import WIDER, make_weights

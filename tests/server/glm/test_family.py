@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
-from server.api.names import ModelNames
+from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.answer_parser import prompt_is_thinking
 from server.glm.template import OUR_TEMPLATE, ChatTemplate

@@ -1,0 +1,205 @@
+"""Multi-head latent attention over the keys that the indexer selected. Called by the decoder block.
+
+Always in absorbed form: queries are moved into the latent space (`embed_q`), attend to the cached latents
+themselves, and the result is moved out again (`unembed_out`). One form for prefill and decode means one
+set of numbers. Memory is bounded by tiles of queries.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from models.args import FULL, ModelArgs
+from models.arithmetic import Arithmetic
+from models.attention.cache import RowCache, SequenceCache
+from models.attention.indexer import Indexer
+from models.attention.rope import Rope
+from models.attention.tiles import EAGER_ROWS, Tile, causal_tiles, select_tiles, tile_rows
+from models.linear import Linear
+
+# Rows of a prompt that go through one layer's attention together; `num_heads` latent queries for each are
+# the widest thing there: 74 KB a row in GLM-5.2's bfloat16.
+PART_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows start to stop of a flat batch: the next tokens of the sequence that owns `cache`.
+
+    A sequence that begins with the first `num_shared` tokens of `origin`'s adopts their rows layer by layer,
+    as far as it has not got them: they may come from a span before this one, in the same forward.
+    """
+
+    cache: SequenceCache
+    start: int
+    stop: int
+    origin: SequenceCache | None = None
+    num_shared: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def position(self) -> int:
+        """Tokens before its first row, while a forward begins; of whole spans."""
+        return max(self.cache.length, self.num_shared)
+
+    def append(self, kind: Callable[[SequenceCache], RowCache], rows: mx.array) -> mx.array:
+        """Add its part of a forward's rows of one kind to the cache; returns all that this holds."""
+        held = kind(self.cache)
+        if self.origin:
+            held.adopt(kind(self.origin), self.num_shared)
+        return held.append(rows[self.start : self.stop])
+
+
+@dataclass
+class Part:
+    """Rows of one forward that attend together: positions, and what full layers hand to shared ones.
+
+    `rows`: which of the forward's; the spans count from the first of them. `selected[i]` belongs to
+    spans[i]; None while every earlier key may be seen. It lives for one forward.
+    """
+
+    rows: slice
+    spans: Sequence[Span]
+    positions: mx.array  # int32 [n]
+    selected: list[list[Tile] | None] = field(default_factory=list)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its work is evaluated piece by piece: more rows than a decode batch of agents."""
+        return self.rows.stop - self.rows.start > EAGER_ROWS
+
+
+def make_parts(spans: Sequence[Span], num_rows: int = PART_ROWS) -> list[Part]:
+    """The rows of all spans in order, cut into parts."""
+    total = max(span.stop for span in spans)
+    return [_make_part(spans, start, min(start + num_rows, total)) for start in range(0, total, num_rows)]
+
+
+def _make_part(spans: Sequence[Span], start: int, stop: int) -> Part:
+    cut, positions = [], []
+    for span in spans:
+        first, last = max(span.start, start), min(span.stop, stop)
+        if first < last:
+            cut.append(replace(span, start=first - start, stop=last - start))
+            before = span.position - span.start
+            positions.append(mx.arange(before + first, before + last))
+    return Part(slice(start, stop), cut, mx.concatenate(positions).astype(mx.int32))
+
+
+class Attention(nn.Module):
+    """One layer's attention, with its own indexer (full layer) or without (shared layer)."""
+
+    def __init__(self, args: ModelArgs, layer: int, arithmetic: Arithmetic) -> None:
+        super().__init__()
+        self._args, self._layer = args, layer
+        self._arithmetic = arithmetic
+        heads = args.num_attention_heads
+        # The eps of the two inner norms is fixed at 1e-6 in the reference, whatever rms_norm_eps says.
+        self.q_a_proj = Linear(args.hidden_size, args.q_lora_rank, arithmetic)
+        self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=1e-6)
+        self.q_b_proj = Linear(args.q_lora_rank, heads * args.qk_head_dim, arithmetic)
+        self.kv_a_proj_with_mqa = Linear(args.hidden_size, args.latent_dim, arithmetic)
+        self.kv_a_layernorm = nn.RMSNorm(args.kv_lora_rank, eps=1e-6)
+        self.embed_q = Linear(args.qk_nope_head_dim, args.kv_lora_rank, arithmetic, num_heads=heads)
+        self.unembed_out = Linear(args.kv_lora_rank, args.v_head_dim, arithmetic, num_heads=heads)
+        self.o_proj = Linear(heads * args.v_head_dim, args.hidden_size, arithmetic)
+        if args.indexer_types[layer] == FULL:
+            self.indexer = Indexer(args, arithmetic)
+        self._rope = Rope(args.qk_rope_head_dim, args.rope_theta)
+
+    def __call__(self, x: mx.array, part: Part) -> mx.array:
+        """x [N, H] -> [N, H]; appends this layer's rows to the caches of the spans."""
+        q_residual = self.q_a_layernorm(self.q_a_proj(x))
+        queries = self._latent_queries(q_residual, part.positions)  # [heads, N, latent]
+        rows = self._latent_rows(x, part.positions)  # [N, latent]
+        keys = [span.append(lambda cache: cache.latents[self._layer], rows) for span in part.spans]
+        if "indexer" in self:
+            self._update_selection(x, q_residual, part)
+        outs = [
+            self._attend(queries[:, span.start : span.stop], span_keys, selected)
+            for span, span_keys, selected in zip(part.spans, keys, part.selected, strict=True)
+        ]
+        out = self.unembed_out(mx.concatenate(outs, axis=1))  # [heads, N, v]
+        return self.o_proj(out.transpose(1, 0, 2).reshape(x.shape[0], -1))
+
+    def _latent_queries(self, q_residual: mx.array, positions: mx.array) -> mx.array:
+        """Queries against cached rows: the nope part in latent space, then the rotated part."""
+        args = self._args
+        q = self.q_b_proj(q_residual).reshape(-1, args.num_attention_heads, args.qk_head_dim)
+        nope, rotary = mx.split(q, [args.qk_nope_head_dim], axis=-1)
+        rotary = self._rope(rotary, positions).transpose(1, 0, 2)
+        return mx.concatenate([self.embed_q(nope.transpose(1, 0, 2)), rotary], axis=-1)
+
+    def _latent_rows(self, x: mx.array, positions: mx.array) -> mx.array:
+        """What the cache keeps of each row: normed latent, then rotated shared key."""
+        latent, rotary = mx.split(self.kv_a_proj_with_mqa(x), [self._args.kv_lora_rank], axis=-1)
+        rotary = self._rope(rotary[:, None, :], positions)[:, 0, :]
+        return mx.concatenate([self.kv_a_layernorm(latent), rotary], axis=-1)
+
+    def _update_selection(self, x: mx.array, q_residual: mx.array, part: Part) -> None:
+        """Write the index keys of all spans, then score where there are more keys than may be selected."""
+        k, new_keys = self._args.index_topk, self.indexer.key_rows(x, part.positions)
+        for span in part.spans:
+            span.append(lambda cache: cache.index_keys[self._layer], new_keys)
+        stores = [span.cache.index_keys[self._layer] for span in part.spans]
+        part.selected = [None] * len(part.spans)
+        if all(store.length <= k for store in stores):
+            return
+        queries = self.indexer.query_rows(q_residual, part.positions)
+        weights = self.indexer.head_weights(x)
+        for i, (span, store) in enumerate(zip(part.spans, stores, strict=True)):
+            if store.length > k:
+                rows = slice(span.start, span.stop)
+                keys = store.rows(0, store.length)
+                part.selected[i] = select_tiles(
+                    queries[rows], weights[rows], keys, k,
+                    heads=self._args.num_attention_heads, arithmetic=self._arithmetic,
+                )  # fmt: skip
+
+    def _attend(self, queries: mx.array, keys: mx.array, selected: list[Tile] | None) -> mx.array:
+        """queries [heads, n, latent], keys [T, latent] -> [heads, n, kv_lora]."""
+        heads, rows, _ = queries.shape
+        height = tile_rows(heads * keys.shape[0], self._arithmetic.tile_elements)
+        outs = []
+        for tile in causal_tiles(rows, keys.shape[0], height) if selected is None else selected:
+            q, seen = queries[:, tile.start : tile.stop], keys[: tile.num_keys]
+            if tile.keys is None or tile.keys.dtype == mx.bool_:
+                outs.append(self._attend_masked(q, seen, tile.keys))
+            else:
+                outs.append(self._attend_gathered(q, seen, tile.keys))
+            if rows > EAGER_ROWS:
+                mx.eval(outs[-1])
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
+
+    def _attend_masked(self, q: mx.array, keys: mx.array, visible: mx.array | None) -> mx.array:
+        """All keys, those not visible [n, T] at -inf."""
+        scores = (q * self._args.qk_head_dim**-0.5) @ keys.T  # [heads, n, T]
+        weights = self._arithmetic.softmax(scores, visible, q.shape[1])
+        return weights.astype(self._arithmetic.dtype) @ keys[:, : self._args.kv_lora_rank]
+
+    def _attend_gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
+        """Only the selected keys, positions [n, k]; a position of T stands for nothing."""
+        rows, k = positions.shape
+        height = max(1, self._arithmetic.tile_elements // (k * keys.shape[1]))
+        outs = []
+        for first in range(0, rows, height):
+            piece = slice(first, first + height)
+            outs.append(self._gathered(q[:, piece], keys, positions[piece], rows))
+            if rows > height:
+                mx.eval(outs[-1])
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
+
+    def _gathered(self, q: mx.array, keys: mx.array, positions: mx.array, rows: int) -> mx.array:
+        num_keys = keys.shape[0]
+        chosen = keys[mx.minimum(positions, num_keys - 1)]  # [n, k, latent]
+        q = q.swapaxes(0, 1) * self._args.qk_head_dim**-0.5  # [n, heads, latent]
+        scores = q @ chosen.swapaxes(-1, -2)  # [n, heads, k]
+        weights = self._arithmetic.softmax(scores, (positions < num_keys)[:, None, :], rows)
+        # The rotary part is multiplied too and cut off: to cut it off the keys would copy them.
+        out = (weights.astype(self._arithmetic.dtype) @ chosen)[..., : self._args.kv_lora_rank]
+        return out.swapaxes(0, 1)

@@ -1,0 +1,73 @@
+"""Rows of a sequence's cache as bytes, block by block, and back. Called by the prefix cache; owns nothing.
+
+A block of n tokens is, for each layer in order, its latents [n, latent_dim], then for each full layer its
+index keys [n, index_head_dim], in the cache's own dtype and the machine's byte order. Not a bit changes on
+the way: rows that are filled in are the rows that were read out. They need not be the bits that computing the
+same tokens again would give, because passes over few rows and over many round differently
+(models/arithmetic.py).
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from models.attention.cache import RowCache, SequenceCache
+from streaming.files.floats import Bytes
+
+
+def read_blocks(cache: SequenceCache, start: int, sizes: Sequence[int]) -> list[Bytes]:
+    """The blocks of so many tokens each that begin at row `start`, as bytes of their own."""
+    stop = start + sum(sizes)
+    assert stop <= cache.length, "only rows that every layer has are read"
+    rows = [part.rows(start, stop).view(mx.uint8) for part in _parts(cache)]
+    mx.eval(rows)
+    views = [np.array(array, copy=False) for array in rows]
+    blocks, first = [], 0
+    for size in sizes:
+        blocks.append(np.concatenate([view[first : first + size].reshape(-1) for view in views]))
+        first += size
+    return blocks
+
+
+def fill_blocks(cache: SequenceCache, blocks: Sequence[Bytes], sizes: Sequence[int]) -> None:
+    """Append the rows of these blocks to every layer. All or nothing: an error leaves the cache as it was."""
+    if not blocks:
+        return
+    length = cache.length
+    try:
+        _append(cache, blocks, sizes)
+        mx.eval([part.state for part in _parts(cache)])
+    except Exception:
+        cache.trim(length)
+        raise
+
+
+def _append(cache: SequenceCache, blocks: Sequence[Bytes], sizes: Sequence[int]) -> None:
+    offset = 0
+    for part in _parts(cache):
+        dtype, width = _row_shape(part)
+        pieces = [
+            block[size * offset : size * (offset + width)].reshape(size, width)
+            for block, size in zip(blocks, sizes, strict=True)
+        ]
+        part.append(mx.array(np.concatenate(pieces)).view(dtype))
+        offset += width
+    assert all(block.size == size * offset for block, size in zip(blocks, sizes, strict=True)), (
+        "a block holds the rows of every layer"
+    )
+
+
+def bytes_per_token(cache: SequenceCache) -> int:
+    """Bytes that a token takes in a block."""
+    return sum(_row_shape(part)[1] for part in _parts(cache))
+
+
+def _parts(cache: SequenceCache) -> list[RowCache]:
+    return [*cache.latents, *cache.index_keys.values()]
+
+
+def _row_shape(part: RowCache) -> tuple[mx.Dtype, int]:
+    """The dtype of a row and its bytes."""
+    empty = part.rows(0, 0)
+    return empty.dtype, empty.shape[1] * empty.dtype.size

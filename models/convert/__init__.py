@@ -1,0 +1,1 @@
+"""Makes a streamable, quantised checkpoint out of an original one."""

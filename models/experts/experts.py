@@ -1,0 +1,292 @@
+"""The routed experts of one layer: gather, multiply, reduce. Called by the MoE block.
+
+With few rows the layer synchronises once, to learn which experts to ask for. In that synchronisation ride a
+guess at the next layer's experts, to be read while this layer computes, and the proof that no product still
+reads a slot. What does not depend on the missing experts is computed while they are read.
+
+Whether the experts are resident or streamed is the business of the `ExpertSource`; no other code of the
+model knows. Outputs of a row's experts are added in ascending expert id in every mode, and a row's product
+with an expert does not depend on the slot that holds it, so any budget gives the same bits.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from models.arithmetic import Arithmetic, Quantization
+from models.experts.expert_source import ExpertSource, Fetch, Place
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Rows of one expert that are computed together: bounds what its hidden rows take.
+EXPERT_ROWS = 2048
+# More rows together drive out what is guessed, or what was there, unless all that they may want has a slot.
+# Of 64 uses by eight rows an eighth are of experts that another uses, too: of 256, 54 to 57 are wanted.
+GUESSED_ROWS = 4
+SHARED_USES = 1 / 8
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class BankWeight:
+    """One projection of a bank, or of one of its slots, in the form `Arithmetic.product` takes."""
+
+    parts: Mapping[str, mx.array]
+    projection: str
+    quantization: Quantization | None
+    slot: int | None = None
+
+    @property
+    def weight(self) -> mx.array:
+        weight = self.get("weight")
+        assert weight is not None, "every projection has a weight"
+        return weight
+
+    def get(self, name: str, /) -> mx.array | None:
+        array = self.parts.get(f"{self.projection}.{name}")
+        return array if array is None or self.slot is None else array[self.slot]
+
+
+class Experts:
+    """Routed experts of one layer. Owns nothing but the last output, kept until it is evaluated."""
+
+    def __init__(
+        self,
+        layer: int,
+        source: ExpertSource,
+        quantizations: Mapping[str, Quantization | None],
+        arithmetic: Arithmetic,
+    ) -> None:
+        self._layer, self._source, self._arithmetic = layer, source, arithmetic
+        self._quantizations = quantizations
+        self._pending: mx.array | None = None
+        self._next: Experts | None = None
+
+    def precede(self, following: "Experts") -> None:
+        """The layer whose experts are guessed in this one."""
+        self._next = following
+
+    def wants_guess(self, rows: int, top_k: int) -> bool:
+        """Whether a guess at the next layer's experts would be used."""
+        return self._next is not None and self._next.can_be_guessed(rows, top_k)
+
+    def can_be_guessed(self, rows: int, top_k: int) -> bool:
+        """Whether a guess at this layer's experts, `top_k` for each row, would be used."""
+        num_wanted = (1 - SHARED_USES) * rows * top_k
+        has_room = rows <= GUESSED_ROWS or num_wanted <= self._source.num_slots(self._layer)
+        return has_room and self._source.looks_ahead(self._layer)
+
+    def settle(self) -> None:
+        """Evaluates whatever may still read a slot of this layer's bank."""
+        if self._pending is not None:
+            mx.eval(self._pending)
+            self._pending = None
+
+    def anticipate(self, guess: mx.array) -> None:
+        """Starts to read what is guessed, int32 [N, k]: for the first sparse layer, which none precedes."""
+        mx.eval(*(array for array in (guess, self._pending) if array is not None))
+        self._pending = None
+        self._source.expect(self._layer, np.array(guess).T.tolist())
+
+    def __call__(
+        self,
+        x: mx.array,
+        ids: mx.array,
+        weights: mx.array,
+        scores: mx.array | None = None,
+        *,
+        guess: mx.array | None = None,
+        beside: Sequence[mx.array] = (),
+    ) -> mx.array:
+        """x [N, H], ids [N, k] ascending, weights float32 [N, k] -> [N, H].
+
+        `scores` [N, E]: by what the ids were chosen. `guess` int32 [N, k]: the next layer's experts, each
+        row's likeliest first. `beside`: what else may be computed while experts are read.
+        """
+        if self._arithmetic.gathers(x.shape[0]):
+            pairs = self._all_pairs(x, ids, scores, guess, beside)
+            return (pairs * weights[..., None]).sum(axis=1).astype(x.dtype)
+        return run_through(self.sweep(lambda rows: x[rows], ids, weights, scores)).astype(x.dtype)
+
+    def _all_pairs(
+        self,
+        x: mx.array,
+        ids: mx.array,
+        scores: mx.array | None,
+        guess: mx.array | None,
+        beside: Sequence[mx.array],
+    ) -> mx.array:
+        """Output of each expert for each row that wants it: [N, H], [N, k] -> [N, k, H]."""
+        if self._source.is_resident:
+            return self._gathered(x[:, None, None, :], ids)
+        wanted, guessed = self._synchronise(ids, scores, guess)
+        # One row's experts are unique and ascending as they are.
+        experts = (wanted[0] if len(wanted) == 1 else np.unique(wanted)).tolist()
+        if len(experts) > self._source.num_slots(self._layer):
+            return self._pairs_in_turns(x, wanted, experts, guessed, beside)
+        fetch = self._source.begin(self._layer, experts)
+        self._expect_next(guessed)
+        slots, is_here = fetch.slots[None], fetch.is_here[None]
+        if len(wanted) > 1:
+            places = np.searchsorted(experts, wanted)
+            slots, is_here = fetch.slots[places], fetch.is_here[places]
+        if is_here.all():
+            pairs = self._gathered(x[:, None, None, :], mx.array(slots))
+            # Computed while the next layer's graph is built.
+            mx.async_eval(pairs, *beside)
+            return self._remember(pairs)
+        return self._remember(self._pairs_as_they_come(x, fetch, slots, is_here, beside))
+
+    def _expect_next(self, guessed: NDArray[np.int32] | None) -> None:
+        """Starts to read what is guessed, once the reads for this layer have been started."""
+        if guessed is not None and self._next is not None:
+            self._source.expect(self._next._layer, guessed.T.tolist())
+
+    def _synchronise(
+        self, ids: mx.array, scores: mx.array | None, guess: mx.array | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
+        """The one synchronisation of the layer: ids, scores and guess, and an end to all pending products."""
+        if scores is not None and not self._source.watches_scores(self._layer):
+            scores = None
+        owners = [self] if guess is None or self._next is None else [self, self._next]
+        pending = [owner._pending for owner in owners]
+        mx.eval(*(array for array in (ids, scores, guess, *pending) if array is not None))
+        for owner in owners:
+            owner._pending = None
+        if scores is not None:
+            self._source.observe(self._layer, np.array(scores))
+        return np.array(ids), None if guess is None else np.array(guess)
+
+    def _pairs_as_they_come(
+        self,
+        x: mx.array,
+        fetch: Fetch,
+        slots: NDArray[np.int32],
+        is_here: NDArray[np.bool_],
+        beside: Sequence[mx.array],
+    ) -> mx.array:
+        """Pairs whose experts are here while the others are read; the result is in the order of the ids."""
+        here, there = np.flatnonzero(is_here), np.flatnonzero(~is_here)
+        first = [self._pairs(x, slots, here)] if here.size else []
+        mx.async_eval(*first, *beside)
+        self._source.finish(fetch)
+        order = np.argsort(np.concatenate([here, there]))
+        pairs = mx.concatenate([*first, self._pairs(x, slots, there)])[mx.array(order)]
+        return pairs.reshape(*slots.shape, -1)
+
+    def _pairs(self, x: mx.array, slots: NDArray[np.int32], pairs: NDArray[np.int64]) -> mx.array:
+        """Outputs [P, H] of numbered (row, expert) pairs, each computed alone."""
+        rows = mx.array(pairs // slots.shape[1])
+        return self._gathered(x[rows, None, :], mx.array(slots.ravel()[pairs]))
+
+    def _pairs_in_turns(
+        self,
+        x: mx.array,
+        wanted: NDArray[np.int32],
+        experts: list[int],
+        guessed: NDArray[np.int32] | None,
+        beside: Sequence[mx.array],
+    ) -> mx.array:
+        """More experts than slots: some at a time, each pair computed alone."""
+        num_rows, k = wanted.shape
+        out = mx.zeros((num_rows * k, x.shape[1]), dtype=x.dtype)
+        mx.async_eval(*beside)
+        for number, (turn, places) in enumerate(self._source.take_turns(self._layer, experts)):
+            if number == 0:
+                self._expect_next(guessed)
+            pairs = np.flatnonzero(np.isin(wanted, turn))
+            slots = np.array(places, np.int32)[np.searchsorted(turn, wanted.ravel()[pairs])]
+            out[mx.array(pairs)] = self._gathered(x[mx.array(pairs // k), None, :], mx.array(slots))
+            mx.eval(out)
+        return out.reshape(num_rows, k, -1)
+
+    def anticipate_sweep(self) -> None:
+        """All experts will be wanted, once many rows have come so far."""
+        if not self._source.is_resident:
+            self._source.anticipate_sweep(self._layer)
+
+    def sweep(
+        self,
+        take: Callable[[mx.array], mx.array],
+        ids: mx.array,
+        weights: mx.array,
+        scores: mx.array | None = None,
+    ) -> Generator[None, None, mx.array]:
+        """Many rows: each expert multiplied once with all that want it, added up in ascending id.
+
+        Pauses after each group of experts, when nothing pending refers to a bank.
+        `take`: numbered rows of the input, [n] -> [n, H]; ids, weights, scores as above -> float32 [N, H].
+        """
+        wanted, _ = self._synchronise(ids, None if self._source.is_resident else scores, None)
+        rows_of = _rows_by_expert(wanted)
+        counts = {expert: len(rows) for expert, (rows, _) in rows_of.items()}
+        out = mx.zeros((weights.shape[0], take(mx.array([0])).shape[1]))
+        for group in self._source.sweep(self._layer, counts, self._arithmetic.experts_at_once):
+            for place in group:
+                mlp = self._unpacked(place, counts[place.expert])
+                for rows, columns in _pieces(*rows_of[place.expert]):
+                    chosen = mx.array(rows)
+                    y = mlp(take(chosen)) * weights[chosen, mx.array(columns), None]
+                    out = self._arithmetic.add_rows(out, rows, y)
+                    if len(rows) == EXPERT_ROWS:
+                        mx.eval(out)
+            mx.eval(out)
+            yield
+        return out
+
+    def _unpacked(self, place: Place, num_rows: int) -> Callable[[mx.array], mx.array]:
+        """One expert, its weights in the form that so many rows are multiplied with: [n, H] -> [n, H]."""
+        gate, up, down = (
+            self._arithmetic.unpacked(
+                BankWeight(place.arrays, projection, self._quantizations[projection], place.slot), num_rows
+            )
+            for projection in PROJECTIONS
+        )
+        product = self._arithmetic.product
+        gated = self._arithmetic.gated
+        return lambda x: product(gated(product(x, gate), product(x, up)), down)
+
+    def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
+        """x [..., 1, H] against slots [...] -> [..., H]."""
+        bank = self._source.bank(self._layer)
+
+        def product(rows: mx.array, projection: str) -> mx.array:
+            w = BankWeight(bank, projection, self._quantizations[projection])
+            return self._arithmetic.gathered_product(rows, w, slots)
+
+        hidden = self._arithmetic.gated(product(x, "gate_proj"), product(x, "up_proj"))
+        return product(hidden, "down_proj")[..., 0, :]
+
+    def _remember(self, out: mx.array) -> mx.array:
+        """A lazy product reads its slots when it is evaluated: keep it until then."""
+        if not self._source.is_resident:
+            self._pending = out
+        return out
+
+
+def run_through(steps: Generator[object, None, mx.array]) -> mx.array:
+    """What a computation that pauses comes to, without its pauses."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: mx.array = stop.value
+            return result
+
+
+def _pieces(rows: Indices, columns: Indices) -> Iterator[tuple[Indices, Indices]]:
+    """An expert's rows, and its place among each row's experts, in pieces."""
+    for first in range(0, len(rows), EXPERT_ROWS):
+        piece = slice(first, first + EXPERT_ROWS)
+        yield rows[piece], columns[piece]
+
+
+def _rows_by_expert(wanted: NDArray[np.int32]) -> dict[int, tuple[Indices, Indices]]:
+    """Expert id -> (rows that want it, place of it among the row's experts). wanted [N, k]."""
+    order = np.argsort(wanted, axis=None, kind="stable")
+    ids, starts = np.unique(wanted.ravel()[order], return_index=True)
+    pairs = np.split(order, starts[1:])
+    k = wanted.shape[1]
+    return {int(e): (p // k, p % k) for e, p in zip(ids, pairs, strict=True)}

@@ -1,1 +1,0 @@
-"""The recipe of Pocket: data generator, tokenizer, training, quantised export and evaluation."""

@@ -1,0 +1,63 @@
+"""What can be asked of the prefix cache, and changed: /cache/explain, /cache/stats, /cache/pin, /cache/clear.
+
+Changes are passed on to the engine, which answers nothing: the counts that come with the
+next request show them.
+"""
+
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends
+
+from config.errors import RequestError
+from server.api.prompt.explain import MAX_EXPLANATIONS
+from server.api.prompt.replay import prompt_of
+from server.api.request.body import body_of
+from server.api.request.chat_schema import ChatRequest
+from server.api.service import Service
+from server.link.messages import Administer
+
+
+def cache_router(service: Service) -> APIRouter:
+    """For everybody with a key: a fleet trusts its members."""
+    router = APIRouter(prefix="/cache")
+    Body = Annotated[ChatRequest, Depends(body_of(ChatRequest))]
+
+    @router.get("/explain")
+    async def explain(id: str = "") -> dict[str, Any]:
+        found = service.explainer.find(id)
+        if found is None:
+            message = f"there is no prompt {id[:100]!r} among the last {MAX_EXPLANATIONS} chats"
+            raise RequestError(message, status=404, error_type="not_found", param="id")
+        return {"data": found.describe()}
+
+    @router.get("/stats")
+    async def stats() -> dict[str, Any]:
+        told = service.engine.status.stats
+        values = told.values if told else {}
+        return {"data": {name: value for name, value in values.items() if name.startswith("prefix_")}}
+
+    @router.post("/clear", status_code=202)
+    async def clear() -> dict[str, Any]:
+        service.model_info()  # where there is no engine nobody clears the disk
+        service.remembered.clear()
+        service.engine.administer(Administer("clear"))
+        return {"data": {"status": "accepted"}}
+
+    @router.post("/pin", status_code=202)
+    async def pin(body: Body) -> dict[str, Any]:
+        return await anyio.to_thread.run_sync(_administer, service, body, True)
+
+    @router.post("/unpin", status_code=202)
+    async def unpin(body: Body) -> dict[str, Any]:
+        return await anyio.to_thread.run_sync(_administer, service, body, False)
+
+    return router
+
+
+def _administer(service: Service, body: ChatRequest, is_pinned: bool) -> dict[str, Any]:
+    """Pin what a chat with this body begins with: its tools and messages, in whole blocks."""
+    service.model_info()
+    prompt = prompt_of(service.dialect.tokenizer, service.dialect.template, body)
+    service.engine.administer(Administer("pin" if is_pinned else "unpin", tuple(prompt)))
+    return {"data": {"status": "accepted", "prompt_tokens": len(prompt)}}

@@ -1,0 +1,138 @@
+"""GET /metrics for Prometheus: the engine's last counts, as it sent them, and those of the ledger.
+
+Holds nothing of its own.
+"""
+
+from collections.abc import Iterable
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.api.access.receipts import Ledger
+from server.link.engine_protocol import Engine
+
+# Name in the engine's counts -> name for Prometheus (without the suffix _total), and what it means.
+COUNTERS = {
+    "hits": ("expert_hits", "experts asked for that lay in memory"),
+    "misses": ("expert_misses", "experts that a request had to wait for"),
+    "evictions": ("expert_evictions", "experts given up for others"),
+    "failures": ("expert_failures", "experts that could not be read"),
+    "payload_bytes": ("expert_bytes", "bytes of the experts that arrived"),
+    "device_bytes": ("device_bytes", "bytes read from the disk, with what alignment adds"),
+    "read_s": ("read_seconds", "time during which any read was outstanding"),
+    "stall_s": ("stall_seconds", "time that the model waited for reads"),
+    "num_reads": ("reads", "reads of the disk"),
+    "num_timeouts": ("read_timeouts", "reads that did not come back in time"),
+    "ahead_started": ("lookahead_experts", "experts read because the next layer was expected to want them"),
+    "ahead_used": ("lookahead_used", "those of them that it did want"),
+    "shrinks": ("bank_shrinks", "times that experts gave up their places because memory was short"),
+    "prefix_asked_tokens": ("prefix_asked_tokens", "prompt tokens looked for in the prefix cache"),
+    "prefix_restored_tokens": (
+        "prefix_restored_tokens",
+        "prompt tokens found there, or read by another request in the same pass, and not computed",
+    ),
+    "prefix_saved_tokens": ("prefix_saved_tokens", "tokens put there"),
+    "prefix_bytes_written": ("prefix_written_bytes", "bytes of blocks written to --prefix-cache-dir"),
+    "prefix_bytes_read": ("prefix_read_bytes", "bytes of blocks read from there"),
+    "prefix_evictions": ("prefix_evictions", "blocks deleted there for others"),
+    "prefix_damaged": ("prefix_damaged", "blocks there that were damaged or foreign, and were deleted"),
+    "prefix_errors": ("prefix_errors", "times that the disk refused to read or write there"),
+    "prefix_blocks_dropped": (
+        "prefix_dropped",
+        "blocks not written: no time, no allowance, no disk",
+    ),
+}
+GAUGES = {
+    "slots": ("expert_slots", "experts that fit in memory"),
+    "slots_planned": ("expert_slots_planned", "those that the plan gives; fewer fit while memory is short"),
+    "available_bytes": ("available_bytes", "memory that the system could still give, when it was seen last"),
+    "resident_experts": ("resident_experts", "experts in memory now"),
+    "ahead_recall": ("lookahead_recall", "share of the absent experts that lookahead had begun to read"),
+    "ahead_precision": ("lookahead_precision", "share of the experts read ahead that were wanted"),
+    "prefix_memory_bytes": ("prefix_memory_bytes", "blocks of saved prompts in memory"),
+    "prefix_pinned_blocks": (
+        "prefix_pinned_blocks",
+        "pinned blocks on disk",
+    ),
+    "prefix_disk_bytes": ("prefix_disk_bytes", "blocks of saved prompts on disk"),
+    "budget_bytes": ("ram_budget_bytes", "--ram-budget, or the one that was given since"),
+    "running": ("requests_running", "requests that are worked on"),
+    "waiting": ("requests_waiting", "requests in line at the engine"),
+    "agents": ("agents", "agents that have requests here"),
+    "kv_tokens": ("kv_tokens", "tokens whose KV is held or set aside"),
+    "kv_capacity": ("kv_tokens_capacity", "tokens whose KV fits"),
+    "batch_width": ("batch_width", "answers that go forward in one step, at most"),
+    "policy_gain": (
+        "expert_policy_nearness_gain",
+        "what nearness would have hit more than lru, of the experts asked for, when both were tried last",
+    ),
+    "probe_bytes_per_s": ("probe_bytes_per_second", "rate at which the disk read experts at start-up"),
+    "probe_depth": ("probe_depth", "reads at a time that this takes: the reader's threads"),
+}
+# The same for names that go on behind a dot: what stands there is the value of a label.
+LABELLED = {
+    "decode_rate": (
+        "decode_tokens_per_second",
+        "what was measured of the widths that were tried, undisturbed",
+        "batch_width",
+    ),
+    "policy": ("expert_policy", "the policy that decides which expert gives up its place", "policy"),
+    "planned": ("memory_planned_bytes", "the ledger, planned", "line"),
+    "used": ("memory_used_bytes", "the ledger, used", "line"),
+}
+PREFIX = "glmserve_"
+
+
+def metrics_router(engine: Engine, ledger: Ledger | None = None) -> APIRouter:
+    """The route; without a model it answers with `glmserve_ready 0` and nothing else."""
+    router = APIRouter()
+    registry = CollectorRegistry()
+    registry.register(_EngineCollector(engine))
+    if ledger:
+        registry.register(_LedgerCollector(ledger))
+
+    @router.get("/metrics")
+    def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._engine.status
+        ready = status.state == "ready"
+        yield GaugeMetricFamily(f"{PREFIX}ready", "1 while requests are answered", value=float(ready))
+        values = status.stats.values if status.stats else {}
+        for key, (name, text) in COUNTERS.items():
+            if key in values:
+                yield CounterMetricFamily(PREFIX + name, text, value=values[key])
+        for key, (name, text) in GAUGES.items():
+            if key in values:
+                yield GaugeMetricFamily(PREFIX + name, text, value=values[key])
+        for prefix, (name, text, label) in LABELLED.items():
+            yield from _labelled(values, f"{prefix}.", PREFIX + name, text, label)
+
+
+def _labelled(values: dict[str, float], prefix: str, name: str, text: str, label: str) -> Iterable[Metric]:
+    found = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    if found:
+        family = GaugeMetricFamily(name, text, labels=[label])
+        for key, value in found.items():
+            family.add_metric([key], value)
+        yield family
+
+
+class _LedgerCollector(Collector):
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def collect(self) -> Iterable[Metric]:
+        text = "tool calls that broke off or were malformed, and so were sent as content"
+        count = self._ledger.num_rejected_calls
+        yield CounterMetricFamily(f"{PREFIX}rejected_tool_calls", text, value=count)

@@ -1,0 +1,1 @@
+"""From engine events to text, JSON and server-sent events."""

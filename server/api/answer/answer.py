@@ -1,0 +1,200 @@
+"""From engine events to text: one `Answer` for each request, whatever the route makes of it.
+
+Feeds the parser, finds stop strings, keeps the count, and writes the request's line in the log. Closing it
+early cancels the request at the engine.
+"""
+
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from server.api.answer.stops import StopScanner
+from server.api.answer.waiting import Line
+from server.api.error_bodies import GenerationFailed
+from server.glm.answer_parser import AnswerParser, Piece
+from server.glm.tools import CallPart
+from server.link.engine_protocol import Engine
+from server.link.messages import (
+    Failed,
+    Finished,
+    FinishReason,
+    Generate,
+    Progress,
+    PromptScored,
+    Queued,
+    Token,
+    TokenScore,
+    Usage,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text and parts of calls, and the scores of the content tokens that brought it."""
+
+    reasoning: str = ""
+    content: str = ""
+    scores: tuple[TokenScore, ...] = ()
+    calls: tuple[CallPart, ...] = ()
+
+
+class Answer:
+    """Iterate over `deltas()` to its end; then `reason` and the counts are final."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        parser: AnswerParser,
+        request: Generate,
+        stops: list[str],
+        max_calls: int | None = None,
+        line: Line | None = None,
+    ) -> None:
+        self.request = request
+        self.parser = parser
+        self.prompt_scores: list[TokenScore] = []
+        self.first_at: float | None = None
+        self.token_ids: list[int] = []
+        self.has_begun = False  # the engine has worked on it
+        self.remark = ""  # for its line in the log
+        self._progress: Progress | None = None
+        self._prefill_from: tuple[float, int] | None = None
+        self._reason: FinishReason | None = None
+        self._engine = engine
+        self._max_calls = max_calls
+        self._line = line or Line()
+        self._scanner = StopScanner(stops)
+        self._thought: list[str] = []
+        self._has_said = False  # something beside the thought
+        self._num_tokens = 0
+        self._usage: Usage | None = None
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far, or in the end."""
+        num_cached = self._progress.num_cached if self._progress else 0
+        return self._usage or Usage(len(self.request.token_ids), self._num_tokens, num_cached)
+
+    @property
+    def is_whole_turn(self) -> bool:
+        """Whether the client saw all that was generated, up to where the model or the last call ended it."""
+        is_cut = self._scanner.is_stopped or self.parser.num_rejected_calls or self.parser.part == "call"
+        return self._reason == "stop" and not is_cut
+
+    @property
+    def reason(self) -> str | None:
+        """Why the answer is over. An incomplete call is no reason to run the others: it counts as a limit."""
+        if self._reason and self.parser.num_incomplete_calls:
+            return "length"
+        is_cut = self._reason == "length" and self.parser.num_rejected_calls
+        return "tool_calls" if self._reason and self.parser.num_calls and not is_cut else self._reason
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """The answer as it comes. Raises GenerationFailed where the engine gives up."""
+        started_at = time.monotonic()
+        self._line.enter(self.request.request_id)
+        try:
+            async with aclosing(self._engine.generate(self.request)) as events:
+                async for event in events:
+                    if isinstance(event, Queued):
+                        self._line.place(event.request_id, event.num_before)
+                        continue
+                    self._line.leave(self.request.request_id)
+                    self.has_begun = self.has_begun or not isinstance(event, Failed)
+                    match event:
+                        case Progress():
+                            self._on_progress(event)
+                        case Token():
+                            yield self._on_token(event.score)
+                        case PromptScored():
+                            self.prompt_scores.extend(event.scores)
+                        case Failed():
+                            raise GenerationFailed.from_event(event)
+                        case Finished():
+                            self._reason, self._usage = event.reason, event.usage
+                            yield self._last_delta()
+                    if self._has_enough:
+                        self._reason = "stop"
+                        return
+        finally:
+            self._line.leave(self.request.request_id)
+            self._log(time.monotonic() - started_at)
+
+    @property
+    def _has_enough(self) -> bool:
+        """Whether a stop string or the last call that is wanted has come."""
+        return self._scanner.is_stopped or self.parser.num_calls >= (self._max_calls or math.inf)
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._scanner.found
+
+    @property
+    def progress(self) -> str:
+        """How many wait before it; then how far the prompt has been read and how long the rest will take.
+
+        Nothing once an answer comes.
+        """
+        if (num_before := self._line.num_before(self.request.request_id)) is not None:
+            return f"queue={num_before}"
+        if self._progress is None or self._prefill_from is None or self.first_at:
+            return ""
+        done, total = self._progress.num_prefilled, self._progress.num_prompt_tokens
+        if done == total:
+            return ""
+        since, num_before = self._prefill_from
+        text = f"prefill={done}/{total}"
+        if done == num_before:
+            return text
+        eta = (time.time() - since) * (total - done) / (done - num_before)
+        return f"{text} eta={math.ceil(eta)}s"
+
+    def _on_progress(self, event: Progress) -> None:
+        self._progress = event
+        self._prefill_from = self._prefill_from or (time.time(), event.num_prefilled)
+
+    def _on_token(self, score: TokenScore) -> Delta:
+        self._num_tokens += 1
+        self.token_ids.append(score.token_id)
+        self.first_at = self.first_at or time.time()
+        was_content = self.parser.part == "content"
+        piece = self.parser.push(score.token_id)
+        is_visible = was_content and self.parser.part == "content"
+        return self._delta(piece, (score,) if is_visible else ())
+
+    def _delta(self, piece: Piece, scores: tuple[TokenScore, ...] = ()) -> Delta:
+        content = self._scanner.push(piece.content)
+        if self.parser.part == "call":  # no stop string reaches over it, and it comes behind the text
+            content += self._scanner.flush()
+        wanted = self._max_calls or math.inf  # calls of a thought may come several at once
+        calls = tuple(part for part in piece.calls if part.index < wanted)
+        self._thought.append(piece.reasoning)
+        self._has_said = self._has_said or bool(piece.content.strip() or calls)
+        return Delta(piece.reasoning, content, scores, calls)
+
+    def _last_delta(self) -> Delta:
+        delta = self._delta(self.parser.flush(self._reason == "stop"))
+        content = delta.content + self._scanner.flush()
+        if self._reason == "stop" and self.parser.part == "reasoning" and not self._has_said:
+            content = "".join(self._thought)  # the model ended its turn in its thought: that is its answer
+        return replace(delta, content=content)
+
+    def _log(self, seconds: float) -> None:
+        usage = self.usage
+        log.info(
+            "%s %s: cached=%d/%d%s + %d new tokens in %.2f s, %.1f tok/s",
+            self.request.request_id,
+            self.reason or "ended early",
+            usage.num_cached_tokens,
+            usage.num_prompt_tokens,
+            self.remark and f" {self.remark}",
+            usage.num_completion_tokens,
+            seconds,
+            usage.num_completion_tokens / max(seconds, 1e-9),
+        )

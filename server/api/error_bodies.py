@@ -1,0 +1,153 @@
+"""From exceptions to wire bodies: the only place that knows both.
+
+The body is OpenRouter's, with an integer code that equals the status; OpenAI's `type` and `param` ride along.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from config.errors import BusyError, EngineError, RequestError
+from server.link.messages import Failed, FailureKind
+
+PROVIDER = "glmserve"
+RETRY_AFTER_S = 5
+
+# status, OpenRouter's word, whether trying again can help
+_FAILURES: Mapping[FailureKind, tuple[int, str, bool]] = {
+    "request": (400, "invalid_request", False),
+    "engine": (500, "server", False),
+    "disk": (502, "provider_unavailable", True),
+    "died": (503, "provider_unavailable", True),
+    "busy": (503, "provider_overloaded", True),
+    "timeout": (408, "timeout", False),
+}
+
+# Anthropic's word for a status.
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_ANTHROPIC_PATHS = ("/messages", "/messages/count_tokens")
+
+# What pydantic calls the kinds of a union: `str`, `list[TextPart]`, `NamedTool`, `constrained-str`.
+_KIND = re.compile(r"(str|int)$|[A-Z]|[a-z-]+[\[-]")
+# Where its own words are about classes of ours.
+_MESSAGES = {"model_type": "Input should be an object", "dict_type": "Input should be an object"}
+
+log = logging.getLogger(__name__)
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+class GenerationFailed(EngineError):
+    """The engine gave up on a request, or is not there to take it."""
+
+    def __init__(self, kind: FailureKind, message: str, retry_after_s: int | None = None) -> None:
+        self.status, self.error_type, self.can_retry = _FAILURES[kind]
+        self.retry_after_s = retry_after_s or RETRY_AFTER_S
+        super().__init__(f"{message}; try again" if self.can_retry else message)
+
+    @classmethod
+    def from_event(cls, event: Failed) -> "GenerationFailed":
+        """The exception for an engine's last word on a request."""
+        return cls(event.kind, event.message, event.retry_after_s)
+
+
+def error_object(status: int, message: str, error_type: str, param: str | None = None) -> dict[str, Any]:
+    """The value of `error` in a body or in a stream's chunk."""
+    return {
+        "code": status,
+        "message": message,
+        "type": error_type,
+        "param": param,
+        "metadata": {"error_type": error_type, "provider_name": PROVIDER},
+    }
+
+
+def error_body(path: str, error: dict[str, Any]) -> dict[str, Any]:
+    """The body around an error object, in the dialect that is spoken at this path."""
+    return anthropic_error(error) if path.endswith(_ANTHROPIC_PATHS) else {"error": error}
+
+
+def anthropic_error(error: dict[str, Any]) -> dict[str, Any]:
+    """The body, or the event, that Anthropic's clients read an error from."""
+    message = error["message"]
+    if error["metadata"]["error_type"] == "context_length_exceeded":
+        message = f"prompt is too long: {message}"  # what Claude Code looks for before it compacts
+    kind = _ANTHROPIC_TYPES.get(error["code"], "api_error")
+    return {"type": "error", "error": error | {"type": kind, "message": message}}
+
+
+def describe(error: Exception) -> dict[str, Any]:
+    """The error object of any exception; those that nobody raised on purpose say nothing about themselves."""
+    match error:
+        case RequestError():
+            return error_object(error.status, str(error), error.error_type, error.param)
+        case GenerationFailed():
+            return error_object(error.status, str(error), error.error_type)
+        case BusyError():
+            return error_object(503, str(error), "provider_overloaded")
+        case ValidationError():
+            message, param = _first_fault(error)
+            return error_object(400, message, "invalid_request", param)
+        case ClientGone():
+            return error_object(499, "the client closed the connection", "unmapped")
+        case HTTPException(status_code=404 | 405):
+            return error_object(error.status_code, str(error.detail), "not_found")
+        case HTTPException():
+            return error_object(error.status_code, str(error.detail), "invalid_request")
+        case _:
+            return error_object(500, "the server failed; its log says more", "server")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Let every exception of the app become a body of ours."""
+    for kind in (RequestError, EngineError, ClientGone, ValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _respond)
+
+
+def _respond(request: Request, error: Exception) -> JSONResponse:
+    body = describe(error)
+    return JSONResponse(error_body(request.url.path, body), body["code"], _headers(error))
+
+
+def _headers(error: Exception) -> dict[str, str]:
+    if isinstance(error, GenerationFailed):
+        if not error.can_retry:
+            return {"x-should-retry": "false"}
+        return {"x-should-retry": "true", "Retry-After": str(error.retry_after_s)}
+    if isinstance(error, RequestError) and error.status == 408:
+        return {"Connection": "close"}  # the rest of the body may come at any time
+    if isinstance(error, BusyError):
+        return {"x-should-retry": "true", "Retry-After": str(error.retry_after_s)}
+    if isinstance(error, HTTPException) and error.headers:
+        return dict(error.headers)
+    return {}
+
+
+def _first_fault(error: ValidationError) -> tuple[str, str | None]:
+    """The first of those that lie deepest: of the kinds that a value may have it came nearest to that one."""
+    faults = [(_steps(fault["loc"]), fault) for fault in error.errors(include_url=False, include_input=False)]
+    steps, fault = max(faults, key=lambda one: len(one[0]))
+    message = _MESSAGES.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
+    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+    return (f"{param}: {message}" if param else message), param or None
+
+
+def _steps(location: tuple[int | str, ...]) -> list[int | str]:
+    """The way to a fault in the client's body, without pydantic's names of the kinds that it tried."""
+    return [step for step in location if isinstance(step, int) or not _KIND.match(step)]

@@ -1,0 +1,1 @@
+"""What a request's body is, checked once and turned into types."""

@@ -1,0 +1,1 @@
+"""The commands of `glmserve`, a file for each."""

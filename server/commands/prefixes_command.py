@@ -1,0 +1,40 @@
+"""The command `glmserve prefixes export|import FILE`: carries saved prompts from one machine to another."""
+
+from pathlib import Path
+
+from config.errors import UsageError
+from config.settings import Settings
+from config.sizes import format_size
+from models.arithmetic import choose_arithmetic
+from models.loading.fingerprint import cache_fingerprint
+from models.loading.loading import open_checkpoint
+from server.commands.checkpoint import choose_checkpoint
+from server.commands.serve import prefix_directory
+from streaming.prefix.archive import Fingerprints, export_blocks, import_blocks
+from streaming.prefix.block_files import BlockFiles
+
+
+def move_prefixes(settings: Settings, action: str, path: Path, only_pinned: bool) -> int:
+    """Export to, or import from, this file. A server may run meanwhile; what is imported is used at once."""
+    directory = prefix_directory(settings)
+    if directory is None:
+        raise UsageError("with --prefix-cache-size 0 no prompts are kept on disk")
+    checkpoint, arithmetic = open_checkpoint(choose_checkpoint(settings.model).directory), choose_arithmetic()
+    exact, portable = (
+        cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic, knows_times=knows_times)
+        for knows_times in (True, False)
+    )
+    try:
+        files = BlockFiles(directory, exact, settings.prefix_cache_size)
+    except OSError as error:
+        raise UsageError(f"--prefix-cache-dir {directory} cannot be used: {error.strerror}") from error
+    prints = Fingerprints(exact, portable)
+    if action == "export":
+        moved = export_blocks(files, prints, path, only_pinned)
+        remark = ""
+    else:
+        moved = import_blocks(files, prints, path)
+        remark = f"; {moved.num_known} were there already" if moved.num_known else ""
+    size = format_size(moved.nbytes)
+    print(f"{action}ed {moved.num_blocks} blocks, {moved.num_tokens} tokens, {size}{remark}")
+    return 0

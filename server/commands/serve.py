@@ -1,0 +1,232 @@
+"""`glmserve serve`: checks what can be checked at once, then runs HTTP here and the engine beside it."""
+
+import asyncio
+import hashlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from config.errors import UsageError
+from config.settings import Settings
+from server.api.access.keys import LOOPBACK_NAMES, Access, is_loopback, read_keys
+from server.api.app import make_app
+from server.api.prompt.remembered import Remembered
+from server.api.request.model_names import ModelNames
+from server.api.service import Dialect, Service
+from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
+from server.glm.files import load_sampling_defaults
+from server.glm.template import load_chat_template
+from server.glm.tokenizer import load_tokenizer
+from server.link.messages import EngineConfig
+from server.link.supervisor import Deadlines, EngineProcess
+from server.logs import set_up_logging
+
+# Answers under way have so long to end when the server is told to stop; then their clients are told,
+DRAIN_TIMEOUT_S = 5.0
+# which takes them less than this.
+FAREWELL_S = 2
+JSON_KEEPALIVE_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until interrupted. Raises UsageError where a person must act first."""
+    set_up_logging(settings.log_level)
+    access = make_access(settings)
+    checkpoint = choose_checkpoint(settings.model)
+    if checkpoint.remark:
+        log.info("%s", checkpoint.remark)
+    with listen(settings.host, settings.port) as listener:
+        dialect = load_dialect(checkpoint.directory)
+        fault = asyncio.run(_Serving(settings, access, checkpoint, dialect, listener).run())
+    if fault:
+        raise UsageError(fault)
+    return 0
+
+
+def make_access(settings: Settings) -> Access:
+    """Who gets in. Raises UsageError where that would be everybody on the network, by accident."""
+    keys = read_keys(settings.api_key, settings.api_key_file)
+    if keys.is_open and not settings.insecure and not is_loopback(settings.host):
+        raise UsageError(
+            f"--host {settings.host} is reachable from other machines, and there is no key: add "
+            "--api-key-file (or --api-key), or --insecure if everybody there may use this server"
+        )
+    hosts = frozenset([*LOOPBACK_NAMES, settings.host.lower(), *_listed(settings.allowed_hosts.lower())])
+    return Access(keys, None if "*" in hosts else hosts, tuple(_listed(settings.cors_origins)))
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def load_dialect(checkpoint: Path) -> Dialect:
+    """How this checkpoint writes."""
+    return Dialect(
+        load_tokenizer(checkpoint), load_chat_template(checkpoint), load_sampling_defaults(checkpoint)
+    )
+
+
+def make_server_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the app. Raises UsageError for a certificate that cannot be used."""
+    if settings.ssl_keyfile and not settings.ssl_certfile:
+        raise UsageError("--ssl-keyfile needs --ssl-certfile")
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(DRAIN_TIMEOUT_S) + FAREWELL_S,
+        lifespan="off",
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+    )
+    try:
+        config.load()
+    except (OSError, ValueError) as error:  # ssl's own errors are OSErrors
+        raise UsageError(f"--ssl-certfile or --ssl-keyfile cannot be used: {error}") from error
+    return config
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before minutes are spent on loading."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return _bound(socket.socket(family, kind, protocol), address)
+    except (OSError, UnicodeError) as error:  # the latter where no name can be so
+        reason = error.strerror if isinstance(error, OSError) else "this is no name of a host"
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
+        ) from error
+
+
+def _bound(listener: socket.socket, address: Any) -> socket.socket:
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """Cuts no answer off without a word: an agent would take the part that it has for the whole."""
+
+    def __init__(self, config: uvicorn.Config, engine: EngineProcess) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Does not raise the signals again at the end, as uvicorn's does: they would end this process at
+        once, before the engine has written what it keeps.
+        """
+        with super().capture_signals():
+            try:
+                yield
+            finally:
+                self._captured_signals.clear()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for the answers under way; those that take too long get an error."""
+        timer = asyncio.get_running_loop().call_later(DRAIN_TIMEOUT_S, self._engine.dismiss_all)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+
+@dataclass
+class _Serving:
+    """One run: the HTTP server, the engine, and why the run ended."""
+
+    settings: Settings
+    access: Access
+    checkpoint: FoundCheckpoint
+    dialect: Dialect
+    listener: socket.socket
+    fault: str | None = None
+    server: uvicorn.Server | None = field(default=None, init=False)
+
+    async def run(self) -> str | None:
+        settings = self.settings
+        engine = EngineProcess(
+            make_engine_config(settings, self.checkpoint.directory),
+            on_usage_error=self._give_up,
+            deadlines=Deadlines(settings.queue_timeout, settings.request_timeout, settings.step_timeout),
+            max_queue=settings.max_queue,
+        )
+        model_id = self.settings.served_model_name or self.checkpoint.model_id
+        names = ModelNames(model_id, self.settings.model_policy)
+        patience_s = JSON_KEEPALIVE_S if self.settings.json_keepalive else None
+        remembered = make_remembered(self.settings, self.checkpoint.directory)
+        service = Service(engine, self.dialect, names, remembered=remembered, patience_s=patience_s)
+        app = make_app(service, self.access)
+        self.server = _Server(make_server_config(self.settings, app), engine)
+        engine.start()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
+        host, port = self.listener.getsockname()[:2]
+        scheme = "https" if self.settings.ssl_certfile else "http"
+        log.info("listening on %s://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", scheme, host, port)
+        try:
+            await self.server.serve(sockets=[self.listener])
+        finally:
+            await engine.close()
+            await asyncio.to_thread(remembered.close)
+        return self.fault
+
+    def _read_keys_again(self) -> None:
+        try:
+            self.access.keys.replace(read_keys(self.settings.api_key, self.settings.api_key_file))
+            log.info("the keys were read again")
+        except UsageError as error:
+            log.error("the keys stay as they are: %s", error)
+
+    def _give_up(self, message: str) -> None:
+        assert self.server, "the engine is started after the server is made"
+        self.fault = message
+        self.server.should_exit = True
+
+
+def prefix_directory(settings: Settings) -> Path | None:
+    """Where saved prompts outlive the process; None where they do not."""
+    if settings.prefix_cache_size == 0 or settings.prefix_cache_memory == 0:
+        return None
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return settings.prefix_cache_dir or cache_home / "glmserve" / "prefix"
+
+
+def make_remembered(settings: Settings, checkpoint: Path) -> Remembered:
+    """What the server has said, on disk beside the prefix cache."""
+    vocabulary = (checkpoint / "tokenizer.json").read_bytes()
+    return Remembered(prefix_directory(settings), hashlib.sha256(vocabulary).hexdigest())
+
+
+def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
+    """What the engine needs to know of the settings."""
+    return EngineConfig(
+        model_path=directory,
+        stream_experts=settings.stream_experts,
+        ram_budget_bytes=settings.ram_budget,
+        max_context=settings.max_context,
+        log_level=settings.log_level,
+        expert_policy=settings.expert_policy,
+        decode_share=settings.decode_share,
+        max_inflight_per_agent=settings.max_inflight_per_agent,
+        batch_width=settings.batch_width,
+        mirror=Path(os.path.expanduser(settings.mirror)).absolute() if settings.mirror else None,
+        prefix_memory_bytes=settings.prefix_cache_memory,
+        prefix_directory=prefix_directory(settings),
+        prefix_disk_bytes=settings.prefix_cache_size,
+        prefix_writes_per_day=settings.prefix_cache_writes,
+        sweep_tokens=settings.sweep_tokens,
+    )

@@ -1,0 +1,1 @@
+"""From logits to the next token: sampling, and the grammars that bind it."""

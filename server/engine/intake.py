@@ -1,0 +1,56 @@
+"""What becomes of a request when it comes: a sequence that waits for its turn, or an answer at once.
+
+Called by the engine's loop, on its thread.
+"""
+
+from collections.abc import Callable
+
+from config.errors import RequestError
+from server.engine.answers import kind_of
+from server.engine.decode.constraint import Constraint
+from server.engine.decode.sampling import start_sampling
+from server.engine.decode.token_masks import Grammars
+from server.engine.schedule.limits import Limits
+from server.engine.schedule.scheduler import Scheduler
+from server.engine.schedule.sequence import Sequence
+from server.link.messages import Event, Failed, Finished, Generate, ModelInfo, Usage
+
+
+class Reception:
+    """Checks requests and hands them to the scheduler."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        limits: Limits,
+        scheduler: Scheduler,
+        grammars: Grammars | None,
+        send: Callable[[Event], None],
+    ) -> None:
+        self._info, self._scheduler, self._grammars, self._send = info, scheduler, grammars, send
+        self._most_tokens = min(info.context_length, limits.kv_tokens)
+
+    def receive(self, request: Generate) -> None:
+        """Queue it; what could never be answered is refused with the numbers."""
+        num_tokens = len(request.token_ids) + request.max_tokens
+        if not request.token_ids or num_tokens > self._most_tokens:
+            message = f"{num_tokens} tokens do not fit a context of {self._most_tokens}"
+            self._send(Failed(request.request_id, "request", message))
+            return
+        if request.max_tokens == 0 and not request.score_prompt:
+            self._send(Finished(request.request_id, "length", Usage(len(request.token_ids), 0)))
+            return
+        try:
+            constraint = self._make_constraint(request)
+        except Exception as error:  # there are no grammars here
+            self._send(Failed(request.request_id, kind_of(error), str(error)))
+            return
+        sampler = start_sampling(request.sampling, request.token_ids, self._info.vocab_size)
+        self._scheduler.add(Sequence(request, sampler, constraint))
+
+    def _make_constraint(self, request: Generate) -> Constraint:
+        if not request.grammar:
+            return Constraint(request, None)
+        if self._grammars is None:
+            raise RequestError("this engine was started without grammars")
+        return Constraint(request, self._grammars.begin_matcher(request.grammar, request.stop_token_ids))

@@ -1,0 +1,1 @@
+"""The memory plan while the engine runs: what is used, what the system has left, how banks follow."""

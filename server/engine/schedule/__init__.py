@@ -1,0 +1,1 @@
+"""Which sequences run next, in which pass, and how long: owned by the engine's thread."""

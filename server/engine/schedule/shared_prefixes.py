@@ -1,0 +1,191 @@
+"""Where saved prefixes join the engine: after a sequence is admitted, after each part, and at its end.
+
+All calls come from the engine's thread, between steps. `SavedPrefixes` also sees to it that what several
+prompts have in common is read once: the first reads it, the others go on behind it or wait for it.
+"""
+
+from collections.abc import Iterable
+from itertools import takewhile
+from time import monotonic
+from typing import Protocol
+
+from server.engine.prefix.lookup import PrefixCache
+from server.engine.schedule.sequence import Sequence
+from server.link.messages import Administer
+from streaming.prefix.block_format import BlockName
+
+# Between two steps blocks are copied for so long: half a step of the target.
+COPY_S = 0.2
+# And so long where nobody's step waits: who is restored then begins a pass, and who is not needs another one,
+# which takes 18 s on the target. On two virtual cores 20,000 of its tokens are copied in that time.
+LONE_COPY_S = 2.0
+# Then a disk is waited for, too, but commands are looked at so often.
+DISK_WAIT_S = 0.05
+
+
+class Prefixes(Protocol):
+    """Keeps rows of caches beyond the life of a sequence."""
+
+    keeps_rows: bool  # whether a pass that nobody waits for is worth its end
+
+    def restore(self, sequence: Sequence) -> None:
+        """Begin to fill the empty cache with the longest saved prefix, short of the last token.
+
+        The sequence is held until `settle` has come to its end. At least one token stays unread, so that
+        there are logits to go on from.
+        """
+
+    def save(self, sequence: Sequence) -> None:
+        """Rows were added by a part of a prompt, or the sequence is over: keep what is worth it."""
+
+    def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
+        """Let those go on whose `leader` has read what they waited for, or has gone; restore some more.
+
+        `is_alone`: nobody decodes and no pass is under way, so that there is time to wait for a disk. Those
+        that are restored now are returned: their `num_cached_tokens` are known.
+        """
+
+    def note_followed(self, sequence: Sequence, length_before: int) -> None:
+        """It has read on behind its leader, in the same pass, where its cache had held so many tokens."""
+
+    def administer(self, command: Administer) -> None:
+        """Forget all, or keep a prompt whatever comes."""
+
+
+class NoPrefixes:
+    """Every prompt is read from its start."""
+
+    keeps_rows = False
+
+    def restore(self, sequence: Sequence) -> None:
+        """Nothing was saved."""
+
+    def save(self, sequence: Sequence) -> None:
+        """Nothing is kept."""
+
+    def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
+        """Nobody waits for another."""
+        return []
+
+    def note_followed(self, sequence: Sequence, length_before: int) -> None:
+        """Nobody follows another."""
+
+    def administer(self, command: Administer) -> None:
+        """There is nothing to change."""
+
+
+class SavedPrefixes:
+    """Prefixes from a `PrefixCache`.
+
+    A sequence that is admitted claims the blocks that it is about to read. One that comes later, and would
+    read a block next that is claimed, gets a leader: whoever has claimed the last of the blocks in a row that
+    others will have read. It waits until those are saved, or goes on behind the leader in the pass that reads
+    them, and claims what comes after them.
+    """
+
+    keeps_rows = True
+
+    def __init__(self, saved: PrefixCache) -> None:
+        self._saved = saved
+        self._claims: dict[BlockName, Sequence] = {}
+
+    def restore(self, sequence: Sequence) -> None:
+        """Nothing is copied yet: that happens in `settle`, a group of blocks between two steps."""
+        tokens = sequence.tokens(0, sequence.num_tokens)
+        sequence.restoring = self._saved.restore(tokens, sequence.running_cache)
+
+    def save(self, sequence: Sequence) -> None:
+        """Keep whole blocks, and the last part of one where the sequence will not fill it soon."""
+        cache = sequence.running_cache
+        is_pausing = sequence.is_cancelled or sequence.num_unread <= 1
+        tokens = sequence.tokens(0, cache.length)
+        sequence.num_saved_tokens = self._saved.save(tokens, cache, sequence.num_saved_tokens, is_pausing)
+
+    def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
+        """Look again for those whose leader is done with what they share; then restore, by admission.
+
+        One after the other, because so much memory is set aside for blocks between disk and cache.
+        """
+        held = self._release(sequences)
+        restored: list[Sequence] = []
+        wait_s, copy_s = (DISK_WAIT_S, LONE_COPY_S) if is_alone else (0.0, COPY_S)
+        until_s = monotonic() + copy_s
+        while held and (restoring := held[0].restoring):
+            try:
+                if not restoring.wait(wait_s):
+                    break
+                is_complete = restoring.advance()
+            except Exception:  # whatever went wrong, the sequence goes on
+                held[0].restoring = None
+                raise
+            if is_complete:
+                restored.append(held.pop(0))
+                self._complete(restored[-1], restoring.length_before)
+            if monotonic() > until_s:  # commands are looked at, and whoever is complete has steps now
+                break
+        return restored
+
+    def _release(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Those that are being restored, with those among them that followed until now."""
+        restoring: list[Sequence] = []
+        for sequence in sequences:
+            leader = sequence.leader
+            if leader and (not _reads(leader) or leader.num_saved_tokens >= sequence.follows_to):
+                sequence.leader = None
+                self.restore(sequence)
+            if sequence.restoring:
+                restoring.append(sequence)
+        return restoring
+
+    def administer(self, command: Administer) -> None:
+        """Forget all, or keep a prompt whatever comes."""
+        match command.action:
+            case "clear":
+                self._saved.clear()
+            case "pin":
+                self._saved.pin(command.token_ids)
+            case "unpin":
+                self._saved.pin(command.token_ids, is_pinned=False)
+
+    def _complete(self, sequence: Sequence, length_before: int) -> None:
+        """Follow whoever reads on from where what was saved ends, and claim what nobody has."""
+        sequence.restoring = None
+        after = sequence.running_cache.length
+        self._note_cached(sequence, length_before, after)
+        sequence.num_saved_tokens = after
+        self._claim(sequence)
+
+    def note_followed(self, sequence: Sequence, length_before: int) -> None:
+        """As far as the leader's part was saved, what is adopted need not be: memory may have had no room."""
+        assert sequence.leader, "only those have followed that have a leader"
+        self._note_cached(sequence, length_before, sequence.follows_to)
+        saved = min(sequence.leader.num_saved_tokens, sequence.follows_to)
+        sequence.num_saved_tokens = max(sequence.num_saved_tokens, saved)
+
+    def _note_cached(self, sequence: Sequence, before: int, after: int) -> None:
+        self._saved.note_restored(sequence.tokens(0, sequence.num_tokens), before, after)
+        is_first_time = not sequence.generated and before >= sequence.num_saved_tokens
+        if is_first_time:  # or nearly: what followed and was not saved may be adopted once more
+            sequence.num_cached_tokens = min(sequence.num_cached_tokens + after - before, after)
+
+    def _claim(self, sequence: Sequence) -> None:
+        # Its own are of an earlier place, which it gave away: it would wait for itself.
+        self._claims = {
+            name: owner
+            for name, owner in self._claims.items()
+            if owner is not sequence and _reads(owner) and self._saved.end_of(name) > owner.num_saved_tokens
+        }
+        prompt = sequence.tokens(0, sequence.num_tokens)
+        names = self._saved.names_from(prompt, sequence.running_cache.length)
+        shared = list(takewhile(self._claims.__contains__, names))
+        if shared:
+            # At least one token stays unread, so that there are logits to go on from.
+            follows_to = min(self._saved.end_of(shared[-1]), sequence.num_tokens - 1)
+            if follows_to > sequence.running_cache.length:
+                sequence.leader, sequence.follows_to = self._claims[shared[-1]], follows_to
+        self._claims |= {name: sequence for name in names[len(shared) :] if name not in self._claims}
+
+
+def _reads(sequence: Sequence) -> bool:
+    """Once it decodes, what is not saved of its prompt does not come soon: memory had no room for it."""
+    return sequence.cache is not None and not sequence.is_decoding

@@ -1,0 +1,1 @@
+"""What runs between the HTTP process and the engine process: messages, protocol, supervision, admission."""

@@ -1,0 +1,115 @@
+"""One life of the engine process, with its pipe and its two threads. Made by `EngineProcess`.
+
+One thread writes commands, so that a child that does not read cannot block the event loop; one reads events
+and hands them on.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+
+import server
+from server.link.blas import with_fast_blas
+from server.link.messages import Command, Event, Shutdown
+
+STOP_TIMEOUT_S = 5.0
+# glibc raises the size from which it maps memory to that of what was freed, up to 32 MB, and then keeps up to
+# twice as much of what MLX frees, in nobody's line of the plan: 37 of 403 MB (`benchmarks.ceiling`). A fixed
+# size gives it back at once. Every mapping is zeroed page by page, so it is the size of a tile's largest
+# intermediate on the CPU: with 1 MiB a prompt took a quarter longer. Other systems' libraries ignore it.
+MAPPED_FROM = {"MALLOC_MMAP_THRESHOLD_": str(2**22)}
+
+log = logging.getLogger(__name__)
+
+
+class Child:
+    """`heard_at`: when it said something last, by `time.monotonic`."""
+
+    def __init__(self, worker: str) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                # -P: a folder named models/ where the server was started must not be imported
+                [sys.executable, "-P", "-m", worker, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=_child_environment(),
+                stdin=subprocess.DEVNULL,
+            )
+        self.heard_at = time.monotonic()
+        self._pipe = Connection(ours.detach())
+        self._outbox: SimpleQueue[Command | None] = SimpleQueue()
+        self._writer = threading.Thread(target=self._write_commands, name="engine-commands", daemon=True)
+        self._reader: threading.Thread | None = None
+        self._writer.start()
+
+    def send(self, command: Command) -> None:
+        """Queue a command; never blocks."""
+        self._outbox.put(command)
+
+    def read_events(self, on_event: Callable[[Event], object], on_death: Callable[[int], object]) -> None:
+        """Start the thread that passes on what the child says, and at last its exit code."""
+        self._reader = threading.Thread(
+            target=self._read, args=(on_event, on_death), name="engine-events", daemon=True
+        )
+        self._reader.start()
+
+    def _read(self, on_event: Callable[[Event], object], on_death: Callable[[int], object]) -> None:
+        try:
+            self._read_to_the_end(on_event)
+            on_death(self.process.wait())
+        except RuntimeError:  # the event loop is closed: nobody is left to tell
+            log.debug("the engine spoke after the event loop had ended")
+        finally:
+            self._outbox.put(None)
+
+    def _read_to_the_end(self, on_event: Callable[[Event], object]) -> None:
+        while True:
+            try:
+                event = self._pipe.recv()
+            except (EOFError, OSError):
+                return
+            self.heard_at = time.monotonic()
+            on_event(event)
+
+    def kill(self) -> None:
+        """End it at once, whatever it does; `on_death` tells when that is done."""
+        self.process.kill()
+
+    def stop(self) -> None:
+        """Ask, wait, insist. Blocks; call from a thread that may."""
+        self.send(Shutdown())
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for thread in (self._reader, self._writer):
+            if thread:
+                thread.join()
+
+    def _write_commands(self) -> None:
+        while (command := self._outbox.get()) is not None:
+            try:
+                self._pipe.send(command)
+            except OSError:  # the reader sees the same end, and tells it
+                break
+        if self._reader:
+            self._reader.join()
+        self._pipe.close()
+
+
+def _child_environment() -> dict[str, str]:
+    """The child imports this very code, wherever it was started."""
+    root = str(Path(server.__file__).parents[1])
+    inherited = os.environ.get("PYTHONPATH")
+    return with_fast_blas(
+        {**MAPPED_FROM, **os.environ, "PYTHONPATH": ":".join(filter(None, [root, inherited]))}
+    )

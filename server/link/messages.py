@@ -1,0 +1,286 @@
+"""What crosses the pipe between the HTTP process and the engine process.
+
+Commands go to the engine, events come back. All of them are small frozen dataclasses of plain Python
+values, so that neither side needs the other's libraries to read them. Owns nothing; used on both sides.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
+
+FinishReason = Literal["stop", "length"]
+
+# Background requests run when nobody else wants to, or when they have waited long.
+Priority = Literal["interactive", "background"]
+
+# Whose fault a failure is. `server/api/error_bodies.py` turns it into a status.
+FailureKind = Literal["request", "engine", "disk", "died", "busy", "timeout"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine process needs to open a model."""
+
+    model_path: Path
+    stream_experts: bool
+    ram_budget_bytes: int
+    max_context: int | None
+    log_level: str
+    decode_share: float = 0.3
+    max_inflight_per_agent: int = 8
+    batch_width: int | None = None
+    expert_policy: ExpertPolicy = DEFAULT_EXPERT_POLICY
+    mirror: Path | None = None
+    sweep_tokens: int | None = None  # None: what the plan gives
+    prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache
+    prefix_directory: Path | None = None  # None: nothing on disk
+    prefix_disk_bytes: int = 0
+    prefix_writes_per_day: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The defaults change nothing: the model's own distribution."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Thought:
+    """The prompt leaves the model inside a thought. It is closed after `max_tokens` if not before."""
+
+    end_token_id: int
+    max_tokens: int | None = None
+
+
+# Commands
+
+
+@dataclass(frozen=True)
+class Load:
+    """The first command: open this model."""
+
+    config: EngineConfig
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue `token_ids` by up to `max_tokens` tokens; 0 only reads (and scores) the prompt.
+
+    `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
+    log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
+    the end of the `thought`, or from its start where there is none. `agent` is who asks: agents share the
+    engine's time evenly, whatever the number of their requests.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_token_ids: frozenset[int] = frozenset()
+    num_top_logprobs: int = 0
+    score_prompt: bool = False
+    thought: Thought | None = None
+    grammar: str = ""
+    agent: str = ""
+    priority: Priority = "interactive"
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Forget this request; no further event of it is wanted."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Administer:
+    """Change what the prefix cache keeps. Nothing is answered; the counts that are sent next show it.
+
+    `pin` keeps the whole blocks of this prompt that are on disk, whatever else needs their room.
+    """
+
+    action: Literal["clear", "pin", "unpin"]
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Replan:
+    """Go on with another budget, or another policy; None leaves either as it is.
+
+    The answer is Replanned, or Failed with the numbers where that needs a restart.
+    """
+
+    request_id: str
+    ram_budget_bytes: int | None = None
+    expert_policy: ExpertPolicy | None = None
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """End after the current step."""
+
+
+Command = Load | Generate | Cancel | Administer | Replan | Shutdown
+
+
+# Events about the engine
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the HTTP side must know about the model that was opened."""
+
+    vocab_size: int
+    context_length: int
+    memory_lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The model is being opened."""
+
+    fraction: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model answers."""
+
+    info: ModelInfo
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act."""
+
+    message: str
+    is_usage_error: bool
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The engine's loop has come to another layer or step. Sent now and then while there is work."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the engine counted since it was started; the names are those of `telemetry.measure_store`."""
+
+    values: dict[str, float]
+
+
+# Events about one request
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token, its log-probability under the model's own distribution, and the likeliest alternatives.
+
+    `top` is sorted, likeliest first. The first token of a prompt has no log-probability.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The request waits, and as things stand so many others go before it. Sent on each change."""
+
+    request_id: str
+    num_before: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request waits no more: it has a place and a cache. May come again after a preemption."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """So many of the prompt's tokens have been read."""
+
+    request_id: str
+    num_prefilled: int
+    num_prompt_tokens: int
+    num_cached: int = 0  # of them, computed for others, before or in the same pass
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """Scores of the next part of the prompt, in order; together they cover it once."""
+
+    request_id: str
+    scores: tuple[TokenScore, ...]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token."""
+
+    request_id: str
+    score: TokenScore
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request cost, in tokens. Completion tokens include the stop token."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The request is complete. `stop_token_id` is the token that ended it; it is not sent as a Token."""
+
+    request_id: str
+    reason: FinishReason
+    usage: Usage
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request is over without an answer. `retry_after_s`: when trying again is worth while, if known."""
+
+    request_id: str
+    kind: FailureKind
+    message: str
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True)
+class Replanned:
+    """This is in force now, and what an engine that is started again must be given.
+
+    `plan` is `config.plan_report.as_dict` of it, `memory_lines` the same for people. The banks follow between
+    the next steps.
+    """
+
+    request_id: str
+    ram_budget_bytes: int
+    expert_policy: ExpertPolicy
+    plan: dict[str, object]
+    memory_lines: tuple[str, ...]
+
+
+RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed | Replanned
+EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Stats
+Event = EngineEvent | RequestEvent

@@ -1,0 +1,296 @@
+"""The engine process seen from the HTTP process: starts it, talks to it, notices its death and its silence.
+
+`EngineProcess` is the real `Engine`. Its methods and all of its state belong to the thread of the event
+loop, except `reserve`, which any thread may call.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
+
+from server.link.admission import Line
+from server.link.child import Child
+from server.link.engine_protocol import EngineStatus
+from server.link.messages import (
+    Administer,
+    Cancel,
+    EngineConfig,
+    Event,
+    Failed,
+    Finished,
+    Generate,
+    Heartbeat,
+    Load,
+    LoadFailed,
+    Loading,
+    Ready,
+    Replan,
+    Replanned,
+    RequestEvent,
+    Started,
+    Stats,
+)
+
+MAX_STARTS_IN_A_ROW = 5
+FIRST_RESTART_DELAY_S = 0.5
+# An engine that was ready for so long, or has completed a request, did not die of its start.
+STABLE_S = 60.0
+STOPPING = "the server is stopping"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """How long things may take, in seconds.
+
+    `queue_s` until a request starts, `request_s` until it is complete, `step_s` between two signs of life of
+    an engine that has work, `load_s` between two while it opens the model.
+    """
+
+    queue_s: float = 600.0
+    request_s: float = 7200.0
+    step_s: float = 120.0
+    load_s: float = 600.0
+
+
+class EngineProcess:
+    """A child process that owns the model; restarted when it dies or hangs."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        worker: str = "server.engine.worker",
+        on_usage_error: Callable[[str], None] | None = None,
+        deadlines: Deadlines | None = None,
+        max_queue: int = 64,
+    ) -> None:
+        self._config = config
+        self._worker = worker
+        self._on_usage_error = on_usage_error or log.error
+        self._deadlines = deadlines or Deadlines()
+        self._line = Line(max_queue)
+        self._status = EngineStatus("down", "the engine has not been started")
+        self._requests: dict[str, asyncio.Queue[RequestEvent]] = {}
+        self._child: Child | None = None
+        self._timer: asyncio.TimerHandle | None = None  # until the next look at the child, or the next start
+        self._busy_since = 0.0
+        self._ready_since: float | None = None
+        self._num_deaths = 0  # in a row, without a completed request in between
+        self._is_closed = False
+
+    @property
+    def status(self) -> EngineStatus:
+        """Whether requests are answered now."""
+        return self._status
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, while there is a child."""
+        return self._child.process.pid if self._child else None
+
+    def start(self) -> None:
+        """Start the child. Call from the event loop."""
+        self._status = EngineStatus("loading", "the engine is starting")
+        loop = asyncio.get_running_loop()
+        try:
+            self._child = child = Child(self._worker)
+        except OSError as error:  # no process or descriptor is to be had at the moment
+            self._start_again(f"the engine process could not be started ({error.strerror})")
+            return
+        child.send(Load(self._config))
+        child.read_events(
+            lambda event: loop.call_soon_threadsafe(self._on_event, child, event),
+            lambda code: loop.call_soon_threadsafe(self._on_death, child, code),
+        )
+        self._look_after(child)
+
+    async def close(self) -> None:
+        """End the child, gently first."""
+        self._is_closed = True
+        if self._timer:
+            self._timer.cancel()
+        if child := self._child:
+            self._child = None
+            self.dismiss_all()
+            await asyncio.to_thread(child.stop)
+
+    def dismiss_all(self) -> None:
+        """Tell all who wait that the server stops, and take no more requests."""
+        self._status = EngineStatus("down", STOPPING)
+        self._fail_all(STOPPING)
+
+    # requests
+
+    def reserve(self) -> None:
+        """Keep a place in the line for a request that comes at once. Raises BusyError where it is full."""
+        self._line.reserve()
+
+    async def generate(self, request: Generate) -> AsyncGenerator[RequestEvent, None]:
+        """Events of one request, the last of them Finished or Failed."""
+        request_id = request.request_id
+        if self._child is None or self._status.state != "ready":
+            yield Failed(request_id, "died", self._status.text)
+            return
+        self._line.enter(request_id)
+        events = self._send(request)
+        started_at = asyncio.get_running_loop().time()
+        deadline, is_over = started_at + self._deadlines.queue_s, False
+        try:
+            while not is_over:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        event = await events.get()
+                except TimeoutError:
+                    event = self._too_late(request_id)
+                    self.cancel(request_id)
+                if isinstance(event, Started):
+                    deadline = started_at + self._deadlines.request_s
+                is_over = isinstance(event, Finished | Failed)
+                yield event
+        finally:
+            if not is_over:
+                self.cancel(request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored."""
+        self._line.leave(request_id)
+        if self._requests.pop(request_id, None) is not None and self._child:
+            self._child.send(Cancel(request_id))
+
+    def administer(self, command: Administer) -> None:
+        """Change what the prefix cache keeps; without a child there is nobody to ask."""
+        if self._child:
+            self._child.send(command)
+
+    async def replan(self, command: Replan) -> Replanned | Failed:
+        """Go on with another budget or policy; what the child has taken, the next one is started with."""
+        if self._child is None or self._status.state != "ready":
+            return Failed(command.request_id, "died", self._status.text)
+        events = self._send(command)
+        try:
+            event = await events.get()
+        finally:
+            self._requests.pop(command.request_id, None)
+        assert isinstance(event, Replanned | Failed), "there is one answer"
+        return event
+
+    def _send(self, command: Generate | Replan) -> asyncio.Queue[RequestEvent]:
+        assert self._child, "requests are sent to a child"
+        if not self._requests:
+            self._busy_since = time.monotonic()
+        events: asyncio.Queue[RequestEvent] = asyncio.Queue()
+        self._requests[command.request_id] = events
+        self._child.send(command)
+        return events
+
+    def _note_plan(self, event: Replanned) -> None:
+        budget, policy = event.ram_budget_bytes, event.expert_policy
+        self._config = replace(self._config, ram_budget_bytes=budget, expert_policy=policy)
+        if info := self._status.info:
+            self._status = replace(self._status, info=replace(info, memory_lines=event.memory_lines))
+
+    def _too_late(self, request_id: str) -> Failed:
+        if self._line.is_waiting(request_id):
+            text = f"the request has not started within --queue-timeout ({self._deadlines.queue_s:g} s)"
+            return Failed(request_id, "busy", text, self._line.retry_after_s)
+        text = f"the request took longer than --request-timeout ({self._deadlines.request_s:g} s)"
+        return Failed(request_id, "timeout", text)
+
+    def _fail_all(self, reason: str) -> None:
+        for request_id, events in self._requests.items():
+            self._line.leave(request_id)
+            events.put_nowait(Failed(request_id, "died", reason))
+        self._requests.clear()
+
+    # the child's life
+
+    def _on_event(self, child: Child, event: Event) -> None:
+        if child is not self._child:
+            return
+        match event:
+            case Loading(fraction, text):
+                self._status = EngineStatus("loading", text, fraction)
+            case Ready(info):
+                self._ready_since = time.monotonic()
+                self._status = EngineStatus("ready", info=info)
+                log.info("ready: context %d tokens", info.context_length)
+            case Stats():
+                self._status = replace(self._status, stats=event)
+            case LoadFailed(message, is_usage_error):
+                self._status = EngineStatus("down", message)
+                if is_usage_error:
+                    self._is_closed = True
+                    self._on_usage_error(message)
+            case Heartbeat():
+                pass  # the child was heard: that is all it says
+            case _:
+                self._on_request_event(event)
+
+    def _on_request_event(self, event: RequestEvent) -> None:
+        match event:
+            case Started(request_id):
+                self._line.start(request_id)
+            case Finished():
+                self._num_deaths = 0
+            case Replanned():
+                self._note_plan(event)
+        is_over = isinstance(event, Finished | Failed | Replanned)
+        if is_over:
+            self._line.leave(event.request_id)
+        events = (
+            self._requests.pop(event.request_id, None) if is_over else self._requests.get(event.request_id)
+        )
+        if events:
+            events.put_nowait(event)
+
+    def _look_after(self, child: Child) -> None:
+        """End a child that has work and is silent; look again later."""
+        if child is not self._child:
+            return
+        is_loading = self._status.state == "loading"
+        limit_s = self._deadlines.load_s if is_loading else self._deadlines.step_s
+        silent_s = time.monotonic() - max(child.heard_at, self._busy_since)
+        if (is_loading or self._requests) and silent_s > limit_s:
+            reason = f"the engine gave no sign of life for {silent_s:.1f} s and was ended"
+            self._status = EngineStatus("down", reason)
+            self._fail_all(reason)
+            child.kill()
+            return
+        interval_s = min(1.0, limit_s / 8)
+        self._timer = asyncio.get_running_loop().call_later(interval_s, self._look_after, child)
+
+    def _on_death(self, child: Child, exit_code: int) -> None:
+        if child is not self._child:
+            return
+        self._child = None
+        reason = f"the engine process ended ({_describe_exit(exit_code)})"
+        if self._status.state == "down":  # what happened is known already
+            reason = self._status.text
+        self._fail_all(reason)
+        if self._timer:
+            self._timer.cancel()
+        if not self._is_closed:
+            self._start_again(reason)
+
+    def _start_again(self, reason: str) -> None:
+        """In a while, unless that was tried too often."""
+        log.error(reason)
+        if self._ready_since and time.monotonic() - self._ready_since > STABLE_S:
+            self._num_deaths = 0
+        self._ready_since = None
+        self._num_deaths += 1
+        if self._num_deaths >= MAX_STARTS_IN_A_ROW:
+            text = f"{reason}; given up after {MAX_STARTS_IN_A_ROW} starts"
+            self._status = EngineStatus("down", text)
+            log.error(text)
+            return
+        delay_s = FIRST_RESTART_DELAY_S * 2 ** (self._num_deaths - 1)
+        self._status = EngineStatus("down", f"{reason}; it is started again in {delay_s:g} s")
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self.start)
+
+
+def _describe_exit(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,198 @@
+"""An engine that hangs, or dies again and again, and lines that are too long: everybody is told."""
+
+import asyncio
+import time
+
+import pytest
+
+from config.errors import BusyError
+from server.link.admission import Line
+from server.link.child import Child
+from server.link.messages import Failed, Finished, Generate, RequestEvent, Sampling, Started, Token
+from server.link.supervisor import MAX_STARTS_IN_A_ROW, Deadlines, EngineProcess
+from tests.server.link.fake_worker import FATAL_TOKEN
+from tests.server.link.test_supervisor import collect, engine_of, ready, until
+
+GREEDY = Sampling(temperature=0)
+
+
+def failure(events: list[RequestEvent]) -> Failed:
+    end = events[-1]
+    assert isinstance(end, Failed)
+    return end
+
+
+def test_a_step_that_never_ends_is_noticed_told_and_healed() -> None:
+    async def scenario() -> None:
+        async with engine_of("freezing", deadlines=Deadlines(step_s=1.0)) as engine:
+            await ready(engine)
+            pid, frozen_at = engine.pid, time.monotonic()
+            frozen = asyncio.ensure_future(collect(engine, Generate("a", (FATAL_TOKEN,), 3, GREEDY)))
+            await asyncio.sleep(0.1)
+            behind = asyncio.ensure_future(collect(engine, Generate("b", (1,), 3, GREEDY)))
+            for events in await asyncio.gather(frozen, behind):
+                assert failure(events).kind == "died"
+                assert "no sign of life" in failure(events).message
+            assert time.monotonic() - frozen_at < 1.0 + 0.5
+            assert engine.status.state == "down"
+            assert "no sign of life" in engine.status.text
+            await ready(engine)
+            assert engine.pid != pid
+            assert isinstance((await collect(engine, Generate("c", (1,), 3, GREEDY)))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_works_long_is_not_taken_for_dead() -> None:
+    """3 layers of 20 ms a step, 30 steps: twice the time that a single step may take."""
+
+    async def scenario() -> None:
+        async with engine_of("slow", deadlines=Deadlines(step_s=0.9)) as engine:
+            await ready(engine)
+            await asyncio.sleep(1.5)  # idle: no sign of life is due
+            events = await collect(engine, Generate("a", (1,), 30, GREEDY))
+            assert isinstance(events[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_gets_ready_and_dies_again_and_again_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.link.supervisor.FIRST_RESTART_DELAY_S", 0.01)
+
+    async def scenario() -> None:
+        async with engine_of("mortal") as engine:
+            await until(lambda: "given up" in engine.status.text, 30)
+            assert engine.status.state == "down"
+            assert f"(exit code 3); given up after {MAX_STARTS_IN_A_ROW} starts" in engine.status.text
+            assert failure(await collect(engine, Generate("a", (1,), 3, GREEDY))).kind == "died"
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_for_which_there_is_no_process_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.link.supervisor.FIRST_RESTART_DELAY_S", 0.01)
+    failures = [OSError(11, "Resource temporarily unavailable"), OSError(24, "Too many open files")]
+
+    def make(worker: str) -> Child:
+        if failures:
+            raise failures.pop()
+        return Child(worker)
+
+    monkeypatch.setattr("server.link.supervisor.Child", make)
+
+    async def scenario() -> None:
+        async with engine_of("well") as engine:
+            assert engine.status.state == "down"
+            assert "could not be started (Too many open files)" in engine.status.text
+            await ready(engine)
+            assert isinstance((await collect(engine, Generate("a", (1,), 3, GREEDY)))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_does_not_start_in_time_is_refused_with_the_time_to_come_back() -> None:
+    async def scenario() -> None:
+        async with engine_of("slow", deadlines=Deadlines(queue_s=0.3)) as engine:
+            await ready(engine)
+            first = asyncio.ensure_future(collect(engine, Generate("a", (1,), 40, GREEDY)))
+            await asyncio.sleep(0.1)
+            events = await collect(engine, Generate("b", (1,), 2, GREEDY))
+            assert failure(events).kind == "busy"
+            assert failure(events).retry_after_s
+            assert isinstance((await first)[-1], Finished)
+            assert isinstance((await collect(engine, Generate("c", (1,), 2, GREEDY)))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_takes_too_long_is_ended_and_its_place_is_free() -> None:
+    async def scenario() -> None:
+        async with engine_of("slow", deadlines=Deadlines(request_s=0.5)) as engine:
+            await ready(engine)
+            events = await collect(engine, Generate("a", (1,), 60, GREEDY))
+            assert failure(events).kind == "timeout"
+            assert sum(isinstance(event, Token) for event in events) > 2
+            assert isinstance((await collect(engine, Generate("b", (1,), 2, GREEDY)))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def test_a_full_line_refuses_and_takes_again_when_somebody_has_started() -> None:
+    async def scenario() -> None:
+        async with engine_of("slow", max_queue=2) as engine:
+            await ready(engine)
+            tasks = []
+            for name in "abc":
+                engine.reserve()
+                tasks.append(asyncio.ensure_future(collect(engine, Generate(name, (1,), 8, GREEDY))))
+                await asyncio.sleep(0.1)
+            with pytest.raises(BusyError, match="2 requests wait already; try again in"):
+                engine.reserve()
+            await tasks[0]
+            await asyncio.sleep(0.1)
+            engine.reserve()
+            await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_the_time_to_come_back_follows_the_measured_speed_and_has_a_ceiling() -> None:
+    clock = Clock()
+    line = Line(10, clock)
+    assert line.retry_after_s == 5, "nothing is measured yet"
+    for name in "abcdefgh":
+        line.enter(name)
+    for name in "abcd":
+        clock.now_s += 3
+        line.start(name)
+    assert line.retry_after_s == 3 * (4 + 1)
+    clock.now_s += 10_000
+    assert line.retry_after_s == 120
+
+
+def test_a_reservation_that_nobody_comes_for_is_given_away() -> None:
+    clock = Clock()
+    line = Line(1, clock)
+    line.reserve()
+    with pytest.raises(BusyError):
+        line.reserve()
+    clock.now_s += 6
+    line.reserve()
+
+
+def test_places_are_given_back_however_a_request_ends() -> None:
+    async def scenario() -> None:
+        async with engine_of("slow", max_queue=1) as engine:
+            await ready(engine)
+            running = asyncio.ensure_future(collect(engine, Generate("a", (1,), 40, GREEDY)))
+            await asyncio.sleep(0.1)
+            for _ in range(5):  # each takes the only place, and leaves while it waits
+                engine.reserve()
+                waiting = engine.generate(Generate("b", (1,), 2, GREEDY))
+                task = asyncio.ensure_future(anext(waiting))
+                await asyncio.sleep(0.02)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await waiting.aclose()
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            engine.reserve()
+            events = await collect(engine, Generate("c", (1,), 2, GREEDY))
+            assert isinstance(events[0], Started)
+            await until(lambda: is_empty(engine))
+
+    asyncio.run(scenario())
+
+
+def is_empty(engine: EngineProcess) -> bool:
+    stats = engine.status.stats
+    return stats is not None and stats.values["running"] == stats.values["waiting"] == 0

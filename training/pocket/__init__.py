@@ -1,0 +1,1 @@
+"""How Pocket is made: data, network, training, files and evaluation."""

@@ -1,0 +1,1 @@
+"""From a training checkpoint to the shipped files, and back."""

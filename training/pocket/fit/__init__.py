@@ -1,0 +1,1 @@
+"""The training run: batches, optimisers, live weights, the tokenizer."""

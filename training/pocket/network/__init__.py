@@ -1,0 +1,1 @@
+"""GLM-5.2's architecture in torch, in a size that trains on one GPU."""
