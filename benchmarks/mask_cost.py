@@ -82,7 +82,7 @@ def main() -> None:
     grammar = make_grammar({"start": "content", "content": json_rule(SCHEMA)})
     prompt = tuple(tokenizer.encode("[gMASK]<sop><|user|>Names, please.<|assistant|><think></think>"))
     request = Generate("x", prompt, NUM_TOKENS, stop_token_ids=tokenizer.eos_token_ids, grammar=grammar)
-    grammars = Grammars(POCKET / "tokenizer.json", opened.model.args.vocab_size)
+    grammars = Grammars(POCKET, opened.model.args.vocab_size)
     free, held = Side(opened, request, None), Side(opened, request, grammars)
     for number in range(rounds + 1):
         if number == 1:  # the first round makes what is made once

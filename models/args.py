@@ -171,24 +171,39 @@ def _check_routing(args: ModelArgs) -> None:
         raise CheckpointError(
             f"config.json: num_experts_per_tok {args.num_experts_per_tok} of {args.n_routed_experts} experts"
         )
+    if args.num_experts_per_tok > (kept := args.topk_group * group_size):
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok {args.num_experts_per_tok}, but the {args.topk_group} groups "
+            f"that are kept hold {kept} experts"
+        )
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
     """`rope_theta` in any of its places; CheckpointError for rotations that are not the plain one.
 
     Places and default are those of transformers 5.24, `RotaryEmbeddingConfigMixin`: `rope_scaling` and `type`
-    are the old spelling.
+    are the old spelling. The default is only for a config that says nothing at all of the rotation: one that
+    describes it in words that are not understood means another base, and 10000 would compute nonsense.
     """
     theta: Any = None
+    described: list[str] = []
     for name in ("rope_scaling", "rope_parameters"):
-        rope = config.get(name) or {}
+        rope = config.get(name)
+        if rope is None:
+            continue
         if not isinstance(rope, Mapping):
             raise CheckpointError(f"config.json: {name} is {rope!r} instead of an object")
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind != "default":
             raise CheckpointError(f"rope_type {kind!r} is not supported; GLM-5 uses 'default'")
+        described.append(name)
         theta = rope.get("rope_theta") if theta is None else theta
     theta = config.get("rope_theta") if theta is None else theta
+    if theta is None and described:
+        raise CheckpointError(
+            f"config.json: {described[-1]} {config[described[-1]]!r} names no rope_theta; add the base that "
+            "the model was trained with"
+        )
     return 10000.0 if theta is None else theta
 
 

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -23,11 +23,13 @@ import numpy as np
 from config.errors import CheckpointError, UsageError
 from config.sizes import format_size
 from models.args import ModelArgs
-from models.convert.recipe import Matrix, Recipe, group_by_layer, make_matrices
+from models.convert.recipe import Matrix, Recipe, group_by_layer, make_matrices, make_recipe
 from models.convert.shards import ShardWriter, TensorSpec
-from models.convert.source import Source
+from models.convert.source import Source, scale_name
 from models.loading.building import check_dense
-from streaming.files.headers import INDEX_NAME, ITEM_BYTES, read_header, read_headers
+from models.loading.checkpoint_tensors import read_config, read_tensors
+from models.loading.vendor_formats import refuse_vendor_format
+from streaming.files.headers import FP8, INDEX_NAME, ITEM_BYTES, TensorEntry, read_header
 
 # A block in float32, as stored, and its copies on the way: see the test that measures it. kv_b_proj of
 # GLM-5.2, loaded whole, is the largest.
@@ -52,10 +54,10 @@ def convert(
     """Converts a checkpoint; `on_progress` hears bytes done, of how many, in the target."""
     config = _read_config(source_dir)
     args = ModelArgs.from_config(config)
-    source = Source(read_headers(source_dir), _block_shape(config))
-    groups = group_by_layer(list(source.entries), args)
-    shards = [make_matrices(names, source, args, recipe) for names in groups]
-    check_dense({matrix.name: matrix.shape for matrices in shards for matrix in matrices}, args)
+    entries = read_tensors(source_dir, args)
+    refuse_vendor_format(source_dir, config, entries)
+    source = Source(entries, _block_shape(config))
+    shards = plan_shards(source, args, recipe)
     cache_limit = mx.set_cache_limit(0)
     try:
         _open_target(target_dir, {**_describe_source(source_dir, source), "recipe": asdict(recipe)})
@@ -70,6 +72,31 @@ def convert(
         raise UsageError(f"{error.filename or target_dir}: {error.strerror}") from error
     finally:
         mx.set_cache_limit(cache_limit)
+
+
+def plan_shards(source: Source, args: ModelArgs, recipe: Recipe) -> list[list[Matrix]]:
+    """The matrices of each file to be written; CheckpointError where the source makes no whole model."""
+    groups = group_by_layer(list(source.entries), args)
+    shards = [make_matrices(names, source, args, recipe) for names in groups]
+    check_dense({matrix.name: matrix.shape for matrices in shards for matrix in matrices}, args)
+    return shards
+
+
+def advise_conversion(
+    directory: Path, config: Mapping[str, Any], args: ModelArgs, entries: Mapping[str, TensorEntry]
+) -> None:
+    """Raises CheckpointError for a checkpoint in FP8: with the command, where the converter would take it."""
+    if not any(entry.dtype == FP8 or name.endswith(scale_name("")) for name, entry in entries.items()):
+        return
+    try:
+        plan_shards(Source(entries, _block_shape(config)), args, make_recipe(None, None, "affine"))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{directory} holds FP8 that can be neither served nor made servable: {error}"
+        ) from error
+    raise CheckpointError(
+        f"this is an FP8 checkpoint; make it loadable with: glmserve convert {directory} DST"
+    )
 
 
 def shard_name(number: int, count: int) -> str:
@@ -122,21 +149,13 @@ def _specs(matrices: list[Matrix]) -> dict[str, TensorSpec]:
 
 
 def _read_config(source_dir: Path) -> dict[str, Any]:
-    path = source_dir / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its JSON cannot be parsed: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: its JSON is not an object")
+    config = read_config(source_dir)
     if "quantization" in config:
         raise CheckpointError(f"{source_dir} is quantised already; convert from the original")
     return config
 
 
-def _block_shape(config: dict[str, Any]) -> tuple[int, int]:
+def _block_shape(config: Mapping[str, Any]) -> tuple[int, int]:
     quantization = config.get("quantization_config") or {}
     shape = quantization.get("weight_block_size") if isinstance(quantization, dict) else quantization
     match shape or [128, 128]:

@@ -53,7 +53,7 @@ class Source:
         """FP8 values times their block's scale; the last block of either dimension may be cut short."""
         height, width = self._block_shape
         scales = self.entries[scale_name(name)]
-        table = self.rows(scales.name, 0, scales.shape[0]).astype(mx.float32)
+        table = self.rows(scale_name(name), 0, scales.shape[0]).astype(mx.float32)
         by_row = table[mx.arange(start, stop) // height]  # [rows, blocks across]
         return (values * mx.repeat(by_row, width, axis=1)[:, : values.shape[1]]).astype(mx.bfloat16)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import models
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
-from streaming.files.headers import list_files
+from models.loading.checkpoint_tensors import read_tensors
 
 # The files of models/ that decide which numbers stand in a saved row.
 COMPUTING = (
@@ -38,7 +38,7 @@ def cache_fingerprint(
     for source in sorted(path for pattern in COMPUTING for path in root.glob(pattern)):
         _feed(digest, source.name.encode(), source_meaning(source.read_text(encoding="utf-8")))
     _feed(digest, (directory / "config.json").read_bytes())
-    for path in list_files(directory):
+    for path in sorted({entry.path for entry in read_tensors(directory, args).values()}):
         stat = path.stat()
         time = f" {stat.st_mtime_ns}" if knows_times else ""
         _feed(digest, f"{path.name} {stat.st_size}{time}".encode(), *_samples(path))

@@ -3,27 +3,29 @@
 Everything about expert bytes is the business of `streaming/`; here the trunk is loaded and both are joined.
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from config.errors import CheckpointError
 from config.plan import Geometry
-from models.args import MODEL_TYPE, ModelArgs
+from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.attention.cache import cache_bytes_per_token
+from models.convert.convert import advise_conversion
 from models.glm_moe_dsa import Model
 from models.loading.building import as_held, build_model, check_experts, check_trunk, held_bytes
+from models.loading.checkpoint_tensors import read_config as read_config
+from models.loading.checkpoint_tensors import read_tensors
 from models.loading.tensor_names import trunk_names
+from models.loading.vendor_formats import refuse_vendor_format
 from models.workspace import loading_bytes, sweep_row_bytes, workspace_bytes
 from streaming.banks import slot_bytes
 from streaming.disk.aligned import buffer_bytes
-from streaming.files.headers import FileStamp, TensorEntry, read_headers
+from streaming.files.headers import FileStamp, TensorEntry
 from streaming.files.index import ExpertIndex
 from streaming.files.read_plan import largest_run_bytes
 from streaming.store import ExpertStore
@@ -41,8 +43,12 @@ class Checkpoint:
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read config and headers. Raises CheckpointError for anything that cannot be computed or is missing."""
-    args = ModelArgs.from_config(read_config(directory))
-    entries = read_headers(directory)
+    config = read_config(directory)
+    refuse_vendor_format(directory, config, {})
+    args = ModelArgs.from_config(config)
+    entries = read_tensors(directory, args)
+    refuse_vendor_format(directory, config, entries)
+    advise_conversion(directory, config, args, entries)
     experts = ExpertIndex.from_entries(entries, args.num_hidden_layers)
     if experts.layers != tuple(args.moe_layers) or experts.num_experts != args.n_routed_experts:
         raise CheckpointError(
@@ -54,22 +60,6 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     trunk = {name: entries[name] for name in trunk_names(entries, args)}
     check_trunk(trunk, args)
     return Checkpoint(directory, args, trunk, experts)
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model that is computed here; others are refused with what would be right."""
-    path = directory / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        raise CheckpointError(
-            f"{directory} holds a model of type {kind!r}; glmserve runs GLM-5, 5.1, 5.2 and 5.3, "
-            f"whose type is {MODEL_TYPE!r}"
-        )
-    return config
 
 
 def load_model(
@@ -86,14 +76,14 @@ def load_model(
     paths = sorted({entry.path for entry in checkpoint.trunk.values()})
     tensors: dict[str, mx.array] = {}
     for done, path in enumerate(paths, start=1):
-        entries = [entry for entry in checkpoint.trunk.values() if entry.path == path]
+        entries = {name: entry for name, entry in checkpoint.trunk.items() if entry.path == path}
         tensors |= _read_tensors(path, entries, checkpoint.args, arithmetic)
         on_progress(done, len(paths))
     return build_model(checkpoint.args, arithmetic, store, tensors)
 
 
 def _read_tensors(
-    path: Path, entries: Sequence[TensorEntry], args: ModelArgs, arithmetic: Arithmetic
+    path: Path, entries: Mapping[str, TensorEntry], args: ModelArgs, arithmetic: Arithmetic
 ) -> dict[str, mx.array]:
     """Some tensors of a file as the model holds them, one after the other: see `loading_bytes`.
 
@@ -102,12 +92,12 @@ def _read_tensors(
     tensors: dict[str, mx.array] = {}
     try:
         lazy: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-        for entry in entries:
-            tensors |= as_held({entry.name: lazy.pop(entry.name)}, args, arithmetic)
+        for name, entry in entries.items():
+            tensors |= as_held({name: lazy.pop(entry.name)}, args, arithmetic)
         stamp = FileStamp.from_path(path)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: {entries[0].name} and others cannot be read: {error}") from error
-    if stamp != entries[0].stamp:
+        raise CheckpointError(f"{path}: {min(entries)} and others cannot be read: {error}") from error
+    if any(entry.stamp != stamp for entry in entries.values()):
         raise CheckpointError(f"{path} was replaced or changed while it was loaded; start the server again")
     return tensors
 

@@ -4,31 +4,14 @@ Known layouts are MLX's (experts stacked under `switch_mlp`, `kv_b_proj` split i
 `unembed_out`) and what transformers saves (experts one by one or fused, `kv_b_proj` whole).
 """
 
-import re
 from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
 
 from config.errors import CheckpointError
 from models.args import ModelArgs
-from streaming.files.index import NUMBER, ExpertIndex
-
-_LAYER = re.compile(rf"model\.layers\.({NUMBER})\.(.*)")
-
-
-def is_unused(name: str, args: ModelArgs) -> bool:
-    """Tensors that checkpoints carry and the model leaves out.
-
-    They are the MTP layer (numbers from `num_hidden_layers` on), indexers of shared layers, and rotary
-    tables.
-    """
-    match = _LAYER.match(name)
-    if match is None:
-        return name.endswith("rotary_emb.inv_freq")
-    layer, rest = int(match[1]), match[2]
-    if layer >= args.num_hidden_layers or rest.endswith("rotary_emb.inv_freq"):
-        return True
-    return rest.startswith("self_attn.indexer.") and layer not in args.full_layers
+from models.loading.checkpoint_names import is_unused as is_unused
+from streaming.files.index import ExpertIndex
 
 
 def trunk_names(names: Iterable[str], args: ModelArgs) -> list[str]:

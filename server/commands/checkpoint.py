@@ -3,19 +3,19 @@
 Called by the command line. Reads headers only; knows nothing of what the tensors mean.
 """
 
-import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from config.errors import CheckpointError
-from models.args import MODEL_TYPE
+from models.args import ModelArgs
+from models.loading.checkpoint_tensors import read_config, read_tensors
+from models.loading.vendor_formats import refuse_vendor_format
 from models.pocket import FOLDER
-from streaming.files.headers import FP8, read_headers
+from server.commands.hub_cache import cache_folder, cached_repos, find_snapshot, parse_repo, snapshot_of
+from streaming.files.headers import FP8, TensorEntry, read_headers
 
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 GLM_ID = "z-ai/glm-5.2"
 # Pocket is a toy: it must never answer to the name of the real model unless somebody says so.
 POCKET_ID = "glmserve/pocket"
@@ -51,22 +51,23 @@ def find_checkpoint(path_or_repo: str) -> Path:
     """The complete checkpoint that the user means. Never downloads."""
     # os.path's questions, and not Path's: what may not be looked at, or has no possible name, is not there.
     path = Path(os.path.expanduser(path_or_repo))
-    if not os.path.exists(path) and REPO_ID.fullmatch(path_or_repo):
-        path = _find_in_cache(path_or_repo)
+    if not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
+        path = _find_in_cache(*repo)
     if not os.path.isdir(path):
         raise CheckpointError(f"--model {path_or_repo}: there is no such folder, or it may not be read")
     if not os.path.exists(path / "config.json"):
         raise CheckpointError(f"--model {path}: no config.json there, so this is not a checkpoint")
-    read_headers(path)
+    _read_tensors(path)
     return path
 
 
-def _find_in_cache(repo: str) -> Path:
-    snapshot = _snapshot(_cache_folder() / f"models--{repo.replace('/', '--')}")
+def _find_in_cache(repo: str, revision: str | None) -> Path:
+    snapshot = find_snapshot(repo, revision)
     if snapshot is None:
+        at = f" --revision {revision}" if revision else ""
         raise CheckpointError(
-            f"--model {repo} is neither a folder nor in the Hugging Face cache; "
-            f"fetch it with `hf download {repo}`"
+            f"--model {repo}{f'@{revision}' if revision else ''} is neither a folder nor in the Hugging Face "
+            f"cache ({cache_folder()}); fetch it with `hf download {repo}{at}`"
         )
     return snapshot
 
@@ -74,8 +75,8 @@ def _find_in_cache(repo: str) -> Path:
 def _cached_glms() -> Iterator[Path]:
     """Complete checkpoints of our model type by name, those in FP8 last: they must be converted first."""
     only_convert = []
-    for folder in sorted(_cache_folder().glob("models--*")):
-        snapshot = _snapshot(folder)
+    for folder in cached_repos():
+        snapshot = snapshot_of(folder)
         dtypes = _dtypes_of_glm(snapshot) if snapshot else None
         if snapshot is None or dtypes is None:
             continue
@@ -87,30 +88,20 @@ def _cached_glms() -> Iterator[Path]:
 
 
 def _dtypes_of_glm(snapshot: Path) -> set[str] | None:
-    """Of the tensors; None where it is no complete checkpoint of our model type."""
+    """Of the tensors; None where it is no complete checkpoint of our model type, in a format of our own."""
     try:
-        config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-            return None
-        return {entry.dtype for entry in read_headers(snapshot).values()}
-    except (OSError, ValueError, RecursionError, CheckpointError):
+        config = read_config(snapshot)
+        tensors = _read_tensors(snapshot)
+        refuse_vendor_format(snapshot, config, tensors)
+        return {entry.dtype for entry in tensors.values()}
+    except CheckpointError:
         return None
 
 
-def _snapshot(folder: Path) -> Path | None:
-    """Of the main revision; None where there is none, or none that may be read."""
+def _read_tensors(directory: Path) -> dict[str, TensorEntry]:
+    """Headers of all tensors; those that the index lists where the config does not say which are needed."""
     try:
-        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        revision = "main"
-    except (OSError, ValueError):
-        return None
-    snapshot = folder / "snapshots" / revision
-    return snapshot if revision and os.path.isdir(snapshot) else None
-
-
-def _cache_folder() -> Path:
-    if hub := os.environ.get("HF_HUB_CACHE"):
-        return Path(hub)
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return Path(home) / "hub"
+        args = ModelArgs.from_config(read_config(directory))
+    except CheckpointError:  # the engine says what is wrong with it
+        return read_headers(directory)
+    return read_tensors(directory, args)

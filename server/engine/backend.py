@@ -27,6 +27,7 @@ from server.link.messages import EngineConfig, ModelInfo
 from streaming.contest import Rule, make_rule
 from streaming.disk.disk import DirectDisk, Disk
 from streaming.disk.mirror import MirroredDisk, find_copies
+from streaming.disk.open_files import allow_open_files
 from streaming.disk.probe import DiskProbe, probe_disk
 from streaming.disk.reader import NUM_THREADS
 from streaming.store import ExpertStore
@@ -96,6 +97,7 @@ def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig)
 
 
 def _open_disk(checkpoint: Checkpoint, mirror: Path | None) -> Disk:
+    allow_open_files(len(checkpoint.experts.stamps) * (1 if mirror is None else 2))
     if mirror is None:
         return DirectDisk()
     copies = find_copies(checkpoint.directory, mirror, checkpoint.experts.stamps)

@@ -47,7 +47,7 @@ def main(open_model: OpenBackend = open_backend) -> int:
     if backend is None:
         return 1
     pipe.send(Ready(backend.info))
-    grammars = Grammars(load.config.model_path / "tokenizer.json", backend.info.vocab_size)
+    grammars = Grammars(load.config.model_path, backend.info.vocab_size)
     telemetry = Telemetry(backend.measure, pipe.send)
     prefixes = SavedPrefixes(backend.prefix) if backend.prefix else None
     loop = EngineLoop(

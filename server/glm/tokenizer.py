@@ -15,6 +15,7 @@ import tokenizers
 from config.errors import CheckpointError
 from server.glm.files import read_json
 from server.glm.shield import Shield
+from server.glm.tokenizer_file import read_tokenizer_file
 
 
 class Tokenizer:
@@ -92,10 +93,11 @@ class Detokenizer:
 
 def load_tokenizer(checkpoint: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder."""
-    path = checkpoint / "tokenizer.json"
+    text = read_tokenizer_file(checkpoint)
     try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
+        inner = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception, whatever is wrong with the file
+        path = checkpoint / "tokenizer.json"
         raise CheckpointError(f"cannot read the tokenizer {path}: {error}") from error
     return Tokenizer(inner, _eos_token_ids(checkpoint, inner))
 

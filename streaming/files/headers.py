@@ -4,9 +4,10 @@ Owns nothing. Called at start-up by the expert index, by the trunk loader and by
 parser because the usual ones hand out lazy arrays: gathering from a lazy expert stack materialises all of it.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -23,6 +24,7 @@ ITEM_BYTES = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+SHARDS = "model*.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # The bound of the format's reference implementation: a longer header is a damaged length field.
 MAX_HEADER_BYTES = 100_000_000
@@ -59,38 +61,85 @@ class TensorEntry:
     stamp: FileStamp
 
 
-def read_headers(directory: Path) -> dict[str, TensorEntry]:
-    """All tensors of a checkpoint by name; CheckpointError names the file and the tensor at fault."""
-    weight_map = _read_weight_map(directory / INDEX_NAME)
+IsComplete = Callable[[Collection[str]], bool]
+
+
+def read_headers(directory: Path, is_complete: IsComplete | None = None) -> dict[str, TensorEntry]:
+    """All tensors of a checkpoint by name; CheckpointError names the file and the tensor at fault.
+
+    The index says which files count, and of a tensor in several of them which one. Where `is_complete` is
+    given, an index that is wrong or lists too little gives way to complete files beside it.
+    """
+    fault: CheckpointError | None = None
     entries: dict[str, TensorEntry] = {}
-    for path in _list_files(directory, weight_map):
-        for entry in read_header(path):
-            if entry.name in entries:
-                raise CheckpointError(
-                    f"{path}: tensor {entry.name} is also in {entries[entry.name].path.name}"
-                )
-            entries[entry.name] = entry
-    _check_weight_map(directory / INDEX_NAME, weight_map or {}, entries)
+    weight_map: dict[str, str] | None = {}
+    try:
+        weight_map = _read_weight_map(directory / INDEX_NAME)
+        entries = (
+            _read_files(_shards(directory)) if weight_map is None else _read_indexed(directory, weight_map)
+        )
+    except CheckpointError as error:
+        fault = error
+    if is_complete and weight_map is not None and not (entries and is_complete(entries)):
+        entries = _read_unindexed(directory, set(weight_map.values()), entries, is_complete) or entries
+    if fault and not entries:
+        raise fault
     return entries
 
 
-def list_files(directory: Path) -> list[Path]:
-    """The files that `read_headers` reads, in order: those of the index, whatever their names."""
-    return _list_files(directory, _read_weight_map(directory / INDEX_NAME))
-
-
-def _list_files(directory: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
-    if weight_map is None:
-        paths = sorted(directory.glob("model*.safetensors"))
-    else:
-        paths = [directory / shard for shard in sorted(set(weight_map.values()))]
-    if not paths:
-        raise CheckpointError(f"{directory} holds no model*.safetensors files")
+def _read_indexed(directory: Path, weight_map: Mapping[str, str]) -> dict[str, TensorEntry]:
+    """What the index lists, and what else is in the files that it names."""
+    paths = [directory / shard for shard in sorted(set(weight_map.values()))]
     missing = [path.name for path in paths if not os.path.isfile(path)]  # any error means no
-    if missing:
+    if missing or not paths:
         raise CheckpointError(
             f"{directory} lacks {len(missing)} of {len(paths)} files: {_some(missing)}; finish the download"
         )
+    entries = _read_files(paths, {name: Path(shard).name for name, shard in weight_map.items()})
+    for name, shard in weight_map.items():
+        if name not in entries or entries[name].path.name != Path(shard).name:
+            raise CheckpointError(f"{directory / INDEX_NAME}: tensor {name} should be in {shard} and is not")
+    return entries
+
+
+def _read_unindexed(
+    directory: Path, known: Collection[str], indexed: Mapping[str, TensorEntry], is_complete: IsComplete
+) -> dict[str, TensorEntry] | None:
+    """The tensors of a folder whose index does not know them all; None where that makes no whole checkpoint.
+
+    First the files beside those `known` to the index, as the rest of what it lists or alone, then all files.
+    """
+    paths = sorted(directory.glob(SHARDS))
+    with contextlib.suppress(CheckpointError):
+        others = _read_files([path for path in paths if path.name not in known])
+        if not others.keys() & indexed.keys() and is_complete(both := {**indexed, **others}):
+            return both
+        if is_complete(others):
+            return others
+    with contextlib.suppress(CheckpointError):
+        if is_complete(everything := _read_files(paths)):
+            return everything
+    return None
+
+
+def _read_files(paths: Sequence[Path], owners: Mapping[str, str] | None = None) -> dict[str, TensorEntry]:
+    """The tensors of these files. `owners` names the file that counts for a tensor which several have."""
+    entries: dict[str, TensorEntry] = {}
+    for path in paths:
+        for entry in read_header(path):
+            before = entries.get(entry.name)
+            owner = (owners or {}).get(entry.name)
+            if before is None or path.name == owner:
+                entries[entry.name] = entry
+            elif before.path.name != owner:
+                raise CheckpointError(f"{path}: tensor {entry.name} is also in {before.path.name}")
+    return entries
+
+
+def _shards(directory: Path) -> list[Path]:
+    paths = sorted(directory.glob(SHARDS))
+    if not paths:
+        raise CheckpointError(f"{directory} holds no {SHARDS} files")
     return paths
 
 
@@ -160,12 +209,6 @@ def _read_weight_map(path: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{path}: it has no weight_map of tensor names to file names")
     return weight_map
-
-
-def _check_weight_map(path: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
-    for name, shard in weight_map.items():
-        if name not in entries or entries[name].path.name != Path(shard).name:
-            raise CheckpointError(f"{path}: tensor {name} should be in {shard} and is not")
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:

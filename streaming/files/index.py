@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from config.errors import CheckpointError
-from streaming.files.headers import ITEM_BYTES, FileStamp, TensorEntry
+from streaming.files.headers import FP8, ITEM_BYTES, FileStamp, TensorEntry
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 KINDS = ("weight", "scales", "biases")
@@ -111,10 +111,10 @@ class ExpertIndex:
 
     @classmethod
     def from_entries(cls, entries: Mapping[str, TensorEntry], num_layers: int | None = None) -> "ExpertIndex":
-        """The index of a checkpoint; layers from `num_layers` on (the MTP head) are left out."""
+        """The index of tensors by name; layers from `num_layers` on (the MTP head) are left out."""
         builder = _Builder()
-        for entry in entries.values():
-            match = _EXPERT_TENSOR.fullmatch(entry.name)
+        for name, entry in entries.items():
+            match = _EXPERT_TENSOR.fullmatch(name)
             if match and (num_layers is None or int(match["layer"]) < num_layers):
                 builder.add(match, entry)
         return builder.build()
@@ -151,9 +151,11 @@ class _Builder:
 
     def add(self, match: re.Match[str], entry: TensorEntry) -> None:
         if entry.dtype not in _STREAMABLE or entry.name.endswith("scale_inv"):
+            is_converted = entry.dtype == FP8 or entry.name.endswith("scale_inv")
+            advice = "make a streamable copy with: glmserve convert SRC DST"
             raise CheckpointError(
                 f"{entry.path}: experts stored as {entry.dtype} ({entry.name}) cannot be streamed; "
-                "make a streamable copy with: glmserve convert SRC DST"
+                + (advice if is_converted else f"types that can be are {', '.join(sorted(_STREAMABLE))}")
             )
         self._stamps[entry.path] = entry.stamp
         layer = int(match["layer"])

@@ -105,8 +105,41 @@ def test_rope_theta_is_found_in_all_places_where_transformers_looks(spelling: di
     assert ModelArgs.from_config(plain | spelling).rope_theta == 8e6
 
 
-def test_without_any_rope_theta_it_is_that_of_transformers() -> None:
-    assert ModelArgs.from_config(TINY | {"rope_parameters": {"rope_type": None}}).rope_theta == 10000
+def test_without_a_word_of_rope_its_theta_is_that_of_transformers() -> None:
+    silent = {name: value for name, value in TINY.items() if name != "rope_parameters"}
+    assert ModelArgs.from_config(silent).rope_theta == 10000
+    assert ModelArgs.from_config(silent | {"rope_scaling": None, "rope_theta": None}).rope_theta == 10000
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {}, {"rope_type": None}, {"rope_type": "default"}, {"theta": 8e6}, {"base": 8e6},
+        {"full_attention": {"rope_theta": 8e6, "rope_type": "default"}}, {"rope_theta": None},
+        {"rope_theta": "8e6"}, {"rope_theta": [8e6]}, {"rope_theta": True}, {"rope_theta": 0},
+        {"rope_theta": -8e6}, [], "", 8e6, False,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_rope_without_a_theta_that_can_be_read_is_refused(place: str, rope: object) -> None:
+    """Its theta was taken for 10000, which computes nonsense."""
+    silent = {name: value for name, value in TINY.items() if name != "rope_parameters"}
+    with pytest.raises(CheckpointError, match=r"config\.json: .*rope"):
+        ModelArgs.from_config(silent | {place: rope})
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "kept_groups", "per_token"),
+    [(8, 4, 1, 3), (16, 4, 2, 9), (8, 2, 1, 5), (8, 1, 1, 9)],
+)
+def test_more_experts_per_token_than_there_are_to_choose_from_are_refused(
+    experts: int, groups: int, kept_groups: int, per_token: int
+) -> None:
+    routing = {"n_routed_experts": experts, "n_group": groups, "topk_group": kept_groups}
+    with pytest.raises(CheckpointError, match=r"num_experts_per_tok"):
+        ModelArgs.from_config(TINY | routing | {"num_experts_per_tok": per_token})
+    ModelArgs.from_config(TINY | routing | {"num_experts_per_tok": experts // groups * kept_groups})
 
 
 def test_cache_bytes_per_token_are_those_of_the_reference() -> None:

@@ -92,7 +92,7 @@ def running_engine(
 ) -> Iterator[LoopEngine]:
     """A running loop over this backend."""
     engine = LoopEngine(backend.info)
-    grammars = Grammars(tokenizer_folder / "tokenizer.json", VOCAB)
+    grammars = Grammars(tokenizer_folder, VOCAB)
     loop = EngineLoop(backend, engine.inbox, engine.send, grammars=grammars, prefixes=prefixes)
     thread = threading.Thread(target=loop.run)
     thread.start()

@@ -15,6 +15,7 @@ from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from config.errors import EngineError, RequestError
+from server.glm.tokenizer_file import read_tokenizer_file
 
 NEVER = -float("inf")
 
@@ -24,8 +25,8 @@ Mask = NDArray[np.bool_]
 class Grammars:
     """Makes matchers over one vocabulary, which is read when the first grammar comes."""
 
-    def __init__(self, tokenizer_file: Path, vocab_size: int) -> None:
-        self._file = tokenizer_file
+    def __init__(self, checkpoint: Path, vocab_size: int) -> None:
+        self._checkpoint = checkpoint
         self._vocab_size = vocab_size
         self._by_stops: dict[frozenset[int], LLTokenizer] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
@@ -46,7 +47,7 @@ class Grammars:
         return Matcher(inner, self._vocab_size, stop_token_ids, self._threads)
 
     def _read(self, stop_token_ids: frozenset[int]) -> LLTokenizer:
-        text = self._file.read_text(encoding="utf-8")
+        text = read_tokenizer_file(self._checkpoint)
         return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=sorted(stop_token_ids))
 
 

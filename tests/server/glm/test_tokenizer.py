@@ -6,9 +6,12 @@ import shutil
 import threading
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from config.errors import CheckpointError
+from server.engine.decode.token_masks import Grammars
 from server.glm.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 
 TEXTS = [
@@ -125,3 +128,80 @@ def test_others_go_on_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None
         num_turns += 1
     encoding.join()
     assert num_turns > 10
+
+
+def without_tags(folder: Path, target: Path, *, moved: int = 0) -> dict[str, int]:
+    """Writes a tokenizer.json that knows no tags, and returns their numbers, `moved` further up."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    tags = [entry for entry in content["added_tokens"] if not entry["special"]]
+    content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["special"]]
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    return {entry["content"]: entry["id"] + moved for entry in tags}
+
+
+@pytest.mark.parametrize("moved", [0, 1, 700])
+@pytest.mark.parametrize("form", ["objects", "texts", "added_tokens.json"])
+def test_tags_that_only_a_neighbour_of_the_tokenizer_declares_are_tags(
+    tokenizer_folder: Path, tmp_path: Path, form: str, moved: int
+) -> None:
+    tags = without_tags(tokenizer_folder, tmp_path, moved=moved)
+    if form == "added_tokens.json":
+        (tmp_path / form).write_text(json.dumps(tags))
+    else:
+        decoder = {
+            str(token_id): {"content": tag, "special": False} if form == "objects" else tag
+            for tag, token_id in reversed(tags.items())
+        }
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    loaded, whole = load_tokenizer(tmp_path), load_tokenizer(tokenizer_folder)
+    assert (loaded.think_id, loaded.end_think_id) == (tags["<think>"], tags["</think>"])
+    text = "".join(f"a{tag} ü<|user|>" for tag in tags)
+    back = {token_id: whole.token_id(tag) for tag, token_id in tags.items()}
+    assert [back.get(token_id, token_id) for token_id in loaded.encode(text)] == whole.encode(text)
+    assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.is_special(tags["<think>"]) is (form == "texts")
+    grammars = Grammars(tmp_path, 2000)
+    matcher = grammars.make_matcher("start: <think> /x/", loaded.eos_token_ids)
+    matcher.start()
+    allowed = np.array(matcher.apply(mx.zeros(2000))) == 0
+    assert np.flatnonzero(allowed).tolist() == [tags["<think>"]]
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"added_tokens_decoder": {"300": {"content": "<mine>"}}},
+        {"added_tokens_decoder": {"3": {"content": "<mine>"}}},
+        {"added_tokens_decoder": {"900": {"content": "a"}}},
+        {"added_tokens_decoder": {"900": {"content": "<a>"}, "901": {"content": "<b>"}, "902": {}}},
+        {"added_tokens_decoder": {"x": {"content": "<mine>"}}},
+        {"added_tokens_decoder": {"-1": {"content": "<mine>"}}},
+        {"added_tokens_decoder": {"9" * 5000: {"content": "<mine>"}}},
+        {"added_tokens_decoder": {"20000000000": {"content": "<mine>"}}},
+        {"added_tokens_decoder": {"900": {"content": ["<mine>"]}}},
+        {"added_tokens_decoder": ["<mine>"]},
+        {"added_tokens_decoder": {"900": None}},
+    ],
+    ids=lambda declared: str(declared)[:80],
+)
+def test_declared_tokens_that_do_not_fit_are_refused_in_a_line(
+    tokenizer_folder: Path, tmp_path: Path, declared: dict[str, object]
+) -> None:
+    shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared))
+    with pytest.raises(CheckpointError, match=r"added.token") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"model": {}}', '{"model": {"vocab": []}}', '{"model": 3}']
+)
+def test_a_tokenizer_that_is_none_is_one_line_whatever_its_neighbours_declare(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    declared = {"added_tokens_decoder": {"900": {"content": "<mine>"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared))
+    with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
+        load_tokenizer(tmp_path)
