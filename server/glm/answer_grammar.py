@@ -44,6 +44,13 @@ def regex_rule(pattern: str) -> str:
     return f"/{escaped}/"
 
 
+def text_rules(tokenizer: Tokenizer) -> Rules:
+    """Rules of an answer that makes no calls: any text. A tag that is a token is no text to llguidance."""
+    is_token = tokenizer.token_id("<tool_call>") is not None
+    without = "" if is_token else " & ~/(?s:.*)<tool_call>(?s:.*)/"
+    return {"start": "TEXT", "TEXT": "/(?s:.*)/" + without}
+
+
 def make_grammar(rules: Rules) -> str:
     """The text of a grammar whose first rule is `start`."""
     return "\n".join(f"{name}: {body}" for name, body in rules.items()) + "\n"

@@ -6,6 +6,7 @@ of text. Ids are never written down in code: tags are looked up by their text.
 
 import codecs
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from config.errors import CheckpointError
 from server.glm.files import read_json
 from server.glm.shield import Shield
 from server.glm.tokenizer_file import read_tokenizer_file
+
+ENDS_OF_TURNS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+TRANSFORMERS_DEFAULT = 1  # what it writes as eos_token_id where nobody says
+
+log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -120,19 +126,30 @@ def _without_added_tokens(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _eos_token_ids(checkpoint: Path, inner: tokenizers.Tokenizer) -> frozenset[int]:
-    ids: set[int] = set()
+    """The declared ids together with GLM's ends of turns, found by their text.
+
+    Files often name only one of them, and answers would run on into invented turns.
+    """
+    ids = map(inner.token_to_id, ENDS_OF_TURNS)
+    found: set[int] = {token_id for token_id in ids if token_id is not None}
     for name in ("generation_config.json", "config.json"):
-        value = read_json(checkpoint / name).get("eos_token_id")
-        given = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int for token_id in given):
-            raise CheckpointError(
-                f"{checkpoint / name}: eos_token_id {value!r} is no token id, nor a list of them"
-            )
-        ids.update(given)
-    if not ids:
-        found = (inner.token_to_id(text) for text in ("<|endoftext|>", "<|user|>", "<|observation|>"))
-        ids.update(token_id for token_id in found if token_id is not None)
-    return frozenset(ids)
+        declared = _declared_ends(checkpoint / name)
+        if declared == [TRANSFORMERS_DEFAULT] and declared[0] not in inner.get_added_tokens_decoder():
+            continue  # nobody chose it: it is an ordinary word here
+        for token_id in declared:
+            if 0 <= token_id < inner.get_vocab_size():
+                found.add(token_id)
+            else:
+                log.warning("%s: eos_token_id %d is beyond the vocabulary", checkpoint / name, token_id)
+    return frozenset(found)
+
+
+def _declared_ends(path: Path) -> list[int]:
+    value = read_json(path).get("eos_token_id")
+    given = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int for token_id in given):
+        raise CheckpointError(f"{path}: eos_token_id {value!r} is no token id, nor a list of them")
+    return given
 
 
 def _token_bytes(inner: tokenizers.Tokenizer) -> dict[int, bytes]:

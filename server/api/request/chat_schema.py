@@ -136,8 +136,6 @@ class ChatRequest(GenerationRequest):
 
     def template_tools(self) -> list[dict[str, Any]] | None:
         """Tools as the template takes them."""
-        if self.tool_choice == "none":
-            return None
         return [
             {"type": tool.type, **_of_the_tool(tool), "function": _in_order(tool.function)}
             for tool in self.tools or []
@@ -154,7 +152,12 @@ class ChatRequest(GenerationRequest):
     def tool_set(self) -> ToolSet | None:
         """Tools as the parser of answers takes them; None where no call may be made."""
         tools = self.template_tools()
-        return ToolSet(tool["function"] for tool in tools) if tools else None
+        return ToolSet(tool["function"] for tool in tools) if tools and not self.forbids_calls else None
+
+    @property
+    def forbids_calls(self) -> bool:
+        """Whether no tool may be called. The prompt shows them all the same: its saved prefix stays."""
+        return self.tool_choice == "none"
 
     def template_messages(self) -> list[dict[str, Any]]:
         """Messages as the template takes them."""

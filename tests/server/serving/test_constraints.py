@@ -160,6 +160,38 @@ def test_several_calls_may_be_made_unless_one_is_wished(client: TestClient) -> N
     assert max(counts) > 1
 
 
+def test_no_call_is_made_where_none_may_be(client: TestClient, tokenizer: Tokenizer) -> None:
+    """The weights are random, and made to want calls: only the grammar keeps them from it."""
+    bias = {str(tokenizer.token_id(tag)): 100.0 for tag in ("<tool_call>", "<arg_key>", "</tool_call>")}
+    for seed in range(4):
+        fields = {"tools": TOOLS, "logit_bias": bias, "max_tokens": 20}
+        assert "<tool_call>" in str(ask(client, seed, logit_bias=bias, max_tokens=20))
+        answer = ask(client, seed, tool_choice="none", **fields)
+        assert "tool_calls" not in answer["message"]
+        assert "<tool_call>" not in answer["message"]["content"]
+        schema = {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 2]}}}
+        answer = ask(client, seed, tool_choice="none", response_format=schema, **fields)
+        assert json.loads(answer["message"]["content"]) in (1, 2)
+
+
+@pytest.mark.parametrize("ending", ["<|user|>", "<|observation|>", "<|endoftext|>"])
+def test_a_model_that_would_end_in_its_thought_closes_it(
+    client: TestClient, tokenizer: Tokenizer, ending: str
+) -> None:
+    for seed in range(3):
+        bias = {str(tokenizer.token_id(ending)): 100.0}
+        body = {
+            "messages": [{"role": "user", "content": "x"}],
+            "seed": seed,
+            "logit_bias": bias,
+            "max_tokens": 9,
+        }
+        body["temperature"] = 0
+        response = client.post("/v1/chat/completions", json=body).json()
+        assert response["choices"][0]["finish_reason"] == "stop"
+        assert response["usage"]["completion_tokens"] >= 2, "the end of the thought, and of the turn"
+
+
 def test_any_object_is_an_object(client: TestClient) -> None:
     for seed in range(4):
         choice = ask(client, seed, response_format={"type": "json_object"}, max_tokens=400)

@@ -232,6 +232,20 @@ def test_text_before_a_call_is_not_held_back_for_a_stop_string_until_behind_it(
     assert len(joined_calls(chunks)) == 1
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"reasoning": {"enabled": False}}, {"response_format": {"type": "json_object"}}]
+)
+def test_that_no_tool_may_be_called_does_not_change_the_prompt(
+    client: TestClient, engine: ScriptedEngine, fields: dict[str, Any]
+) -> None:
+    for choice in ("auto", "none"):
+        ask(client, tools=TOOLS, tool_choice=choice, **fields)
+    free, bound = engine.requests
+    assert free.token_ids == bound.token_ids
+    assert bound.grammar
+    assert "tool_call" not in bound.grammar
+
+
 def run_tool(call: Any) -> str:
     arguments = json.loads(call.function.arguments)
     return f"{arguments['city'].strip()}: 4 C"
