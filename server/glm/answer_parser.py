@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """What some tokens add to each part."""
 
     reasoning: str = ""
@@ -63,7 +63,7 @@ class AnswerParser:
         """Where the answer is now."""
         return self._part
 
-    def push(self, token_id: int) -> Piece:
+    def push(self, token_id: int) -> AnswerPiece:
         """What this token adds."""
         was_thinking = self._part == "reasoning"
         piece = _join(map(self._on_lexeme, self._lexer.push(token_id)))
@@ -73,7 +73,7 @@ class AnswerParser:
                 self._in_thought.num_tokens += 1
         return piece
 
-    def flush(self, is_turn_over: bool) -> Piece:
+    def flush(self, is_turn_over: bool) -> AnswerPiece:
         """What is left at the end; `is_turn_over` when the model ended it, rather than a limit."""
         pieces = list(map(self._on_lexeme, self._lexer.flush()))
         if self._in_thought:
@@ -83,13 +83,13 @@ class AnswerParser:
         if self._call:
             pieces.append(self._reject(self._call, "it breaks off", is_cut=not is_turn_over))
         blanks, self._blanks = self._blanks, ""
-        return _join(pieces if self._num_opened else [*pieces, Piece(content=blanks)])
+        return _join(pieces if self._num_opened else [*pieces, AnswerPiece(content=blanks)])
 
-    def _on_lexeme(self, lexeme: Lexeme) -> Piece:
+    def _on_lexeme(self, lexeme: Lexeme) -> AnswerPiece:
         if self._in_thought:
             return self._on_lexeme_of_thought_call(self._in_thought, lexeme)
         if self._is_skipping and lexeme not in (BEGIN_CALL, END_CALL):
-            return Piece()
+            return AnswerPiece()
         if self._call and lexeme == BEGIN_CALL and not self._call.is_in_value:
             return self._begin_next_call(self._call)
         if self._call:
@@ -97,38 +97,38 @@ class AnswerParser:
         match lexeme:
             case Tag("<think>"):
                 self._part = "reasoning"
-                return Piece()
+                return AnswerPiece()
             case Tag("</think>"):
                 self._part = "content"
-                return Piece()
+                return AnswerPiece()
             case Tag("<tool_call>") if self._part == "reasoning":
                 self._in_thought = ThoughtCalls(self._num_opened, self._tools, lexeme)
-                return Piece()
+                return AnswerPiece()
             case Tag("<tool_call>"):
                 self._begin_call()
-                return Piece()
+                return AnswerPiece()
             case Tag("</tool_call>") if self._is_skipping:
                 self._end_call()
-                return Piece()
+                return AnswerPiece()
             case Tag(text):
                 return self._on_text(text)
             case text:
                 return self._on_text(text)
 
-    def _on_lexeme_of_thought_call(self, calls: ThoughtCalls, lexeme: Lexeme) -> Piece:
+    def _on_lexeme_of_thought_call(self, calls: ThoughtCalls, lexeme: Lexeme) -> AnswerPiece:
         if calls.push(lexeme):
-            return Piece()
+            return AnswerPiece()
         self._in_thought = None
         *quoted, last = calls.lexemes
         return _join([*map(self._on_quoted, quoted), self._on_lexeme(last)])
 
-    def _on_quoted(self, lexeme: Lexeme) -> Piece:
+    def _on_quoted(self, lexeme: Lexeme) -> AnswerPiece:
         """A lexeme that was held for a call and belongs to the thought, or comes behind it."""
         if self._part == "reasoning" and lexeme != END_THINK:
             return self._on_text(lexeme.text if isinstance(lexeme, Tag) else lexeme)
         return self._on_lexeme(lexeme)
 
-    def _end_thought_calls(self, is_turn_over: bool) -> Piece:
+    def _end_thought_calls(self, is_turn_over: bool) -> AnswerPiece:
         """At the end of the turn calls in a thought were meant, if they are complete."""
         calls, self._in_thought = self._in_thought, None
         assert calls, "asked only where there are some"
@@ -138,7 +138,7 @@ class AnswerParser:
         self._num_opened += calls.num_calls
         self.num_calls += calls.num_calls
         self._end_call()
-        return Piece(calls=tuple(calls.parts))
+        return AnswerPiece(calls=tuple(calls.parts))
 
     def _begin_call(self) -> None:
         self._part = "call"
@@ -146,25 +146,25 @@ class AnswerParser:
         self._is_skipping = False
         self._call = CallParser(self._num_opened, self._tools)
 
-    def _begin_next_call(self, call: CallParser) -> Piece:
+    def _begin_next_call(self, call: CallParser) -> AnswerPiece:
         """The model forgot the end of a call, or what was a call so far is none."""
         piece = self._advance(call, None) if call.may_end else self._reject(call, "another one begins")
         self._begin_call()
         return piece
 
-    def _on_text(self, text: str) -> Piece:
+    def _on_text(self, text: str) -> AnswerPiece:
         if self._part == "reasoning":
-            return Piece(reasoning=text)
+            return AnswerPiece(reasoning=text)
         if not self._holds_blanks:
-            return Piece(content=text)
+            return AnswerPiece(content=text)
         self._blanks += text
         if not self._blanks.strip():
-            return Piece()
+            return AnswerPiece()
         self._holds_blanks = False
         text, self._blanks = self._blanks, ""
-        return Piece(content=text)
+        return AnswerPiece(content=text)
 
-    def _advance(self, call: CallParser, lexeme: Lexeme | None) -> Piece:
+    def _advance(self, call: CallParser, lexeme: Lexeme | None) -> AnswerPiece:
         """Feed the call; None is the end of the turn."""
         was_open = call.is_open
         try:
@@ -178,9 +178,9 @@ class AnswerParser:
         if call.is_closed:
             self.num_calls += 1
             self._end_call()
-        return Piece(calls=tuple(parts))
+        return AnswerPiece(calls=tuple(parts))
 
-    def _reject(self, call: CallParser, reason: str, is_cut: bool = False) -> Piece:
+    def _reject(self, call: CallParser, reason: str, is_cut: bool = False) -> AnswerPiece:
         """End a call that is incomplete. What got no name was none: it is content, unless it was cut off."""
         log.warning("a tool call was not passed on whole, %s: %.200r", reason, call.raw)
         self.num_rejected_calls += 1
@@ -191,9 +191,9 @@ class AnswerParser:
             self._num_opened += not was_open
             self.num_incomplete_calls += 1
             self._part, self._is_skipping = "call", True
-            return Piece(calls=tuple(parts))
+            return AnswerPiece(calls=tuple(parts))
         self._holds_blanks = False
-        return Piece(content="" if is_cut else call.raw)
+        return AnswerPiece(content="" if is_cut else call.raw)
 
     def _end_call(self) -> None:
         self._call = None
@@ -207,11 +207,11 @@ def prompt_is_thinking(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     return tokenizer.decode(prompt[-len("<think>") :]).endswith("<think>")
 
 
-def _join(pieces: Iterable[Piece]) -> Piece:
+def _join(pieces: Iterable[AnswerPiece]) -> AnswerPiece:
     together = list(pieces)
     if len(together) == 1:
         return together[0]
-    return Piece(
+    return AnswerPiece(
         "".join(piece.reasoning for piece in together),
         "".join(piece.content for piece in together),
         tuple(part for piece in together for part in piece.calls),
