@@ -141,7 +141,10 @@ BY = {
     "properties": {"by": {"type": "integer", "minimum": 0, "maximum": 9}},
     "required": ["by"],
 }
-NEST = {"type": "object", "properties": {"in": {"$ref": "#"}, "n": {"$ref": "#/properties/m/items"}}}
+NEST: dict[str, Any] = {
+    "type": "object",
+    "properties": {"in": {"$ref": "#"}, "n": {"$ref": "#/properties/m/items"}},
+}
 BRANCHING: dict[str, tuple[dict[str, Any], Any]] = {
     "anyOf": (
         {"anyOf": [TO, BY]},
