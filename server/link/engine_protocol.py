@@ -34,6 +34,9 @@ class Engine(Protocol):
     def status(self) -> EngineStatus:
         """Whether requests are answered now."""
 
+    def health(self) -> EngineStatus:
+        """The same, and the engine is asked: one that is silent for long is not ready."""
+
     def reserve(self) -> None:
         """Keep a place for a request that is about to be generated. Raises BusyError where none is left."""
 

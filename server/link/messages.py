@@ -127,11 +127,16 @@ class Replan:
 
 
 @dataclass(frozen=True)
+class Ping:
+    """Say that the loop takes commands: it is answered by Pong, in its turn."""
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """End after the current step."""
 
 
-Command = Load | Generate | Cancel | Administer | Replan | Shutdown
+Command = Load | Generate | Cancel | Administer | Replan | Ping | Shutdown
 
 
 # Events about the engine
@@ -172,6 +177,11 @@ class LoadFailed:
 @dataclass(frozen=True)
 class Heartbeat:
     """The engine's loop has come to another layer or step. Sent now and then while there is work."""
+
+
+@dataclass(frozen=True)
+class Pong:
+    """The loop has come to a Ping, and so to every command before it."""
 
 
 @dataclass(frozen=True)
@@ -282,5 +292,5 @@ class Replanned:
 
 
 RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed | Replanned
-EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Stats
+EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Pong | Stats
 Event = EngineEvent | RequestEvent
