@@ -27,6 +27,7 @@ _FAILURES: Mapping[FailureKind, tuple[int, str, bool]] = {
     "request": (400, "invalid_request", False),
     "engine": (500, "server", False),
     "disk": (502, "provider_unavailable", True),
+    "changed": (503, "provider_unavailable", False),
     "died": (503, "provider_unavailable", True),
     "busy": (503, "provider_overloaded", True),
     "timeout": (408, "timeout", False),

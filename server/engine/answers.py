@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
-from config.errors import DiskError, EngineError, RequestError
+from config.errors import CheckpointChanged, DiskError, EngineError, RequestError
 from server.engine.decode.sampling import SamplerState, draw, score_tokens
 from server.engine.model_protocol import Model
 from server.engine.schedule.passes import Pass
@@ -196,6 +196,8 @@ def kind_of(error: Exception) -> FailureKind:
     match error:
         case RequestError():
             return "request"
+        case CheckpointChanged():
+            return "changed"
         case DiskError():
             return "disk"
         case _:

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from server.link.messages import (
     Administer,
     Failed,
+    FailureKind,
     Generate,
     ModelInfo,
     Replan,
@@ -25,6 +26,7 @@ class EngineStatus:
     fraction: float = 0.0
     info: ModelInfo | None = None
     stats: Stats | None = None
+    failure: FailureKind = "died"  # of requests while the state is not "ready"
 
 
 class Engine(Protocol):

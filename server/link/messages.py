@@ -4,11 +4,13 @@ Commands go to the engine, events come back. All of them are small frozen datacl
 values, so that neither side needs the other's libraries to read them. Owns nothing; used on both sides.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
+from streaming.files.marks import FileMark
 
 FinishReason = Literal["stop", "length"]
 
@@ -16,7 +18,7 @@ FinishReason = Literal["stop", "length"]
 Priority = Literal["interactive", "background"]
 
 # Whose fault a failure is. `server/api/error_bodies.py` turns it into a status.
-FailureKind = Literal["request", "engine", "disk", "died", "busy", "timeout"]
+FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class EngineConfig:
     prefix_directory: Path | None = None  # None: nothing on disk
     prefix_disk_bytes: int = 0
     prefix_writes_per_day: int = 0
+    marks: Mapping[str, FileMark] | None = None  # of the checkpoint's files at the first start
 
 
 @dataclass(frozen=True)
@@ -164,14 +167,19 @@ class Ready:
     """The model answers."""
 
     info: ModelInfo
+    marks: Mapping[str, FileMark] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LoadFailed:
-    """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act."""
+    """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act.
+
+    `is_changed`: the checkpoint is not the one that was served before, so it is not served unasked.
+    """
 
     message: str
     is_usage_error: bool
+    is_changed: bool = False
 
 
 @dataclass(frozen=True)

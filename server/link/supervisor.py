@@ -86,6 +86,7 @@ class EngineProcess:
         self._ready_since: float | None = None
         self._num_deaths = 0  # in a row, without a completed request in between
         self._is_closed = False
+        self._change = ""  # what a request said that failed because the checkpoint is another one
 
     @property
     def status(self) -> EngineStatus:
@@ -103,6 +104,8 @@ class EngineProcess:
         silent_s = self._silent_s()
         if self._status.state == "ready" and silent_s > DOUBTFUL * self._deadlines.step_s:
             return EngineStatus("down", f"the engine has not answered for {silent_s:.1f} s")
+        if self._status.state == "ready" and self._change:
+            return EngineStatus("down", self._change, failure="changed")
         return self._status
 
     def start(self) -> None:
@@ -146,7 +149,7 @@ class EngineProcess:
         """Events of one request, the last of them Finished or Failed."""
         request_id = request.request_id
         if self._child is None or self._status.state != "ready":
-            yield Failed(request_id, "died", self._status.text)
+            yield Failed(request_id, self._status.failure, self._status.text)
             return
         self._line.enter(request_id)
         events = self._send(request)
@@ -241,12 +244,17 @@ class EngineProcess:
         match event:
             case Loading(fraction, text):
                 self._status = EngineStatus("loading", text, fraction)
-            case Ready(info):
+            case Ready(info, marks):
+                self._config = replace(self._config, marks=marks)
                 self._ready_since = time.monotonic()
                 self._status = EngineStatus("ready", info=info)
                 log.info("ready: context %d tokens", info.context_length)
             case Stats():
                 self._status = replace(self._status, stats=event)
+            case LoadFailed(message, is_changed=True):
+                self._status = EngineStatus("down", message, failure="changed")
+                self._is_closed = True  # it is not started again: a person must act
+                log.error("%s", message)
             case LoadFailed(message, is_usage_error):
                 self._status = EngineStatus("down", message)
                 if is_usage_error:
@@ -264,7 +272,9 @@ class EngineProcess:
             case Started(request_id):
                 self._line.start(request_id)
             case Finished():
-                self._num_deaths = 0
+                self._num_deaths, self._change = 0, ""
+            case Failed(kind="changed", message=message):
+                self._change = message  # as long as no request succeeds
             case Replanned():
                 self._note_plan(event)
         is_over = isinstance(event, Finished | Failed | Replanned)

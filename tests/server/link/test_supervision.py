@@ -4,14 +4,26 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from config.errors import BusyError
+from server.api.error_bodies import GenerationFailed
 from server.link.admission import Line
 from server.link.child import Child
-from server.link.messages import Failed, Finished, Generate, RequestEvent, Sampling, Started, Token
+from server.link.messages import (
+    Failed,
+    FailureKind,
+    Finished,
+    Generate,
+    RequestEvent,
+    Sampling,
+    Started,
+    Token,
+)
 from server.link.supervisor import MAX_STARTS_IN_A_ROW, Deadlines, EngineProcess
 from tests.server.link.fake_worker import FATAL_TOKEN
 from tests.server.link.test_supervisor import collect, engine_of, ready, until
@@ -112,6 +124,78 @@ def test_a_long_layer_is_no_silence_where_the_loop_beats() -> None:
                 assert engine.health().state == "ready"
                 await asyncio.sleep(0.01)
             assert isinstance(work.result()[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+CHANGES: list[Callable[[Path], object]] = [
+    lambda folder: (folder / "model.safetensors").write_bytes(b"other"),
+    lambda folder: (folder / "config.json").unlink(),
+    lambda folder: (folder / "chat_template.jinja").write_text("x"),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_that_changed_is_not_served_unasked(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    async def scenario() -> None:
+        folder = checkpoint_in(tmp_path)
+        async with engine_of(str(folder)) as engine:
+            await ready(engine)
+            assert isinstance((await collect(engine, Generate("a", (1,), 3, GREEDY)))[-1], Finished)
+            change(folder)
+            assert engine.pid
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(lambda: engine.status.failure == "changed")
+            assert "was changed while the server ran" in engine.status.text
+            await asyncio.sleep(1.0)  # it is not started again either
+            assert engine.health().state == "down"
+            failed = failure(await collect(engine, Generate("b", (1,), 3, GREEDY)))
+            assert failed.kind == "changed"
+            assert not GenerationFailed.from_event(failed).can_retry
+
+    asyncio.run(scenario())
+
+
+def test_a_checkpoint_that_was_touched_is_served_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        folder = checkpoint_in(tmp_path)
+        async with engine_of(str(folder)) as engine:
+            await ready(engine)
+            for when in (1, 2):
+                os.utime(folder / "model.safetensors", (when, when))
+                pid = engine.pid
+                assert pid
+                os.kill(pid, signal.SIGKILL)
+                await until(lambda: engine.pid is None)
+                await ready(engine)
+                assert isinstance((await collect(engine, Generate("a", (1,), 3, GREEDY)))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """Files such as a checkpoint has; the fake worker reads none of them."""
+    made = folder / "well"
+    made.mkdir()
+    (made / "model.safetensors").write_bytes(b"weights")
+    (made / "config.json").write_text("{}")
+    return made
+
+
+@pytest.mark.parametrize("kind", ["changed", "disk", "engine"])
+def test_health_is_not_ready_while_requests_fail_for_another_checkpoint(kind: FailureKind) -> None:
+    async def scenario() -> None:
+        async with engine_of("well") as engine:
+            await ready(engine)
+            child = engine._child
+            assert child
+            engine._on_event(child, Failed("x", kind, "the file was replaced"))
+            assert engine.health().state == ("down" if kind == "changed" else "ready")
+            assert engine.status.state == "ready", "what is in memory may still be answered"
+            assert isinstance((await collect(engine, Generate("a", (1,), 3, GREEDY)))[-1], Finished)
+            assert engine.health().state == "ready"
 
     asyncio.run(scenario())
 
