@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
@@ -22,9 +22,9 @@ from server.engine.loop import EngineLoop
 from server.engine.model_protocol import Backend, OpenBackend
 from server.engine.schedule.shared_prefixes import SavedPrefixes
 from server.engine.telemetry import Telemetry
-from server.link.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Ready
+from server.link.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Marks, Ready
 from server.logs import set_up_logging
-from streaming.files.marks import FileMark, mark_checkpoint, refuse_changed
+from streaming.files.marks import mark_checkpoint, refuse_changed
 
 # Less than the HTTP side waits before it insists.
 CLOSE_TIMEOUT_S = 3.0
@@ -69,7 +69,7 @@ def main(open_model: OpenBackend = open_backend) -> int:
 
 def _open(
     config: EngineConfig, open_model: OpenBackend, send: Callable[[Event], None]
-) -> tuple[Backend, Mapping[str, FileMark]] | None:
+) -> tuple[Backend, Marks] | None:
     """The model, and the marks of its files; None where the HTTP side was told why not."""
     try:
         if config.marks is not None:

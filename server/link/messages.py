@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
-from streaming.files.marks import FileMark
 
 FinishReason = Literal["stop", "length"]
 
 # Background requests run when nobody else wants to, or when they have waited long.
 Priority = Literal["interactive", "background"]
+
+# Size and digest of files by their names, as `streaming/files/marks.py` makes them.
+Marks = Mapping[str, tuple[int, bytes]]
 
 # Whose fault a failure is. `server/api/error_bodies.py` turns it into a status.
 FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout"]
@@ -40,7 +42,7 @@ class EngineConfig:
     prefix_directory: Path | None = None  # None: nothing on disk
     prefix_disk_bytes: int = 0
     prefix_writes_per_day: int = 0
-    marks: Mapping[str, FileMark] | None = None  # of the checkpoint's files at the first start
+    marks: Marks | None = None  # of the checkpoint's files at the first start
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Ready:
     """The model answers."""
 
     info: ModelInfo
-    marks: Mapping[str, FileMark] = field(default_factory=dict)
+    marks: Marks = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

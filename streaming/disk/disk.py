@@ -108,7 +108,7 @@ class _File:
         if stamp == self._mark.stamp:
             return
         now = FileMark.of(self._path)
-        if now.stamp != stamp or stamp.inode != self._mark.stamp.inode or not self._mark.is_same_content(now):
+        if now.stamp != stamp or stamp.inode != self._mark.stamp.inode or self._mark.content != now.content:
             raise CheckpointChanged(CHANGED.format(self._path))
         self._mark = now  # it was only touched
 

@@ -37,25 +37,26 @@ class FileMark:
         except OSError as error:
             raise DiskError(f"{path}: {error.strerror}") from error
 
-    def is_same_content(self, now: "FileMark") -> bool:
-        """Whether the file was at most touched: it has the same size and the same samples."""
-        return self.stamp.num_bytes == now.stamp.num_bytes and self.digest == now.digest
+    @property
+    def content(self) -> tuple[int, bytes]:
+        """Size and digest, which a touch leaves as they are."""
+        return self.stamp.num_bytes, self.digest
 
 
-def mark_checkpoint(directory: Path) -> dict[str, FileMark]:
-    """Marks of the files that make a checkpoint, by their names; empty where there is no such folder."""
+def mark_checkpoint(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """Contents of the files that make a checkpoint, by their names; empty where there is no such folder."""
     if not directory.is_dir():
         return {}
     paths = [path for path in sorted(directory.iterdir()) if path.suffix in MARKED and path.is_file()]
-    return {path.name: FileMark.of(path) for path in paths}
+    return {path.name: FileMark.of(path).content for path in paths}
 
 
-def refuse_changed(directory: Path, marks: Mapping[str, FileMark]) -> None:
+def refuse_changed(directory: Path, marks: Mapping[str, tuple[int, bytes]]) -> None:
     """Raises CheckpointChanged where the checkpoint is not the one that was marked."""
     now = mark_checkpoint(directory)
     for name in sorted({*marks, *now}):
         then, found = marks.get(name), now.get(name)
-        if then is None or found is None or not then.is_same_content(found):
+        if then != found:
             what = "is new" if then is None else "is gone" if found is None else "has other content"
             raise CheckpointChanged(
                 f"the checkpoint {directory} was changed while the server ran: {name} {what}. Restart the "
