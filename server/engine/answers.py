@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from config.errors import DiskError, EngineError, RequestError
 from server.engine.decode.sampling import SamplerState, draw, score_tokens
-from server.engine.model_protocol import Model
+from server.engine.model_protocol import EngineModel
 from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import Scheduler
 from server.engine.schedule.sequence import Sequence
@@ -40,7 +40,7 @@ class Answers:
 
     def __init__(
         self,
-        model: Model,
+        model: EngineModel,
         scheduler: Scheduler,
         prefixes: Prefixes,
         send: Callable[[Event], None],

@@ -22,7 +22,7 @@ from server.engine.schedule.batch_width import Width
 from server.engine.schedule.boarding import is_worth_its_end
 from server.engine.schedule.decode_share import Pace
 from server.engine.schedule.passes import Pass
-from server.engine.schedule.scheduler import Part, Scheduler
+from server.engine.schedule.scheduler import PassPart, Scheduler
 from server.engine.schedule.sequence import Sequence
 from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
 from server.link.messages import Administer, Cancel, Command, Event, Generate, Queued, Replan, Shutdown
@@ -251,7 +251,7 @@ class EngineLoop:
 
     def _decode(self, batch: list[Sequence]) -> None:
         started_s = self._clock()
-        step = Pass(self._model, [Part(sequence, 1) for sequence in batch])
+        step = Pass(self._model, [PassPart(sequence, 1) for sequence in batch])
         try:
             hidden = self._run_through(step)
         except Exception as error:  # some request's part of it failed
