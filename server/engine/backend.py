@@ -1,6 +1,7 @@
 """Opens the model for the engine: the one place where server/ meets models/ and streaming/."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
@@ -11,7 +12,6 @@ from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
-from models.glm_moe_dsa import EngineModel as GlmModel
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
@@ -79,7 +79,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     use = MemoryUse(
         store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
     )
-    governor = _make_memory(checkpoint, arithmetic, rule, plan, store, model)
+    governor = _make_memory(checkpoint, arithmetic, rule, plan, store, model.settle)
     memory = governor if comparison is None else MirrorWatch(governor, comparison)
     if comparison is not None:
         comparison.start()
@@ -141,13 +141,13 @@ def _make_memory(
     rule: Rule,
     plan: MemoryPlan,
     store: ExpertStore,
-    model: GlmModel,
+    settle: Callable[[], None],
 ) -> Governor | Ungoverned:
     if plan.is_resident:
         return Ungoverned()
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
     make = partial(_make_rule, checkpoint)
-    return Governor(store, geometry, plan, model.settle, make, rule, measure_room=choose_room())
+    return Governor(store, geometry, plan, settle, make, rule, measure_room=choose_room())
 
 
 def _make_rule(checkpoint: Checkpoint, name: ExpertPolicy) -> Rule:

@@ -1,6 +1,7 @@
 """Who waits for the engine: what a request can tell its client before it has begun.
 
-One `WaitingRequests` for each service; requests enter when they are sent to the engine and leave when it begins.
+One `WaitingRequests` for each service; requests enter when they are sent to the engine and leave when it
+begins.
 """
 
 

@@ -57,7 +57,7 @@ class ContentBlock(Lenient):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: "str | Listed[Block] | None" = None
+    content: "str | Listed[ContentBlock] | None" = None
     tool_name: str | None = None
 
     def overlooked(self) -> Iterator[str]:
