@@ -1,7 +1,7 @@
 """The faults that circulate in other implementations (reference, section 15, test 5), to be planted.
 
 Each patches the model's code; a model built afterwards has the fault. The parity test must notice every one,
-and `benchmarks/pocket_mutants.py` counts how many keys Pocket still finds with it.
+and `training/pocket/evaluation/planted_faults.py` counts how many keys Pocket still finds with it.
 """
 
 import dataclasses
