@@ -100,8 +100,12 @@ def environment(url: str, folder: Path) -> dict[str, str]:
         "models": {MODEL: {"tool_call": True}},
     }
     opencode = {"provider": {"glm": provider}, "small_model": f"glm/{MODEL}"}
-    folders = dict.fromkeys(
-        ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "CODEX_HOME"), home
+    names = (
+        "HOME",
+        "XDG_CONFIG_HOME",
+        "XDG_DATA_HOME",
+        "XDG_CACHE_HOME",
+        "CODEX_HOME",
     )
     return os.environ | dict.fromkeys(names, home) | {
         "PWD": str(folder / "work"),
