@@ -23,11 +23,17 @@ from server.engine.mirrors import MirrorDiffersError
 from server.engine.model_protocol import Backend, OpenBackend
 from server.engine.schedule.shared_prefixes import SavedPrefixes
 from server.engine.telemetry import Telemetry
-<<<<<<< HEAD
-from server.link.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Marks, Ready
-=======
-from server.link.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, MirrorDropped, Ready
->>>>>>> main
+from server.link.messages import (
+    Command,
+    EngineConfig,
+    Event,
+    Load,
+    LoadFailed,
+    Loading,
+    Marks,
+    MirrorDropped,
+    Ready,
+)
 from server.logs import set_up_logging
 from streaming.files.marks import mark_checkpoint, refuse_changed
 

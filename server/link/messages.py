@@ -309,9 +309,5 @@ class Replanned:
 
 
 RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed | Replanned
-<<<<<<< HEAD
-EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Pong | Stats
-=======
-EngineEvent = Loading | Ready | LoadFailed | MirrorDropped | Heartbeat | Stats
->>>>>>> main
+EngineEvent = Loading | Ready | LoadFailed | MirrorDropped | Heartbeat | Pong | Stats
 Event = EngineEvent | RequestEvent
