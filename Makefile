@@ -17,14 +17,20 @@ install-into = $(VENV)/bin/uv pip install --quiet --system-certs --python $(1)/b
 ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
+# The server and its tests start many processes: each reads what the first has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+# A process a core, each with whole files of tests; with more than four, tests that look at the clock get in each
+# other's way.
+PYTEST := $(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help install serve test test-fast test-long lint clean
+.PHONY: help install serve test test-fast test-long test-agents lint clean
 
 help:
 	@echo "make serve      install what serving needs, then start the server; flags: make serve ARGS='--port 9000'"
 	@echo "make test       install the rest, then ruff, mypy and the tests"
 	@echo "make test-fast  the inner loop: ruff and the quick tests"
 	@echo "make test-long  tests that take minutes each"
+	@echo "make test-agents  Claude Code, Codex and opencode against the server; needs npm"
 	@echo "make install    a complete $(VENV) and nothing else"
 
 $(SERVING): pyproject.toml constraints.txt
@@ -37,7 +43,7 @@ $(SERVING): pyproject.toml constraints.txt
 # Compiled here once, because tests start many processes; pip always compiles.
 $(COMPLETE): $(SERVING)
 	@$(call install-into,$(VENV),-c constraints.txt -e '.[$(EXTRAS)]')
-	@$(VENV)/bin/python -m compileall -q -j 2 $(VENV)/lib/python*/site-packages || true
+	@$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib || true
 	@touch $@
 
 # Clients that are large, or want other versions than the tests: an environment inside the other.
@@ -64,14 +70,20 @@ lint: install
 	$(VENV)/bin/mypy
 
 test: lint
-	$(VENV)/bin/pytest
+	$(PYTEST)
 
 test-fast: install
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pytest -m 'not slow and not long' -x -q
+	$(PYTEST) -m 'not slow and not long' -x -q
 
 test-long: install
 	$(VENV)/bin/pytest -m long
 
+# Real agents by their own binaries, 1.2 GB of them: not part of `make test`.
+AGENTS := tests/server/serving/agents
+test-agents: install
+	cd $(AGENTS) && npm install --silent --no-package-lock --no-audit --no-fund
+	$(VENV)/bin/python -m $(subst /,.,$(AGENTS)).talk
+
 clean:
-	rm -rf $(VENV) $(NODE)/node_modules build dist *.egg-info
+	rm -rf $(VENV) $(NODE)/node_modules $(AGENTS)/node_modules build dist *.egg-info

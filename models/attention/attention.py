@@ -7,6 +7,7 @@ set of numbers. Memory is bounded by tiles of queries.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -114,18 +115,34 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, part: RowPart) -> mx.array:
         """x [N, H] -> [N, H]; appends this layer's rows to the caches of the spans."""
-        q_residual = self.q_a_layernorm(self.q_a_proj(x))
-        queries = self._latent_queries(q_residual, part.positions)  # [heads, N, latent]
-        rows = self._latent_rows(x, part.positions)  # [N, latent]
+        is_compiled = self._arithmetic.compiles and not part.is_large
+        project, finish = self._compiled if is_compiled else (self._project, self._finish)
+        q_residual, queries, rows, *new_keys = project(x, part.positions)
         keys = [span.append(lambda cache: cache.latents[self._layer], rows) for span in part.spans]
         if "indexer" in self:
-            self._update_selection(x, q_residual, part)
+            self._update_selection(x, q_residual, new_keys[0], part)
         outs = [
             self._attend(queries[:, span.start : span.stop], span_keys, selected)
             for span, span_keys, selected in zip(part.spans, keys, part.selected, strict=True)
         ]
-        out = self.unembed_out(mx.concatenate(outs, axis=1))  # [heads, N, v]
-        return self.o_proj(out.transpose(1, 0, 2).reshape(x.shape[0], -1))
+        return finish(mx.concatenate(outs, axis=1))
+
+    @cached_property
+    def _compiled(self) -> tuple[Callable[..., list[mx.array]], Callable[..., mx.array]]:
+        """What comes before the cache is used, and after, for few rows."""
+        return mx.compile(self._project), mx.compile(self._finish)
+
+    def _project(self, x: mx.array, positions: mx.array) -> list[mx.array]:
+        """What rows x [N, H] bring: the query residual, latent queries [heads, N, latent], rows of the cache
+        [N, latent] and, in a full layer, index keys [N, D]."""
+        q_residual = self.q_a_layernorm(self.q_a_proj(x))
+        made = [q_residual, self._latent_queries(q_residual, positions), self._latent_rows(x, positions)]
+        return [*made, self.indexer.key_rows(x, positions)] if "indexer" in self else made
+
+    def _finish(self, out: mx.array) -> mx.array:
+        """What was attended to, out of the latent space: [heads, N, kv_lora] -> [N, H]."""
+        values = self.unembed_out(out)  # [heads, N, v]
+        return self.o_proj(values.transpose(1, 0, 2).reshape(out.shape[1], -1))
 
     def _latent_queries(self, q_residual: mx.array, positions: mx.array) -> mx.array:
         """Queries against cached rows: the nope part in latent space, then the rotated part."""
@@ -141,9 +158,9 @@ class Attention(nn.Module):
         rotary = self._rope(rotary[:, None, :], positions)[:, 0, :]
         return mx.concatenate([self.kv_a_layernorm(latent), rotary], axis=-1)
 
-    def _update_selection(self, x: mx.array, q_residual: mx.array, part: RowPart) -> None:
+    def _update_selection(self, x: mx.array, q_residual: mx.array, new_keys: mx.array, part: RowPart) -> None:
         """Write the index keys of all spans, then score where there are more keys than may be selected."""
-        k, new_keys = self._args.index_topk, self.indexer.key_rows(x, part.positions)
+        k = self._args.index_topk
         for span in part.spans:
             span.append(lambda cache: cache.index_keys[self._layer], new_keys)
         stores = [span.cache.index_keys[self._layer] for span in part.spans]
@@ -178,9 +195,8 @@ class Attention(nn.Module):
 
     def _attend_masked(self, q: mx.array, keys: mx.array, visible: mx.array | None) -> mx.array:
         """All keys, those not visible [n, T] at -inf."""
-        scores = (q * self._args.qk_head_dim**-0.5) @ keys.T  # [heads, n, T]
-        weights = self._arithmetic.softmax(scores, visible, q.shape[1])
-        return weights.astype(self._arithmetic.dtype) @ keys[:, : self._args.kv_lora_rank]
+        values = keys[:, : self._args.kv_lora_rank]
+        return self._arithmetic.attended(q * self._args.qk_head_dim**-0.5, keys, values, visible)
 
     def _attend_gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
         """Only the selected keys, positions [n, k]; a position of T stands for nothing."""
@@ -189,17 +205,16 @@ class Attention(nn.Module):
         outs = []
         for first in range(0, rows, height):
             piece = slice(first, first + height)
-            outs.append(self._gathered(q[:, piece], keys, positions[piece], rows))
+            outs.append(self._gathered(q[:, piece], keys, positions[piece]))
             if rows > height:
                 mx.eval(outs[-1])
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
-    def _gathered(self, q: mx.array, keys: mx.array, positions: mx.array, rows: int) -> mx.array:
+    def _gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
         num_keys = keys.shape[0]
         chosen = keys[mx.minimum(positions, num_keys - 1)]  # [n, k, latent]
         q = q.swapaxes(0, 1) * self._args.qk_head_dim**-0.5  # [n, heads, latent]
-        scores = q @ chosen.swapaxes(-1, -2)  # [n, heads, k]
-        weights = self._arithmetic.softmax(scores, (positions < num_keys)[:, None, :], rows)
+        is_key = (positions < num_keys)[:, None, :]
         # The rotary part is multiplied too and cut off: to cut it off the keys would copy them.
-        out = (weights.astype(self._arithmetic.dtype) @ chosen)[..., : self._args.kv_lora_rank]
-        return out.swapaxes(0, 1)
+        out = self._arithmetic.attended(q, chosen, chosen, is_key)  # [n, heads, latent]
+        return out[..., : self._args.kv_lora_rank].swapaxes(0, 1)

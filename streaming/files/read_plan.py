@@ -17,6 +17,9 @@ MAX_READ_BYTES = 8 * 2**20
 # needed.
 MAX_GAP_BYTES = 4096
 _CUT = 4096
+# Where several disks share an expert: in so many reads, unless they would be smaller or larger than that.
+SHARES = 8
+MIN_SHARED_BYTES, MAX_SHARED_BYTES = 64 * 2**10, 2 * 2**20
 
 
 # Named tuples: nine pieces are planned for each missed expert on the engine's thread, and a frozen dataclass
@@ -49,22 +52,28 @@ class _Cut(NamedTuple):
     start: int
 
 
-def plan_runs(pieces: Sequence[Piece]) -> list[Run]:
-    """The reads that bring all pieces of one expert, in order of file and offset."""
+def plan_runs(pieces: Sequence[Piece], max_bytes: int = MAX_READ_BYTES) -> list[Run]:
+    """The reads that bring all pieces of one expert, none above `max_bytes`, in order of file and offset."""
     cuts = sorted(
-        (cut for number, piece in enumerate(pieces) for cut in _cuts(number, piece)),
+        (cut for number, piece in enumerate(pieces) for cut in _cuts(number, piece, max_bytes)),
         key=lambda cut: (str(cut.path), cut.offset),  # comparing paths takes longer than all the rest
     )
     runs: list[Run] = []
     group: list[_Cut] = []
     for cut in cuts:
-        if group and not _joins(group, cut):
+        if group and not _joins(group, cut, max_bytes):
             runs.append(_make_run(group))
             group = []
         group.append(cut)
     if group:
         runs.append(_make_run(group))
     return runs
+
+
+def plan_shared_runs(pieces: Sequence[Piece]) -> list[Run]:
+    """The same where several disks share the expert: in more and smaller reads."""
+    nbytes = sum(piece.part.nbytes for piece in pieces)
+    return plan_runs(pieces, min(max(nbytes // SHARES, MIN_SHARED_BYTES), MAX_SHARED_BYTES))
 
 
 def largest_run_bytes(index: ExpertIndex) -> int:
@@ -79,23 +88,23 @@ def largest_run_bytes(index: ExpertIndex) -> int:
     )
 
 
-def _cuts(number: int, piece: Piece) -> Iterator[_Cut]:
+def _cuts(number: int, piece: Piece, max_bytes: int) -> Iterator[_Cut]:
     nbytes = piece.part.nbytes
-    if nbytes <= MAX_READ_BYTES:
+    if nbytes <= max_bytes:
         yield _Cut(piece.path, piece.offset, nbytes, number, 0)
         return
-    count = -(-nbytes // MAX_READ_BYTES)
+    count = -(-nbytes // max_bytes)
     step = -(-nbytes // (count * _CUT)) * _CUT
     for start in range(0, nbytes, step):
         yield _Cut(piece.path, piece.offset + start, min(step, nbytes - start), number, start)
 
 
-def _joins(group: Sequence[_Cut], cut: _Cut) -> bool:
+def _joins(group: Sequence[_Cut], cut: _Cut, max_bytes: int) -> bool:
     end = group[-1].offset + group[-1].nbytes
     return (
         (cut.path is group[0].path or cut.path == group[0].path)
         and cut.offset - end <= MAX_GAP_BYTES
-        and cut.offset + cut.nbytes - group[0].offset <= MAX_READ_BYTES
+        and cut.offset + cut.nbytes - group[0].offset <= max_bytes
     )
 
 
