@@ -3,32 +3,51 @@ PYTHON ?= python3
 EXTRAS ?= dev,clients
 VENV := .venv
 comma := ,
-STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+SERVING := $(VENV)/.serving
+COMPLETE := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+LANGCHAIN := $(VENV)/langchain/.installed
+
+# Installs the packages $(2) into the environment $(1), with uv: it takes a fraction of pip's time. uv does not read
+# pip's configuration; where it fails, because packages come from an index named there, pip does the same.
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+install-into = $(VENV)/bin/uv pip install --quiet --system-certs --python $(1)/bin/python $(2) \
+	|| $(PIP) --python $(1)/bin/python install --quiet $(2)
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
 
 .PHONY: help install serve test test-fast test-long lint clean
 
 help:
-	@echo "make serve      install, then start the server on its default model"
-	@echo "make test       install, then ruff, mypy and every test"
+	@echo "make serve      install what serving needs, then start the server; flags: make serve ARGS='--port 9000'"
+	@echo "make test       install the rest, then ruff, mypy and the tests"
 	@echo "make test-fast  the inner loop: ruff and the quick tests"
 	@echo "make test-long  tests that take minutes each"
 	@echo "make install    a complete $(VENV) and nothing else"
 
-$(STAMP): pyproject.toml constraints.txt
+$(SERVING): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"glmserve needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}; try: make PYTHON=python3.12")'
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@test -d $(VENV) || { echo "installing into $(VENV), once"; $(PYTHON) -m venv $(VENV); }
+	@$(PIP) install --quiet --only-binary :all: -c constraints.txt uv || true
+	@$(call install-into,$(VENV),-c constraints.txt -e .)
+	@touch $@
+
+# Compiled here once, because tests start many processes; pip always compiles.
+$(COMPLETE): $(SERVING)
+	@$(call install-into,$(VENV),-c constraints.txt -e '.[$(EXTRAS)]')
+	@$(VENV)/bin/python -m compileall -q -j 2 $(VENV)/lib/python*/site-packages || true
 	@touch $@
 
 # langchain-openrouter pins the openrouter SDK below 1.0: it gets an environment inside the other.
-$(VENV)/langchain/.installed: $(STAMP)
-	$(VENV)/bin/python -m venv $(VENV)/langchain
-	$(VENV)/langchain/bin/python -m pip install --quiet --disable-pip-version-check langchain-openrouter==0.2.9 openrouter==0.11.46
+$(LANGCHAIN): $(SERVING)
+	@$(VENV)/bin/python -m venv --without-pip $(VENV)/langchain
+	@$(call install-into,$(VENV)/langchain,langchain-openrouter==0.2.9 openrouter==0.11.46)
 	@touch $@
 
-install: $(STAMP)
+install:
+	@$(MAKE) --no-print-directory -j2 $(COMPLETE) $(if $(findstring clients,$(EXTRAS)),$(LANGCHAIN))
 
-serve: install
+serve: $(SERVING)
 	$(VENV)/bin/glmserve $(ARGS)
 
 lint: install
@@ -36,7 +55,7 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-test: lint $(if $(findstring clients,$(EXTRAS)),$(VENV)/langchain/.installed)
+test: lint
 	$(VENV)/bin/pytest
 
 test-fast: install

@@ -5,6 +5,7 @@
     │   ├── CheckpointError   the files of the model are missing, damaged, or of another kind
     │   └── BudgetError       the memory budget does not fit; the message names the one that would
     ├── RequestError          one client asked for something wrong; becomes a 4xx
+    │   └── ContextOverflow   prompt and answer do not fit the context; each dialect has its own words for it
     └── EngineError           the server failed a request; becomes a 5xx
         ├── DiskError         bytes that a request needed could not be read
         └── BusyError         too many wait already; says when to come back
@@ -49,6 +50,20 @@ class RequestError(GlmserveError):
         self.status = status
         self.error_type = error_type
         self.param = param
+
+
+class ContextOverflow(RequestError):
+    """Prompt and answer are longer than the context. All numbers are tokens; 0 for no stated `max_tokens`."""
+
+    def __init__(self, context_length: int, num_prompt_tokens: int, max_tokens: int) -> None:
+        super().__init__(
+            f"This endpoint's maximum context length is {context_length} tokens. However, you requested "
+            f"about {num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} of text input, "
+            f"{max_tokens} in the output). Please reduce the length of the messages.",
+            error_type="context_length_exceeded",
+        )
+        self.context_length, self.num_prompt_tokens = context_length, num_prompt_tokens
+        self.max_tokens = max_tokens
 
 
 class EngineError(GlmserveError):

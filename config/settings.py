@@ -218,6 +218,12 @@ class Settings(BaseSettings):
     json_keepalive: bool = _setting(
         True, "Network", None, "send a blank every 10 s to clients that wait for an answer in one piece"
     )
+    strict_parameters: bool = _setting(
+        False,
+        "Network",
+        None,
+        "refuse requests with parameters that are unknown here, instead of ignoring those and saying so",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Logging", "LEVEL", "debug, info, warning or error"
     )

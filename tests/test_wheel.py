@@ -1,5 +1,6 @@
-"""The built wheel holds our four packages and their launcher, and runs from a folder with other `models`."""
+"""The built wheel holds our four packages and their launcher, and serves wherever it is installed."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.server.serving.running import SUM, ask, start, stop_server
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +36,9 @@ def test_its_top_level_is_ours(wheel: Path) -> None:
     }
     assert "server/glm/chat_template.jinja" in names
     assert "models/pocket/config.json" in names
+    assert not [name for name in names if "test" in name or name.startswith("training")], (
+        "nothing of training or tests"
+    )
 
 
 @pytest.mark.slow
@@ -53,3 +59,36 @@ def test_it_runs_from_a_folder_that_holds_another_models(wheel: Path, tmp_path: 
     env = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=foreign, env=env, capture_output=True, text=True, timeout=120)
     assert "there is no such folder" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_uvx_serves_it_from_the_root_folder(wheel: Path) -> None:
+    uvx = require("uvx")
+    pins = ("--system-certs", "--constraints", str(ROOT / "constraints.txt"))
+    serves_a_right_answer(uvx, *pins, "--from", str(wheel), "glmserve")
+
+
+@pytest.mark.long
+def test_pipx_installs_it_and_it_serves_from_the_root_folder(wheel: Path, tmp_path: Path) -> None:
+    pipx = [found] if (found := shutil.which("pipx")) else [require("uvx"), "--system-certs", "pipx"]
+    places = {"PIPX_HOME": str(tmp_path / "home"), "PIPX_BIN_DIR": str(tmp_path / "bin")}
+    pins = f"--pip-args=--constraint={ROOT / 'constraints.txt'}"
+    subprocess.run([*pipx, "install", pins, str(wheel)], env=os.environ | places, check=True, timeout=900)
+    serves_a_right_answer(str(tmp_path / "bin" / "glmserve"))
+
+
+def require(tool: str) -> str:
+    """The tool's path; uv's stand in the environment that `make` builds."""
+    found = shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"{tool} is not installed")
+    return found
+
+
+def serves_a_right_answer(*command: str) -> None:
+    """Runs it from the root folder, where no package of ours lies."""
+    served = start(command, cwd=Path("/"))
+    try:
+        assert "42" in ask(served, SUM)
+    finally:
+        stop_server(served)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.server.serving.test_serving import Server, children_of, start_server, stop_server
+from tests.server.serving.running import Server, children_of, start_server, stop_server
 
 NUM_CLIENTS = 8
 SAMPLE_S = 30.0

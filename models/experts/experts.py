@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from models.arithmetic import Arithmetic, Quantization
 from models.experts.expert_source import ExpertSource, Fetch, Place
+from streaming.policy import OBSERVED_ROWS
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Rows of one expert that are computed together: bounds what its hidden rows take.
@@ -219,7 +220,9 @@ class Experts:
         Pauses after each group of experts, when nothing pending refers to a bank.
         `take`: numbered rows of the input, [n] -> [n, H]; ids, weights, scores as above -> float32 [N, H].
         """
-        wanted, _ = self._synchronise(ids, None if self._source.is_resident else scores, None)
+        if scores is not None:
+            scores = None if self._source.is_resident else scores[-OBSERVED_ROWS:]
+        wanted, _ = self._synchronise(ids, scores, None)
         rows_of = _rows_by_expert(wanted)
         counts = {expert: len(rows) for expert, (rows, _) in rows_of.items()}
         out = mx.zeros((weights.shape[0], take(mx.array([0])).shape[1]))

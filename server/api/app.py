@@ -16,6 +16,8 @@ from server.api.dialects.responses import responses_router
 from server.api.dialects.tokenize import tokenize_router
 from server.api.error_bodies import install_error_handlers
 from server.api.openapi import BASES, DescribedApp
+from server.api.request.head import HeadAsGet
+from server.api.request.parameters import HEADER, SaysIgnored
 from server.api.service import Service
 from server.version import VERSION
 
@@ -57,8 +59,10 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(cache_router(service), prefix=base)
         app.include_router(memory_router(service), prefix=base)
     app.include_router(health_router(service))
-    app.include_router(metrics_router(service.engine, service.ledger))
+    app.include_router(metrics_router(service.engine, service.ledger, service.parameters))
     install_error_handlers(app)
+    app.add_middleware(SaysIgnored)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
     if access.cors_origins:  # outermost: a browser's preflight carries no key
         app.add_middleware(
@@ -66,6 +70,6 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
             allow_origins=access.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=CORS_HEADERS,
-            expose_headers=["X-Generation-Id", "X-Glmserve-Cache", "Retry-After"],
+            expose_headers=["X-Generation-Id", "X-Glmserve-Cache", HEADER, "Retry-After"],
         )
     return app

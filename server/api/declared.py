@@ -17,7 +17,9 @@ class ErrorMetadata(BaseModel):
 
 
 class ErrorObject(BaseModel):
-    code: int
+    """`code` is a word where OpenAI's clients wait for one, and the status everywhere else."""
+
+    code: int | Literal["context_length_exceeded"]
     message: str
     type: str
     param: str | None
@@ -144,11 +146,20 @@ class Completion(Answered):
     choices: list[CompletionChoice]
 
 
+class ThinkingDetails(BaseModel):
+    thinking_tokens: int
+
+
 class MessageUsage(BaseModel):
     input_tokens: int
     output_tokens: int
+    output_tokens_details: ThinkingDetails
+    cache_creation: dict[str, int]
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
+    inference_geo: None
+    server_tool_use: None
+    service_tier: Literal["standard"]
 
 
 class MessageBlock(BaseModel):
@@ -180,7 +191,7 @@ class TokenCount(BaseModel):
 
 class OutputItem(BaseModel):
     id: str
-    type: Literal["reasoning", "message", "function_call"]
+    type: Literal["reasoning", "message", "function_call", "custom_tool_call"]
     status: Literal["completed"]
 
 
@@ -222,6 +233,11 @@ class Model(BaseModel):
     name: str
     created: int
     object: Literal["model"]
+    type: Literal["model"]
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"]
+    max_input_tokens: int
     owned_by: str
     context_length: int
     max_model_len: int
@@ -238,6 +254,9 @@ class Model(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"]
     total_count: int
+    has_more: bool
+    first_id: str
+    last_id: str
     links: dict[str, str | None]
     data: list[Model]
     models: list[dict[str, Any]]

@@ -1,6 +1,7 @@
 """From exceptions to wire bodies: the only place that knows both.
 
 The body is OpenRouter's, with an integer code that equals the status; OpenAI's `type` and `param` ride along.
+Only an overflow of the context has OpenAI's own form where OpenAI's clients ask.
 """
 
 import logging
@@ -11,9 +12,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
-from config.errors import BusyError, EngineError, RequestError
+from config.errors import BusyError, ContextOverflow, EngineError, RequestError
 from server.link.messages import Failed, FailureKind
 
 PROVIDER = "glmserve"
@@ -40,6 +42,14 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 _ANTHROPIC_PATHS = ("/messages", "/messages/count_tokens")
+_OPENROUTER_BASE = "/api/v1/"
+# The field that holds the prompt, by the end of a path.
+_PROMPTS = (
+    ("/chat/completions", "messages"),
+    ("/completions", "prompt"),
+    ("/responses", "input"),
+    ("", "messages"),
+)
 
 # What pydantic calls the kinds of a union: `str`, `list[TextPart]`, `NamedTool`, `constrained-str`.
 _KIND = re.compile(r"(str|int)$|[A-Z]|[a-z-]+[\[-]")
@@ -121,8 +131,30 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _respond(request: Request, error: Exception) -> JSONResponse:
-    body = describe(error)
-    return JSONResponse(error_body(request.url.path, body), body["code"], _headers(error))
+    path, body = request.url.path, describe(error)
+    status = body["code"]
+    if isinstance(error, ContextOverflow):
+        body |= _overflow(path, error)
+    return JSONResponse(error_body(path, body), status, _headers(error))
+
+
+def _overflow(path: str, error: ContextOverflow) -> dict[str, Any]:
+    """What an overflow says beside OpenRouter's words: the field and, elsewhere, OpenAI's words and code.
+
+    Clients search for them before they compact a conversation or fall back to another model.
+    """
+    param = next(name for end, name in _PROMPTS if path.endswith(end))
+    if path.startswith(_OPENROUTER_BASE) or path.endswith(_ANTHROPIC_PATHS):
+        return {"param": param}
+    num_prompt, limit = error.num_prompt_tokens, error.max_tokens
+    return {
+        "code": "context_length_exceeded",
+        "message": f"This model's maximum context length is {error.context_length} tokens. However, you "
+        f"requested {num_prompt + limit} tokens ({num_prompt} in the {param}, {limit} in the completion). "
+        f"Please reduce the length of the {param} or completion.",
+        "type": "invalid_request_error",
+        "param": param,
+    }
 
 
 def _headers(error: Exception) -> dict[str, str]:
@@ -141,13 +173,24 @@ def _headers(error: Exception) -> dict[str, str]:
 
 def _first_fault(error: ValidationError) -> tuple[str, str | None]:
     """The first of those that lie deepest: of the kinds that a value may have it came nearest to that one."""
-    faults = [(_steps(fault["loc"]), fault) for fault in error.errors(include_url=False, include_input=False)]
+    faults = [(_steps(fault), fault) for fault in error.errors(include_url=False, include_input=False)]
     steps, fault = max(faults, key=lambda one: len(one[0]))
     message = _MESSAGES.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
-    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
-    return (f"{param}: {message}" if param else message), param or None
+    param = _path(steps) or None
+    is_named = fault["loc"] == ()  # a fault of the whole body says in its words which field is to blame
+    return (message if is_named else f"{param}: {message}"), param
 
 
-def _steps(location: tuple[int | str, ...]) -> list[int | str]:
+def _steps(fault: ErrorDetails) -> list[int | str]:
     """The way to a fault in the client's body, without pydantic's names of the kinds that it tried."""
-    return [step for step in location if isinstance(step, int) or not _KIND.match(step)]
+    steps = [step for step in fault["loc"] if isinstance(step, int) or not _KIND.match(step)]
+    return [*steps, *_blamed(fault)]
+
+
+def _blamed(fault: ErrorDetails) -> list[str]:
+    """The field that `schema.fault` blames, if it is not the place of the fault itself."""
+    return [fault["ctx"]["param"]] if fault["type"] == "fault" and fault["ctx"]["param"] else []
+
+
+def _path(steps: list[int | str]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")

@@ -129,12 +129,11 @@ def _schemas() -> tuple[dict[type[BaseModel], Json], Json]:
     schemas: Json = found["$defs"]
     for operation in OPERATIONS.values():
         if operation.takes and operation.ignored:
-            _close(schemas[operation.takes.__name__], operation.ignored)
+            _name(schemas[operation.takes.__name__], operation.ignored)
     return {model: made[model, "validation"] for model in ordered}, schemas
 
 
-def _close(schema: Json, ignored: frozenset[str]) -> None:
-    """Say that fields beyond the named ones are refused."""
-    schema["additionalProperties"] = False
+def _name(schema: Json, ignored: frozenset[str]) -> None:
+    """Name the fields that are ignored by design."""
     for name in sorted(ignored):
         schema["properties"].setdefault(name, {"description": "ignored by design"})

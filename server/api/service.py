@@ -4,14 +4,16 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from config.errors import RequestError
+from config.errors import ContextOverflow, RequestError
 from server.api.access.receipts import Ledger
+from server.api.answer.recent_items import RecentItems
 from server.api.answer.waiting import Line
 from server.api.error_bodies import GenerationFailed
 from server.api.prompt.explain import Explainer
 from server.api.prompt.remembered import Remembered
 from server.api.request.common_fields import GenerationRequest
 from server.api.request.model_names import ModelNames
+from server.api.request.parameters import Parameters
 from server.glm.files import SamplingDefaults
 from server.glm.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
@@ -41,6 +43,8 @@ class Service:
     explainer: Explainer = field(default_factory=Explainer)
     keepalive_s: float = 5.0
     patience_s: float | None = 10.0
+    recent_items: RecentItems = field(default_factory=RecentItems)
+    parameters: Parameters = field(default_factory=Parameters)
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -63,9 +67,11 @@ class Service:
         info = self.model_info()
         self.names.check(body.model, body.models or [])
         _check_prompt(prompt, info)
+        if max_tokens is not None and max_tokens >= info.context_length:
+            max_tokens = None  # beside no prompt is there room for it: the client means all that there is
         available = info.context_length - len(prompt)
         if available < (1 if max_tokens is None else max_tokens):
-            raise context_overflow(info.context_length, len(prompt), max_tokens or 0)
+            raise ContextOverflow(info.context_length, len(prompt), max_tokens or 0)
         return Generate(
             request_id=f"gen-{int(time.time())}-{secrets.token_hex(10)}",
             token_ids=tuple(prompt),
@@ -87,16 +93,6 @@ class Service:
         values |= body.given("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         values |= body.given("presence_penalty", "frequency_penalty", "seed")
         return Sampling(**values, logit_bias=_logit_bias(body.logit_bias or {}, info.vocab_size))
-
-
-def context_overflow(context_length: int, num_prompt_tokens: int, max_tokens: int) -> RequestError:
-    """The error whose wording clients search for."""
-    return RequestError(
-        f"This endpoint's maximum context length is {context_length} tokens. However, you requested about "
-        f"{num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} of text input, {max_tokens} in the "
-        "output). Please reduce the length of the messages.",
-        error_type="context_length_exceeded",
-    )
 
 
 def _check_prompt(prompt: list[int], info: ModelInfo) -> None:

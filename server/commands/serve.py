@@ -21,6 +21,7 @@ from server.api.access.keys import LOOPBACK_NAMES, Access, is_loopback, read_key
 from server.api.app import make_app
 from server.api.prompt.remembered import Remembered
 from server.api.request.model_names import ModelNames
+from server.api.request.parameters import Parameters
 from server.api.service import Dialect, Service
 from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
 from server.glm.files import load_sampling_defaults
@@ -169,7 +170,14 @@ class _Serving:
         names = ModelNames(model_id, self.settings.model_policy)
         patience_s = JSON_KEEPALIVE_S if self.settings.json_keepalive else None
         remembered = make_remembered(self.settings, self.checkpoint.directory)
-        service = Service(engine, self.dialect, names, remembered=remembered, patience_s=patience_s)
+        service = Service(
+            engine,
+            self.dialect,
+            names,
+            remembered=remembered,
+            patience_s=patience_s,
+            parameters=Parameters(self.settings.strict_parameters),
+        )
         app = make_app(service, self.access)
         self.server = _Server(make_server_config(self.settings, app), engine)
         engine.start()

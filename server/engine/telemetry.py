@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping
 from config.plan import MemoryPlan
 from config.sizes import format_size
 from server.engine.memory.usage import MemoryUse
-from server.link.messages import Event, Failed, Finished, Heartbeat, Stats
+from server.link.messages import Event, Failed, Finished, Heartbeat, Queued, Started, Stats
 from streaming.disk.probe import DiskProbe
 from streaming.store import ExpertStore
 
 INTERVAL_S = 5.0
 HEARTBEAT_S = 0.5
+# How soon a change in the number of requests is told, at the latest, beside the time of a layer.
+CROWD_S = 0.05
+CROWD = ("running", "waiting", "agents")
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ class Telemetry:
         self._measure_loop: Measure = dict
         self._before: Mapping[str, float] = measure()
         self._sent: Mapping[str, float] = {}
-        self._stats_s = self._alive_s = time.monotonic()
+        self._stats_s = self._alive_s = self._looked_s = time.monotonic()
         if self._before:
             send(Stats(dict(self._before)))
 
@@ -40,6 +43,8 @@ class Telemetry:
         self._measure_loop = measure_loop
 
     def send(self, event: Event) -> None:
+        if isinstance(event, Started | Queued):
+            self._looked_s = 0.0  # told with the next beat, before its first token
         if isinstance(event, Finished | Failed):
             values = self._send_stats()
             if self._before:
@@ -49,11 +54,19 @@ class Telemetry:
     def beat(self, is_idle: bool) -> None:
         """The loop has come to another layer or step, or to its rest."""
         now_s = time.monotonic()
-        if is_idle or now_s - self._stats_s > INTERVAL_S:
+        if is_idle or now_s - self._stats_s > INTERVAL_S or self._has_changed(now_s):
             self._send_stats()
         if not is_idle and now_s - self._alive_s > HEARTBEAT_S:
             self._alive_s = now_s
             self._send_on(Heartbeat())
+
+    def _has_changed(self, now_s: float) -> bool:
+        """Whether other requests are here than was told last."""
+        if now_s - self._looked_s < CROWD_S:
+            return False
+        self._looked_s = now_s
+        crowd = self._measure_loop()
+        return any(crowd.get(name) != self._sent.get(name) for name in CROWD)
 
     def _send_stats(self) -> Mapping[str, float]:
         self._stats_s = time.monotonic()

@@ -15,6 +15,7 @@ from models.arithmetic import CPU, Quantization
 from models.attention.attention import Span, make_parts
 from models.loading.loading import make_geometry
 from streaming.files.floats import Bytes
+from streaming.policy import OBSERVED_ROWS, LeastNearlyChosen
 from streaming.store import ExpertStore
 from streaming.sweep import ADMITTED_SHARE
 from tests.checkpoints import Opened, greedy, open_model, save_packed
@@ -203,3 +204,16 @@ def test_the_disk_works_while_a_prompt_goes_through_the_dense_layers(streamed: O
         pass
     counts = store.statistics()
     assert counts.payload_bytes == counts.sweep_reads * streamed.checkpoint.experts.expert_bytes(3)
+
+
+@pytest.mark.parametrize("length", [600, 1100, 1500])
+def test_of_a_prompts_scores_the_policy_sees_the_last(
+    folder: Path, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of rows a layer would hold up the engine's thread, with nothing queued on the GPU."""
+    opened, seen = open_model(folder, slots=6, looks_ahead=False), list[int]()
+    opened.store.follow(partial(LeastNearlyChosen, EXPERTS, WIDER["num_experts_per_tok"]))
+    monkeypatch.setattr(opened.store, "observe", lambda layer, scores: seen.append(len(scores)))
+    sweep(opened, tokens(WIDER, length))
+    opened.store.close()
+    assert set(seen) == {OBSERVED_ROWS}

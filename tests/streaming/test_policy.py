@@ -6,7 +6,7 @@ import pytest
 import benchmarks
 from benchmarks.policies import UnjudgedNearness, belady_hits, count_hits
 from benchmarks.rig.routing import Routing, load_routing, make_routing
-from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed
+from streaming.policy import OBSERVED_ROWS, LeastNearlyChosen, LeastRecentlyUsed
 
 
 def test_the_expert_that_came_least_near_goes_though_it_was_used_last() -> None:
@@ -58,3 +58,41 @@ def test_nearness_is_judged_where_a_trained_router_leaves_experts_near_for_nothi
     unjudged = count_hits(routing, 64, lambda: UnjudgedNearness(256, 8), 100)
     near = count_hits(routing, 64, lambda: LeastNearlyChosen(256, 8), 100)
     assert max(lru + 0.01, unjudged + 0.04) < near
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_experts", "k"), [(513, 16, 4), (2000, 64, 8), (32_768, 32, 2), (600, 256, 8)]
+)
+def test_of_a_prompts_rows_the_last_count(rows: int, num_experts: int, k: int) -> None:
+    rng = np.random.default_rng(rows)
+    scores = rng.standard_normal((rows, num_experts)).astype(np.float32)
+    whole, last = LeastNearlyChosen(num_experts, k), LeastNearlyChosen(num_experts, k)
+    whole.observe(scores)
+    last.observe(scores[-OBSERVED_ROWS:])
+    assert [whole.worth(e) for e in range(num_experts)] == [last.worth(e) for e in range(num_experts)]
+
+
+@pytest.mark.parametrize(
+    "name", ["many-sources", "many-chat", "pocket-router", "pocket-live", "pocket-shared"]
+)
+def test_the_last_rows_of_a_prompt_say_as_much_as_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three quarters of each recorded routing as one prompt, the rest decoded after it."""
+    whole = load_routing(Path(benchmarks.__file__).parent / "traces" / f"{name}.npz", 8)
+    start = len(whole.experts) * 3 // 4
+    num_experts = whole.scores.shape[-1]
+    rates = []
+    for most in (OBSERVED_ROWS, len(whole.experts)):
+        monkeypatch.setattr("streaming.policy.OBSERVED_ROWS", most)
+        hits = 0.0
+        for share in (0.15, 0.25, 0.5):
+            made: list[LeastNearlyChosen] = []
+
+            def make(made: list[LeastNearlyChosen] = made) -> LeastNearlyChosen:
+                made.append(LeastNearlyChosen(num_experts, 8))
+                made[-1].observe(whole.scores[:start, len(made) - 1])
+                return made[-1]
+
+            decoded = Routing(whole.experts[start:], whole.scores[start:])
+            hits += count_hits(decoded, max(8, round(share * num_experts)), make) / 3
+        rates.append(hits)
+    assert rates[0] > rates[1] - 0.001

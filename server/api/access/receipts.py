@@ -52,6 +52,12 @@ class Caller:
         name = next((f"{kind} {name}" for kind, name in named.items() if name), "")
         return " ".join(filter(None, [key, name]))
 
+    @property
+    def label(self) -> str:
+        """The sender for the log: names only, printable and not long."""
+        name = self.session_id or self.user or self.title
+        return f"{self.key_name} {name!r}"[:100] if name else self.key_name
+
     @classmethod
     def of(cls, request: Request, session_id: str | None, user: str | None) -> "Caller":
         """The sender by the headers and the body; the body wins."""

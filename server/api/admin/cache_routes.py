@@ -7,9 +7,10 @@ next request show them.
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 
 from config.errors import RequestError
+from server.api.access.receipts import Caller
 from server.api.prompt.billing_header import without_volatile_lines
 from server.api.prompt.explain import MAX_EXPLANATIONS
 from server.api.prompt.replay import render_messages
@@ -46,11 +47,13 @@ def cache_router(service: Service) -> APIRouter:
         return {"data": {"status": "accepted"}}
 
     @router.post("/pin", status_code=202)
-    async def pin(body: Body) -> dict[str, Any]:
+    async def pin(request: Request, body: Body) -> dict[str, Any]:
+        service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
         return await anyio.to_thread.run_sync(_administer, service, body, True)
 
     @router.post("/unpin", status_code=202)
-    async def unpin(body: Body) -> dict[str, Any]:
+    async def unpin(request: Request, body: Body) -> dict[str, Any]:
+        service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
         return await anyio.to_thread.run_sync(_administer, service, body, False)
 
     return router

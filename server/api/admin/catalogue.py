@@ -1,8 +1,9 @@
 """GET /models: one answer for OpenAI's, OpenRouter's and LM Studio's clients; GET /health."""
 
+from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, HTTPException, Response
 from fastapi.responses import JSONResponse
 
 from config.errors import RequestError
@@ -34,6 +35,8 @@ PARAMETERS = [
     "reasoning_effort",
     "include_reasoning",
 ]
+# Asked of something that is not there they are a 404, as a GET is.
+CHANGES = ["POST", "PUT", "PATCH", "DELETE"]
 ARCHITECTURE = {
     "modality": "text->text",
     "input_modalities": ["text"],
@@ -63,6 +66,9 @@ def models_router(service: Service) -> APIRouter:
             "object": "list",
             "total_count": 1,
             "links": {"next": None},
+            "has_more": False,
+            "first_id": card["id"],
+            "last_id": card["id"],
             "data": [card],
             "models": [local],
         }
@@ -85,6 +91,12 @@ def models_router(service: Service) -> APIRouter:
     async def get_openrouter_model(model_id: str) -> dict[str, Any]:
         _check_id(service, model_id)
         return {"data": model_card(service)}
+
+    @router.api_route("/models/{model_id:path}", methods=CHANGES, include_in_schema=False)
+    @router.api_route("/model/{model_id:path}", methods=CHANGES, include_in_schema=False)
+    async def change_model(model_id: str) -> None:
+        _check_id(service, model_id.removesuffix("/endpoints"))
+        raise HTTPException(405, "a model can only be read", {"Allow": "GET, HEAD"})
 
     return router
 
@@ -125,6 +137,11 @@ def model_card(service: Service) -> dict[str, Any]:
         "description": "",
         "context_length": length,
         "object": "model",
+        "type": "model",  # this and the next four are Anthropic's
+        "display_name": f"{service.model_id} (local)",
+        "created_at": datetime.fromtimestamp(service.started_at, UTC).isoformat().replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": length,
         "owned_by": service.model_id.partition("/")[0],
         "max_model_len": length,
         "architecture": ARCHITECTURE,

@@ -13,7 +13,7 @@ from config.expert_policy import ExpertPolicy
 from config.sizes import parse_size
 from server.api.error_bodies import GenerationFailed
 from server.api.request.body import body_of
-from server.api.request.common_fields import Exact
+from server.api.request.common_fields import Exact, fault
 from server.api.service import Service
 from server.link.messages import Failed, Replan
 
@@ -31,7 +31,7 @@ class PlanRequest(Exact):
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
         if self.budget_bytes is None and self.expert_policy is None:
-            raise ValueError("give 'ram_budget', 'expert_policy' or both")
+            raise fault("ram_budget", "give 'ram_budget', 'expert_policy' or both")
         return self
 
 

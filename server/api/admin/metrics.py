@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from server.api.access.receipts import Ledger
+from server.api.request.parameters import Parameters
 from server.link.engine_protocol import Engine
 
 # Name in the engine's counts -> name for Prometheus (without the suffix _total), and what it means.
@@ -85,13 +86,17 @@ LABELLED = {
 PREFIX = "glmserve_"
 
 
-def metrics_router(engine: Engine, ledger: Ledger | None = None) -> APIRouter:
+def metrics_router(
+    engine: Engine, ledger: Ledger | None = None, parameters: Parameters | None = None
+) -> APIRouter:
     """The route; without a model it answers with `glmserve_ready 0` and nothing else."""
     router = APIRouter()
     registry = CollectorRegistry()
     registry.register(_EngineCollector(engine))
     if ledger:
         registry.register(_LedgerCollector(ledger))
+    if parameters:
+        registry.register(_ParametersCollector(parameters))
 
     @router.get("/metrics")
     def metrics() -> Response:
@@ -136,3 +141,13 @@ class _LedgerCollector(Collector):
         text = "tool calls that broke off or were malformed, and so were sent as content"
         count = self._ledger.num_rejected_calls
         yield CounterMetricFamily(f"{PREFIX}rejected_tool_calls", text, value=count)
+
+
+class _ParametersCollector(Collector):
+    def __init__(self, parameters: Parameters) -> None:
+        self._parameters = parameters
+
+    def collect(self) -> Iterable[Metric]:
+        text = "parameters of requests that are unknown here, and were ignored"
+        count = self._parameters.num_ignored
+        yield CounterMetricFamily(f"{PREFIX}ignored_parameters", text, value=count)

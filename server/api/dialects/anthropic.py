@@ -37,6 +37,7 @@ def messages_router(service: Service) -> APIRouter:
     @router.post("/messages")
     async def create_message(request: Request, body: Body) -> Response:
         caller = Caller.of(request, None, body.user)
+        service.parameters.note(request, body, caller)
         chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(), caller, fills_context=True))
         message = _Message(chat, body.max_tokens)
         headers = {"X-Generation-Id": chat.envelope.id, "request-id": chat.envelope.id}
@@ -55,7 +56,8 @@ def messages_router(service: Service) -> APIRouter:
         return response
 
     @router.post("/messages/count_tokens")
-    async def count_tokens(body: Prompt) -> dict[str, int]:
+    async def count_tokens(request: Request, body: Prompt) -> dict[str, int]:
+        service.parameters.note(request, body, Caller.of(request, None, None))
         service.names.check(body.model, [])
         encode = service.dialect.tokenizer.encode
         token_ids = await anyio.to_thread.run_sync(lambda: encode(render(service, body.chat())))
@@ -86,7 +88,7 @@ class _Message:
             async for change in changes:
                 for event in self._on_change(change):
                     yield event
-        yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
+        yield {"type": "message_delta", "delta": self._end(), "usage": self._tokens()}
         yield {"type": "message_stop"}
 
     def _on_change(self, change: Change) -> Iterator[Event]:
@@ -136,6 +138,14 @@ class _Message:
         return {"stop_reason": reason, "stop_sequence": None}
 
     def _usage(self) -> dict[str, Any]:
+        """Tokens so far, and how the request was served."""
+        return self._tokens() | {
+            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+            "inference_geo": None,
+            "service_tier": "standard",
+        }
+
+    def _tokens(self) -> dict[str, Any]:
         """Tokens so far; Anthropic counts those from the cache apart."""
         usage = self._answer.usage
         return {
@@ -143,6 +153,8 @@ class _Message:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": usage.num_cached_tokens,
             "output_tokens": usage.num_completion_tokens,
+            "output_tokens_details": {"thinking_tokens": self._answer.parser.num_reasoning_tokens},
+            "server_tool_use": None,
         }
 
 

@@ -3,15 +3,25 @@
 Every dialect becomes a `ChatRequest`, so that the same conversation is the same tokens in all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from config.errors import RequestError
-from server.api.request.chat_parts import Lenient
+from server.api.request.chat_parts import text_or_placeholder
 from server.api.request.chat_schema import ChatRequest
-from server.api.request.common_fields import Exact, Finite, Listed, Stop
+from server.api.request.common_fields import (
+    FORMS,
+    Count,
+    Finite,
+    Lenient,
+    Listed,
+    Options,
+    Stop,
+    Whole,
+    fault,
+)
 
 # Billing, placement and caching of Anthropic's service; here they have no meaning.
 MESSAGES_IGNORED = frozenset(
@@ -28,14 +38,17 @@ MESSAGES_IGNORED = frozenset(
         "betas",
     ]
 )
+MESSAGES_REFUSED: Mapping[str, str] = {
+    **dict.fromkeys((*FORMS, "response_format"), "give the form of the answer in 'output_config.format'"),
+    "container": "nothing runs here but the model",
+    "mcp_servers": "nothing runs here but the model: offer the tools of those servers in 'tools'",
+}
 # Claude Code's first block of system text names the request's own hash: no two prompts would begin alike.
 VOLATILE_SYSTEM = "x-anthropic-billing-header:"
 
 
 class Block(Lenient):
     """One content block. Which fields a block has depends on its type."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     type: str
     text: str | None = None
@@ -45,6 +58,14 @@ class Block(Lenient):
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
     content: "str | Listed[Block] | None" = None
+    tool_name: str | None = None
+
+    def overlooked(self) -> Iterator[str]:
+        """What a tool gave that is no text: a client cannot help that, so a placeholder stands for it."""
+        if self.type == "tool_result" and isinstance(self.content, list):
+            for index, block in enumerate(self.content):
+                if block.type != "text":
+                    yield f"content[{index}].{block.type}"
 
 
 class Turn(Lenient):
@@ -54,16 +75,31 @@ class Turn(Lenient):
     content: str | Listed[Block]
 
 
-class ToolDefinition(BaseModel):
-    """A tool of the client's own; Anthropic's server tools have other types."""
+class ToolDefinition(Lenient):
+    """A tool of the client's own; Anthropic's own tools have other types, and are not here."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    type: Literal["custom"] | None = None
-    name: str
+    type: str | None = None
+    name: str | None = None
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: dict[str, Any] | None = None
     strict: bool | None = None
+
+    @property
+    def is_hosted(self) -> bool:
+        """Whether Anthropic defines it."""
+        return self.type not in (None, "custom")
+
+    @model_validator(mode="after")
+    def _is_described(self) -> Self:
+        for name in ("name", "input_schema"):
+            if not self.is_hosted and getattr(self, name) is None:
+                raise fault(name, f"a tool needs {name!r}")
+        return self
+
+    def overlooked(self) -> Iterator[str]:
+        """The type of a hosted tool."""
+        if self.type and self.is_hosted:
+            yield self.type
 
 
 class ToolChoice(Lenient):
@@ -76,15 +112,15 @@ class ToolChoice(Lenient):
     @model_validator(mode="after")
     def _names_the_tool(self) -> Self:
         if self.type == "tool" and not self.name:
-            raise ValueError("type 'tool' needs 'name'")
+            raise fault("name", "type 'tool' needs 'name'")
         return self
 
 
-class ThinkingChoice(Exact):
+class ThinkingChoice(Options):
     """Whether to think, and for how many tokens at most."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    budget_tokens: Count | None = None
     display: Literal["summarized", "omitted"] | None = None
 
 
@@ -95,17 +131,18 @@ class OutputFormat(Lenient):
     json_schema: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Exact):
+class OutputConfig(Options):
     """Effort and format."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
 
 
-class CountRequest(Exact):
+class CountRequest(Options):
     """The body of POST /messages/count_tokens: what makes a prompt."""
 
     ignored: ClassVar[frozenset[str]] = MESSAGES_IGNORED
+    refused: ClassVar[Mapping[str, str]] = MESSAGES_REFUSED
 
     model: str
     messages: Annotated[Listed[Turn], Field(min_length=1)]
@@ -118,7 +155,9 @@ class CountRequest(Exact):
     @model_validator(mode="after")
     def _ends_with_the_user(self) -> Self:
         if self.messages[-1].role == "assistant":
-            raise ValueError("'messages' must end with the user's: this model continues no answer of its own")
+            raise fault(
+                "messages", "'messages' must end with the user's: this model continues no answer of its own"
+            )
         return self
 
     def fields(self) -> dict[str, Any]:
@@ -127,7 +166,7 @@ class CountRequest(Exact):
         fields: dict[str, Any] = {
             "model": self.model,
             "messages": [*_system(self.system), *_messages(self.messages)],
-            "tools": [_tool(tool) for tool in self.tools or []] or None,
+            "tools": [_tool(tool) for tool in self.tools or [] if not tool.is_hosted] or None,
             "tool_choice": _tool_choice(self.tool_choice),
             "parallel_tool_calls": False if self._wants_one_call else None,
             "reasoning": {
@@ -155,11 +194,11 @@ class CountRequest(Exact):
 class MessagesRequest(CountRequest):
     """The body of POST /messages."""
 
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
+    max_tokens: Count
     stream: bool | None = None
     stop_sequences: Annotated[Listed[Stop], Field(max_length=64)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
     top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
 
     def fields(self) -> dict[str, Any]:
@@ -199,14 +238,14 @@ def _of_turn(path: str, turn: Turn) -> Iterator[dict[str, Any]]:
         yield _assistant(path, turn.content)
     else:
         texts: list[Block] = []
-        for position, block in enumerate(turn.content):
+        for block in turn.content:
             if block.type != "tool_result":
                 texts.append(block)
                 continue
             if texts:
                 yield {"role": turn.role, "content": _text_parts(f"{path}.content", texts)}
                 texts = []
-            yield _tool_result(f"{path}.content[{position}]", block)
+            yield _tool_result(block)
         if texts or not turn.content:
             yield {"role": turn.role, "content": _text_parts(f"{path}.content", texts)}
 
@@ -232,10 +271,11 @@ def _call(path: str, block: Block) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": function}
 
 
-def _tool_result(path: str, block: Block) -> dict[str, Any]:
+def _tool_result(block: Block) -> dict[str, Any]:
     content = block.content or ""
-    text = content if isinstance(content, str) else _text_parts(f"{path}.content", content)
-    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
+    if not isinstance(content, str):
+        content = "".join(text_or_placeholder(one.type, one.text, one.tool_name) for one in content)
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
 
 
 def _text_parts(path: str, blocks: list[Block]) -> list[dict[str, Any]]:

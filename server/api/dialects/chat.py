@@ -37,6 +37,7 @@ def chat_router(service: Service, always_sends_usage: bool) -> APIRouter:
     @router.post("/chat/completions")
     async def create_chat_completion(request: Request, body: Body) -> Response:
         caller = Caller.of(request, body.session_id, body.user)
+        service.parameters.note(request, body, caller, body.requires_parameters)
         chat = await anyio.to_thread.run_sync(Chat, service, body, caller)
         if body.stream:
             chunks = chat.chunks(always_sends_usage or body.wants_usage_in_stream)

@@ -31,6 +31,7 @@ def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
     @router.post("/completions")
     async def create_completion(request: Request, body: Body) -> Response:
         caller = Caller.of(request, body.session_id, body.user)
+        service.parameters.note(request, body, caller, body.requires_parameters)
         completion = await anyio.to_thread.run_sync(_Completion, service, body, caller)
         if body.stream:
             chunks = completion.chunks(always_sends_usage or body.wants_usage_in_stream)

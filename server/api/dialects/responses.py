@@ -1,7 +1,8 @@
 """POST /responses: OpenAI's newer dialect of the same chat. Stores nothing, and says so in `store`."""
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -17,12 +18,15 @@ from server.api.answer.named_events import Event, stream_named
 from server.api.answer.sse import comment
 from server.api.dialects.chat import Chat
 from server.api.dialects.responses_schema import ResponsesRequest, seal
+from server.api.dialects.responses_tools import custom_input, own_tools
 from server.api.error_bodies import describe
 from server.api.request.body import body_of
 from server.api.service import Service
 from server.link.messages import TokenScore
 
 PREFIXES = {"thought": "rs", "text": "msg", "call": "fc"}
+# What may be asked of a path on which there is nothing: 404, not 405.
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 def responses_router(service: Service) -> APIRouter:
@@ -33,8 +37,10 @@ def responses_router(service: Service) -> APIRouter:
     @router.post("/responses")
     async def create_response(request: Request, body: Body) -> Response:
         caller = Caller.of(request, body.session_id, body.user)
-        chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(), caller))
-        response = _Response(service, body, chat)
+        service.parameters.note(request, body, caller, body.requires_parameters)
+        find = partial(service.recent_items.find, caller.key or "")
+        chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(find), caller))
+        response = _Response(service, body, chat, partial(service.recent_items.add, caller.key or ""))
         if not body.stream:
             return await respond_whole(
                 request, response.result(), chat.envelope.id, service.patience_s, chat.headers
@@ -48,6 +54,7 @@ def responses_router(service: Service) -> APIRouter:
         )
 
     @router.get("/responses/{response_id}")
+    @router.api_route("/responses/{response_id:path}", methods=METHODS, include_in_schema=False)
     async def get_response(response_id: str) -> Response:
         message = f"there is no response {response_id[:100]!r}: this server stores none"
         raise RequestError(message, status=404, error_type="not_found", param="response_id")
@@ -58,8 +65,13 @@ def responses_router(service: Service) -> APIRouter:
 class _Response:
     """One response as it is written."""
 
-    def __init__(self, service: Service, body: ResponsesRequest, chat: Chat) -> None:
+    def __init__(
+        self, service: Service, body: ResponsesRequest, chat: Chat, keep: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """`keep` gets each complete item of the output."""
         self._body = body
+        self._keep = keep
+        self._tools = {tool.flat_name: tool for tool in own_tools(body.tools)}
         self._chat = chat
         self._answer: Answer = chat.answers[0]
         self._tokenizer = service.dialect.tokenizer
@@ -69,6 +81,8 @@ class _Response:
     async def result(self) -> dict[str, Any]:
         """The whole response."""
         items = await Items.of(self._chat.deltas())
+        for item in items.complete:
+            self._keep(self._item(item, "completed"))
         return self._object(self._status, items)
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -93,12 +107,16 @@ class _Response:
                 yield self._event("response.output_item.added", item, item=self._item(item, "in_progress"))
                 if item.kind != "call":
                     yield self._in_part("content_part.added", item, part=self._part(item))
+                if self._is_summed_up(item):
+                    yield self._in_summary("part.added", item, part=_summary(item))
             case Grew(Item(kind="text") as item, text, scores):
                 logprobs = self._logprobs(scores)
                 yield self._in_part("output_text.delta", item, delta=text, logprobs=logprobs)
             case Grew(Item(kind="thought") as item, text):
                 yield self._in_part("reasoning_text.delta", item, delta=text)
-            case Grew(item, text):
+                if self._is_summed_up(item):
+                    yield self._in_summary("text.delta", item, delta=text)
+            case Grew(item, text) if not self._is_custom(item):
                 yield self._of_item("function_call_arguments.delta", item, delta=text)
             case Closed(item):
                 yield from self._close(item)
@@ -110,12 +128,21 @@ class _Response:
                 yield self._in_part("output_text.done", item, text=item.text, logprobs=logprobs)
             case "thought":
                 yield self._in_part("reasoning_text.done", item, text=item.text)
+            case "call" if self._is_custom(item):
+                text = custom_input(item.text)
+                yield self._of_item("custom_tool_call_input.delta", item, delta=text)
+                yield self._of_item("custom_tool_call_input.done", item, input=text)
             case "call":
-                fields = {"name": item.name, "arguments": item.text}
+                fields = self._named(item) | {"arguments": item.text}
                 yield self._of_item("function_call_arguments.done", item, **fields)
         if item.kind != "call":
             yield self._in_part("content_part.done", item, part=self._part(item))
-        yield self._event("response.output_item.done", item, item=self._item(item, "completed"))
+        if self._is_summed_up(item):
+            yield self._in_summary("text.done", item, text=item.text)
+            yield self._in_summary("part.done", item, part=_summary(item))
+        done = self._item(item, "completed")
+        self._keep(done)
+        yield self._event("response.output_item.done", item, item=done)
 
     def _event(self, kind: str, at: Item | None = None, **fields: Any) -> Event:
         self._num_events += 1
@@ -127,6 +154,23 @@ class _Response:
 
     def _in_part(self, kind: str, item: Item, **fields: Any) -> Event:
         return self._of_item(kind, item, content_index=0, **fields)
+
+    def _in_summary(self, kind: str, item: Item, **fields: Any) -> Event:
+        return self._of_item(f"reasoning_summary_{kind}", item, summary_index=0, **fields)
+
+    def _is_summed_up(self, item: Item) -> bool:
+        return item.kind == "thought" and self._body.wants_summary
+
+    def _is_custom(self, item: Item) -> bool:
+        tool = self._tools.get(item.name)
+        return tool is not None and tool.is_custom
+
+    def _named(self, item: Item) -> dict[str, Any]:
+        """The name of a call's tool as the client knows it."""
+        tool = self._tools.get(item.name)
+        if tool is None or tool.namespace is None:
+            return {"name": item.name}
+        return {"name": tool.tool.name, "namespace": tool.namespace}
 
     @property
     def _status(self) -> str:
@@ -151,12 +195,15 @@ class _Response:
             "output": output,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+            "reasoning": {
+                "effort": body.reasoning.effort if body.reasoning else None,
+                "summary": body.reasoning.summary if body.reasoning else None,
+            },
             "store": False,
             "temperature": self._answer.request.sampling.temperature,
             "text": {"format": format_ or {"type": "text"}},
             "tool_choice": self._dumped(body.tool_choice) or "auto",
-            "tools": [self._dumped(tool) | {"strict": bool(tool.strict)} for tool in body.tools or []],
+            "tools": [tool.echo() for tool in body.tools or [] if not tool.is_hosted],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": self._answer.request.sampling.top_p,
             "truncation": "disabled",
@@ -188,16 +235,21 @@ class _Response:
         parts = [self._part(item)] if is_done else []
         match item.kind:
             case "thought":
-                thought = {"type": "reasoning", "summary": [], "content": parts}
+                summary = [_summary(item)] if is_done and self._is_summed_up(item) else []
+                thought = {"type": "reasoning", "summary": summary, "content": parts}
                 if is_done and self._body.wants_encrypted_thought:
                     thought["encrypted_content"] = seal(item.text)
                 return head | thought
             case "text":
                 return head | {"type": "message", "role": "assistant", "content": parts}
+            case "call" if self._is_custom(item):
+                text = custom_input(item.text) if is_done else ""
+                call = {"type": "custom_tool_call", "call_id": item.call_id}
+                return head | call | self._named(item) | {"input": text}
             case "call":
                 arguments = item.text if is_done else ""
-                call = {"type": "function_call", "call_id": item.call_id, "name": item.name}
-                return head | call | {"arguments": arguments}
+                call = {"type": "function_call", "call_id": item.call_id}
+                return head | call | self._named(item) | {"arguments": arguments}
 
     def _part(self, item: Item) -> dict[str, Any]:
         if item.kind == "thought":
@@ -210,3 +262,7 @@ class _Response:
             return []
         found: list[dict[str, Any]] = shapes.chat_logprobs(self._tokenizer, scores)["content"]
         return found
+
+
+def _summary(item: Item) -> dict[str, Any]:
+    return {"type": "summary_text", "text": item.text}

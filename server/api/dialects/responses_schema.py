@@ -1,23 +1,44 @@
 """The body of OpenAI's Responses, and the chat request that it amounts to.
 
-Nothing is stored here, so a conversation comes whole in `input`; what would need the store is refused.
+No response is stored here, so a conversation comes whole in `input`, but for references to recent items; what
+would need a store is refused.
 """
 
 import base64
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from config.errors import RequestError
-from server.api.request.chat_parts import JsonSchema, Lenient
+from server.api.dialects.responses_tools import (
+    ResponsesTool,
+    ToolChoice,
+    ToolToCall,
+    custom_arguments,
+    flat_name,
+    own_tools,
+)
+from server.api.request.chat_parts import JsonSchema, text_or_placeholder
 from server.api.request.chat_schema import ChatRequest
-from server.api.request.common_fields import IGNORED, Exact, GenerationRequest, Listed
+from server.api.request.common_fields import (
+    IGNORED,
+    REFUSED,
+    Count,
+    GenerationRequest,
+    Lenient,
+    Listed,
+    Options,
+    Whole,
+    fault,
+)
 from server.glm.effort import Effort
 
 # Of what OpenAI's service does beside answering; nothing is lost without it.
 RESPONSES_IGNORED = frozenset(["access_programs", "client_metadata", "max_tool_calls"])
 NEEDS_STORE = ("previous_response_id", "conversation", "prompt", "background")
+Find = Callable[[str], dict[str, Any] | None]
 ENCRYPTED = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
 
@@ -30,6 +51,15 @@ class Part(Lenient):
     refusal: str | None = None
 
 
+OWN_CALLS = ("function_call", "custom_tool_call", "local_shell_call")
+RESULTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output")
+_HOSTED = re.compile(r"(_call|_call_output|^tool_search_output|^ghost_snapshot)$|^mcp_")
+
+
+def _is_hosted(kind: str) -> bool:
+    return kind not in (*OWN_CALLS, *RESULTS) and bool(_HOSTED.search(kind))
+
+
 class InputItem(Lenient):
     """One item of the input. Which fields an item has depends on its type."""
 
@@ -39,30 +69,42 @@ class InputItem(Lenient):
     summary: Listed[Part] | None = None
     encrypted_content: str | None = None
     call_id: str | None = None
+    id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
+    input: str | None = None
+    action: dict[str, Any] | None = None
     output: str | Listed[Part] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_hosted(cls, value: Any) -> Any:
+        """An item of a hosted tool has fields of its own, which are nobody's here."""
+        kind = value.get("type") if isinstance(value, dict) else None
+        return {"type": kind} if isinstance(kind, str) and _is_hosted(kind) else value
 
-class FunctionTool(Lenient):
-    """A function that the client carries out; OpenAI's own tools have other types."""
+    @property
+    def is_hosted(self) -> bool:
+        """Whether it tells of a tool that is hosted elsewhere."""
+        return _is_hosted(self.type or "")
 
-    type: str
-    name: str | None = None
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    @property
+    def is_reference(self) -> bool:
+        """Whether it only names an item of an earlier response."""
+        return self.type == "item_reference" or (self.type is None and self.role is None and bool(self.id))
+
+    def overlooked(self) -> Iterator[str]:
+        """The item itself, or what a tool gave that is no text: a placeholder stands for that."""
+        if self.is_hosted:
+            yield self.type or ""
+        for index, part in enumerate(self.output if isinstance(self.output, list) else ()):
+            if not part.type.endswith("text"):
+                yield f"output[{index}].{part.type}"
 
 
-class FunctionChoice(Lenient):
-    """The one function that must be called."""
-
-    type: Literal["function"]
-    name: str
-
-
-class ReasoningChoice(Exact):
-    """How hard to think. There are no summaries: the thought itself is sent."""
+class ReasoningChoice(Options):
+    """How hard to think. A summary is the thought itself."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(["context", "mode"])
 
@@ -77,7 +119,7 @@ class TextFormat(JsonSchema):
     type: Literal["text", "json_object", "json_schema"]
 
 
-class TextConfig(Exact):
+class TextConfig(Options):
     """Format; verbosity has no counterpart in this model."""
 
     format: TextFormat | None = None
@@ -88,17 +130,20 @@ class ResponsesRequest(GenerationRequest):
     """The body of POST /responses, with the sampling fields that chat completions have, too."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED | RESPONSES_IGNORED
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (*REFUSED, "response_format"), "give the form of the answer in 'text.format'"
+    )
 
-    input: str | Annotated[Listed[InputItem], Field(min_length=1)]
+    input: str | Listed[InputItem]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    tools: Listed[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    max_output_tokens: Count | None = None
+    tools: Listed[ResponsesTool] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningChoice | None = None
     text: TextConfig | None = None
     include: Listed[str] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None
     previous_response_id: str | None = None
@@ -110,14 +155,17 @@ class ResponsesRequest(GenerationRequest):
     def _refuse_what_is_missing(self) -> Self:
         for name in NEEDS_STORE:
             if getattr(self, name):
-                raise ValueError(
+                raise fault(
+                    name,
                     f"'{name}' is not supported: this server stores no responses (store is false always); "
-                    "send the whole conversation in 'input'"
+                    "send the whole conversation in 'input'",
                 )
         if self.truncation == "auto":
-            raise ValueError("'truncation' can only be \"disabled\": nothing of the input is left out")
+            raise fault(
+                "truncation", "'truncation' can only be \"disabled\": nothing of the input is left out"
+            )
         if self.n not in (None, 1):
-            raise ValueError(f"'n' can only be 1, not {self.n}")
+            raise fault("n", f"'n' can only be 1, not {self.n}")
         return self
 
     @property
@@ -130,14 +178,23 @@ class ResponsesRequest(GenerationRequest):
         """Whether the client asks for a thought in the one form that it is sure to send back."""
         return ENCRYPTED in (self.include or [])
 
-    def chat(self) -> ChatRequest:
-        """The same request as a chat completion. Raises ValidationError, or RequestError."""
+    @property
+    def wants_summary(self) -> bool:
+        """Whether the client shows summaries of thoughts: it gets the thought itself as one."""
+        return bool(self.reasoning and (self.reasoning.summary or self.reasoning.generate_summary))
+
+    def chat(self, find: Find = lambda item_id: None) -> ChatRequest:
+        """The same request as a chat completion; `find` gives items that are only referred to.
+
+        Raises ValidationError, or RequestError.
+        """
         shared = GenerationRequest.model_fields
         fields = self.given(*(name for name in shared if name not in ("n", "stream_options")))
-        fields["messages"] = [*self._instructions(), *_messages(self.input)]
+        items = self.input if isinstance(self.input, str) else _resolved(self.input, find)
+        fields["messages"] = [*self._instructions(), *_messages(items)]
         optional = {
             "max_completion_tokens": self.max_output_tokens,
-            "tools": [_tool(f"tools[{index}]", tool) for index, tool in enumerate(self.tools or [])] or None,
+            "tools": [tool.function() for tool in own_tools(self.tools)] or None,
             "tool_choice": self._tool_choice(),
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
@@ -152,8 +209,9 @@ class ResponsesRequest(GenerationRequest):
         return [{"role": "system", "content": self.instructions}] if self.instructions is not None else []
 
     def _tool_choice(self) -> Any:
-        if isinstance(self.tool_choice, FunctionChoice):
-            return {"type": "function", "function": {"name": self.tool_choice.name}}
+        if isinstance(self.tool_choice, ToolToCall):
+            name = flat_name(self.tool_choice.namespace, self.tool_choice.name)
+            return {"type": "function", "function": {"name": name}}
         return self.tool_choice
 
     def _response_format(self) -> dict[str, Any] | None:
@@ -175,10 +233,30 @@ def _unseal(path: str, sealed: str) -> str:
         raise RequestError(f"{path}.encrypted_content is not of this server", param=path) from error
 
 
+def _resolved(items: list[InputItem], find: Find) -> list[InputItem]:
+    """The items, with those that are referred to in their places, and without those of hosted tools."""
+    return [
+        _referred(f"input[{index}]", item, find) if item.is_reference else item
+        for index, item in enumerate(items)
+        if not item.is_hosted
+    ]
+
+
+def _referred(path: str, item: InputItem, find: Find) -> InputItem:
+    found = find(item.id or "")
+    if found is None:
+        raise RequestError(
+            f"{path}: there is no item {(item.id or '')[:100]!r} among the recent ones (item_reference); "
+            "send the item itself (in the AI SDK: store: false)",
+            param=f"{path}.id",
+        )
+    return InputItem.model_validate(found)
+
+
 def _messages(items: str | list[InputItem]) -> Iterator[dict[str, Any]]:
     """Messages of chat. What a turn of the assistant consists of lies side by side in the input."""
-    if isinstance(items, str):
-        yield {"role": "user", "content": items}
+    if isinstance(items, str) or not items:
+        yield {"role": "user", "content": items or ""}
         return
     turn: dict[str, Any] | None = None
     for index, item in enumerate(items):
@@ -210,35 +288,50 @@ def _assistant_part(path: str, item: InputItem) -> dict[str, Any] | None:
     match item.type:
         case "reasoning":
             return {"reasoning": _thought(path, item)}
-        case "function_call":
-            if not item.name:
-                raise RequestError(f"{path}: a function_call needs 'name'", param=path)
-            function = {"name": item.name, "arguments": item.arguments or ""}
-            return {"tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
+        case "function_call" | "custom_tool_call" | "local_shell_call":
+            function = _function(path, item)
+            call_id = item.call_id or item.id
+            return {"tool_calls": [{"id": call_id, "type": "function", "function": function}]}
         case "message" | None if item.role == "assistant":
             return {"content": _text(f"{path}.content", item.content)}
     return None
 
 
+def _function(path: str, item: InputItem) -> dict[str, Any]:
+    if item.type == "local_shell_call":
+        return {"name": "local_shell", "arguments": item.action or {}}
+    if not item.name:
+        raise RequestError(f"{path}: a {item.type} needs 'name'", param=f"{path}.name")
+    name = flat_name(item.namespace, item.name)
+    if item.type == "custom_tool_call":
+        return {"name": name, "arguments": custom_arguments(item.input or "")}
+    return {"name": name, "arguments": item.arguments or ""}
+
+
 def _thought(path: str, item: InputItem) -> str:
     if item.encrypted_content:
         return _unseal(path, item.encrypted_content)
-    parts = item.content if isinstance(item.content, list) else item.summary or []
+    parts = item.content if isinstance(item.content, list) and item.content else item.summary or []
     return "".join(part.text or "" for part in parts)
 
 
 def _other_message(path: str, item: InputItem) -> dict[str, Any]:
-    if item.type == "function_call_output":
-        if item.output is None:
-            raise RequestError(f"{path}: a function_call_output needs 'output'", param=path)
-        return {"role": "tool", "tool_call_id": item.call_id, "content": _text(f"{path}.output", item.output)}
+    if item.type in RESULTS:
+        return {"role": "tool", "tool_call_id": item.call_id or item.id, "content": _output(item.output)}
     if item.type not in ("message", None):
         raise RequestError(f"{path}: items of type {item.type[:40]!r} are not supported", param=path)
     if item.role is None:
-        raise RequestError(f"{path}: a message needs 'role'", param=path)
+        raise RequestError(f"{path}: a message needs 'role'", param=f"{path}.role")
     if item.content is None:
-        raise RequestError(f"{path}: a message of role {item.role!r} needs 'content'", param=path)
+        message = f"{path}: a message of role {item.role!r} needs 'content'"
+        raise RequestError(message, param=f"{path}.content")
     return {"role": item.role, "content": _text(f"{path}.content", item.content)}
+
+
+def _output(output: str | list[Part] | None) -> str:
+    if isinstance(output, list):
+        return "".join(text_or_placeholder(part.type, part.text) for part in output)
+    return output or ""
 
 
 def _text(path: str, content: str | list[Part] | None) -> Any:
@@ -254,11 +347,3 @@ def _part_text(path: str, part: Part) -> str:
         message = f"{path}: parts of type {part.type[:40]!r} are not supported, this model reads text"
         raise RequestError(message, param=path)
     return text
-
-
-def _tool(path: str, tool: FunctionTool) -> dict[str, Any]:
-    if tool.type != "function" or not tool.name:
-        message = f"{path}: tools of type {tool.type[:40]!r} are not supported, only functions with a name"
-        raise RequestError(message, param=path)
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    return {"type": "function", "function": {name: v for name, v in function.items() if v is not None}}

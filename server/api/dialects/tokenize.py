@@ -4,13 +4,13 @@ from typing import Annotated, Any, Self
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
 from server.api.dialects.chat import render
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
-from server.api.request.common_fields import Listed
-from server.api.request.completion_schema import TokenId
+from server.api.request.common_fields import Listed, fault
+from server.api.request.completion_schema import TokenId, whole_ids
 from server.api.service import Service
 
 MESSAGES = TypeAdapter(ChatRequest)
@@ -28,7 +28,7 @@ class TokenizeRequest(BaseModel):
     @model_validator(mode="after")
     def _has_one_text(self) -> Self:
         if (self.prompt, self.content, self.messages).count(None) != 2:
-            raise ValueError("give one of 'prompt', 'content' and 'messages'")
+            raise fault("prompt", "give one of 'prompt', 'content' and 'messages'")
         return self
 
     def chat(self) -> ChatRequest:
@@ -42,7 +42,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    tokens: Annotated[Listed[TokenId], Field(max_length=2**21)]
+    tokens: Annotated[Listed[TokenId], Field(max_length=2**21), BeforeValidator(whole_ids)]
 
 
 def tokenize_router(service: Service) -> APIRouter:

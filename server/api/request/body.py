@@ -1,6 +1,7 @@
 """Reads a request's body: bounded in size, depth and time, strict, and finite. Called by the routes."""
 
 import asyncio
+import codecs
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -42,14 +43,15 @@ def _parse(raw: bytes) -> Any:
     that are not UTF-8, where Python's would crash, or let them through to crash later.
     """
     try:
-        return pydantic_core.from_json(raw)
+        return pydantic_core.from_json(raw.removeprefix(codecs.BOM_UTF8))  # some clients begin with a mark
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from error
 
 
 async def read_body(request: Request) -> bytes:
     """The body, if it is not too large, and comes in time."""
-    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+    coding = request.headers.get("content-encoding", "")
+    if any(one.strip().lower() not in ("", "identity") for one in coding.split(",")):
         message = f"a body in content-encoding {coding[:40]!r} is not read: send it as it is"
         raise RequestError(message, status=415)
     try:

@@ -1,24 +1,36 @@
 """What the body of a chat completion is made of; `chat_schema` puts it together."""
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from server.api.request.common_fields import Exact, Listed
+from server.api.request.common_fields import Count, Lenient, Listed, Noted, Options, fault
 from server.glm.effort import Effort
 
 
-class Lenient(BaseModel):
-    """Parts of a body in which clients send back whatever they once received."""
+class Part(Lenient):
+    """A part of a message's content."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    type: str
+    text: str | None = None
 
 
-class TextPart(Lenient):
-    """Content in parts. This model reads text only."""
+# What is no text, by words in the names of its parts in all dialects.
+_MEDIA = ("image", "file", "document", "audio", "video")
 
-    type: Literal["text"]
-    text: str
+
+def text_or_placeholder(kind: str, text: str | None, name: str | None = None) -> str:
+    """The text of a part of a tool's result, or what the model reads in the place of another kind of part.
+
+    `name` is that of the tool which a reference names.
+    """
+    if kind in ("text", "input_text", "output_text"):
+        return text or ""
+    if name is not None:
+        return f"[tool: {name}]"
+    medium = next((medium for medium in _MEDIA if medium in kind), kind[:40])
+    return f"[{medium} left out: this model reads text]"
 
 
 class FunctionCall(Lenient):
@@ -42,7 +54,7 @@ class ReasoningDetail(Lenient):
     text: str | None = None
 
 
-class Reasoning(Exact):
+class Reasoning(Options):
     """OpenRouter's `reasoning`. There are no summaries: the thought itself is sent."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(["summary", "context", "mode"])
@@ -50,7 +62,7 @@ class Reasoning(Exact):
     effort: Effort | None = None
     enabled: bool | None = None
     exclude: bool | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Count | None = None
 
 
 class ConfigurationUpdate(Lenient):
@@ -63,7 +75,7 @@ class Message(Lenient):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Listed[TextPart] | None = None
+    content: str | Listed[Part] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     reasoning_details: Listed[ReasoningDetail] | None = None
@@ -77,16 +89,32 @@ class Message(Lenient):
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role!r} needs content")
+        if self.content is None and self.role not in ("assistant", "tool"):
+            raise fault("content", f"a message of role {self.role!r} needs content")
+        for index, part in enumerate(self._parts if self.role != "tool" else ()):
+            if part.type != "text":
+                message = f"a part can only be of type 'text', not {part.type[:40]!r}: this model reads text"
+                raise fault(f"content[{index}].type", message)
+            if part.text is None:
+                raise fault(f"content[{index}].text", "a part of type 'text' needs 'text'")
         return self
+
+    @property
+    def _parts(self) -> list[Part]:
+        return self.content if isinstance(self.content, list) else []
 
     @property
     def text(self) -> str:
         """The content as one string."""
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
+            return "".join(text_or_placeholder(part.type, part.text) for part in self.content)
         return self.content or ""
+
+    def overlooked(self) -> Iterator[str]:
+        """What a tool gave that is no text: a client cannot help that, so a placeholder stands for it."""
+        for index, part in enumerate(self._parts):
+            if part.type != "text":
+                yield f"content[{index}].{part.type}"
 
     @property
     def thought(self) -> str | None:
@@ -104,16 +132,31 @@ class Function(BaseModel):
     name: Annotated[str, Field(pattern=r"^[^\s<>]{1,256}$")]
 
 
-class Tool(BaseModel):
-    """A tool that the model may call."""
+class Tool(Noted):
+    """A tool that the model may call; one that is hosted elsewhere has another type, and is not here."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    type: Literal["function"]
-    function: Function
+    type: str
+    function: Function | None = None
+
+    @model_validator(mode="after")
+    def _has_a_function(self) -> Self:
+        if self.type == "function" and self.function is None:
+            raise fault("function", "a tool of type 'function' needs 'function'")
+        if self.type == "custom":
+            raise fault(
+                "type", "tools of type 'custom' are not supported here: make it one of type 'function'"
+            )
+        return self
+
+    def overlooked(self) -> Iterator[str]:
+        """The type of a hosted tool."""
+        if self.type != "function":
+            yield self.type
 
 
-class TemplateOptions(Exact):
+class TemplateOptions(Options):
     """`chat_template_kwargs`: the template's own switches."""
 
     enable_thinking: bool | None = None
@@ -121,7 +164,7 @@ class TemplateOptions(Exact):
     reasoning_effort: Effort | None = None
 
 
-class Thinking(Exact):
+class Thinking(Options):
     """Z.ai's switch."""
 
     type: Literal["enabled", "disabled"]
@@ -136,8 +179,10 @@ class JsonSchema(Lenient):
     json_schema: Any = Field(default=None, alias="schema")
 
 
-class ResponseFormat(Exact):
+class ResponseFormat(Options):
     """What the content must be."""
+
+    refused: ClassVar[Mapping[str, str]] = {"schema": "the schema belongs into 'json_schema'"}
 
     type: Literal["text", "json_object", "json_schema", "grammar", "regex"]
     json_schema: JsonSchema | None = None
@@ -147,11 +192,11 @@ class ResponseFormat(Exact):
     @model_validator(mode="after")
     def _says_what(self) -> Self:
         if self.type == "json_schema" and (self.json_schema is None or self.json_schema.json_schema is None):
-            raise ValueError("type 'json_schema' needs 'json_schema.schema'")
+            raise fault("json_schema", "type 'json_schema' needs 'json_schema.schema'")
         if self.type == "grammar" and not self.grammar:
-            raise ValueError("type 'grammar' needs 'grammar'")
+            raise fault("grammar", "type 'grammar' needs 'grammar'")
         if self.type == "regex" and not self.regex:
-            raise ValueError("type 'regex' needs 'regex'")
+            raise fault("regex", "type 'regex' needs 'regex'")
         return self
 
 
@@ -166,3 +211,14 @@ class NamedTool(Lenient):
 
     type: Literal["function"]
     function: NamedFunction
+
+
+def not_hosted(choice: Any) -> Any:
+    """The choice, unless it is of a tool that is hosted elsewhere: nobody here could carry it out."""
+    kind = choice.get("type") if isinstance(choice, dict) else "function"
+    if kind != "function":
+        raise fault("", f"a choice of type {str(kind)[:40]!r} is not supported, only a function by its name")
+    return choice
+
+
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(not_hosted)]

@@ -1,6 +1,7 @@
 """The body of a chat completion, and the form in which a chat template takes its messages."""
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic_core
 from pydantic import Field, model_validator
@@ -16,22 +17,32 @@ from server.api.request.chat_parts import (
     Thinking,
     Tool,
     ToolCall,
+    ToolChoice,
 )
-from server.api.request.common_fields import GenerationRequest, Listed
+from server.api.request.common_fields import REFUSED, Count, GenerationRequest, Listed, Whole, fault
 from server.glm.effort import Effort
 from server.glm.tools import ToolSet
+
+REFUSED_IN_CHAT = {
+    "functions": "it is the old form of 'tools'",
+    "function_call": "it is the old form of 'tool_choice'",
+    "audio": "this model writes text",
+    "web_search_options": "this server does not read the web",
+}
 
 
 class ChatRequest(GenerationRequest):
     """The body of POST /chat/completions."""
 
+    refused: ClassVar[Mapping[str, str]] = {**REFUSED, **REFUSED_IN_CHAT}
+
     messages: Annotated[Listed[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: Listed[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning: Reasoning | None = None
@@ -44,29 +55,35 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if not any(map(_has_turn, self.messages)):
-            raise ValueError("'messages' only change the configuration: there is nothing to answer")
+            raise fault("messages", "'messages' only change the configuration: there is nothing to answer")
         return self
 
     @model_validator(mode="after")
     def _asks_for_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("'top_logprobs' needs 'logprobs' to be true")
+            raise fault("top_logprobs", "'top_logprobs' needs 'logprobs' to be true")
         return self
 
     @model_validator(mode="after")
     def _can_choose(self) -> Self:
         names: set[str] = set()
-        for name in (tool.function.name for tool in self.tools or []):
+        for name in (function.name for function in self.functions):
             if name in names:  # a call says only the name: nobody knew whose schema it follows
-                raise ValueError(f"'tools' has {name[:100]!r} twice: names of tools must differ")
+                raise fault("tools", f"'tools' has {name[:100]!r} twice: names of tools must differ")
             names.add(name)
         if self.tool_choice == "required" and not names:
-            raise ValueError("'tool_choice' is \"required\", but there are no tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(
-                f"'tool_choice' names {self.tool_choice.function.name[:100]!r}, which no tool is"
+            raise fault(
+                "tool_choice", "'tool_choice' is \"required\", but there are no tools of the client's"
             )
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            name = self.tool_choice.function.name[:100]
+            raise fault("tool_choice", f"'tool_choice' names {name!r}, which no tool of the client's is")
         return self
+
+    @property
+    def functions(self) -> list[Function]:
+        """The client's own tools: those that are hosted elsewhere are left out."""
+        return [tool.function for tool in self.tools or [] if tool.function]
 
     @property
     def limit(self) -> int | None:
@@ -120,16 +137,17 @@ class ChatRequest(GenerationRequest):
 
     def template_tools(self) -> list[dict[str, Any]] | None:
         """Tools as the template takes them."""
-        if not self.tools or self.tool_choice == "none":
+        if self.tool_choice == "none":
             return None
         return [
             {"type": tool.type, **_of_the_tool(tool), "function": _in_order(tool.function)}
-            for tool in self.tools
-        ]
+            for tool in self.tools or []
+            if tool.function
+        ] or None
 
     def forced_functions(self) -> list[dict[str, Any]]:
         """The functions of which one must be called; none where the model may choose."""
-        functions = [_in_order(tool.function) for tool in self.tools or []]
+        functions = [_in_order(function) for function in self.functions]
         if isinstance(self.tool_choice, NamedTool):
             return [one for one in functions if one["name"] == self.tool_choice.function.name]
         return functions if self.tool_choice == "required" else []

@@ -1,11 +1,22 @@
 """What chat completions and completions have in common in their bodies, and the rules for all fields.
 
-Each field is honoured, ignored because nothing is lost by it (`IGNORED`), or refused by name.
+A field is honoured, ignored because nothing is lost by it (`IGNORED`), or refused by name because the answer
+would be another one (`REFUSED`). An unknown field is ignored, and `server/api/parameters.py` says so.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 # OpenRouter routes and bills by these, OpenAI stores and labels; here they have no meaning.
 IGNORED = frozenset(
@@ -33,6 +44,22 @@ IGNORED = frozenset(
     ]
 )
 
+# Other engines' names for a form that the answer must have. Without it the answer would be wrong.
+FORMS = (
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "json_schema",
+    "grammar",
+    "regex",
+    "ebnf",
+    "structural_tag",
+)
+REFUSED: Mapping[str, str] = dict.fromkeys(FORMS, "give the form of the answer in 'response_format'")
+# OpenRouter's plugins that read the web.
+WEB_PLUGINS = frozenset(["web", "web-search", "web-fetch"])
+
 # Answers to one prompt; each holds a cache of its own.
 MAX_ANSWERS = 16
 
@@ -50,25 +77,79 @@ class _FirstFault(FailFast):
 Listed = Annotated[list[T], _FirstFault()]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
-class Exact(BaseModel):
-    """What is neither a field nor in `ignored` is refused by name, unless it is null."""
+def whole(value: Any) -> Any:
+    """The integer that a number such as 3.0 is: JSON has one kind of number, and clients may write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(whole)]
+Count = Annotated[Whole, Field(ge=1, lt=2**31)]
+Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**64)]
+
+
+def fault(param: str, message: str) -> PydanticCustomError:
+    """What a validator raises to blame the field `param` of its model, or with "" its own field."""
+    return PydanticCustomError("fault", "{message}", {"message": message, "param": param})
+
+
+class Noted(BaseModel):
+    """A part of a body that can name what it holds in vain."""
+
+    model_config = ConfigDict(strict=True)
+
+    def overlooked(self) -> Iterator[str]:
+        """Names in this part that change nothing although its client may think so."""
+        return iter(())
+
+
+class Lenient(Noted):
+    """A part in which clients send back what they once received: fields without a meaning are not told."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Exact(Noted):
+    """What is no field is refused by name, unless it is null."""
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": False})
-
-    ignored: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="after")
     def _refuse_the_unknown(self) -> Self:
         for name, value in (self.model_extra or {}).items():
-            if name not in self.ignored and value is not None:
-                raise ValueError(f"{name!r} is not supported")
+            if value is not None:
+                raise fault(name, f"{name!r} is not supported")
         return self
 
 
-class StreamOptions(Exact):
+class Options(Noted):
+    """Fields of a request. Those in `refused` are faults, with a reason; null counts as absent.
+
+    Those in `ignored` have no meaning here by design; the rest is unknown, and `overlooked` names it.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="after")
+    def _refuse(self) -> Self:
+        extra = self.model_extra or {}
+        for name, reason in self.refused.items():
+            if extra.get(name) is not None:
+                raise fault(name, f"{name!r} is not supported: {reason}")
+        return self
+
+    def overlooked(self) -> Iterator[str]:
+        """The unknown fields that have a value."""
+        for name, value in (self.model_extra or {}).items():
+            if value is not None and name not in self.ignored:
+                yield name
+
+
+class StreamOptions(Options):
     """OpenAI's options of a stream. It pads chunks against eavesdroppers on its own network."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(["include_obfuscation"])
@@ -76,10 +157,11 @@ class StreamOptions(Exact):
     include_usage: bool | None = None
 
 
-class GenerationRequest(Exact):
+class GenerationRequest(Options):
     """Fields of both kinds of completion. A field that is null counts as absent."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED
+    refused: ClassVar[Mapping[str, str]] = REFUSED
 
     model: str | None = None
     models: Annotated[Listed[str], Field(max_length=64)] | None = None
@@ -89,16 +171,29 @@ class GenerationRequest(Exact):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stop | Annotated[Listed[Stop], Field(max_length=64)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MAX_ANSWERS)] | None = None
     seed: Seed | None = None
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Finite, Field(gt=0, le=2)] | None = None
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
+    structured_outputs: bool | None = None  # they are there, asked for or not
+
+    @model_validator(mode="after")
+    def _asks_for_text_only(self) -> Self:
+        extra = self.model_extra or {}
+        modalities, plugins = extra.get("modalities"), extra.get("plugins")
+        for kind in modalities if isinstance(modalities, list) else ():
+            if kind != "text":
+                raise fault("modalities", f"'modalities' can only be [\"text\"], not {str(kind)[:40]!r}")
+        for plugin in plugins if isinstance(plugins, list) else ():
+            if _reads_the_web(plugin):
+                raise fault("plugins", f"'plugins' has {plugin['id']!r}: this server does not read the web")
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -110,6 +205,17 @@ class GenerationRequest(Exact):
         """Whether the client asked for the usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def requires_parameters(self) -> bool:
+        """Whether OpenRouter's `provider.require_parameters` asks that nothing is ignored."""
+        provider = (self.model_extra or {}).get("provider")
+        return isinstance(provider, dict) and provider.get("require_parameters") is True
+
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the named fields that have a value."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def _reads_the_web(plugin: Any) -> bool:
+    is_plugin = isinstance(plugin, dict) and isinstance(plugin.get("id"), str)
+    return is_plugin and plugin["id"] in WEB_PLUGINS and plugin.get("enabled") is not False

@@ -1,38 +1,54 @@
 """The body of a text completion."""
 
-from typing import Annotated, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from server.api.request.common_fields import GenerationRequest, Listed
+from server.api.request.common_fields import REFUSED, GenerationRequest, Listed, Whole, fault, whole
 
 MAX_PROMPTS = 1024
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+NO_FORM = "this endpoint continues text; /chat/completions has 'response_format'"
+
+
+def whole_ids(value: Any) -> Any:
+    """Ids with numbers such as 3.0 made integers; lists of lists too. Millions of plain ids cost little."""
+    if not isinstance(value, list):
+        return value
+    kinds = set(map(type, value))
+    if list in kinds:
+        return [whole_ids(item) for item in value]
+    return list(map(whole, value)) if float in kinds else value
 
 
 class CompletionRequest(GenerationRequest):
     """The body of POST /completions. `max_tokens` 0 with `echo` and `logprobs` scores a prompt."""
 
-    prompt: str | Listed[str] | Listed[TokenId] | Listed[Listed[TokenId]]
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys((*REFUSED, "response_format"), NO_FORM)
+
+    prompt: Annotated[
+        str | Listed[str] | Listed[TokenId] | Listed[Listed[TokenId]], BeforeValidator(whole_ids)
+    ]
+    max_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: int | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    best_of: Whole | None = None
     suffix: str | None = None
 
     @model_validator(mode="after")
     def _refuse_what_is_missing(self) -> Self:
         if self.best_of not in (None, 1):
-            raise ValueError(f"'best_of' can only be 1, not {self.best_of}")
+            raise fault("best_of", f"'best_of' can only be 1, not {self.best_of}")
         if self.suffix:
-            raise ValueError("'suffix' is not supported")
+            raise fault("suffix", "'suffix' is not supported: this model fills no gaps")
         return self
 
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
-            raise ValueError(f"'prompt' must hold 1 to {MAX_PROMPTS} prompts")
+            raise fault("prompt", f"'prompt' must hold 1 to {MAX_PROMPTS} prompts")
         return self
 
     @property

@@ -23,9 +23,13 @@ class ModelNames:
     def check(self, model: str | None, fallbacks: list[str]) -> None:
         """Raise RequestError unless one of the names is served; no name at all is the default model's."""
         wanted = [name for name in (model, *fallbacks) if name is not None]
-        if wanted and not any(map(self.means_us, wanted)):
+        ours = [name for name in wanted if self.means_us(name)]
+        if wanted and not ours:
             message = f"{wanted[0][:100]} is not a valid model ID"
             raise RequestError(f"{message}; this server has {self.served}", param="model")
+        if ours and all(map(_is_online, ours)):
+            message = f"{ours[0][:100]}: ':online' is not supported, this server does not read the web"
+            raise RequestError(message, param="model")
 
     def means_us(self, name: str) -> bool:
         """Whether a name is ours: with a `:variant`, a date, another spelling, or without its author."""
@@ -35,6 +39,10 @@ class ModelNames:
         our_author, our_slug = _normalise(self.served)
         is_same_author = author in ("", our_author) or {author, our_author} <= VENDORS
         return slug == our_slug and is_same_author
+
+
+def _is_online(name: str) -> bool:
+    return "online" in name.lower().split(":")[1:]
 
 
 def _normalise(name: str) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """An agent's loop against Pocket, which really decides to call: the SDKs, unmodified, over a socket."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -9,19 +8,12 @@ import pytest
 
 from server.commands.checkpoint import POCKET
 from tests.server.serving.clients.common import TOOL
-from tests.server.serving.test_serving import Server, start_server, stop_server
+from tests.server.serving.running import Server
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (POCKET / "config.json").exists(), reason="Pocket is not in this checkout"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    started = start_server()
-    yield started
-    stop_server(started)
 
 
 def take_turn(server: Server, messages: list[Any], is_streaming: bool, **options: Any) -> Any:

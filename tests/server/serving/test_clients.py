@@ -16,7 +16,7 @@ import pytest
 
 from server.commands.checkpoint import POCKET
 from tests.server.serving.clients.common import NUM_TOP
-from tests.server.serving.test_serving import ROOT, start_server, stop_server
+from tests.server.serving.running import ROOT, Server
 
 HERE = Path(sys.executable)
 # langchain-openrouter pins OpenRouter's SDK below 1.0: both live in an environment of their own
@@ -38,18 +38,11 @@ Talks = dict[str, subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
-def server_url() -> Iterator[str]:
-    server = start_server()
-    yield server.url
-    stop_server(server)
-
-
-@pytest.fixture(scope="module")
-def talks(server_url: str) -> Iterator[Talks]:
+def talks(server: Server) -> Iterator[Talks]:
     """All clients; they talk at the same time."""
     started = {
         client: subprocess.Popen(
-            [python, "-m", f"tests.server.clients.{module}", server_url],
+            [python, "-m", f"tests.server.serving.clients.{module}", server.url],
             cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for client, (python, module) in TALKS.items()
@@ -112,10 +105,10 @@ def test_it_says_what_was_wrong(client: dict[str, Any]) -> None:
     assert "temperature" in client["error"]
 
 
-def test_it_cancels_by_leaving(client: dict[str, Any], server_url: str) -> None:
+def test_it_cancels_by_leaving(client: dict[str, Any], server: Server) -> None:
     deadline = time.monotonic() + 10
     while True:
-        found = httpx.get(f"{server_url}/api/v1/generation", params={"id": client["cancel"]})
+        found = httpx.get(f"{server.url}/api/v1/generation", params={"id": client["cancel"]})
         if found.status_code == 200:
             break
         assert time.monotonic() < deadline, found.text

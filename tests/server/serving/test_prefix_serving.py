@@ -13,7 +13,7 @@ import pytest
 
 from server.commands.checkpoint import POCKET
 from tests.server.serving.clients.common import TOOL
-from tests.server.serving.test_serving import Server, start_server, stop_server
+from tests.server.serving.running import Server, start_server, stop_server
 
 pytestmark = [
     pytest.mark.slow,
@@ -108,23 +108,22 @@ def test_without_a_prefix_cache_every_prompt_is_read_anew() -> None:
 @pytest.mark.parametrize(
     "strips", [pytest.param(False, marks=pytest.mark.long), True], ids=["as it was", "reasoning stripped"]
 )
-def test_a_tool_loop_pays_for_its_new_tokens(tmp_path: Path, strips: bool) -> None:
-    with serving(*flags(tmp_path)) as server:
-        messages: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]
-        length_before = 0
-        for _ in range(4):
-            result = ask(server, messages, tools=[TOOL])
-            usage, message = result["usage"], result["choices"][0]["message"]
-            num_prefilled = usage["prompt_tokens"] - cached(result)
-            if length_before:
-                assert num_prefilled <= usage["prompt_tokens"] - length_before + 1
-            length_before = usage["total_tokens"] - 1  # the token that ended the turn was not read
-            if strips:
-                message = {key: value for key, value in message.items() if not key.startswith("reasoning")}
-            messages.append(message)
-            if message.get("tool_calls"):
-                content = json.dumps({"city": "Oslo", "temperature": 7, "condition": "rain"})
-                call_id = message["tool_calls"][0]["id"]
-                messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
-            else:
-                messages.append({"role": "user", "content": "And the weather in Bergen?"})
+def test_a_tool_loop_pays_for_its_new_tokens(server: Server, strips: bool) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]
+    length_before = 0
+    for _ in range(4):
+        result = ask(server, messages, tools=[TOOL])
+        usage, message = result["usage"], result["choices"][0]["message"]
+        num_prefilled = usage["prompt_tokens"] - cached(result)
+        if length_before:
+            assert num_prefilled <= usage["prompt_tokens"] - length_before + 1
+        length_before = usage["total_tokens"] - 1  # the token that ended the turn was not read
+        if strips:
+            message = {key: value for key, value in message.items() if not key.startswith("reasoning")}
+        messages.append(message)
+        if message.get("tool_calls"):
+            content = json.dumps({"city": "Oslo", "temperature": 7, "condition": "rain"})
+            call_id = message["tool_calls"][0]["id"]
+            messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
+        else:
+            messages.append({"role": "user", "content": "And the weather in Bergen?"})

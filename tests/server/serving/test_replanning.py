@@ -10,13 +10,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.serving.test_serving import SUM, Server, ask, start_server, stop_server
+from tests.server.serving.running import SUM, Server, ask, start_server, stop_server
 
 BUDGET = "408M"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def streamed() -> Iterator[Server]:
     started = start_server("--stream-experts", "--ram-budget", BUDGET)
     yield started
     stop_server(started)
@@ -45,36 +45,36 @@ def engine_of(server: Server) -> int:
 
 
 @pytest.mark.slow
-def test_a_budget_and_a_policy_are_changed_shown_and_outlive_the_engine(server: Server) -> None:
-    before, slots = ask(server, SUM), metric(server, "expert_slots")
+def test_a_budget_and_a_policy_are_changed_shown_and_outlive_the_engine(streamed: Server) -> None:
+    before, slots = ask(streamed, SUM), metric(streamed, "expert_slots")
     assert "42" in before
-    answer = change(server, ram_budget="398M", expert_policy="lru")
+    answer = change(streamed, ram_budget="398M", expert_policy="lru")
     assert answer.status_code == 202, answer.text
     plan = answer.json()["data"]
     assert (plan["budget_bytes"], plan["expert_policy"]) == (398 * 10**6, "lru")
     assert sum(plan["slots_per_layer"]) < slots
-    wait_for(server, "expert_slots", sum(plan["slots_per_layer"]))
-    wait_for(server, "ram_budget_bytes", 398e6)
-    assert metric(server, 'expert_policy{policy="lru"}') == 1
-    assert metric(server, 'memory_planned_bytes{line="experts"}') == plan["lines"]["experts"]
-    assert metric(server, 'memory_used_bytes{line="experts"}') == plan["lines"]["experts"]
-    assert ask(server, SUM) == before
+    wait_for(streamed, "expert_slots", sum(plan["slots_per_layer"]))
+    wait_for(streamed, "ram_budget_bytes", 398e6)
+    assert metric(streamed, 'expert_policy{policy="lru"}') == 1
+    assert metric(streamed, 'memory_planned_bytes{line="experts"}') == plan["lines"]["experts"]
+    assert metric(streamed, 'memory_used_bytes{line="experts"}') == plan["lines"]["experts"]
+    assert ask(streamed, SUM) == before
 
-    pid = engine_of(server)
+    pid = engine_of(streamed)
     os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while metric(server, "ready") or engine_of_or_none(server) in (pid, None):
+    while metric(streamed, "ready") or engine_of_or_none(streamed) in (pid, None):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    wait_for(server, "ready", 1)
-    wait_for(server, "ram_budget_bytes", 398e6)
-    assert metric(server, 'expert_policy{policy="lru"}') == 1
-    assert metric(server, 'expert_policy{policy="nearness"}') == 0
-    assert ask(server, SUM) == before
+    wait_for(streamed, "ready", 1)
+    wait_for(streamed, "ram_budget_bytes", 398e6)
+    assert metric(streamed, 'expert_policy{policy="lru"}') == 1
+    assert metric(streamed, 'expert_policy{policy="nearness"}') == 0
+    assert ask(streamed, SUM) == before
 
-    plan = change(server, ram_budget=BUDGET).json()["data"]
-    wait_for(server, "expert_slots", sum(plan["slots_per_layer"]))
-    assert ask(server, SUM) == before
+    plan = change(streamed, ram_budget=BUDGET).json()["data"]
+    wait_for(streamed, "expert_slots", sum(plan["slots_per_layer"]))
+    assert ask(streamed, SUM) == before
 
 
 def engine_of_or_none(server: Server) -> int | None:
@@ -85,29 +85,25 @@ def engine_of_or_none(server: Server) -> int | None:
 
 
 @pytest.mark.slow
-def test_what_the_plan_does_not_allow_is_refused_with_the_numbers(server: Server) -> None:
-    before = metric(server, "ram_budget_bytes")
+def test_what_the_plan_does_not_allow_is_refused_with_the_numbers(streamed: Server) -> None:
+    before = metric(streamed, "ram_budget_bytes")
     for body, words in (
         ({"ram_budget": "100M", "expert_policy": "nearness"}, r"100\.0 MB is too small.* needs 3\d\d\.\dM"),
         ({"ram_budget": "900T"}, r"900\.0 TB is above the memory of this machine: [\d.]+ GB"),
         ({"ram_budget": "some"}, "is not a size"),
         ({}, "give 'ram_budget'"),
     ):
-        answer = change(server, **body)
+        answer = change(streamed, **body)
         assert answer.status_code == 400
         assert re.search(words, answer.json()["error"]["message"]), answer.text
-    needed = re.search(r"needs (\S+);", change(server, ram_budget="100M").json()["error"]["message"])
+    needed = re.search(r"needs (\S+);", change(streamed, ram_budget="100M").json()["error"]["message"])
     assert needed
-    assert metric(server, "ram_budget_bytes") == before
-    assert change(server, ram_budget=needed[1]).status_code == 202, "the budget that is named is taken"
+    assert metric(streamed, "ram_budget_bytes") == before
+    assert change(streamed, ram_budget=needed[1]).status_code == 202, "the budget that is named is taken"
 
 
 @pytest.mark.slow
-def test_a_model_that_is_all_in_memory_needs_a_restart() -> None:
-    server = start_server()
-    try:
-        answer = change(server, ram_budget="1G")
-        assert answer.status_code == 400
-        assert "needs a restart" in answer.json()["error"]["message"]
-    finally:
-        stop_server(server)
+def test_a_model_that_is_all_in_memory_needs_a_restart(server: Server) -> None:
+    answer = change(server, ram_budget="1G")
+    assert answer.status_code == 400
+    assert "needs a restart" in answer.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""The whole program as a user runs it: `glmserve` in a process of its own, Pocket behind a real socket."""
+"""The whole program as a user runs it: answers, streams, and ends."""
 
 import json
 import os
@@ -7,74 +7,43 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from server.commands.checkpoint import POCKET
 from server.link.blas import with_fast_blas
-
-ROOT = Path(__file__).parents[3]
-START_TIMEOUT_S = 60
-SUM = "What is 17+25?"
+from tests.server.serving.running import ROOT, SUM, Server, ask, children_of, start_server, stop_server
 
 
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    url: str
-
-    def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", timeout=120, max_retries=0)
-
-
-def start_server(*flags: str) -> Server:
-    """Start on a free port and wait until it answers; the port is read from its log."""
-    command = [sys.executable, "-u", "-m", "server.cli", "--model", str(POCKET), "--port", "0", *flags]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GLMSERVE_")}
-    env["GLMSERVE_PREFIX_CACHE_SIZE"] = "0"  # a flag wins: tests share no files that they do not name
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    assert process.stderr is not None
-    line = next(line for line in process.stderr if "listening on" in line)
-    url = line.split("listening on ")[1].split()[0]
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while httpx.get(url + "/health", timeout=10).status_code != 200:
-        assert time.monotonic() < deadline, "the server did not become ready"
-        time.sleep(0.1)
-    return Server(process, url)
+def gauge(server: Server, name: str) -> float:
+    """A gauge of /metrics."""
+    text = httpx.get(server.url + "/metrics", timeout=10).text
+    found = re.search(rf"^glmserve_{name} (\S+)$", text, re.MULTILINE)
+    assert found, text
+    return float(found[1])
 
 
-def stop_server(server: Server) -> None:
-    server.process.terminate()
-    server.process.wait(20)
-    assert server.process.stderr is not None
-    server.process.stderr.close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    started = start_server()
-    yield started
-    stop_server(started)
-
-
-def ask(server: Server, text: str) -> str:
-    with server.openai() as api:
-        answer = api.chat.completions.create(
-            model="glmserve/pocket",
-            messages=[{"role": "user", "content": text}],
-            temperature=0,
-            max_tokens=200,
-        )
-    return answer.choices[0].message.content or ""
+@pytest.mark.slow
+@pytest.mark.parametrize("num_requests", [1, 2, 4])
+def test_requests_are_counted_while_they_run(server: Server, num_requests: int) -> None:
+    body = {"prompt": "A", "max_tokens": 2000, "logit_bias": {"100": 100}, "stream": True}  # no end of turn
+    with ExitStack() as stack:
+        streams = []  # one that is collected hangs up
+        for index in range(num_requests):
+            asked = httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60)
+            streams.append(stack.enter_context(asked).iter_lines())
+            next(line for line in streams[-1] if line.startswith("data:"))
+            assert gauge(server, "requests_running") == index + 1
+            assert gauge(server, "agents") == 1
+    deadline = time.monotonic() + 10
+    while gauge(server, "requests_running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -219,11 +188,6 @@ def test_a_server_that_is_stopped_closes_what_it_keeps(tmp_path: Path, number: s
 def test_the_engine_process_carries_the_fast_blas(server: Server) -> None:
     [engine] = children_of(server.process.pid)
     assert "libopenblas" in Path(f"/proc/{engine}/maps").read_text()
-
-
-def children_of(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def is_alive(pid: int) -> bool:

@@ -151,7 +151,7 @@ def test_hanging_up_is_written_down(base_url: str, engine: ScriptedEngine) -> No
     [
         GLM,
         "z-ai/glm-5.2:nitro",
-        "z-ai/glm-5.2:online",
+        "z-ai/glm-5.2:exacto",
         "openrouter/z-ai/glm-5.2",
         "glm-5.2",
         "zai-org/GLM-5.2",

@@ -204,11 +204,9 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}
         ({"input": [{"role": "user", "content": [IMAGE]}]}, "input_image"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
         ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "%"}]}, "encrypted_content"),
-        ({"input": []}, "input"),
         ({"input": [{"role": "user", "text": "hi"}]}, "needs 'content'"),
-        ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "needs 'output'"),
-        ({"tools": [{"type": "web_search"}]}, "web_search"),
-        ({"extra_body": {"wizard": 1}}, "wizard"),
+        ({"tool_choice": {"type": "web_search"}}, "web_search"),
+        ({"extra_body": {"response_format": {"type": "json_object"}}}, "text.format"),
         ({"model": "gpt-9"}, "is not a valid model ID"),
     ],
 )

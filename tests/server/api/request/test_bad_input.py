@@ -1,12 +1,16 @@
 """Whatever a client sends, it gets a 4xx with the error body, and the next request works."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from server.api.app import make_app
 from server.api.request.body import MAX_BODY_BYTES
+from server.api.request.parameters import Parameters
+from server.api.service import Service
 from tests.server.api.scripted import ScriptedEngine
 
 CHAT = "/v1/chat/completions"
@@ -196,12 +200,16 @@ def test_alternatives_without_log_probabilities_are_refused(client: TestClient) 
         ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("functions", []),
         ("guided_json", {}),
-        ("no_such_field", 1),
+        ("response_format", {"type": "json_object", "schema": {}}),
+        ("modalities", ["text", "audio"]),
+        ("plugins", [{"id": "web", "max_results": 3}]),
+        ("web_search_options", {}),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(client: TestClient, field: str, value: Any) -> None:
     error = refused(client, body_with(**{field: value}))
     assert field in error["message"]
+    assert error["param"].startswith(field)
 
 
 @pytest.mark.parametrize("field", ["metadata", "provider", "transforms", "trace", "plugins"])
@@ -212,12 +220,13 @@ def test_fields_without_a_meaning_here_are_ignored(client: TestClient, field: st
 def test_a_prompt_beyond_the_context_is_told_in_the_words_that_clients_search_for(
     client: TestClient, engine: ScriptedEngine
 ) -> None:
-    error = refused(client, body_with(messages=[{"role": "user", "content": "word " * 5000}]))
+    path = f"/api{CHAT}"
+    error = refused(client, body_with(messages=[{"role": "user", "content": "word " * 5000}]), path=path)
     assert error["metadata"]["error_type"] == "context_length_exceeded"
     assert "maximum context length is 4096 tokens. However, you requested about " in error["message"]
-    error = refused(client, body_with(max_tokens=4096))
+    error = refused(client, body_with(max_tokens=4095), path=path)
     num_prompt = len(engine.requests[0].token_ids)
-    assert f"{4096 + num_prompt} tokens ({num_prompt} of text input, 4096 in the output)" in error["message"]
+    assert f"{4095 + num_prompt} tokens ({num_prompt} of text input, 4095 in the output)" in error["message"]
 
 
 def test_unknown_paths_and_methods_get_the_body_too(client: TestClient) -> None:
@@ -248,14 +257,19 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(client: TestClient, engine:
     ],
 )
 def test_options_inside_of_fields_are_not_swallowed_either(
-    client: TestClient, path: str, field: str, value: dict[str, Any]
+    client: TestClient, service: Service, path: str, field: str, value: dict[str, Any]
 ) -> None:
     body: dict[str, Any] = {"model": "z-ai/glm-5.2", "messages": [USER], "max_tokens": 5}
     if path == "/v1/responses":
         body = {"input": "x"}
-    assert "'budget'" in refused(client, json.dumps(body | {field: value}), path=path)["message"]
-    unset = json.dumps(body | {field: value | {"budget": None}})
-    assert client.post(path, content=unset).status_code == 200
+    strict = TestClient(make_app(replace(service, parameters=Parameters(is_strict=True))))
+    error = refused(strict, json.dumps(body | {field: value}), path=path)
+    assert "'budget'" in error["message"]
+    assert error["param"] == f"{field}.budget"
+    assert client.post(path, json=body | {field: value}).headers["x-glmserve-ignored"] == f"{field}.budget"
+    unset = client.post(path, json=body | {field: value | {"budget": None}})
+    assert unset.status_code == 200
+    assert "x-glmserve-ignored" not in unset.headers
 
 
 @pytest.mark.parametrize("field", ["function_call", "audio"])

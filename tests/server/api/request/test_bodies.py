@@ -66,16 +66,21 @@ def test_a_list_of_faults_is_not_looked_at_to_its_end(
         ({"tool_choice": "always"}, "tool_choice", "'required'"),
         ({"tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
         ({"stop": ["x", 5]}, "stop[1]", "string"),
-        ({"tool_choice": "required"}, None, "'tool_choice' is \"required\", but there are no tools"),
     ],
 )  # fmt: skip
 def test_a_fault_is_told_by_its_place_in_the_body_and_by_no_name_of_ours(
-    client: TestClient, fields: dict[str, Any], param: str | None, words: str
+    client: TestClient, fields: dict[str, Any], param: str, words: str
 ) -> None:
     error = client.post(CHAT, json=BODY | fields).json()["error"]
     assert error["param"] == param
-    assert error["message"].startswith(f"{param}: " if param else words)
+    assert error["message"].startswith(f"{param}: ")
     assert words in error["message"]
+
+
+def test_a_fault_between_fields_blames_one_of_them(client: TestClient) -> None:
+    error = client.post(CHAT, json=BODY | {"tool_choice": "required"}).json()["error"]
+    assert error["param"] == "tool_choice"
+    assert error["message"].startswith("'tool_choice' is \"required\", but there are no tools")
 
 
 def test_a_body_that_is_not_an_object_is_told_so(client: TestClient) -> None:
