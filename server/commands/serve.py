@@ -30,6 +30,7 @@ from server.glm.tokenizer import load_tokenizer
 from server.link.messages import EngineConfig
 from server.link.supervisor import Deadlines, EngineProcess
 from server.logs import set_up_logging
+from streaming.files.in_use import shared_use
 
 # Answers under way have so long to end when the server is told to stop; then their clients are told,
 DRAIN_TIMEOUT_S = 5.0
@@ -47,7 +48,7 @@ def serve(settings: Settings) -> int:
     checkpoint = choose_checkpoint(settings.model)
     if checkpoint.remark:
         log.info("%s", checkpoint.remark)
-    with listen(settings.host, settings.port) as listener:
+    with shared_use(checkpoint.directory), listen(settings.host, settings.port) as listener:
         dialect = load_dialect(checkpoint.directory)
         fault = asyncio.run(_Serving(settings, access, checkpoint, dialect, listener).run())
     if fault:

@@ -30,6 +30,7 @@ from streaming.disk.mirror import MirroredDisk, find_copies
 from streaming.disk.open_files import allow_open_files
 from streaming.disk.probe import DiskProbe, probe_disk
 from streaming.disk.reader import NUM_THREADS
+from streaming.files.layout import advise_aligning
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
@@ -106,6 +107,8 @@ def _open_disk(checkpoint: Checkpoint, mirror: Path | None) -> Disk:
 
 def _probe(disk: Disk, checkpoint: Checkpoint, plan: MemoryPlan) -> DiskProbe:
     """In the memory that slots will have."""
+    if advice := advise_aligning(checkpoint.experts, checkpoint.directory):
+        log.info("%s", advice)
     try:
         probe = probe_disk(disk, checkpoint.experts, plan.reader_threads, plan.lines["experts"])
     except DiskError as error:
