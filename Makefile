@@ -5,7 +5,9 @@ VENV := .venv
 comma := ,
 SERVING := $(VENV)/.serving
 COMPLETE := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-LANGCHAIN := $(VENV)/langchain/.installed
+CLIENTS := $(VENV)/clients/.installed
+NODE := tests/server/serving/clients/node
+NODE_CLIENTS := $(if $(shell command -v npm),$(NODE)/node_modules/.installed)
 
 # Installs the packages $(2) into the environment $(1), with uv: it takes a fraction of pip's time. uv does not read
 # pip's configuration; where it fails, because packages come from an index named there, pip does the same.
@@ -38,14 +40,20 @@ $(COMPLETE): $(SERVING)
 	@$(VENV)/bin/python -m compileall -q -j 2 $(VENV)/lib/python*/site-packages || true
 	@touch $@
 
-# langchain-openrouter pins the openrouter SDK below 1.0: it gets an environment inside the other.
-$(LANGCHAIN): $(SERVING)
-	@$(VENV)/bin/python -m venv --without-pip $(VENV)/langchain
-	@$(call install-into,$(VENV)/langchain,langchain-openrouter==0.2.9 openrouter==0.11.46)
+# Clients that are large, or want other versions than the tests: an environment inside the other.
+$(CLIENTS): $(SERVING)
+	@$(VENV)/bin/python -m venv --without-pip $(VENV)/clients
+	@$(call install-into,$(VENV)/clients,langchain-openrouter==0.2.9 openrouter==0.11.46 langchain-openai==1.7.4 \
+		openai-agents==0.24.0 litellm==1.110.2 vllm-router==0.1.17)
+	@touch $@
+
+# Where there is no npm the tests of node's clients are skipped.
+$(NODE)/node_modules/.installed: $(NODE)/package.json
+	@cd $(NODE) && npm install --silent --no-package-lock --no-audit --no-fund --ignore-scripts
 	@touch $@
 
 install:
-	@$(MAKE) --no-print-directory -j2 $(COMPLETE) $(if $(findstring clients,$(EXTRAS)),$(LANGCHAIN))
+	@$(MAKE) --no-print-directory -j2 $(COMPLETE) $(if $(findstring clients,$(EXTRAS)),$(CLIENTS) $(NODE_CLIENTS))
 
 serve: $(SERVING)
 	$(VENV)/bin/glmserve $(ARGS)
@@ -66,4 +74,4 @@ test-long: install
 	$(VENV)/bin/pytest -m long
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NODE)/node_modules build dist *.egg-info

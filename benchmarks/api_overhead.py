@@ -25,6 +25,7 @@ import httpx
 import uvicorn
 
 from server.api.app import make_app
+from server.api.connection import HttpConnection
 from server.api.request.model_names import ModelNames
 from server.api.service import Service
 from server.commands.checkpoint import POCKET
@@ -95,7 +96,9 @@ def run_server(port: int, num_tokens: int, asked: Connection, profiles: bool) ->
     script = dialect.tokenizer.encode(TEXT * (num_tokens // 10))[:num_tokens]
     engine = WrittenEngine(script)
     app = make_app(Service(engine, dialect, ModelNames("z-ai/glm-5.2", "any")))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", port=port))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=HttpConnection, log_config=None, access_log=False, lifespan="off", port=port)
+    )
     profile = cProfile.Profile()
 
     def answer() -> None:

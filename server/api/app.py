@@ -19,25 +19,8 @@ from server.api.openapi import BASES, DescribedApp
 from server.api.request.head import HeadAsGet
 from server.api.request.parameters import HEADER, SaysIgnored
 from server.api.service import Service
+from server.api.slashes import TrailingSlash
 from server.version import VERSION
-
-# What clients of OpenRouter and Anthropic send beside the headers that browsers always allow.
-CORS_HEADERS = (
-    "Authorization",
-    "Content-Type",
-    "HTTP-Referer",
-    "X-OpenRouter-Title",
-    "X-Title",
-    "X-OpenRouter-Categories",
-    "X-OpenRouter-Metadata",
-    "X-OpenRouter-Experimental-Metadata",
-    "X-Provider-API-Keys",
-    "X-Session-Id",
-    "X-Api-Key",
-    "Anthropic-Version",
-    "Anthropic-Beta",
-    "Anthropic-Dangerous-Direct-Browser-Access",
-)
 
 
 def make_app(service: Service, access: Access | None = None) -> FastAPI:
@@ -46,7 +29,9 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     It starts and stops nothing: the engine is the caller's.
     """
     access = access or Access()
-    app = DescribedApp(title="glmserve", version=VERSION, docs_url=None, redoc_url=None)
+    app = DescribedApp(
+        title="glmserve", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     for base in BASES:
         is_openrouter = base == "/api/v1"
         app.include_router(chat_router(service, is_openrouter), prefix=base)
@@ -64,12 +49,14 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     app.add_middleware(SaysIgnored)
     app.add_middleware(HeadAsGet)
     app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
+    app.add_middleware(TrailingSlash)
     if access.cors_origins:  # outermost: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=access.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=CORS_HEADERS,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # those that are asked for: each SDK has its own
+            allow_private_network=True,
             expose_headers=["X-Generation-Id", "X-Glmserve-Cache", HEADER, "Retry-After"],
         )
     return app

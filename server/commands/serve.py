@@ -19,6 +19,7 @@ from config.errors import UsageError
 from config.settings import Settings
 from server.api.access.keys import LOOPBACK_NAMES, Access, is_loopback, read_keys
 from server.api.app import make_app
+from server.api.connection import HttpConnection
 from server.api.prompt.remembered import Remembered
 from server.api.request.model_names import ModelNames
 from server.api.request.parameters import Parameters
@@ -85,6 +86,8 @@ def make_server_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
         raise UsageError("--ssl-keyfile needs --ssl-certfile")
     config = uvicorn.Config(
         app,
+        http=HttpConnection,
+        ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=int(DRAIN_TIMEOUT_S) + FAREWELL_S,

@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from server.api.app import make_app
+from server.api.connection import HttpConnection
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.template import OUR_TEMPLATE, ChatTemplate
@@ -38,7 +39,9 @@ async def served(tokenizer: Tokenizer, kind: str, **options: Any) -> AsyncIterat
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     # small, so that a client that does not read is felt soon
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=HttpConnection, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    )
     engine.start()
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:

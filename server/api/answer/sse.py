@@ -81,8 +81,11 @@ def stream(
 
 
 def comment(progress: str = "") -> bytes:
-    """The comment that OpenRouter's clients know, and how far the request has come."""
-    return f": OPENROUTER PROCESSING {progress}".rstrip().encode() + b"\n\n"
+    """The comment that OpenRouter's clients know, and how far the request has come.
+
+    No blank line follows: a comment that stands alone as a block is an empty event to older Go clients.
+    """
+    return f": OPENROUTER PROCESSING {progress}".rstrip().encode() + b"\n"
 
 
 def encode(value: dict[str, Any], name: str = "") -> bytes:

@@ -26,6 +26,8 @@ from server.api.service import Service
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 # Anthropic signs thoughts. Nobody checks ours, but clients leave out a thought whose signature is empty.
 SIGNATURE = "glmserve"
+# Calls come from the model; Anthropic's may also come from code that its service runs.
+CALLER = {"type": "direct"}
 
 
 def messages_router(service: Service) -> APIRouter:
@@ -45,7 +47,7 @@ def messages_router(service: Service) -> APIRouter:
             return stream_named(
                 message.events(),
                 lambda error: anthropic_error(describe(error)),
-                lambda: comment(chat.progress()).removesuffix(b"\n") + encode({"type": "ping"}, "ping"),
+                lambda: comment(chat.progress()) + encode({"type": "ping"}, "ping"),
                 service.keepalive_s,
                 headers,
             )
@@ -126,16 +128,19 @@ class _Message:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
+            "stop_details": None,
+            "container": None,
+            "diagnostics": None,
             "usage": self._usage(),
         }
 
     def _end(self) -> dict[str, Any]:
-        if (stop := self._answer.stop_string) is not None:
-            return {"stop_reason": "stop_sequence", "stop_sequence": stop}
-        reason = STOP_REASONS[self._answer.reason or "stop"]
-        if reason == "max_tokens" and self._answer.request.max_tokens < self._max_tokens:
+        stop, reason = self._answer.stop_string, STOP_REASONS[self._answer.reason or "stop"]
+        if stop is not None:
+            reason = "stop_sequence"
+        elif reason == "max_tokens" and self._answer.request.max_tokens < self._max_tokens:
             reason = "model_context_window_exceeded"
-        return {"stop_reason": reason, "stop_sequence": None}
+        return {"stop_reason": reason, "stop_sequence": stop, "stop_details": None, "container": None}
 
     def _usage(self) -> dict[str, Any]:
         """Tokens so far, and how the request was served."""
@@ -143,6 +148,7 @@ class _Message:
             "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
             "inference_geo": None,
             "service_tier": "standard",
+            "speed": None,
         }
 
     def _tokens(self) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def _empty_block(item: Item) -> dict[str, Any]:
         case "text":
             return {"type": "text", "text": ""}
         case "call":
-            return {"type": "tool_use", "id": item.call_id, "name": item.name, "input": {}}
+            return {"type": "tool_use", "id": item.call_id, "name": item.name, "input": {}, "caller": CALLER}
 
 
 def _block(item: Item) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """POST /responses: OpenAI's newer dialect of the same chat. Stores nothing, and says so in `store`."""
 
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from functools import partial
@@ -177,22 +178,30 @@ class _Response:
         return "incomplete" if self._answer.reason == "length" else "completed"
 
     def _object(self, status: str, items: Items | None = None) -> dict[str, Any]:
-        body = self._body
         output = [self._item(item, "completed") for item in items.complete] if items else []
-        format_ = self._dumped(body.text.format) if body.text else None
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
             "id": f"resp_{self._id}",
             "object": "response",
             "created_at": self._chat.envelope.created,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "error": None,
             "incomplete_details": reason,
+            "model": self._chat.envelope.model,
+            "output": output,
+            **self._echoes(),
+            "usage": self._usage() if status in ("completed", "incomplete") else None,
+        }
+
+    def _echoes(self) -> dict[str, Any]:
+        """What was asked for, and what stood in for it where nothing was. Null may be, absent may not."""
+        body, sampling = self._body, self._answer.request.sampling
+        format_ = self._dumped(body.text.format) if body.text else None
+        return {
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "model": self._chat.envelope.model,
-            "output": output,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {
@@ -200,16 +209,27 @@ class _Response:
                 "summary": body.reasoning.summary if body.reasoning else None,
             },
             "store": False,
-            "temperature": self._answer.request.sampling.temperature,
+            "temperature": sampling.temperature,
             "text": {"format": format_ or {"type": "text"}},
             "tool_choice": self._dumped(body.tool_choice) or "auto",
             "tools": [tool.echo() for tool in body.tools or [] if not tool.is_hosted],
             "top_logprobs": body.top_logprobs or 0,
-            "top_p": self._answer.request.sampling.top_p,
+            "top_p": sampling.top_p,
             "truncation": "disabled",
-            "usage": self._usage() if status in ("completed", "incomplete") else None,
             "user": body.user,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "background": False,
+            "service_tier": "flex" if body.service_tier == "flex" else "default",
+            "max_tool_calls": self._extra("max_tool_calls", int),
+            "safety_identifier": self._extra("safety_identifier", str),
+            "prompt_cache_key": self._extra("prompt_cache_key", str),
         }
+
+    def _extra(self, name: str, kind: type) -> Any:
+        """A field that means nothing here, as it came; null where it is none of its kind."""
+        value = (self._body.model_extra or {}).get(name)
+        return value if isinstance(value, kind) and not isinstance(value, bool) else None
 
     @staticmethod
     def _dumped(value: Any) -> Any:

@@ -57,7 +57,9 @@ class ResponsesTool(Lenient):
         own = self.model_dump(by_alias=True, exclude_none=True, exclude={"tools"})
         if self.type == "namespace":
             return own | {"tools": [tool.echo() for tool in self.tools or [] if not tool.is_hosted]}
-        return own | ({"strict": bool(self.strict)} if self.type == "function" else {})
+        if self.type == "function":  # clients want both keys, null where nothing was said
+            return own | {"parameters": self.parameters, "strict": bool(self.strict)}
+        return own
 
 
 class ToolToCall(Lenient):

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
+from server.api.connection import HttpConnection
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.files import SamplingDefaults
@@ -80,7 +81,7 @@ def running_server(service: Service) -> Iterator[str]:
 def running_app(app: FastAPI) -> Iterator[str]:
     """The same for an app that is made already."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, http=HttpConnection, log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -15,9 +15,12 @@ import httpx
 import openai
 import pytest
 
+from server.api.access.keys import Access, KeyRing
+from server.api.access.quotas import parse_quota
+from server.api.app import make_app
 from server.api.service import Service
 from server.glm.tokenizer import Tokenizer
-from tests.server.api.conftest import running_server
+from tests.server.api.conftest import running_app, running_server
 from tests.server.api.scripted import ScriptedEngine
 
 ROOT = Path(__file__).parents[3]
@@ -101,6 +104,57 @@ def test_an_event_is_one_line_to_whoever_takes_lines_apart(
     texts += [event["delta"] for event in events if isinstance(event.get("delta"), dict)]
     texts += [{"text": e["delta"]} for e in events if e.get("type") == "response.output_text.delta"]
     assert "".join(one.get("content") or one.get("text") or "" for one in texts) == text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"messages": HELLO}),
+        ("completions", {"prompt": "hello"}),
+        ("messages", {"messages": HELLO, "model": "z-ai/glm-5.2", "max_tokens": 2, "thinking": ADAPTIVE}),
+        ("responses", {"input": "hello"}),
+    ],
+)
+def test_no_block_of_a_stream_is_only_a_comment(
+    base_url: str, engine: ScriptedEngine, path: str, fields: dict[str, Any]
+) -> None:
+    engine.token_s = 0.25  # several keepalives to a token
+    engine.script = engine.script[:3]
+    text = httpx.post(f"{base_url}/v1/{path}", json=fields | {"stream": True}).text
+    assert text.count(": OPENROUTER PROCESSING\n") >= 4
+    *blocks, _ = text.split("\n\n")
+    kinds = [[line.partition(":")[0] for line in block.split("\n")] for block in blocks]
+    assert all(kind[-1] == "data" for kind in kinds), kinds
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/models/"),
+        ("GET", "/api/v1/models//"),
+        ("GET", "/health/"),
+        ("POST", "/v1/chat/completions/"),
+        ("POST", "/chat/completions/"),
+        ("POST", "/api/v1/chat/completions/?x=1"),
+        ("GET", "/api/v1/key/"),
+    ],
+)
+def test_a_slash_at_the_end_changes_nothing(base_url: str, method: str, path: str) -> None:
+    body = {"messages": HELLO, "max_tokens": 2} if method == "POST" else None
+    headers = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "glm.example"}
+    response = httpx.request(method, base_url + path, json=body, headers=headers)
+    assert (response.status_code, response.headers.get("location")) == (200, None)
+
+
+def test_a_slash_at_the_end_is_no_way_around_the_quota(service: Service) -> None:
+    access = Access(KeyRing([("a", "sk-1")], {"a": parse_quota(["requests/minute=2"])}))
+    with running_app(make_app(service, access)) as url:
+        key = {"Authorization": "Bearer sk-1"}
+        asked = [
+            httpx.post(f"{url}/v1/{path}", json={"messages": HELLO, "max_tokens": 2}, headers=key).status_code
+            for path in ("chat/completions", "chat/completions/", "chat/completions//", "chat/completions/")
+        ]
+    assert asked == [200, 200, 429, 429]
 
 
 @pytest.mark.parametrize("is_streaming", [True, False])

@@ -97,6 +97,33 @@ def test_web_pages_are_let_in_only_when_named(service: Service) -> None:
 
 
 @pytest.mark.parametrize(
+    "asked",
+    [
+        "authorization, content-type, x-stainless-lang, x-stainless-os, x-stainless-retry-count",
+        "openai-beta,openai-organization,openai-project",
+        "x-client-name, x-some-agents-own, traceparent, helicone-auth",
+        "X-Portkey-Virtual-Key",
+        "idempotency-key, user-agent, anthropic-dangerous-direct-browser-access",
+    ],
+)
+def test_a_page_that_is_let_in_may_send_any_headers_from_any_network(service: Service, asked: str) -> None:
+    client = make_client(service, make_access(load_settings({"cors_origins": "https://ui.example"})))
+    preflight = {
+        "Origin": "https://ui.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": asked,
+        "Access-Control-Request-Private-Network": "true",
+    }
+    response = client.options("/v1/responses", headers=preflight)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-headers"] == asked
+    assert response.headers["access-control-allow-private-network"] == "true"
+    refused = client.options("/v1/responses", headers=preflight | {"Origin": "https://evil.example"})
+    assert refused.status_code == 400
+    assert "access-control-allow-origin" not in refused.headers
+
+
+@pytest.mark.parametrize(
     ("origin", "status"),
     [
         ("https://evil.example", 403),

@@ -1,0 +1,133 @@
+"""One HTTP connection, before the app sees a request. uvicorn makes one per client, in its event loop."""
+
+import json
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.api.error_bodies import error_object
+
+MAX_HEAD_BYTES = 64 * 2**10
+MAX_LINE_BYTES = 16 * 2**10
+# A refused client may still be sending, and a reset would reach it before the refusal.
+LINGER_S = 1.0
+MAX_LINGER_BYTES = 2**20
+# What an offer to change the protocol consists of.
+OFFER = frozenset([b"upgrade", b"http2-settings"])
+
+
+class HttpConnection(HttpToolsProtocol):
+    """Bounds the head of every request, and answers one that offers another protocol as if it did not.
+
+    Stock JVM clients send `Upgrade: h2c` with a body. httptools takes that body for the first bytes of the
+    other protocol, so the request is parsed again without the offer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_head = True  # or in a trailer, which consists of the same lines
+        self._num_head_bytes = 0
+        self._num_line_bytes = 0
+        self._num_discarded: int | None = None  # of a refused client; None before that
+
+    def data_received(self, data: bytes) -> None:
+        """Feeds the parser. A head is fed line by line, so that its size is known before it is complete."""
+        self._unset_keepalive_if_required()
+        if self._num_discarded is not None:
+            self._discard(data)
+            return
+        start = 0
+        while start < len(data) and not self.transport.is_closing():
+            end = (data.find(b"\n", start) + 1 if self._in_head else 0) or len(data)
+            if self._in_head and not self._has_room_for(data[start:end]):
+                self._refuse_head()
+                return
+            try:
+                self.parser.feed_data(data[start:end])
+                start = end
+            except httptools.HttpParserUpgrade as upgrade:
+                data, start = self._without_offer() + data[start + upgrade.args[0] :], 0
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+
+    def on_message_begin(self) -> None:
+        """A request begins; httptools calls this."""
+        super().on_message_begin()
+        self._num_head_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        """A head is complete; httptools calls this."""
+        self._in_head = False
+        if not self._is_offer():
+            super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        """A part of the body begins, or the trailer; httptools calls this."""
+        self._in_head = True
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body; httptools calls this."""
+        self._in_head, self._num_head_bytes = False, 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is complete; httptools calls this."""
+        self._in_head, self._num_head_bytes = True, 0
+        if not self._is_offer():
+            super().on_message_complete()
+
+    def _is_offer(self) -> bool:
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _without_offer(self) -> bytes:
+        """The head that was parsed last, for a new parser, without its offer; nothing for CONNECT."""
+        if not self._is_offer():
+            return b""
+        lines = [
+            b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        ]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(token for token in tokens if token.lower() not in OFFER)
+            if name not in OFFER:
+                lines.append(name + b": " + value)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        return b"\r\n".join([*lines, b"", b""])
+
+    def _has_room_for(self, piece: bytes) -> bool:
+        """Whether a line, or what has come of it, keeps its head within the limits."""
+        self._num_head_bytes += len(piece)
+        self._num_line_bytes += len(piece)
+        has_room = self._num_head_bytes <= MAX_HEAD_BYTES and self._num_line_bytes <= MAX_LINE_BYTES
+        if piece.endswith(b"\n"):
+            self._num_line_bytes = 0
+        return has_room
+
+    def _refuse_head(self) -> None:
+        """Answers 431, unless an answer is under way, and closes the connection."""
+        self._num_discarded = 0
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.write(_head_too_large())
+        if self.transport.can_write_eof():
+            self.transport.write_eof()  # it has the whole answer, and need not wait
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _discard(self, data: bytes) -> None:
+        assert self._num_discarded is not None, "only a refused client's bytes are thrown away"
+        self._num_discarded += len(data)
+        if self._num_discarded > MAX_LINGER_BYTES:
+            self.transport.close()
+
+
+def _head_too_large() -> bytes:
+    message = (
+        f"the request's headers are too large: at most {MAX_HEAD_BYTES} bytes, {MAX_LINE_BYTES} in a line"
+    )
+    body = json.dumps({"error": error_object(431, message, "invalid_request")}).encode()
+    return (
+        b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+    ) + body

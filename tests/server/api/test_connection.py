@@ -1,0 +1,142 @@
+"""Bytes as they travel: offers of other protocols, heads without end, and what follows on the connection."""
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.server.api.scripted import ScriptedEngine
+
+BODY = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}).encode()
+H2C = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+OFFERS = {
+    "h2c": H2C,
+    "two versions": "Connection: keep-alive, upgrade\r\nUpgrade: HTTP/2.0, SHTTP/1.3\r\n",
+    "WebSocket": "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n",
+    "TLS": "upgrade: TLS/1.0\r\nconnection: Upgrade\r\n",
+    "in two headers": "Connection: Upgrade\r\nConnection: HTTP2-Settings\r\nUpgrade: h2c\r\n",
+    "one that is no offer": "Upgrade: h2c\r\n",
+}
+
+
+@contextmanager
+def connected(url: str) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+        yield connection
+
+
+def post(headers: str = "", body: bytes = BODY, length: str | None = None) -> bytes:
+    length = f"Content-Length: {len(body)}" if length is None else length
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{headers}{length}\r\n\r\n"
+    return head.encode() + body
+
+
+def answer(connection: socket.socket) -> tuple[int, bytes]:
+    """Status and body of the next answer, which has a length or ends in the connection's end."""
+    reader = connection.makefile("rb")
+    status = int(reader.readline().split()[1])
+    headers = dict(line.rstrip().lower().split(b": ", 1) for line in iter(reader.readline, b"\r\n"))
+    return status, reader.read(int(headers[b"content-length"]))
+
+
+def is_closed(connection: socket.socket) -> bool:
+    connection.settimeout(5)
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+@pytest.mark.parametrize("form", ["at once", "head and body apart", "byte by byte", "chunked"])
+def test_a_request_that_offers_another_protocol_is_answered(base_url: str, offer: str, form: str) -> None:
+    request = post(offer)
+    if form == "chunked":
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (BODY[:9], BODY[9:]))
+        request = post(offer, chunks + b"0\r\n\r\n", "Transfer-Encoding: chunked")
+    cuts = {"byte by byte": range(len(request)), "head and body apart": [request.index(b"{")]}.get(form, [])
+    with connected(base_url) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start, end in zip([0, *cuts], [*cuts, len(request)], strict=True):
+            connection.sendall(request[start:end])
+        status, body = answer(connection)
+        assert status == 200, body
+        assert json.loads(body)["usage"]["completion_tokens"] == 2
+        connection.sendall(post())
+        assert answer(connection)[0] == 200, "the connection goes on"
+
+
+def test_requests_in_a_row_with_offers_are_all_answered(base_url: str, engine: ScriptedEngine) -> None:
+    with connected(base_url) as connection:
+        connection.sendall(post(H2C) + post() + post(H2C) + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert [answer(connection)[0] for _ in range(4)] == [200] * 4
+    assert len(engine.requests) == 3
+
+
+def test_connect_is_no_offer(base_url: str) -> None:
+    with connected(base_url) as connection:
+        connection.sendall(b"CONNECT api.openai.com:443 HTTP/1.1\r\nHost: api.openai.com\r\n\r\n")
+        assert connection.recv(99).startswith(b"HTTP/1.1 4")
+
+
+LINE = b"X-Filler: " + b"a" * 1000 + b"\r\n"
+TOO_LARGE = {
+    "many lines": LINE * 70,
+    "tiny lines": b"a:b\r\n" * 20_000,
+    "one long line": b"X-Long: " + b"b" * 17_000 + b"\r\n",
+    "a line without end": b"X-Endless: " + b"c" * 900_000,
+    "a name without end": b"d" * 900_000,
+    "lines without end": LINE * 900,
+}
+
+
+@pytest.mark.parametrize("filler", TOO_LARGE.values(), ids=TOO_LARGE)
+def test_a_head_that_is_too_large_is_refused(base_url: str, filler: bytes) -> None:
+    with connected(base_url) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n" + filler + b"\r\n")
+        status, body = answer(connection)
+        assert status == 431
+        assert "65536 bytes" in json.loads(body)["error"]["message"]
+        assert is_closed(connection)
+
+
+def test_a_target_or_a_start_without_end_is_refused(base_url: str) -> None:
+    for start in (b"GET /" + b"x" * 20_000, b"GET /v1/models?" + b"q=1&" * 5_000, b"\r\n" * 40_000):
+        with connected(base_url) as connection:
+            connection.sendall(start)
+            assert answer(connection)[0] == 431
+            assert is_closed(connection)
+
+
+def test_a_second_request_and_a_trailer_have_the_same_limits(base_url: str) -> None:
+    with connected(base_url) as connection:
+        connection.sendall(post())
+        assert answer(connection)[0] == 200
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + LINE * 70)
+        assert answer(connection)[0] == 431
+    with connected(base_url) as connection:
+        connection.sendall(post(body=b"2\r\n{}\r\n0\r\n", length="Transfer-Encoding: chunked"))
+        for _ in range(3_000):
+            try:
+                connection.sendall(LINE)
+            except OSError:
+                break
+        else:
+            pytest.fail("3 MB of trailer were read")
+
+
+def test_a_head_within_the_limits_and_a_large_body_pass(base_url: str) -> None:
+    filled = json.loads(BODY) | {"user": "u", "metadata": {"filler": "\n" * 3_000_000}}
+    body = json.dumps(filled).encode()
+    chunks = b"".join(b"1\r\n%b\r\n" % body[at : at + 1] for at in range(70_000))
+    for headers in (LINE.decode() * 60, f"X-Long: {'b' * 16_000}\r\n"):
+        with connected(base_url) as connection:
+            connection.sendall(post(headers, body))
+            assert answer(connection)[0] == 200
+    with connected(base_url) as connection:  # as many lines of chunks as a head may not have
+        connection.sendall(post(body=chunks, length="Transfer-Encoding: chunked"))
+        rest = body[70_000:]
+        connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(rest), rest))
+        assert answer(connection)[0] == 200
