@@ -1,1 +1,1 @@
-"""Measurements. Each module prints one table; docs/measurements.md keeps what was seen, and where."""
+"""Measurements. Each module prints one table; benchmarks/notes.md keeps what was seen, and where."""

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import CacheList, KVCache
 
 from models.args import ModelArgs
 from models.arithmetic import choose_arithmetic
-from models.attention.attention import Attention, Part, Span, make_parts
+from models.attention.attention import Attention, RowPart, Span, make_parts
 from models.attention.cache import SequenceCache
 from models.attention.tiles import select_tiles
 from tests.glm52 import GLM52
@@ -42,7 +42,7 @@ def _fill(module: nn.Module) -> Any:
     return module
 
 
-def _milliseconds(layer: Attention, x: mx.array, part: Part) -> float:
+def _milliseconds(layer: Attention, x: mx.array, part: RowPart) -> float:
     start_s = time.perf_counter()
     mx.eval(layer(x, part))
     return (time.perf_counter() - start_s) * 1e3

@@ -1,7 +1,7 @@
 """How products with weights are computed on the backend at hand. The one place that knows backends.
 
 Everything else in `models/` asks an `Arithmetic` for a product and never looks at the device. Figures are
-in docs/measurements.md; the command is `python -m benchmarks.arithmetic`.
+in benchmarks/notes.md; the command is `python -m benchmarks.arithmetic`.
 """
 
 from dataclasses import dataclass

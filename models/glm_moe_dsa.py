@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
-from models.attention.attention import Attention, Part, Span, make_parts
+from models.attention.attention import Attention, RowPart, Span, make_parts
 from models.attention.cache import SequenceCache
 from models.attention.tiles import EAGER_ROWS
 from models.experts.experts import Experts, run_through
@@ -58,7 +58,7 @@ class MoeMlp(nn.Module):
         shared = self.shared_experts(x)
         return self._experts(x, ids, weights, choice, guess=guess, beside=(shared,)) + shared
 
-    def sweep(self, x: mx.array, norm: nn.RMSNorm, parts: Sequence[Part]) -> Generator[None, None, None]:
+    def sweep(self, x: mx.array, norm: nn.RMSNorm, parts: Sequence[RowPart]) -> Generator[None, None, None]:
         """Adds what it makes of norm(x) to x [N, H], for many rows, with pauses.
 
         As long as the prompt are x, the experts' sum and the routing; all else is made part by part.
@@ -120,7 +120,7 @@ class DecoderLayer(nn.Module):
         else:
             self._first_sparse = lambda: sparse  # not its module's child
 
-    def __call__(self, x: mx.array, parts: Sequence[Part]) -> mx.array:
+    def __call__(self, x: mx.array, parts: Sequence[RowPart]) -> mx.array:
         """x [N, H] -> [N, H], of few rows."""
         [part] = parts
         h = self._attended(x, part)
@@ -132,7 +132,7 @@ class DecoderLayer(nn.Module):
             self._first_sparse().anticipate(lambda: guess(h), h.shape[0])
         return h + self.mlp(normed)
 
-    def piece_by_piece(self, x: mx.array, parts: Sequence[Part]) -> Generator[None, None, None]:
+    def piece_by_piece(self, x: mx.array, parts: Sequence[RowPart]) -> Generator[None, None, None]:
         """The same for many rows, part by part and in x itself, pausing when nothing is pending."""
         for part in parts:
             replace_rows(x, part, self._attended(x[part.rows], part))
@@ -145,11 +145,11 @@ class DecoderLayer(nn.Module):
             replace_rows(x, part, rows + self.mlp(self.post_attention_layernorm(rows)))
             yield
 
-    def _attended(self, x: mx.array, part: Part) -> mx.array:
+    def _attended(self, x: mx.array, part: RowPart) -> mx.array:
         return x + self.self_attn(self.input_layernorm(x), part)
 
 
-def replace_rows(x: mx.array, part: Part, rows: mx.array) -> None:
+def replace_rows(x: mx.array, part: RowPart, rows: mx.array) -> None:
     """Writes a part's rows into x, in place: MLX copies all of x if anything else still refers to it."""
     mx.eval(rows)
     x[part.rows] = rows

@@ -80,7 +80,7 @@ class LeastNearlyChosen(Policy):
     far off; a policy that sees only choices cannot tell them apart. But some come near all the time and are
     hardly ever chosen: what an expert gets for being near is multiplied by how often it was chosen for how
     often it was near. Without that, a trained model of 256 experts hits 4 points less than with LRU, with it
-    2 to 3 more (docs/measurements.md).
+    2 to 3 more (benchmarks/notes.md).
     """
 
     watches_scores = True

@@ -14,6 +14,7 @@ from models.experts.experts import PROJECTIONS
 from models.glm_moe_dsa import Model
 from models.loading.building import as_held, build_model
 from models.loading.tensor_names import trunk_names
+from streaming.fills import Fetch
 from streaming.sweep import Place, resident_groups
 from tests.tiny_glm import Array
 
@@ -47,10 +48,10 @@ class MemoryExperts:
     def bank(self, layer: int) -> Mapping[str, mx.array]:
         return self._banks[layer]
 
-    def begin(self, layer: int, experts: Sequence[int]) -> None:
+    def begin(self, layer: int, experts: Sequence[int]) -> Fetch:
         raise AssertionError("resident experts are never fetched")
 
-    def finish(self, fetch: None) -> None:
+    def finish(self, fetch: Fetch) -> None:
         raise AssertionError("resident experts are never fetched")
 
     def take_turns(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:

@@ -28,7 +28,7 @@ from benchmarks.rig.drive import Served, drive, use_fast_blas
 from benchmarks.rig.simulated_disk import SimulatedDisk
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
-from server.engine.model_protocol import Backend, Model
+from server.engine.model_protocol import Backend, EngineModel
 from server.engine.schedule.limits import Limits
 from server.link.messages import Cancel, Finished, Generate, ModelInfo, Sampling, Token
 from streaming.disk.disk import DirectDisk
@@ -42,7 +42,7 @@ CONFIG, SLOTS = WIDER | {"n_routed_experts": 64, "num_experts_per_tok": 2}, 16
 
 
 def serve(
-    model: Model,
+    model: EngineModel,
     limits: Limits,
     requests: list[Generate],
     later: Callable[[str, int], Sequence[Generate | Cancel]] = lambda name, count: [],
@@ -96,7 +96,7 @@ def bench_prompts(console: Console, sweep_s: float, length: int) -> None:
     )
 
 
-def _fill(model: Model, disk: SimulatedDisk, limits: Limits) -> None:
+def _fill(model: EngineModel, disk: SimulatedDisk, limits: Limits) -> None:
     """Fill the slots in no time: a server has them full, of whatever came before."""
     rate, disk.bytes_per_s = disk.bytes_per_s, 1e12
     serve(model, limits, [ask("before", prompt(99, 512, 64), 1)])
@@ -107,7 +107,7 @@ def _fill(model: Model, disk: SimulatedDisk, limits: Limits) -> None:
 class Timed:
     """A model that notes how long its layers of many rows take."""
 
-    inner: Model
+    inner: EngineModel
     longest_layer_s: float = 0.0
 
     @property
@@ -144,7 +144,7 @@ def bench_mixed(console: Console, sweep_s: float, length: int) -> None:
     long, short = ask("long", prompt(8, length, 64), 1), ask("short", prompt(9, 200, 64), 1)
     limits = Limits(pass_rows=length, kv_tokens=NEVER, batch_width=4, is_streaming=True)
 
-    def disturb(model: Model, *newcomers: Generate) -> Served:
+    def disturb(model: EngineModel, *newcomers: Generate) -> Served:
         def later(name: str, count: int) -> Sequence[Generate | Cancel]:
             if name == "long":
                 return [Cancel(agent.request_id) for agent in agents]

@@ -56,7 +56,7 @@ class Span:
 
 
 @dataclass
-class Part:
+class RowPart:
     """Rows of one forward that attend together: positions, and what full layers hand to shared ones.
 
     `rows`: which of the forward's; the spans count from the first of them. `selected[i]` belongs to
@@ -74,13 +74,13 @@ class Part:
         return self.rows.stop - self.rows.start > EAGER_ROWS
 
 
-def make_parts(spans: Sequence[Span], num_rows: int = PART_ROWS) -> list[Part]:
+def make_parts(spans: Sequence[Span], num_rows: int = PART_ROWS) -> list[RowPart]:
     """The rows of all spans in order, cut into parts."""
     total = max(span.stop for span in spans)
     return [_make_part(spans, start, min(start + num_rows, total)) for start in range(0, total, num_rows)]
 
 
-def _make_part(spans: Sequence[Span], start: int, stop: int) -> Part:
+def _make_part(spans: Sequence[Span], start: int, stop: int) -> RowPart:
     cut, positions = [], []
     for span in spans:
         first, last = max(span.start, start), min(span.stop, stop)
@@ -88,7 +88,7 @@ def _make_part(spans: Sequence[Span], start: int, stop: int) -> Part:
             cut.append(replace(span, start=first - start, stop=last - start))
             before = span.position - span.start
             positions.append(mx.arange(before + first, before + last))
-    return Part(slice(start, stop), cut, mx.concatenate(positions).astype(mx.int32))
+    return RowPart(slice(start, stop), cut, mx.concatenate(positions).astype(mx.int32))
 
 
 class Attention(nn.Module):
@@ -112,7 +112,7 @@ class Attention(nn.Module):
             self.indexer = Indexer(args, arithmetic)
         self._rope = Rope(args.qk_rope_head_dim, args.rope_theta)
 
-    def __call__(self, x: mx.array, part: Part) -> mx.array:
+    def __call__(self, x: mx.array, part: RowPart) -> mx.array:
         """x [N, H] -> [N, H]; appends this layer's rows to the caches of the spans."""
         q_residual = self.q_a_layernorm(self.q_a_proj(x))
         queries = self._latent_queries(q_residual, part.positions)  # [heads, N, latent]
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         rotary = self._rope(rotary[:, None, :], positions)[:, 0, :]
         return mx.concatenate([self.kv_a_layernorm(latent), rotary], axis=-1)
 
-    def _update_selection(self, x: mx.array, q_residual: mx.array, part: Part) -> None:
+    def _update_selection(self, x: mx.array, q_residual: mx.array, part: RowPart) -> None:
         """Write the index keys of all spans, then score where there are more keys than may be selected."""
         k, new_keys = self._args.index_topk, self.indexer.key_rows(x, part.positions)
         for span in part.spans:

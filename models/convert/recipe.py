@@ -79,7 +79,7 @@ def make_recipe(
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Rows of a matrix, from `first_row` on, [rows, width] once loaded."""
 
     first_row: int
@@ -94,7 +94,7 @@ class Matrix:
     shape: tuple[int, ...]
     dtype: str
     quantization: Quantization | None
-    blocks: Callable[[], Iterator[Block]]
+    blocks: Callable[[], Iterator[RowBlock]]
 
     @property
     def path(self) -> str:
@@ -183,7 +183,7 @@ def _from_separate(
                 f"{tensor} is {found}, the layer's first expert is {((rows, width), dtype)}"
             )
 
-    def blocks() -> Iterator[Block]:
+    def blocks() -> Iterator[RowBlock]:
         for expert in range(len(experts)):
             yield from _rows_of(source, experts[expert], 0, rows, expert * rows)
 
@@ -198,7 +198,7 @@ def _from_fused(mlp: str, kind: str, name: str, source: Source, recipe: Recipe) 
     rows = all_rows // len(projections)
 
     def make(half: int, projection: str) -> Matrix:
-        def blocks() -> Iterator[Block]:
+        def blocks() -> Iterator[RowBlock]:
             for expert in range(num_experts):
                 start = expert * all_rows + half * rows
                 yield from _rows_of(source, name, start, start + rows, expert * rows)
@@ -240,21 +240,21 @@ def _from_kv_b(name: str, source: Source, args: ModelArgs, recipe: Recipe) -> li
 
         quantization = recipe.quantization(prefix + part, shape[-1])
         dtype = source.decoded_dtype(name)
-        return Matrix(f"{prefix}{part}.weight", shape, dtype, quantization, lambda: iter([Block(0, load)]))
+        return Matrix(f"{prefix}{part}.weight", shape, dtype, quantization, lambda: iter([RowBlock(0, load)]))
 
     return [make(0, "embed_q", (heads, latent, nope)), make(1, "unembed_out", (heads, v, latent))]
 
 
-def _rows_of(source: Source, name: str, start: int, stop: int, first_row: int) -> Iterator[Block]:
+def _rows_of(source: Source, name: str, start: int, stop: int, first_row: int) -> Iterator[RowBlock]:
     """Blocks of rows `start` to `stop` of a tensor; the first of them becomes row `first_row`."""
     shape = source.shape(name)
     if len(shape) < 2:
-        yield Block(0, lambda: source.rows(name, 0, 1).reshape(shape))
+        yield RowBlock(0, lambda: source.rows(name, 0, 1).reshape(shape))
         return
     step = max(_ROW_STEP, BLOCK_VALUES // shape[-1] // _ROW_STEP * _ROW_STEP)
     for row in range(start, stop, step):
         end = min(row + step, stop)
-        yield Block(first_row + row - start, lambda row=row, end=end: source.rows(name, row, end))  # type: ignore[misc]
+        yield RowBlock(first_row + row - start, lambda row=row, end=end: source.rows(name, row, end))  # type: ignore[misc]
 
 
 def _num_rows(shape: tuple[int, ...]) -> int:

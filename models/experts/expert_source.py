@@ -4,34 +4,14 @@ Called by `models.experts.experts`; `streaming.store.ExpertStore` is a source, a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-
-class Fetch(Protocol):
-    """Experts asked for together; those not `is_here` are on their way into their slots."""
-
-    @property
-    def slots(self) -> NDArray[np.int32]: ...
-
-    @property
-    def is_here(self) -> NDArray[np.bool_]: ...
-
-
-class Place(Protocol):
-    """Where an expert lies until the next group of a sweep is asked for."""
-
-    @property
-    def expert(self) -> int: ...
-
-    @property
-    def arrays(self) -> Mapping[str, mx.array]: ...
-
-    @property
-    def slot(self) -> int: ...
+from streaming.fills import Fetch
+from streaming.sweep import Place
 
 
 class ExpertSource(Protocol):
@@ -56,15 +36,15 @@ class ExpertSource(Protocol):
         """Whether `expect` is worth calling."""
         ...
 
-    def begin(self, layer: int, experts: Sequence[int]) -> Any:
-        """Starts to bring these experts (unique, ascending, at most num_slots): a Fetch for `finish`.
+    def begin(self, layer: int, experts: Sequence[int]) -> Fetch:
+        """Starts to bring these experts (unique, ascending, at most num_slots): a `Fetch` for `finish`.
 
         It is finished before the next call, until which they stay. The caller guarantees that no product
         which names a slot of this layer is still to be evaluated.
         """
         ...
 
-    def finish(self, fetch: Any) -> None:
+    def finish(self, fetch: Fetch) -> None:
         """Waits until all experts of the fetch are in their slots."""
         ...
 

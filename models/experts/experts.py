@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.arithmetic import Arithmetic, Quantization
-from models.experts.expert_source import ExpertSource, Fetch, Place
+from models.experts.expert_source import ExpertSource
+from streaming.fills import Fetch
 from streaming.policy import OBSERVED_ROWS
+from streaming.sweep import Place
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Rows of one expert that are computed together: bounds what its hidden rows take.

@@ -49,7 +49,7 @@ class CompletionDetails(BaseModel):
     reasoning_tokens: int
 
 
-class Usage(BaseModel):
+class UsageShape(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -118,7 +118,7 @@ class Answered(BaseModel):
     model: str
     created: int
     system_fingerprint: str
-    usage: Usage
+    usage: UsageShape
 
 
 class ChatCompletion(Answered):
@@ -227,7 +227,7 @@ class ResponseObject(BaseModel):
     usage: ResponseUsage
 
 
-class Model(BaseModel):
+class ModelEntry(BaseModel):
     id: str
     canonical_slug: str
     name: str
@@ -258,12 +258,12 @@ class ModelList(BaseModel):
     first_id: str
     last_id: str
     links: dict[str, str | None]
-    data: list[Model]
+    data: list[ModelEntry]
     models: list[dict[str, Any]]
 
 
 class OneModel(BaseModel):
-    data: Model
+    data: ModelEntry
 
 
 class Found(BaseModel):

@@ -53,7 +53,7 @@ OPERATIONS = {
     "/models": Operation(declared.ModelList),
     "/models/user": Operation(declared.ModelList),
     "/models/count": Operation(declared.Found),
-    "/models/{model_id}": Operation(declared.Model),
+    "/models/{model_id}": Operation(declared.ModelEntry),
     "/models/{model_id}/endpoints": Operation(declared.Found),
     "/model/{model_id}": Operation(declared.OneModel),
     "/key": Operation(declared.Found),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from config.errors import ContextOverflow, RequestError
 from server.api.access.receipts import Ledger
 from server.api.answer.recent_items import RecentItems
-from server.api.answer.waiting import Line
+from server.api.answer.waiting import WaitingRequests
 from server.api.error_bodies import GenerationFailed
 from server.api.prompt.explain import Explainer
 from server.api.prompt.remembered import Remembered
@@ -38,7 +38,7 @@ class Service:
     dialect: Dialect
     names: ModelNames
     ledger: Ledger = field(default_factory=Ledger)
-    line: Line = field(default_factory=Line)
+    line: WaitingRequests = field(default_factory=WaitingRequests)
     remembered: Remembered = field(default_factory=Remembered)
     explainer: Explainer = field(default_factory=Explainer)
     keepalive_s: float = 5.0

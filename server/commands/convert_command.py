@@ -34,13 +34,13 @@ def convert_command(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
+class _ConvertParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see glmserve convert --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = _ConvertParser(
         prog="glmserve convert",
         description="Makes a streamable, quantised copy of a GLM checkpoint. One that was cut goes on.",
     )

@@ -6,13 +6,15 @@ Rows of a step are drawn together and read from the device at once; what goes wr
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
 from config.errors import DiskError, EngineError, RequestError
 from server.engine.decode.sampling import SamplerState, draw, score_tokens
-from server.engine.model_protocol import Model
+from server.engine.faults import Contained
+from server.engine.model_protocol import EngineModel
 from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import Scheduler
 from server.engine.schedule.sequence import Sequence
@@ -40,7 +42,7 @@ class Answers:
 
     def __init__(
         self,
-        model: Model,
+        model: EngineModel,
         scheduler: Scheduler,
         prefixes: Prefixes,
         send: Callable[[Event], None],
@@ -51,13 +53,11 @@ class Answers:
 
     def begin(self, sequence: Sequence) -> bool:
         """Say that it waits no more; False where its grammar cannot be followed, which ends it."""
-        try:
+        with Contained(partial(self.fail, sequence)) as attempt:
             sequence.constraint.begin()
-        except Exception as error:  # its own request only
-            self.fail(sequence, error)
-            return False
-        self._send(Started(sequence.request.request_id))
-        return True
+        if not attempt.failed:
+            self._send(Started(sequence.request.request_id))
+        return not attempt.failed
 
     def hand_out(self, done: Pass, hidden: mx.array) -> None:  # [N, H]
         """Scores and progress of prompts, and the next token of those whose last row was in the pass."""
@@ -67,7 +67,7 @@ class Answers:
             if sequence.has_lost_leader:  # what it adopted may be damaged, too: it is read anew
                 done.undo(index)
                 continue
-            try:
+            with Contained(partial(self.fail, sequence)) as attempt:
                 if sequence.leader:
                     self._prefixes.note_followed(sequence, done.length_before(index))
                     sequence.leader = None
@@ -75,10 +75,7 @@ class Answers:
                     _check_rows(hidden[start:stop])
                 if done.is_reading and not sequence.is_cancelled:
                     self._report(sequence, hidden[start:stop])
-            except Exception as error:  # damaged numbers: this request ends
-                self.fail(sequence, error)
-                continue
-            if sequence.num_unread == 0 and not sequence.is_cancelled:
+            if not attempt.failed and sequence.num_unread == 0 and not sequence.is_cancelled:
                 complete.append((sequence, stop - 1))
         self._hand_out(complete, hidden)
 
@@ -104,11 +101,10 @@ class Answers:
         self._send(Progress(request_id, num_read, num_prompt, num_cached))
 
     def save(self, sequence: Sequence) -> None:
-        """Offer the rows of a cache to those who keep prefixes. A request does not fail for that."""
-        try:
+        """Offers the rows of a sequence's cache to the prefix cache. A request does not fail for that."""
+        message = "request %s: its prompt was not saved, so the next one reads it again"
+        with Contained(lambda error: log.error(message, sequence.request.request_id, exc_info=error)):
             self._prefixes.save(sequence)
-        except Exception:  # nothing was kept: the next one reads its prompt
-            log.exception("the prefix of request %s", sequence.request.request_id)
 
     def _hand_out(self, complete: list[tuple[Sequence, int]], hidden: mx.array) -> None:
         for sequence, _ in complete:
@@ -121,36 +117,31 @@ class Answers:
             self._sample([sequence for sequence, _ in group], self._model.logits(hidden[rows]))
 
     def _sample(self, sequences: list[Sequence], logits: mx.array) -> None:  # [M, V]
-        drawn = list(self._draw(sequences, logits))
+        drawn = self._draw(sequences, logits)
         if not drawn:
             return
         if len(drawn) < len(sequences):
             logits = logits[mx.array([row for row, _, _ in drawn])]
         num_top = max(sequences[row].request.num_top_logprobs for row, _, _ in drawn)
-        try:
+        with Contained(lambda error: self._fail_all([sequences[row] for row, _, _ in drawn], error)) as step:
             scores = score_tokens(logits, mx.stack([token for _, token, _ in drawn]), num_top)
-        except Exception as error:  # the device gave up on the step
-            for row, _, _ in drawn:
-                self.fail(sequences[row], error)
+        if step.failed:
             return
         for (row, _, state), score in zip(drawn, scores, strict=True):
-            sequence = sequences[row]
-            try:
-                self._accept(sequence, state, score)
-            except Exception as error:  # damaged numbers, or a grammar that went wrong: this request ends
-                self.fail(sequence, error)
+            with Contained(partial(self.fail, sequences[row])):
+                self._accept(sequences[row], state, score)
 
-    def _draw(
-        self, sequences: list[Sequence], logits: mx.array
-    ) -> Iterator[tuple[int, mx.array, SamplerState]]:
+    def _draw(self, sequences: list[Sequence], logits: mx.array) -> list[tuple[int, mx.array, SamplerState]]:
+        drawn = []
         for row, sequence in enumerate(sequences):
-            try:
+            with Contained(partial(self.fail, sequence)):
                 allowed = sequence.constraint.apply(logits[row])
-                token, state = draw(allowed, sequence.request.sampling, sequence.sampler)
-            except Exception as error:  # a grammar that went wrong: this request ends
-                self.fail(sequence, error)
-            else:
-                yield row, token, state
+                drawn.append((row, *draw(allowed, sequence.request.sampling, sequence.sampler)))
+        return drawn
+
+    def _fail_all(self, sequences: list[Sequence], error: Exception) -> None:
+        for sequence in sequences:
+            self.fail(sequence, error)
 
     def _accept(self, sequence: Sequence, state: SamplerState, score: TokenScore) -> None:
         request = sequence.request

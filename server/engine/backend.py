@@ -12,14 +12,14 @@ from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
-from models.glm_moe_dsa import Model as GlmModel
+from models.glm_moe_dsa import Model
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
 from server.engine.memory.governor import Governor, Ungoverned
 from server.engine.memory.pressure import choose_room
 from server.engine.memory.usage import MemoryUse
-from server.engine.model_protocol import Backend, Model, ReportProgress
+from server.engine.model_protocol import Backend, EngineModel, ReportProgress
 from server.engine.prefix.lookup import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
 from server.engine.schedule.limits import Limits
 from server.engine.telemetry import measure_all, measure_store
@@ -119,7 +119,7 @@ def _probe(disk: Disk, checkpoint: Checkpoint, plan: MemoryPlan) -> DiskProbe:
 
 
 def open_prefix_cache(
-    model: Model, fingerprint: bytes, plan: MemoryPlan, config: EngineConfig
+    model: EngineModel, fingerprint: bytes, plan: MemoryPlan, config: EngineConfig
 ) -> PrefixCache | None:
     """The prefix cache within its line of the plan; without its disk where that cannot be used."""
     line = plan.lines["prefix cache"]
@@ -145,7 +145,7 @@ def _make_memory(
     rule: Rule,
     plan: MemoryPlan,
     store: ExpertStore,
-    model: GlmModel,
+    model: Model,
 ) -> Governor | Ungoverned:
     if plan.is_resident:
         return Ungoverned()

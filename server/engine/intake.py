@@ -4,12 +4,14 @@ Called by the engine's loop, on its thread.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from config.errors import RequestError
 from server.engine.answers import kind_of
 from server.engine.decode.constraint import Constraint
 from server.engine.decode.sampling import start_sampling
 from server.engine.decode.token_masks import Grammars
+from server.engine.faults import Contained
 from server.engine.schedule.limits import Limits
 from server.engine.schedule.scheduler import Scheduler
 from server.engine.schedule.sequence import Sequence
@@ -40,13 +42,15 @@ class Reception:
         if request.max_tokens == 0 and not request.score_prompt:
             self._send(Finished(request.request_id, "length", Usage(len(request.token_ids), 0)))
             return
-        try:
+        with Contained(partial(self._refuse, request)) as attempt:
             constraint = self._make_constraint(request)
-        except Exception as error:  # there are no grammars here
-            self._send(Failed(request.request_id, kind_of(error), str(error)))
+        if attempt.failed:
             return
         sampler = start_sampling(request.sampling, request.token_ids, self._info.vocab_size)
         self._scheduler.add(Sequence(request, sampler, constraint))
+
+    def _refuse(self, request: Generate, error: Exception) -> None:
+        self._send(Failed(request.request_id, kind_of(error), str(error)))
 
     def _make_constraint(self, request: Generate) -> Constraint:
         if not request.grammar:

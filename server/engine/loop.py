@@ -9,6 +9,7 @@ thread fills; events leave through `send`.
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
 
@@ -16,13 +17,14 @@ import mlx.core as mx
 
 from server.engine.answers import Answers
 from server.engine.decode.token_masks import Grammars
+from server.engine.faults import Contained
 from server.engine.intake import Reception
 from server.engine.model_protocol import Backend
 from server.engine.schedule.batch_width import Width
 from server.engine.schedule.boarding import is_worth_its_end
 from server.engine.schedule.decode_share import Pace
 from server.engine.schedule.passes import Pass
-from server.engine.schedule.scheduler import Part, Scheduler
+from server.engine.schedule.scheduler import PassPart, Scheduler
 from server.engine.schedule.sequence import Sequence
 from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
 from server.link.messages import Administer, Cancel, Command, Event, Generate, Queued, Replan, Shutdown
@@ -168,12 +170,13 @@ class EngineLoop:
             if not self._answers.begin(sequence):
                 continue
             sequence.cache = self._model.make_cache()
-            try:
+            with Contained(partial(self._read_anew, sequence)):
                 if not sequence.request.score_prompt:  # scores need the hidden rows of the whole prompt
                     self._prefixes.restore(sequence)
-            except Exception:  # what was saved is of no use: the prompt is read
-                log.exception("the saved prefix of request %s", sequence.request.request_id)
-                sequence.cache, sequence.num_cached_tokens = self._model.make_cache(), 0
+
+    def _read_anew(self, sequence: Sequence, error: Exception) -> None:
+        log.error("the saved prefix of request %s", sequence.request.request_id, exc_info=error)
+        sequence.cache, sequence.num_cached_tokens = self._model.make_cache(), 0
 
     def _tell_places(self) -> None:
         places = {item.request.request_id: place for place, item in enumerate(self._scheduler.line)}
@@ -184,12 +187,11 @@ class EngineLoop:
 
     def _settle(self) -> None:
         is_alone = not (self._passes or self._scheduler.has_decoders)
-        try:
+        message = "a saved prefix could not be restored; its prompt is read"
+        with Contained(lambda error: log.error(message, exc_info=error)):
             for sequence in self._prefixes.settle(self._scheduler.followers, is_alone):
                 if sequence.num_cached_tokens:
                     self._answers.tell_progress(sequence)
-        except Exception:  # what was saved is of no use: the prompt is read
-            log.exception("a saved prefix could not be restored")
 
     def _start_pass(self) -> None:
         if len(self._passes) > 1:
@@ -227,13 +229,11 @@ class EngineLoop:
 
     def _advance(self, one: Pass, *, is_contended: bool) -> None:
         started_s = self._clock()
-        try:
+        with Contained(partial(self._lose_pass, one)) as attempt:
             hidden = one.advance()
             if hidden is not None:
                 mx.eval(hidden)
-        except Exception as error:  # some request's part of it failed
-            self._give_up(one)
-            self._take_apart(one, error)
+        if attempt.failed:
             return
         seconds = self._clock() - started_s
         one.seconds += seconds
@@ -251,14 +251,10 @@ class EngineLoop:
 
     def _decode(self, batch: list[Sequence]) -> None:
         started_s = self._clock()
-        step = Pass(self._model, [Part(sequence, 1) for sequence in batch])
-        try:
+        step = Pass(self._model, [PassPart(sequence, 1) for sequence in batch])
+        with Contained(partial(self._take_apart, step)) as attempt:
             hidden = self._run_through(step)
-        except Exception as error:  # some request's part of it failed
-            step.abandon()
-            self._take_apart(step, error)
-            return
-        if hidden is None:
+        if attempt.failed or hidden is None:
             return
         self._answers.hand_out(step, hidden)
         seconds = self._clock() - started_s
@@ -279,8 +275,13 @@ class EngineLoop:
                 one.abandon()
                 return None
 
+    def _lose_pass(self, failed: Pass, error: Exception) -> None:
+        self._give_up(failed)
+        self._take_apart(failed, error)
+
     def _take_apart(self, failed: Pass, error: Exception) -> None:
-        """Run the parts of a failed pass one by one, so that only those fail that would fail alone."""
+        """Runs the parts of a failed pass one by one, so that only those fail that would fail alone."""
+        failed.abandon()
         if len(failed.parts) == 1:
             self._answers.fail(failed.parts[0].sequence, error)
             return
@@ -289,10 +290,7 @@ class EngineLoop:
             if part.sequence.is_cancelled or part.sequence.has_lost_leader:
                 continue
             alone = Pass(self._model, [part])
-            try:
+            with Contained(partial(self._answers.fail, part.sequence)) as attempt:
                 hidden = self._run_through(alone)
-            except Exception as own_error:  # this request ends, the others go on
-                self._answers.fail(part.sequence, own_error)
-                continue
-            if hidden is not None:
+            if not attempt.failed and hidden is not None:
                 self._answers.hand_out(alone, hidden)

@@ -14,7 +14,7 @@ from server.engine.schedule.limits import Limits
 from server.link.messages import EngineConfig, ModelInfo
 
 
-class Model(Protocol):
+class EngineModel(Protocol):
     """A language model over flat batches."""
 
     @property
@@ -35,7 +35,7 @@ class Model(Protocol):
 class Backend:
     """An opened model and what is known about it."""
 
-    model: Model
+    model: EngineModel
     info: ModelInfo
     measure: Callable[[], Mapping[str, float]] = dict
     limits: Limits = field(default_factory=Limits)

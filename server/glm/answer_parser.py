@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """What some tokens add to each part."""
 
     reasoning: str = ""
@@ -57,7 +57,7 @@ class AnswerParser:
         """Where the answer is now."""
         return self._part
 
-    def push(self, token_id: int) -> Piece:
+    def push(self, token_id: int) -> AnswerPiece:
         """What this token adds."""
         was_thinking = self._part == "reasoning"
         piece = _join(map(self._on_lexeme, self._lexer.push(token_id)))
@@ -65,7 +65,7 @@ class AnswerParser:
             self.num_reasoning_tokens += 1
         return piece
 
-    def flush(self, is_turn_over: bool) -> Piece:
+    def flush(self, is_turn_over: bool) -> AnswerPiece:
         """What is left at the end; `is_turn_over` when the model ended it, rather than a limit."""
         piece = _join(map(self._on_lexeme, self._lexer.flush()))
         if self._call and is_turn_over:
@@ -73,9 +73,9 @@ class AnswerParser:
         if self._call:
             piece = _join([piece, self._reject(self._call, "it breaks off")])
         blanks, self._blanks = self._blanks, ""
-        return piece if self.num_calls else _join([piece, Piece(content=blanks)])
+        return piece if self.num_calls else _join([piece, AnswerPiece(content=blanks)])
 
-    def _on_lexeme(self, lexeme: Lexeme) -> Piece:
+    def _on_lexeme(self, lexeme: Lexeme) -> AnswerPiece:
         if self._call and self._call.may_end and lexeme == Tag("<tool_call>"):  # the model forgot its end
             piece = self._advance(self._call, None)
             self._begin_call()
@@ -85,13 +85,13 @@ class AnswerParser:
         match lexeme:
             case Tag("<think>"):
                 self._part = "reasoning"
-                return Piece()
+                return AnswerPiece()
             case Tag("</think>"):
                 self._part = "content"
-                return Piece()
+                return AnswerPiece()
             case Tag("<tool_call>"):
                 self._begin_call()
-                return Piece()
+                return AnswerPiece()
             case Tag(text):
                 return self._on_text(text)
             case text:
@@ -103,19 +103,19 @@ class AnswerParser:
         self._call = CallParser(self._num_started, self._tools)
         self._num_started += 1
 
-    def _on_text(self, text: str) -> Piece:
+    def _on_text(self, text: str) -> AnswerPiece:
         if self._part == "reasoning":
-            return Piece(reasoning=text)
+            return AnswerPiece(reasoning=text)
         if not self._holds_blanks:
-            return Piece(content=text)
+            return AnswerPiece(content=text)
         self._blanks += text
         if not self._blanks.strip():
-            return Piece()
+            return AnswerPiece()
         self._holds_blanks = False
         text, self._blanks = self._blanks, ""
-        return Piece(content=text)
+        return AnswerPiece(content=text)
 
-    def _advance(self, call: CallParser, lexeme: Lexeme | None) -> Piece:
+    def _advance(self, call: CallParser, lexeme: Lexeme | None) -> AnswerPiece:
         """Feed the call; None is the end of the turn."""
         try:
             parts = call.end_turn() if lexeme is None else call.push(lexeme)
@@ -124,14 +124,14 @@ class AnswerParser:
         if call.is_closed:
             self.num_calls += 1
             self._end_call()
-        return Piece(calls=tuple(parts))
+        return AnswerPiece(calls=tuple(parts))
 
-    def _reject(self, call: CallParser, reason: str) -> Piece:
+    def _reject(self, call: CallParser, reason: str) -> AnswerPiece:
         self.num_rejected_calls += 1
         log.warning("a tool call was not passed on, %s: %.200r", reason, call.raw)
         self._end_call()
         self._holds_blanks = False
-        return Piece(content=call.raw)
+        return AnswerPiece(content=call.raw)
 
     def _end_call(self) -> None:
         self._call = None
@@ -144,11 +144,11 @@ def prompt_is_thinking(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     return tokenizer.decode(prompt[-len("<think>") :]).endswith("<think>")
 
 
-def _join(pieces: Iterable[Piece]) -> Piece:
+def _join(pieces: Iterable[AnswerPiece]) -> AnswerPiece:
     together = list(pieces)
     if len(together) == 1:
         return together[0]
-    return Piece(
+    return AnswerPiece(
         "".join(piece.reasoning for piece in together),
         "".join(piece.content for piece in together),
         tuple(part for piece in together for part in piece.calls),

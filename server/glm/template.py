@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from server.glm.template_files import DEFAULT, TOOL_USE, Source, find_templates, special_tokens
+from server.glm.template_files import DEFAULT, TOOL_USE, TemplateSource, find_templates, special_tokens
 from server.glm.template_language import compile_template, run_template
 
 OUR_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -24,7 +24,7 @@ class ChatTemplate:
         self,
         source: str,
         origin: str,
-        tool_use: Source | None = None,
+        tool_use: TemplateSource | None = None,
         special: Mapping[str, Any] | None = None,
     ) -> None:
         self._template = compile_template(source, origin)
@@ -46,7 +46,7 @@ class ChatTemplate:
 def load_chat_template(checkpoint: Path) -> ChatTemplate:
     """The template of a checkpoint folder, else ours."""
     found = find_templates(checkpoint)
-    source = found.get(DEFAULT) or Source(OUR_TEMPLATE.read_text(encoding="utf-8"), OUR_TEMPLATE.name)
+    source = found.get(DEFAULT) or TemplateSource(OUR_TEMPLATE.read_text(encoding="utf-8"), OUR_TEMPLATE.name)
     return ChatTemplate(source.text, source.origin, found.get(TOOL_USE), special_tokens(checkpoint))
 
 

@@ -17,20 +17,20 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-class Source(NamedTuple):
+class TemplateSource(NamedTuple):
     """The text of a template, and where it was found."""
 
     text: str
     origin: str
 
 
-def find_templates(checkpoint: Path) -> dict[str, Source]:
+def find_templates(checkpoint: Path) -> dict[str, TemplateSource]:
     """Templates by name, empty where there are none; CheckpointError for what is no template."""
-    found: dict[str, Source] = {}
+    found: dict[str, TemplateSource] = {}
     for name in ("tokenizer_config.json", "chat_template.json"):
         value = read_json(checkpoint / name).get("chat_template")
         found |= {
-            key: Source(text, f"{checkpoint / name}: chat_template")
+            key: TemplateSource(text, f"{checkpoint / name}: chat_template")
             for key, text in _named(value, checkpoint / name)
         }
     folder = checkpoint / TEMPLATE_FOLDER
@@ -39,7 +39,7 @@ def find_templates(checkpoint: Path) -> dict[str, Source]:
         (DEFAULT, checkpoint / TEMPLATE_FILE),
     ]:
         if path.exists():
-            found[key] = Source(_read(path), str(path))
+            found[key] = TemplateSource(_read(path), str(path))
     found = {key: source for key, source in found.items() if source.text.strip()}
     if found and DEFAULT not in found:
         raise CheckpointError(

@@ -20,7 +20,7 @@ FIRST_RETRY_AFTER_S = 5
 FRESHNESS = 0.2
 
 
-class Line:
+class AdmissionLine:
     """Who has been sent to the engine and has not started."""
 
     def __init__(self, max_waiting: int, clock: Callable[[], float] = monotonic) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
-from server.link.admission import Line
+from server.link.admission import AdmissionLine
 from server.link.child import Child
 from server.link.engine_protocol import EngineStatus
 from server.link.messages import (
@@ -71,7 +71,7 @@ class EngineProcess:
         self._worker = worker
         self._on_usage_error = on_usage_error or log.error
         self._deadlines = deadlines or Deadlines()
-        self._line = Line(max_queue)
+        self._line = AdmissionLine(max_queue)
         self._status = EngineStatus("down", "the engine has not been started")
         self._requests: dict[str, asyncio.Queue[RequestEvent]] = {}
         self._child: Child | None = None

@@ -1,7 +1,7 @@
 """The faults that circulate in other implementations (reference, section 15, test 5), to be planted.
 
 Each patches the model's code; a model built afterwards has the fault. The parity test must notice every one,
-and `benchmarks/pocket_mutants.py` counts how many keys Pocket still finds with it.
+and `training/pocket/evaluation/planted_faults.py` counts how many keys Pocket still finds with it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import pytest
 
 import models.experts.router
 from models.args import ModelArgs
-from models.attention.attention import Attention, Part
+from models.attention.attention import Attention, RowPart
 from models.attention.indexer import Indexer
 from models.attention.rope import Rope
 from models.attention.selection import select
@@ -62,7 +62,7 @@ def shared_layers_use_the_previous_group(patch: pytest.MonkeyPatch) -> None:
     right = Attention.__call__
     older: dict[tuple[int, int], Any] = {}  # what the group before selected for these rows
 
-    def call(self: Attention, x: mx.array, part: Part) -> mx.array:
+    def call(self: Attention, x: mx.array, part: RowPart) -> mx.array:
         rows = (part.rows.start, part.rows.stop)
         if "indexer" in self:
             older[rows] = part.selected

@@ -12,9 +12,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from server.api.answer.stops import StopScanner
-from server.api.answer.waiting import Line
+from server.api.answer.waiting import WaitingRequests
 from server.api.error_bodies import GenerationFailed
-from server.glm.answer_parser import AnswerParser, Piece
+from server.glm.answer_parser import AnswerParser, AnswerPiece
 from server.glm.tools import CallPart
 from server.link.engine_protocol import Engine
 from server.link.messages import (
@@ -53,7 +53,7 @@ class Answer:
         request: Generate,
         stops: list[str],
         max_calls: int | None = None,
-        line: Line | None = None,
+        line: WaitingRequests | None = None,
     ) -> None:
         self.request = request
         self.parser = parser
@@ -67,7 +67,7 @@ class Answer:
         self._reason: FinishReason | None = None
         self._engine = engine
         self._max_calls = max_calls
-        self._line = line or Line()
+        self._line = line or WaitingRequests()
         self._scanner = StopScanner(stops)
         self._num_tokens = 0
         self._usage: Usage | None = None
@@ -164,7 +164,7 @@ class Answer:
         is_visible = was_content and self.parser.part == "content"
         return self._delta(piece, (score,) if is_visible else ())
 
-    def _delta(self, piece: Piece, scores: tuple[TokenScore, ...] = ()) -> Delta:
+    def _delta(self, piece: AnswerPiece, scores: tuple[TokenScore, ...] = ()) -> Delta:
         content = self._scanner.push(piece.content)
         if self.parser.part == "call":  # no stop string reaches over it, and it comes behind the text
             content += self._scanner.flush()

@@ -1,10 +1,11 @@
 """Who waits for the engine: what a request can tell its client before it has begun.
 
-One `Line` for each service; requests enter when they are sent to the engine and leave when it begins.
+One `WaitingRequests` for each service; requests enter when they are sent to the engine and leave when it
+begins.
 """
 
 
-class Line:
+class WaitingRequests:
     """The requests that wait, each with its place where the engine has said one."""
 
     def __init__(self) -> None:

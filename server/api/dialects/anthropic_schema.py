@@ -47,7 +47,7 @@ MESSAGES_REFUSED: Mapping[str, str] = {
 VOLATILE_SYSTEM = "x-anthropic-billing-header:"
 
 
-class Block(Lenient):
+class ContentBlock(Lenient):
     """One content block. Which fields a block has depends on its type."""
 
     type: str
@@ -57,7 +57,7 @@ class Block(Lenient):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: "str | Listed[Block] | None" = None
+    content: "str | Listed[ContentBlock] | None" = None
     tool_name: str | None = None
 
     def overlooked(self) -> Iterator[str]:
@@ -72,7 +72,7 @@ class Turn(Lenient):
     """One message."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Listed[Block]
+    content: str | Listed[ContentBlock]
 
 
 class ToolDefinition(Lenient):
@@ -146,7 +146,7 @@ class CountRequest(Options):
 
     model: str
     messages: Annotated[Listed[Turn], Field(min_length=1)]
-    system: str | Listed[Block] | None = None
+    system: str | Listed[ContentBlock] | None = None
     tools: Listed[ToolDefinition] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingChoice | None = None
@@ -220,8 +220,8 @@ class MessagesRequest(CountRequest):
         return name if isinstance(name, str) else None
 
 
-def _system(system: str | list[Block] | None) -> list[dict[str, Any]]:
-    blocks = [Block(type="text", text=system)] if isinstance(system, str) else system or []
+def _system(system: str | list[ContentBlock] | None) -> list[dict[str, Any]]:
+    blocks = [ContentBlock(type="text", text=system)] if isinstance(system, str) else system or []
     kept = [block for block in blocks if not (block.text or "").startswith(VOLATILE_SYSTEM)]
     return [{"role": "system", "content": _text_parts("system", kept)}] if kept else []
 
@@ -237,7 +237,7 @@ def _of_turn(path: str, turn: Turn) -> Iterator[dict[str, Any]]:
     elif turn.role == "assistant":
         yield _assistant(path, turn.content)
     else:
-        texts: list[Block] = []
+        texts: list[ContentBlock] = []
         for block in turn.content:
             if block.type != "tool_result":
                 texts.append(block)
@@ -250,7 +250,7 @@ def _of_turn(path: str, turn: Turn) -> Iterator[dict[str, Any]]:
             yield {"role": turn.role, "content": _text_parts(f"{path}.content", texts)}
 
 
-def _assistant(path: str, blocks: list[Block]) -> dict[str, Any]:
+def _assistant(path: str, blocks: list[ContentBlock]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant"}
     thought = "".join(block.thinking or "" for block in blocks if block.type == "thinking")
     texts = [block for block in blocks if block.type not in ("thinking", "redacted_thinking", "tool_use")]
@@ -264,21 +264,21 @@ def _assistant(path: str, blocks: list[Block]) -> dict[str, Any]:
     return message
 
 
-def _call(path: str, block: Block) -> dict[str, Any]:
+def _call(path: str, block: ContentBlock) -> dict[str, Any]:
     if not block.name:
         raise RequestError(f"{path}: a block of type 'tool_use' needs 'name'", param=path)
     function = {"name": block.name, "arguments": block.input or {}}
     return {"id": block.id, "type": "function", "function": function}
 
 
-def _tool_result(block: Block) -> dict[str, Any]:
+def _tool_result(block: ContentBlock) -> dict[str, Any]:
     content = block.content or ""
     if not isinstance(content, str):
         content = "".join(text_or_placeholder(one.type, one.text, one.tool_name) for one in content)
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
 
 
-def _text_parts(path: str, blocks: list[Block]) -> list[dict[str, Any]]:
+def _text_parts(path: str, blocks: list[ContentBlock]) -> list[dict[str, Any]]:
     for position, block in enumerate(blocks):
         if block.type != "text" or block.text is None:
             message = f"{path}: blocks of type {block.type[:40]!r} are not supported, this model reads text"

@@ -43,7 +43,7 @@ ENCRYPTED = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
 
 
-class Part(Lenient):
+class ItemPart(Lenient):
     """A part of an item's content."""
 
     type: str
@@ -65,8 +65,8 @@ class InputItem(Lenient):
 
     type: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | Listed[Part] | None = None
-    summary: Listed[Part] | None = None
+    content: str | Listed[ItemPart] | None = None
+    summary: Listed[ItemPart] | None = None
     encrypted_content: str | None = None
     call_id: str | None = None
     id: str | None = None
@@ -75,7 +75,7 @@ class InputItem(Lenient):
     arguments: str | None = None
     input: str | None = None
     action: dict[str, Any] | None = None
-    output: str | Listed[Part] | None = None
+    output: str | Listed[ItemPart] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -328,20 +328,20 @@ def _other_message(path: str, item: InputItem) -> dict[str, Any]:
     return {"role": item.role, "content": _text(f"{path}.content", item.content)}
 
 
-def _output(output: str | list[Part] | None) -> str:
+def _output(output: str | list[ItemPart] | None) -> str:
     if isinstance(output, list):
         return "".join(text_or_placeholder(part.type, part.text) for part in output)
     return output or ""
 
 
-def _text(path: str, content: str | list[Part] | None) -> Any:
+def _text(path: str, content: str | list[ItemPart] | None) -> Any:
     if not isinstance(content, list):
         return content or ""
     texts = [_part_text(f"{path}[{index}]", part) for index, part in enumerate(content)]
     return [{"type": "text", "text": text} for text in texts]
 
 
-def _part_text(path: str, part: Part) -> str:
+def _part_text(path: str, part: ItemPart) -> str:
     text = part.refusal if part.type == "refusal" else part.text
     if part.type not in ("input_text", "output_text", "text", "refusal") or text is None:
         message = f"{path}: parts of type {part.type[:40]!r} are not supported, this model reads text"

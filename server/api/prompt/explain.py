@@ -31,7 +31,7 @@ Tokens = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Place:
+class PromptPlace:
     """A character of the body: `messages[0].content@118`."""
 
     path: str
@@ -52,7 +52,7 @@ class Explanation:
     num_shared: int
     num_replayed: int
     other: str | None = None
-    diverged: Place | None = None
+    diverged: PromptPlace | None = None
     before: str = ""
     here: str = ""
     there: str = ""
@@ -95,7 +95,7 @@ class _Agent:
     """One agent's conversations, the last one last, and where it keeps departing."""
 
     conversations: list[_Conversation] = field(default_factory=list)
-    place: Place | None = None
+    place: PromptPlace | None = None
     num_times: int = 0
 
 
@@ -217,21 +217,21 @@ def _located(
     )
 
 
-def locate(text: str, parts: Sequence[tuple[str, str, bool]], offset: int) -> Place:
+def locate(text: str, parts: Sequence[tuple[str, str, bool]], offset: int) -> PromptPlace:
     """The part of the body in which a character of the rendered text lies, and where in it.
 
     `parts` are (path, text, is_early) in the order of the rendered text. Markup belongs to the part behind
     it.
     """
-    position, place = 0, Place("prompt", offset, True)
+    position, place = 0, PromptPlace("prompt", offset, True)
     for path, part, is_early in parts:
         start = text.find(part, position)
         if start < 0:
             continue
         if offset < start + len(part):
-            return Place(path, max(0, offset - start), is_early)
+            return PromptPlace(path, max(0, offset - start), is_early)
         position = start + len(part)
-        place = Place(path, len(part), is_early)
+        place = PromptPlace(path, len(part), is_early)
     return place
 
 

@@ -9,7 +9,7 @@ from server.api.request.common_fields import Count, Lenient, Listed, Noted, Opti
 from server.glm.effort import Effort
 
 
-class Part(Lenient):
+class ContentPart(Lenient):
     """A part of a message's content."""
 
     type: str
@@ -75,7 +75,7 @@ class Message(Lenient):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Listed[Part] | None = None
+    content: str | Listed[ContentPart] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     reasoning_details: Listed[ReasoningDetail] | None = None
@@ -100,7 +100,7 @@ class Message(Lenient):
         return self
 
     @property
-    def _parts(self) -> list[Part]:
+    def _parts(self) -> list[ContentPart]:
         return self.content if isinstance(self.content, list) else []
 
     @property

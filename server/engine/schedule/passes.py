@@ -9,14 +9,14 @@ from collections.abc import Sequence as Rows
 import mlx.core as mx
 
 from models.attention.attention import Span
-from server.engine.model_protocol import Model
-from server.engine.schedule.scheduler import Part
+from server.engine.model_protocol import EngineModel
+from server.engine.schedule.scheduler import PassPart
 
 
 class Pass:
     """The parts' rows stand in the batch one after the other, in the order given."""
 
-    def __init__(self, model: Model, parts: Rows[Part]) -> None:
+    def __init__(self, model: EngineModel, parts: Rows[PassPart]) -> None:
         self.parts = list(parts)
         self.num_layers_done = 0
         self.is_amid_layer = False  # other steps may run now, but no other pass over many rows
@@ -82,7 +82,7 @@ class Pass:
         self._caches[index].trim(self._lengths[index])
 
 
-def _span_of(part: Part, start: int) -> Span:
+def _span_of(part: PassPart, start: int) -> Span:
     sequence, stop = part.sequence, start + part.num_rows
     if sequence.leader is None:
         return Span(sequence.running_cache, start, stop)

@@ -25,7 +25,7 @@ TINY = 1 / 32
 
 
 @dataclass(frozen=True)
-class Part:
+class PassPart:
     """The next `num_rows` tokens of a sequence, to be read in a pass.
 
     If the sequence has a leader, a part of that stands before it in the same pass, or has been read.
@@ -144,7 +144,7 @@ class Scheduler:
         """Whether anybody has a prompt to read and no pass."""
         return bool(self._readers())
 
-    def has_reader_for(self, parts: list[Part]) -> bool:
+    def has_reader_for(self, parts: list[PassPart]) -> bool:
         """Whether anybody would board with these who has come since: those left out would be so again.
 
         Whose prompt is tiny beside the longest would not, unless it follows one of them.
@@ -154,7 +154,7 @@ class Scheduler:
         come += self._followers_of(parts)
         return any(item not in self._left_out for item in come)
 
-    def board(self, num_rows: int) -> list[Part]:
+    def board(self, num_rows: int) -> list[PassPart]:
         """Parts of prompts for a pass over at most so many rows: some room for short ones, then by turn.
 
         Those that are tiny beside the longest stay out: `board_short` is theirs. Where there is room, whoever
@@ -177,7 +177,7 @@ class Scheduler:
         self._left_out = {*self._readers(), *(item for item in self.followers if item.leader)}
         return parts
 
-    def board_short(self, num_rows: int) -> list[Part]:
+    def board_short(self, num_rows: int) -> list[PassPart]:
         """Prompts that fit whole into a pass over at most `num_rows` rows."""
         ranked = self.shares.rank(self._readers(), self._clock(), self._cost)
         parts = self._take_whole(ranked, num_rows, num_rows)
@@ -188,7 +188,7 @@ class Scheduler:
         reading = [item for item in self._running if not item.is_decoding and not item.is_held]
         return [item for item in reading if item not in self._in_pass and not item.is_cancelled]
 
-    def _followers_of(self, parts: list[Part]) -> list[Sequence]:
+    def _followers_of(self, parts: list[PassPart]) -> list[Sequence]:
         """Those whose leader's part ends the wait: behind it they can read on in the same pass.
 
         Beside them no prompt may be tiny that would do without them.
@@ -209,15 +209,15 @@ class Scheduler:
         ]
 
     @staticmethod
-    def _take_whole(ranked: list[Sequence], num_rows: int, most_each: int) -> list[Part]:
-        parts: list[Part] = []
+    def _take_whole(ranked: list[Sequence], num_rows: int, most_each: int) -> list[PassPart]:
+        parts: list[PassPart] = []
         for sequence in ranked:
             if sequence.num_unread <= min(num_rows, most_each):
-                parts.append(Part(sequence, sequence.num_unread))
+                parts.append(PassPart(sequence, sequence.num_unread))
                 num_rows -= sequence.num_unread
         return parts
 
-    def leave_pass(self, parts: list[Part]) -> None:
+    def leave_pass(self, parts: list[PassPart]) -> None:
         """The pass of these parts is over or given up."""
         self._in_pass -= {part.sequence for part in parts}
 
@@ -260,7 +260,7 @@ class Scheduler:
         """Whether anybody decodes."""
         return any(item.is_decoding for item in self._running)
 
-    def charge(self, parts: list[Part], seconds: float) -> None:
+    def charge(self, parts: list[PassPart], seconds: float) -> None:
         """Divide the time of a step between those who had a part in it, by rows."""
         now_s, num_rows = self._clock(), sum(part.num_rows for part in parts)
         for part in parts:
@@ -285,6 +285,6 @@ class Scheduler:
         return sum(item.request.agent == agent and not item.is_cancelled for item in self._running)
 
 
-def _next_part(sequence: Sequence, num_rows: int) -> Part:
+def _next_part(sequence: Sequence, num_rows: int) -> PassPart:
     """What it has to read next, up to so many rows."""
-    return Part(sequence, min(num_rows, sequence.num_tokens - sequence.num_before))
+    return PassPart(sequence, min(num_rows, sequence.num_tokens - sequence.num_before))

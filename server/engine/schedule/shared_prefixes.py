@@ -111,13 +111,12 @@ class SavedPrefixes:
         wait_s, copy_s = (DISK_WAIT_S, LONE_COPY_S) if is_alone else (0.0, COPY_S)
         until_s = monotonic() + copy_s
         while held and (restoring := held[0].restoring):
-            try:
-                if not restoring.wait(wait_s):
-                    break
-                is_complete = restoring.advance()
-            except Exception:  # whatever went wrong, the sequence goes on
-                held[0].restoring = None
-                raise
+            held[0].restoring = None  # stays so if what follows fails: the sequence then reads its prompt
+            is_ready = restoring.wait(wait_s)
+            is_complete = is_ready and restoring.advance()
+            held[0].restoring = restoring
+            if not is_ready:
+                break
             if is_complete:
                 restored.append(held.pop(0))
                 self._complete(restored[-1], restoring.length_before)

@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks.pocket_mutants import PLANTS, RIGHT, table
 from models.attention.attention import Span
 from server.commands.checkpoint import POCKET
 from tests.models.mutants import MUTANTS
 from tests.tiny_glm import Array
 from training.pocket.evaluation.decode import open_pocket
+from training.pocket.evaluation.planted_faults import PLANTS, RIGHT, table
 
 LENGTH = 300
 

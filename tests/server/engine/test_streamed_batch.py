@@ -14,7 +14,7 @@ from server.engine.decode.constraint import Constraint
 from server.engine.decode.sampling import start_sampling
 from server.engine.schedule import sequence
 from server.engine.schedule.passes import Pass
-from server.engine.schedule.scheduler import Part
+from server.engine.schedule.scheduler import PassPart
 from server.link.messages import Generate
 from streaming.banks import Bank
 from streaming.fills import Fetch, Fill
@@ -40,7 +40,7 @@ def test_each_expert_is_asked_for_once_and_the_bytes_are_those_of_the_misses(
     opened: Opened, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, index = opened.store, opened.checkpoint.experts
-    parts = [Part(make_decoding(opened.model, prompt), 1) for prompt in list(PROMPTS.values())[:width]]
+    parts = [PassPart(make_decoding(opened.model, prompt), 1) for prompt in list(PROMPTS.values())[:width]]
     asked: list[tuple[int, list[int]]] = []
     absent_bytes: list[int] = []
     begin = store.begin
@@ -74,7 +74,7 @@ def test_more_experts_than_slots_are_each_read_once_and_those_that_are_there_not
     folder = save_packed(tmp_path, CONFIG, make_weights(CONFIG, 3), lambda path: None)
     opened = open_model(folder, slots, looks_ahead=False)
     store, index = opened.store, opened.checkpoint.experts
-    parts = [Part(make_decoding(opened.model, prompt), 1) for prompt in PROMPTS.values()]
+    parts = [PassPart(make_decoding(opened.model, prompt), 1) for prompt in PROMPTS.values()]
     read: list[tuple[int, int]] = []
     absent: list[tuple[int, int]] = []
     make, take_turns, begin = store._filler.make, store.take_turns, store.begin
@@ -121,7 +121,7 @@ def make_decoding(model: Model, prompt: tuple[int, ...]) -> sequence.Sequence:
     return sequence.Sequence(request, sampler, Constraint(request, None), cache=cache, generated=[first])
 
 
-def step(model: Model, parts: list[Part]) -> None:
+def step(model: Model, parts: list[PassPart]) -> None:
     one = Pass(model, parts)
     while (hidden := one.advance()) is None:
         pass

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.glm.answer_parser import AnswerParser, Piece
+from server.glm.answer_parser import AnswerParser, AnswerPiece
 from server.glm.tokenizer import Tokenizer
 from server.glm.tools import CallPart, ToolSet
 
@@ -45,7 +45,7 @@ def parse(tokenizer: Tokenizer, answer: str, tools: ToolSet | None, **options: A
     return parse_ids(tokenizer, tokenizer.encode(answer), tools, **options)
 
 
-def collect(pieces: Sequence[Piece]) -> Parsed:
+def collect(pieces: Sequence[AnswerPiece]) -> Parsed:
     """What a client makes of the pieces."""
     parsed = Parsed("".join(p.reasoning for p in pieces), "".join(p.content for p in pieces))
     parts = [part for piece in pieces for part in piece.calls]

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from config.errors import BusyError
-from server.link.admission import Line
+from server.link.admission import AdmissionLine
 from server.link.child import Child
 from server.link.messages import Failed, Finished, Generate, RequestEvent, Sampling, Started, Token
 from server.link.supervisor import MAX_STARTS_IN_A_ROW, Deadlines, EngineProcess
@@ -147,7 +147,7 @@ class Clock:
 
 def test_the_time_to_come_back_follows_the_measured_speed_and_has_a_ceiling() -> None:
     clock = Clock()
-    line = Line(10, clock)
+    line = AdmissionLine(10, clock)
     assert line.retry_after_s == 5, "nothing is measured yet"
     for name in "abcdefgh":
         line.enter(name)
@@ -161,7 +161,7 @@ def test_the_time_to_come_back_follows_the_measured_speed_and_has_a_ceiling() ->
 
 def test_a_reservation_that_nobody_comes_for_is_given_away() -> None:
     clock = Clock()
-    line = Line(1, clock)
+    line = AdmissionLine(1, clock)
     line.reserve()
     with pytest.raises(BusyError):
         line.reserve()

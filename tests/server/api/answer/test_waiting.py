@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from server.api.answer.answer import Answer
-from server.api.answer.waiting import Line
+from server.api.answer.waiting import WaitingRequests
 from server.api.service import Service
 from server.glm.answer_parser import AnswerParser
 from server.glm.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class SteppingEngine(ScriptedEngine):
 
 def test_places_in_the_line_progress_and_then_silence(tokenizer: Tokenizer) -> None:
     async def main() -> None:
-        engine, line = SteppingEngine(), Line()
+        engine, line = SteppingEngine(), WaitingRequests()
         requests = [Generate(name, (1, 2, 3, 4), 5) for name in ("a", "b", "c")]
         answers = [
             Answer(engine, AnswerParser(tokenizer, one.token_ids), one, [], None, line) for one in requests
@@ -88,7 +88,7 @@ def test_places_in_the_line_progress_and_then_silence(tokenizer: Tokenizer) -> N
 @pytest.mark.parametrize(("path", "body"), BODIES[:4])
 def test_every_stream_tells_how_far_it_has_come(service: Service, path: str, body: dict[str, Any]) -> None:
     engine = SteppingEngine(places=(3,))
-    waiting = replace(service, engine=engine, line=Line(), keepalive_s=0.05)
+    waiting = replace(service, engine=engine, line=WaitingRequests(), keepalive_s=0.05)
     with (
         running_server(waiting) as url,
         httpx.stream("POST", url + path, json=body, timeout=20) as response,

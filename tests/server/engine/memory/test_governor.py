@@ -13,7 +13,7 @@ from server.engine.decode.sampling import start_sampling
 from server.engine.memory.governor import LONGEST_PAUSE_S, PAUSE_S, Governor, Ungoverned
 from server.engine.schedule import sequence
 from server.engine.schedule.passes import Pass
-from server.engine.schedule.scheduler import Part
+from server.engine.schedule.scheduler import PassPart
 from server.link.messages import (
     Event,
     Failed,
@@ -167,7 +167,7 @@ def run_paused(governed: Governed, num_layers: int, at_pause: Callable[[], objec
     request = Generate("a", prompt, 5)
     sampler = start_sampling(request.sampling, prompt, 64)
     reader = sequence.Sequence(request, sampler, Constraint(request, None), cache=model.make_cache())
-    one = Pass(model, [Part(reader, len(prompt))])
+    one = Pass(model, [PassPart(reader, len(prompt))])
     while (hidden := one.advance()) is None:
         if one.num_layers_done == num_layers:
             at_pause()

@@ -29,7 +29,7 @@ from tests.tiny_glm import tokens
 PROMPT = tuple(tokens(CONFIG, 1300))
 SHORT = Generate("short", tuple(tokens(CONFIG, 40, seed=2)), 60, GREEDY)
 SAVED = Generate("saved", PROMPT, 4, GREEDY)
-NEVER_S = 5.0
+NEVER_S = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""How many keys Pocket finds with each known fault planted: `python -m benchmarks.pocket_mutants`.
+"""How many keys Pocket finds with each known fault planted.
 
 The faults are those of tests/models/mutants.py, run in MLX, each in a process of its own on one core; the
 first row is the model as it is. Greedy, held-out needles in long prompts. Counts are shown as they come, so
@@ -88,7 +88,7 @@ def run_all(names: list[str], jobs: int, per_length: int, seconds: float, folder
     while (waiting or running) and time.monotonic() - start < seconds:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
-            command = [sys.executable, "-m", "benchmarks.pocket_mutants", "--one", name]
+            command = [sys.executable, "-m", "training.pocket.evaluation.planted_faults", "--one", name]
             command += ["--per-length", str(per_length), "--out", str(folder)]
             running.append(subprocess.Popen(command, env=environment))
         time.sleep(0.5)

@@ -1,0 +1,42 @@
+"""Pages name files that exist, and pictures are what their script draws."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.pictures.draw import HERE, PICTURES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOPS = "config|streaming|models|server|training|tests|benchmarks|docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    named = set(re.findall(rf"`((?:{TOPS})/[\w/.-]*)`", page.read_text(encoding="utf-8")))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["architecture", "streaming"])
+def test_every_class_that_a_page_names_exists(name: str) -> None:
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    sources = "".join(
+        path.read_text(encoding="utf-8")
+        for top in ("config", "streaming", "models", "server")
+        for path in (ROOT / top).rglob("*.py")
+    )
+    classes = set(re.findall(r"`([A-Z][A-Za-z]+)`", text))
+    assert len(classes) > 10
+    assert [one for one in sorted(classes) if not re.search(rf"class {one}\b", sources)] == []
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_what_the_script_draws(name: str) -> None:
+    assert (HERE / name).read_text(encoding="utf-8") == PICTURES[name]().svg()
