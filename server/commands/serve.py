@@ -241,4 +241,5 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         prefix_disk_bytes=settings.prefix_cache_size,
         prefix_writes_per_day=settings.prefix_cache_writes,
         sweep_tokens=settings.sweep_tokens,
+        wires_memory=settings.wire,
     )

@@ -1,6 +1,7 @@
 """Opens the model for the engine: the one place where server/ meets models/ and streaming/."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         store,
         lambda done, total: report(0.9 + 0.1 * done / total, f"trunk, file {done} of {total}"),
     )
-    wire(plan.lines["trunk"] + plan.lines["experts"])
+    on_plan = _wire if config.wires_memory else _leave
+    on_plan(plan)
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
@@ -76,7 +78,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     use = MemoryUse(
         store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
     )
-    memory = _make_memory(checkpoint, arithmetic, rule, plan, store, model)
+    memory = _make_memory(checkpoint, arithmetic, rule, plan, store, model, on_plan)
     measure = measure_all(
         measure_store(store, lambda: memory.plan if isinstance(memory, Governor) else plan, use, probe),
         prefix.statistics if prefix else dict,
@@ -139,6 +141,14 @@ def open_prefix_cache(
         return PrefixCache(fingerprint, max_bytes)
 
 
+def _wire(plan: MemoryPlan) -> None:
+    wire(plan.buffer_bytes)
+
+
+def _leave(plan: MemoryPlan) -> None:
+    """Leaves to the system what stays in memory."""
+
+
 def _make_memory(
     checkpoint: Checkpoint,
     arithmetic: Arithmetic,
@@ -146,12 +156,15 @@ def _make_memory(
     plan: MemoryPlan,
     store: ExpertStore,
     model: Model,
+    on_plan: Callable[[MemoryPlan], None],
 ) -> Governor | Ungoverned:
     if plan.is_resident:
         return Ungoverned()
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
     make = partial(_make_rule, checkpoint)
-    return Governor(store, geometry, plan, model.settle, make, rule, measure_room=choose_room())
+    return Governor(
+        store, geometry, plan, model.settle, make, rule, measure_room=choose_room(), on_plan=on_plan
+    )
 
 
 def _make_rule(checkpoint: Checkpoint, name: ExpertPolicy) -> Rule:

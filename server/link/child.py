@@ -26,6 +26,10 @@ STOP_TIMEOUT_S = 5.0
 # size gives it back at once. Every mapping is zeroed page by page, so it is the size of a tile's largest
 # intermediate on the CPU: with 1 MiB a prompt took a quarter longer. Other systems' libraries ignore it.
 MAPPED_FROM = {"MALLOC_MMAP_THRESHOLD_": str(2**22)}
+# MLX hands Metal a command buffer after so many operations, or when those name so many MB: by default 40 or
+# 50, and a gather names a whole bank of slots, so each would go alone. Larger ones gave 5 to 8 % (published,
+# never run by us). A step waits for its results once a layer in any case.
+COMMAND_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "200", "MLX_MAX_MB_PER_BUFFER": "4000"}
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +114,7 @@ def _child_environment() -> dict[str, str]:
     """The child imports this very code, wherever it was started."""
     root = str(Path(server.__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH")
+    metal = COMMAND_BUFFERS if sys.platform == "darwin" else {}
     return with_fast_blas(
-        {**MAPPED_FROM, **os.environ, "PYTHONPATH": ":".join(filter(None, [root, inherited]))}
+        {**MAPPED_FROM, **metal, **os.environ, "PYTHONPATH": ":".join(filter(None, [root, inherited]))}
     )
