@@ -17,6 +17,11 @@ install-into = $(VENV)/bin/uv pip install --quiet --system-certs --python $(1)/b
 ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
+# The server and its tests start many processes: each reads what the first has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+# A process a core, each with whole files of tests; with more than four, tests that look at the clock get in each
+# other's way.
+PYTEST := $(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help install serve test test-fast test-long lint clean
 
@@ -37,7 +42,7 @@ $(SERVING): pyproject.toml constraints.txt
 # Compiled here once, because tests start many processes; pip always compiles.
 $(COMPLETE): $(SERVING)
 	@$(call install-into,$(VENV),-c constraints.txt -e '.[$(EXTRAS)]')
-	@$(VENV)/bin/python -m compileall -q -j 2 $(VENV)/lib/python*/site-packages || true
+	@$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib || true
 	@touch $@
 
 # Clients that are large, or want other versions than the tests: an environment inside the other.
@@ -64,11 +69,11 @@ lint: install
 	$(VENV)/bin/mypy
 
 test: lint
-	$(VENV)/bin/pytest
+	$(PYTEST)
 
 test-fast: install
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pytest -m 'not slow and not long' -x -q
+	$(PYTEST) -m 'not slow and not long' -x -q
 
 test-long: install
 	$(VENV)/bin/pytest -m long

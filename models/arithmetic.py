@@ -12,9 +12,13 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from models.cuda import choices, products, sums
+
 # What MLX packs in mode affine; the other modes have one size each.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
+# Of packed weights whose rows MLX's CUDA kernel multiplies in one order, however many there are.
+GROUPED_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ class Arithmetic:
     `models.attention.tiles`.
     `has_slow_exp`: for many rows attention's exponentials and sums over chosen rows are NumPy's, evaluated at
     once.
+    `max_grouped_rows`: experts with up to so many of a prompt's rows are multiplied several in one product.
+    `slots_on_device`: reading ids back costs more than looking slots up where every expert has one.
+    `launches_early`: a layer of few rows is computed while the next one's graph is built.
+    `compiles`: what few rows go through between two uses of the cache is compiled once for their number.
+    `has_kernels`: what `models.cuda` can compute is computed there.
     """
 
     name: str
@@ -85,6 +94,16 @@ class Arithmetic:
     gather_from: int = 6
     tile_elements: int = 2**24
     has_slow_exp: bool = False
+    max_grouped_rows: int = 0
+    slots_on_device: bool = True
+    launches_early: bool = False
+    compiles: bool = False
+    has_kernels: bool = False
+
+    def launch(self, x: mx.array) -> None:
+        """Starts to compute what a layer of few rows comes to, where that is not left to its reader."""
+        if self.launches_early:
+            mx.async_eval(x)
 
     def is_few(self, rows: int) -> bool:
         """Whether so many rows are multiplied with the weights as they are packed."""
@@ -104,13 +123,98 @@ class Arithmetic:
         q, rows = w.quantization, x.shape[-2]
         if q is None:
             return self._dense_product(x, w.weight.swapaxes(-1, -2))
+        if rows <= products.TILE_ROWS and self._has_kernel(x, w):
+            return products.multiply(x, [_parts(w)], q.group_size)
         if not self.is_few(rows):
             return x @ self._unpack(w, q).swapaxes(-1, -2)
         return mx.quantized_matmul(
             x, w.weight, scales_of(w), w.get("biases"), True, q.group_size, q.bits, q.mode
         )
 
-    def gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
+    def gated_product(self, x: mx.array, gate: Weight, up: Weight) -> mx.array:
+        """silu(x gate) * (x up): x [rows, in], weights [width, in] -> [rows, width]."""
+        if x.shape[-2] <= products.TILE_ROWS and self._has_kernel(x, gate, up):
+            assert gate.quantization is not None, "a kernel multiplies packed weights"
+            return products.multiply(x, [_parts(gate), _parts(up)], gate.quantization.group_size)
+        return self.gated(self.product(x, gate), self.product(x, up))
+
+    def pairs(self, x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array) -> mx.array:
+        """Each row through the gated MLPs in its slots: x [N, in], weights [slots, ...], slots [N, k] ->
+        [N, k, out]."""
+        if self._has_kernel(x, gate, up) and (q := down.quantization) is not None:
+            assert gate.quantization is not None, "a kernel multiplies packed weights"
+            hidden = products.multiply(
+                x, [_parts(gate), _parts(up)], gate.quantization.group_size, slots=slots
+            )
+            if self._has_kernel(hidden, down):
+                return products.multiply(hidden, [_parts(down)], q.group_size, slots=slots)
+            return self._gathered_product(hidden[..., None, :], down, slots)[..., 0, :]
+        rows = x[:, None, None, :]
+        both = (self._gathered_product(rows, w, slots) for w in (gate, up))
+        return self._gathered_product(self.gated(*both), down, slots)[..., 0, :]
+
+    def mixed(self, pairs: mx.array, weights: mx.array) -> mx.array:
+        """Sum of each row's pairs by weight, in order: [N, k, H], float32 [N, k] -> [N, H]."""
+        if self.has_kernels:
+            return sums.mix(pairs, weights)
+        return (pairs * weights[..., None]).sum(axis=1).astype(pairs.dtype)
+
+    def grouped(self, x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array) -> mx.array:
+        """Rows of several experts, each through its own gated MLP: x [G, rows, in], slots [G]."""
+        hidden = self.gated(self._gather(x, gate, slots), self._gather(x, up, slots))
+        return self._gather(hidden, down, slots)
+
+    def can_group(self, rows: int, *weights: Weight) -> bool:
+        """Whether experts with so many of a prompt's rows each are best multiplied together."""
+        return rows <= self.max_grouped_rows and all(
+            w.quantization is not None and w.quantization.bits in GROUPED_BITS for w in weights
+        )
+
+    def add_experts(
+        self, out: mx.array, y: mx.array, weights: mx.array, ids: mx.array, ranks: mx.array, bases: mx.array
+    ) -> mx.array:
+        """As `models.cuda.sums.add_experts`."""
+        if self.has_kernels:
+            return sums.add_experts(out, y, weights, ids, ranks, bases)
+        starts = bases[ids]
+        places = mx.maximum(starts + ranks, 0)
+        for j in range(ids.shape[1]):
+            added = out + y[places[:, j]] * weights[:, j, None]
+            out = mx.where(starts[:, j, None] >= 0, added, out)
+        return out
+
+    def readable(self, ids: mx.array, bound: int) -> list[mx.array]:
+        """Non-negative integers below `bound`, [N, k], as arrays of their rows that are read back fastest.
+
+        MLX's CUDA backend keeps up to eight bytes where the host reads them; longer arrays are moved first.
+        """
+        if not self.has_kernels or bound > 256 or ids.shape[1] > 8 or ids.shape[0] > products.TILE_ROWS:
+            return [ids]
+        return [ids[i : i + 1].astype(mx.uint8) for i in range(ids.shape[0])]
+
+    def sent(self, values: NDArray[np.int32], bound: int) -> mx.array:
+        """Non-negative integers below `bound`, [N, k], on the device, the fastest way."""
+        rows, width = values.shape
+        if not self.has_kernels or bound > 256 or width > 8 or rows > products.TILE_ROWS:
+            return mx.array(values)
+        small = [mx.array(row[None]) for row in values.astype(np.uint8)]
+        return small[0] if rows == 1 else mx.concatenate(small)
+
+    def can_route(self, num_experts: int, k: int) -> bool:
+        """Whether `route` is the fastest way to choose k experts."""
+        return self.has_kernels and choices.can_route(num_experts, k)
+
+    def route(
+        self, logits: mx.array, bias: mx.array, k: int, is_normed: bool, factor: float
+    ) -> list[mx.array]:
+        """As `choices.route`, where `can_route` says so."""
+        return choices.route(logits, bias, k, is_normed, factor)
+
+    def best_positions(self, scores: mx.array, k: int) -> mx.array | None:
+        """As `choices.best_positions`; None where that is not the fastest way."""
+        return choices.best_positions(scores, k) if self.has_kernels else None
+
+    def _gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         """Each row with the matrix in its own slot. x [..., 1, in], w [slots, out, in], slots [...]."""
         num_pairs = slots.size
         if num_pairs >= self.min_pairs:
@@ -119,6 +223,14 @@ class Arithmetic:
         order = mx.minimum(mx.arange(self.min_pairs), num_pairs - 1)
         out = self._gather(x[order], w, slots.reshape(-1)[order])
         return out[:num_pairs].reshape(*slots.shape, 1, -1)
+
+    def _has_kernel(self, x: mx.array, *weights: Weight) -> bool:
+        """Whether all these are packed alike, as the kernels take it."""
+        if not self.has_kernels or (q := weights[0].quantization) is None:
+            return False
+        return all(w.quantization == q for w in weights) and products.supports(
+            x, weights[0].weight, scales_of(weights[0]), q.mode, q.bits, q.group_size
+        )
 
     def _gather(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         q = w.quantization
@@ -177,6 +289,12 @@ class Arithmetic:
         return mx.concatenate([x[..., i : i + 1, :] @ dense for i in range(rows)], axis=-2)
 
 
+def _parts(w: Weight) -> list[mx.array]:
+    """Weight, scales and, where there are any, biases."""
+    biases = w.get("biases")
+    return [w.weight, scales_of(w)] + ([] if biases is None else [biases])
+
+
 def _view(array: mx.array) -> NDArray[Any]:
     """The array's own memory, once it is evaluated."""
     mx.eval(array)
@@ -199,13 +317,24 @@ CPU = Arithmetic(
     gather_from=2,
     tile_elements=2**20,
     has_slow_exp=True,
+    slots_on_device=False,
 )
 # The defaults; not measured on Metal.
 METAL = Arithmetic("metal", mx.bfloat16, max_packed_rows=None)
 # On one H100 gathering selected keys won from 12,288 keys for 2,048, unpacked weights from about 32 rows. MLX
 # 0.32 multiplies fewer than eight gathered pairs by another kernel than eight and more; one kernel for all
 # gives streamed experts the bits of resident ones. Eight pairs in one call are also faster than in two.
-CUDA = Arithmetic("cuda", mx.bfloat16, max_packed_rows=32, min_pairs=8)
+CUDA = Arithmetic(
+    "cuda",
+    mx.bfloat16,
+    max_packed_rows=32,
+    min_pairs=8,
+    experts_at_once=16,
+    max_grouped_rows=512,
+    launches_early=True,
+    compiles=True,
+    has_kernels=True,
+)
 
 
 def choose_arithmetic() -> Arithmetic:

@@ -5,6 +5,7 @@ files; experts come through an `ExpertSource`.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from weakref import WeakSet
 
@@ -35,7 +36,7 @@ class DenseMlp(nn.Module):
         self.down_proj = Linear(intermediate, hidden, arithmetic)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self._arithmetic.gated(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self._arithmetic.gated_product(x, self.gate_proj, self.up_proj))
 
 
 class MoeMlp(nn.Module):
@@ -49,14 +50,26 @@ class MoeMlp(nn.Module):
         if args.n_shared_experts:
             width = args.moe_intermediate_size * args.n_shared_experts
             self.shared_experts = DenseMlp(args.hidden_size, width, arithmetic)
+        self._compiles = arithmetic.compiles
 
     def __call__(self, x: mx.array, guess: mx.array | None = None) -> mx.array:
         """x [N, H] -> [N, H]; `guess`: the next layer's experts, as `Router.ranked` gives them."""
+        if self._experts.are_resident_for(x.shape[0]):
+            return self._compiled(x) if self._compiles else self._whole(x)
         ids, weights, choice = self.gate(x)
         if "shared_experts" not in self:
             return self._experts(x, ids, weights, choice, guess=guess)
         shared = self.shared_experts(x)
         return self._experts(x, ids, weights, choice, guess=guess, beside=(shared,)) + shared
+
+    @cached_property
+    def _compiled(self) -> Callable[..., mx.array]:
+        return mx.compile(self._whole)
+
+    def _whole(self, x: mx.array) -> mx.array:
+        """The same where experts are resident."""
+        routed = self._experts(x, *self.gate(x))
+        return routed + self.shared_experts(x) if "shared_experts" in self else routed
 
     def sweep(self, x: mx.array, norm: nn.RMSNorm, parts: Sequence[RowPart]) -> Generator[None, None, None]:
         """Adds what it makes of norm(x) to x [N, H], for many rows, with pauses.
@@ -230,6 +243,7 @@ class Model(nn.Module):
         for i, layer in enumerate(self.model.layers):
             if tokens.shape[0] <= EAGER_ROWS:
                 x = layer(x, parts)
+                self.arithmetic.launch(x)
             else:
                 yield from layer.piece_by_piece(x, parts)
                 mx.eval(x, *(state for span in spans for state in span.cache.states(i)))

@@ -6,6 +6,8 @@ and give way to those.
 
 from collections.abc import Collection, Sequence
 
+import mlx.core as mx
+
 from config.errors import DiskError
 from streaming.banks import Bank
 from streaming.disk.reads import ReadClass
@@ -36,6 +38,7 @@ class StoreLayer:
         self._filler, self._expert_bytes, self._counts = filler, expert_bytes, counts
         self._gates: dict[int, Gate] = {}  # by how many layers before it was guessed
         self._fresh: set[int] = set()  # arrived ahead since the layer was last asked
+        self._table: mx.array | None = None
 
     @property
     def under_way(self) -> list[Fill]:
@@ -45,6 +48,14 @@ class StoreLayer:
     def __contains__(self, expert: object) -> bool:
         """Whether it is there or coming."""
         return expert in self.books or expert in self.ahead
+
+    def slot_table(self, num_experts: int) -> mx.array | None:
+        """Each expert's slot, int32 [experts], if all are there: then none moves before the next `resize`."""
+        if len(self.books) < num_experts:
+            return None
+        if self._table is None:
+            self._table = mx.array([self.books.slot(expert) for expert in range(num_experts)], mx.int32)
+        return self._table
 
     def begin(self, experts: Sequence[int]) -> Sequence[Fill]:
         """Starts to bring what is not here of the experts somebody needs now; the fills to wait for."""
@@ -125,6 +136,7 @@ class StoreLayer:
         self._land_ahead()
         while self.ahead:
             self._give_up_one()
+        self._table = None
         kept = self.books.shed(num_slots)
         self.bank.resize(kept, num_slots)
         self._filler.renew(self.number)

@@ -100,6 +100,17 @@ class ExpertStore:
         """Whether `expect` may lead to reads: there are experts that are not there."""
         return self._looks_ahead and len(self._layers[layer].books) < self._index.num_experts
 
+    def slot_table(self, layer: int) -> mx.array | None:
+        """Each expert's slot, int32 [experts], where all of the layer have one; else None.
+
+        The caller promises for products with these slots what it does for those of `begin`.
+        """
+        return self._layers[layer].slot_table(self._index.num_experts)
+
+    def count_hits(self, num_pairs: int) -> None:
+        """So many (row, expert) pairs found their experts' slots in a table; each counts as a hit."""
+        self._counts.hits += num_pairs
+
     def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Makes every expert resident, in the slot of its own number; only for a store that was never used.
 

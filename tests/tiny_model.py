@@ -36,6 +36,12 @@ class MemoryExperts:
             for p in PROJECTIONS
         }
 
+    def slot_table(self, layer: int) -> mx.array | None:
+        return None
+
+    def count_hits(self, num_pairs: int) -> None:
+        raise NotImplementedError
+
     def watches_scores(self, layer: int) -> bool:
         return False
 

@@ -7,6 +7,7 @@ set of numbers. Memory is bounded by tiles of queries.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -114,18 +115,34 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, part: RowPart) -> mx.array:
         """x [N, H] -> [N, H]; appends this layer's rows to the caches of the spans."""
-        q_residual = self.q_a_layernorm(self.q_a_proj(x))
-        queries = self._latent_queries(q_residual, part.positions)  # [heads, N, latent]
-        rows = self._latent_rows(x, part.positions)  # [N, latent]
+        is_compiled = self._arithmetic.compiles and not part.is_large
+        project, finish = self._compiled if is_compiled else (self._project, self._finish)
+        q_residual, queries, rows, *new_keys = project(x, part.positions)
         keys = [span.append(lambda cache: cache.latents[self._layer], rows) for span in part.spans]
         if "indexer" in self:
-            self._update_selection(x, q_residual, part)
+            self._update_selection(x, q_residual, new_keys[0], part)
         outs = [
             self._attend(queries[:, span.start : span.stop], span_keys, selected)
             for span, span_keys, selected in zip(part.spans, keys, part.selected, strict=True)
         ]
-        out = self.unembed_out(mx.concatenate(outs, axis=1))  # [heads, N, v]
-        return self.o_proj(out.transpose(1, 0, 2).reshape(x.shape[0], -1))
+        return finish(mx.concatenate(outs, axis=1))
+
+    @cached_property
+    def _compiled(self) -> tuple[Callable[..., list[mx.array]], Callable[..., mx.array]]:
+        """What comes before the cache is used, and after, for few rows."""
+        return mx.compile(self._project), mx.compile(self._finish)
+
+    def _project(self, x: mx.array, positions: mx.array) -> list[mx.array]:
+        """What rows x [N, H] bring: the query residual, latent queries [heads, N, latent], rows of the cache
+        [N, latent] and, in a full layer, index keys [N, D]."""
+        q_residual = self.q_a_layernorm(self.q_a_proj(x))
+        made = [q_residual, self._latent_queries(q_residual, positions), self._latent_rows(x, positions)]
+        return [*made, self.indexer.key_rows(x, positions)] if "indexer" in self else made
+
+    def _finish(self, out: mx.array) -> mx.array:
+        """What was attended to, out of the latent space: [heads, N, kv_lora] -> [N, H]."""
+        values = self.unembed_out(out)  # [heads, N, v]
+        return self.o_proj(values.transpose(1, 0, 2).reshape(out.shape[1], -1))
 
     def _latent_queries(self, q_residual: mx.array, positions: mx.array) -> mx.array:
         """Queries against cached rows: the nope part in latent space, then the rotated part."""
@@ -141,9 +158,9 @@ class Attention(nn.Module):
         rotary = self._rope(rotary[:, None, :], positions)[:, 0, :]
         return mx.concatenate([self.kv_a_layernorm(latent), rotary], axis=-1)
 
-    def _update_selection(self, x: mx.array, q_residual: mx.array, part: RowPart) -> None:
+    def _update_selection(self, x: mx.array, q_residual: mx.array, new_keys: mx.array, part: RowPart) -> None:
         """Write the index keys of all spans, then score where there are more keys than may be selected."""
-        k, new_keys = self._args.index_topk, self.indexer.key_rows(x, part.positions)
+        k = self._args.index_topk
         for span in part.spans:
             span.append(lambda cache: cache.index_keys[self._layer], new_keys)
         stores = [span.cache.index_keys[self._layer] for span in part.spans]

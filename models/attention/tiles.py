@@ -69,12 +69,15 @@ def select_tiles(
     height = tile_rows(max(heads * min(keys.shape[0], most), keys.shape[0]), limit)
     tiles = []
     for start, stop, seen in cut_tiles(rows, keys.shape[0], height):
-        chosen = causal_mask(seen - (stop - start), stop - start, seen)
+        gathers = rows <= GATHER_ROWS or seen > most
+        scores = None
         if seen > k:
             scores = index_scores(queries[start:stop], weights[start:stop], keys[:seen], limit)
-            chosen = select(scores, chosen, k)
-        if rows <= GATHER_ROWS or seen > most:
-            chosen = selected_positions(chosen, k)
+        chosen = arithmetic.best_positions(scores, k) if gathers and scores is not None else None
+        if chosen is None:
+            chosen = causal_mask(seen - (stop - start), stop - start, seen)
+            chosen = chosen if scores is None else select(scores, chosen, k)
+            chosen = selected_positions(chosen, k) if gathers else chosen
         if rows > EAGER_ROWS:
             mx.eval(chosen)
         tiles.append(Tile(start, stop, seen, chosen))

@@ -28,6 +28,14 @@ class ExpertSource(Protocol):
         """Part name, as in `gate_proj.weight`, -> array [slots, ...]."""
         ...
 
+    def slot_table(self, layer: int) -> mx.array | None:
+        """Each expert's slot, int32 [E] on the device, where all have one; else None."""
+        ...
+
+    def count_hits(self, num_pairs: int) -> None:
+        """So many (row, expert) pairs were looked up in a slot table."""
+        ...
+
     def watches_scores(self, layer: int) -> bool:
         """Whether `observe` is worth calling."""
         ...

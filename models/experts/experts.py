@@ -9,8 +9,9 @@ model knows. Outputs of a row's experts are added in ascending expert id in ever
 with an expert does not depend on the slot that holds it, so any budget gives the same bits.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from models.arithmetic import Arithmetic, Quantization
 from models.experts.expert_source import ExpertSource
+from models.experts.grouping import Indices, cut_pieces, cut_runs, lay_out, ranks_of, rows_by_expert
 from streaming.fills import Fetch
 from streaming.policy import OBSERVED_ROWS
 from streaming.sweep import Place
@@ -29,7 +31,6 @@ EXPERT_ROWS = 2048
 # Of 64 uses by eight rows an eighth are of experts that another uses, too: of 256, 54 to 57 are wanted.
 GUESSED_ROWS = 4
 SHARED_USES = 1 / 8
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Experts:
         self._quantizations = quantizations
         self._pending: mx.array | None = None
         self._next: Experts | None = None
+
+    def are_resident_for(self, rows: int) -> bool:
+        """Whether a call for so many rows depends on its arrays alone."""
+        return self._source.is_resident and self._arithmetic.gathers(rows)
 
     def precede(self, following: "Experts") -> None:
         """The layer whose experts are guessed in this one."""
@@ -110,7 +115,7 @@ class Experts:
         """
         if self._arithmetic.gathers(x.shape[0]):
             pairs = self._all_pairs(x, ids, scores, guess, beside)
-            return (pairs * weights[..., None]).sum(axis=1).astype(x.dtype)
+            return self._arithmetic.mixed(pairs, weights).astype(x.dtype)
         return run_through(self.sweep(lambda rows: x[rows], ids, weights, scores)).astype(x.dtype)
 
     def _all_pairs(
@@ -123,7 +128,10 @@ class Experts:
     ) -> mx.array:
         """Output of each expert for each row that wants it: [N, H], [N, k] -> [N, k, H]."""
         if self._source.is_resident:
-            return self._gathered(x[:, None, None, :], ids)
+            return self._gathered(x, ids)
+        if guess is None and (table := self._table()) is not None:
+            self._source.count_hits(ids.size)
+            return self._remember(self._gathered(x, table[ids]))
         wanted, guessed = self._synchronise(ids, scores, guess)
         # One row's experts are unique and ascending as they are.
         experts = (wanted[0] if len(wanted) == 1 else np.unique(wanted)).tolist()
@@ -136,11 +144,15 @@ class Experts:
             places = np.searchsorted(experts, wanted)
             slots, is_here = fetch.slots[places], fetch.is_here[places]
         if is_here.all():
-            pairs = self._gathered(x[:, None, None, :], mx.array(slots))
+            pairs = self._gathered(x, self._arithmetic.sent(slots, self._source.num_slots(self._layer)))
             # Computed while the next layer's graph is built.
             mx.async_eval(pairs, *beside)
             return self._remember(pairs)
         return self._remember(self._pairs_as_they_come(x, fetch, slots, is_here, beside))
+
+    def _table(self) -> mx.array | None:
+        """Each expert's slot, where all have one and asking for them is spared."""
+        return self._source.slot_table(self._layer) if self._arithmetic.slots_on_device else None
 
     def _expect_next(self, guessed: NDArray[np.int32] | None) -> None:
         """Starts to read what is guessed, once the reads for this layer have been started."""
@@ -151,16 +163,18 @@ class Experts:
         self, ids: mx.array, scores: mx.array | None, guess: mx.array | None
     ) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
         """The one synchronisation of the layer: ids, scores and guess, and an end to all pending products."""
+        readable = [ids] if scores is None else self._arithmetic.readable(ids, scores.shape[-1])
         if scores is not None and not self._source.watches_scores(self._layer):
             scores = None
         owners = [self] if guess is None or self._next is None else [self, self._next]
         pending = [owner._pending for owner in owners]
-        mx.eval(*(array for array in (ids, scores, guess, *pending) if array is not None))
+        mx.eval(*(array for array in (*readable, scores, guess, *pending) if array is not None))
         for owner in owners:
             owner._pending = None
         if scores is not None:
             self._source.observe(self._layer, np.array(scores))
-        return np.array(ids), None if guess is None else np.array(guess)
+        wanted = np.concatenate([np.array(rows) for rows in readable]).astype(np.int32)
+        return wanted, None if guess is None else np.array(guess)
 
     def _pairs_as_they_come(
         self,
@@ -182,7 +196,7 @@ class Experts:
     def _pairs(self, x: mx.array, slots: NDArray[np.int32], pairs: NDArray[np.int64]) -> mx.array:
         """Outputs [P, H] of numbered (row, expert) pairs, each computed alone."""
         rows = mx.array(pairs // slots.shape[1])
-        return self._gathered(x[rows, None, :], mx.array(slots.ravel()[pairs]))
+        return self._gathered(x[rows], mx.array(slots.ravel()[pairs])[:, None])[:, 0]
 
     def _pairs_in_turns(
         self,
@@ -201,7 +215,7 @@ class Experts:
                 self._expect_next(guessed)
             pairs = np.flatnonzero(np.isin(wanted, turn))
             slots = np.array(places, np.int32)[np.searchsorted(turn, wanted.ravel()[pairs])]
-            out[mx.array(pairs)] = self._gathered(x[mx.array(pairs // k), None, :], mx.array(slots))
+            out[mx.array(pairs)] = self._gathered(x[mx.array(pairs // k)], mx.array(slots)[:, None])[:, 0]
             mx.eval(out)
         return out.reshape(num_rows, k, -1)
 
@@ -225,44 +239,91 @@ class Experts:
         if scores is not None:
             scores = None if self._source.is_resident else scores[-OBSERVED_ROWS:]
         wanted, _ = self._synchronise(ids, scores, None)
-        rows_of = _rows_by_expert(wanted)
+        rows_of = rows_by_expert(wanted)
         counts = {expert: len(rows) for expert, (rows, _) in rows_of.items()}
         out = mx.zeros((weights.shape[0], take(mx.array([0])).shape[1]))
+        ranks: mx.array | None = None
         for group in self._source.sweep(self._layer, counts, self._arithmetic.experts_at_once):
-            for place in group:
-                mlp = self._unpacked(place, counts[place.expert])
-                for rows, columns in _pieces(*rows_of[place.expert]):
-                    chosen = mx.array(rows)
-                    y = mlp(take(chosen)) * weights[chosen, mx.array(columns), None]
-                    out = self._arithmetic.add_rows(out, rows, y)
-                    if len(rows) == EXPERT_ROWS:
-                        mx.eval(out)
+            for run, is_together in cut_runs(group, lambda place: self._can_group(place, counts)):
+                if is_together:
+                    ranks = mx.array(ranks_of(rows_of, wanted.shape)) if ranks is None else ranks
+                    out = self._add_run(out, take, run, rows_of, weights, ids, ranks)
+                else:
+                    out = self._add_place(out, take, run[0], rows_of[run[0].expert], weights)
             mx.eval(out)
             yield
         return out
 
+    def _weights(
+        self, arrays: Mapping[str, mx.array], slot: int | None = None
+    ) -> tuple[BankWeight, BankWeight, BankWeight]:
+        """Gate, up and down of a bank, or of one of its slots."""
+        gate, up, down = (BankWeight(arrays, name, self._quantizations[name], slot) for name in PROJECTIONS)
+        return gate, up, down
+
+    def _can_group(self, place: Place, counts: Mapping[int, int]) -> bool:
+        return self._arithmetic.can_group(counts[place.expert], *self._weights(place.arrays))
+
+    def _add_place(
+        self,
+        out: mx.array,
+        take: Callable[[mx.array], mx.array],
+        place: Place,
+        pairs: tuple[Indices, Indices],
+        weights: mx.array,
+    ) -> mx.array:
+        """out [N, H] with one expert's outputs for the rows that want it."""
+        mlp = self._unpacked(place, len(pairs[0]))
+        for rows, columns in cut_pieces(*pairs, EXPERT_ROWS):
+            chosen = mx.array(rows)
+            y = mlp(take(chosen)) * weights[chosen, mx.array(columns), None]
+            out = self._arithmetic.add_rows(out, rows, y)
+            if len(rows) == EXPERT_ROWS:
+                mx.eval(out)
+        return out
+
+    def _add_run(
+        self,
+        out: mx.array,
+        take: Callable[[mx.array], mx.array],
+        run: Sequence[Place],
+        rows_of: Mapping[int, tuple[Indices, Indices]],
+        weights: mx.array,
+        ids: mx.array,
+        ranks: mx.array,
+    ) -> mx.array:
+        """out [N, H] with the outputs of several experts, each multiplied with as many rows, some in vain."""
+        chosen, bases = lay_out(run, rows_of)
+        slots = np.array([place.slot for place in run], np.int32)
+        sent = mx.array(np.concatenate([chosen.ravel(), bases, slots]))
+        flat, bases_sent, slots_sent = mx.split(sent, [chosen.size, chosen.size + bases.size])
+        x = take(flat).reshape(*chosen.shape, -1)
+        y = self._arithmetic.grouped(x, *self._weights(run[0].arrays), slots=slots_sent)
+        return self._arithmetic.add_experts(out, y.reshape(-1, out.shape[1]), weights, ids, ranks, bases_sent)
+
     def _unpacked(self, place: Place, num_rows: int) -> Callable[[mx.array], mx.array]:
         """One expert, its weights in the form that so many rows are multiplied with: [n, H] -> [n, H]."""
-        gate, up, down = (
-            self._arithmetic.unpacked(
-                BankWeight(place.arrays, projection, self._quantizations[projection], place.slot), num_rows
-            )
-            for projection in PROJECTIONS
-        )
+        weights = self._weights(place.arrays, place.slot)
+        gate, up, down = (self._arithmetic.unpacked(weight, num_rows) for weight in weights)
         product = self._arithmetic.product
         gated = self._arithmetic.gated
         return lambda x: product(gated(product(x, gate), product(x, up)), down)
 
     def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
-        """x [..., 1, H] against slots [...] -> [..., H]."""
+        """x [N, H] against slots [N, k] -> [N, k, H]."""
         bank = self._source.bank(self._layer)
+        return (
+            self._compiled(x, slots, dict(bank))
+            if self._arithmetic.compiles
+            else self._pairs_of(x, slots, bank)
+        )
 
-        def product(rows: mx.array, projection: str) -> mx.array:
-            w = BankWeight(bank, projection, self._quantizations[projection])
-            return self._arithmetic.gathered_product(rows, w, slots)
+    @cached_property
+    def _compiled(self) -> Callable[..., mx.array]:
+        return mx.compile(self._pairs_of)
 
-        hidden = self._arithmetic.gated(product(x, "gate_proj"), product(x, "up_proj"))
-        return product(hidden, "down_proj")[..., 0, :]
+    def _pairs_of(self, x: mx.array, slots: mx.array, arrays: Mapping[str, mx.array]) -> mx.array:
+        return self._arithmetic.pairs(x, *self._weights(arrays), slots=slots)
 
     def _remember(self, out: mx.array) -> mx.array:
         """A lazy product reads its slots when it is evaluated: keep it until then."""
@@ -279,19 +340,3 @@ def run_through(steps: Generator[object, None, mx.array]) -> mx.array:
         except StopIteration as stop:
             result: mx.array = stop.value
             return result
-
-
-def _pieces(rows: Indices, columns: Indices) -> Iterator[tuple[Indices, Indices]]:
-    """An expert's rows, and its place among each row's experts, in pieces."""
-    for first in range(0, len(rows), EXPERT_ROWS):
-        piece = slice(first, first + EXPERT_ROWS)
-        yield rows[piece], columns[piece]
-
-
-def _rows_by_expert(wanted: NDArray[np.int32]) -> dict[int, tuple[Indices, Indices]]:
-    """Expert id -> (rows that want it, place of it among the row's experts). wanted [N, k]."""
-    order = np.argsort(wanted, axis=None, kind="stable")
-    ids, starts = np.unique(wanted.ravel()[order], return_index=True)
-    pairs = np.split(order, starts[1:])
-    k = wanted.shape[1]
-    return {int(e): (p // k, p % k) for e, p in zip(ids, pairs, strict=True)}

@@ -24,14 +24,33 @@ class Router(nn.Module):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """x [N, H] -> expert ids int32 [N, k], ascending in each row; their weights float32 [N, k]; and by
         what they were chosen, float32 [N, E]."""
+        if self._has_kernel:
+            ids, weights, choice, _ = self._routed(x)
+            return ids, weights, choice
         scores, choice = self._scores(x)
         ids = best_experts(choice, self._args.num_experts_per_tok)
         return ids, expert_weights(scores, ids, self._args), choice
 
     def ranked(self, x: mx.array) -> mx.array:
         """The same experts, int32 [N, k], the likeliest of each row first."""
+        if self._has_kernel:
+            return self._routed(x)[3]
         _, choice = self._scores(x)
         return mx.argsort(-choice, axis=-1)[:, : self._args.num_experts_per_tok].astype(mx.int32)
+
+    @property
+    def _has_kernel(self) -> bool:
+        args = self._args
+        return args.n_group == 1 and self._arithmetic.can_route(
+            args.n_routed_experts, args.num_experts_per_tok
+        )
+
+    def _routed(self, x: mx.array) -> list[mx.array]:
+        args, bias = self._args, self.e_score_correction_bias
+        logits = self._arithmetic.product(x.astype(mx.float32), self)
+        return self._arithmetic.route(
+            logits, bias, args.num_experts_per_tok, args.norm_topk_prob, args.routed_scaling_factor
+        )
 
     def _scores(self, x: mx.array) -> tuple[mx.array, mx.array]:
         args = self._args

@@ -6,24 +6,29 @@ What llguidance cannot hold is refused here, before the engine hears of it. Call
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from llguidance import LLMatcher
 
 from config.errors import RequestError
-from server.glm.argument_types import ArgumentTypes, flattened, resolve
+from server.glm.argument_types import ArgumentTypes
+from server.glm.schema_parts import DATA, Schema, dangling, resolve, schema_of, walk
 from server.glm.tokenizer import Tokenizer
 
 # Enough for an indented line, and an end to it: a model could otherwise write blanks for ever.
 GUIDANCE = {"whitespace_pattern": r"\n?[ ]{0,40}"}
-DEFINITIONS = ("$defs", "definitions")
+# Where all of a tool's schema stands beside the part of it that one argument follows.
+ALL_OF_IT = "all of the parameters"
+# String formats that llguidance enforces; any other is an annotation.
+FORMATS = frozenset(
+    ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid", "unknown"]
+)
+ANY_KEY = r"/[^<>\s]{1,64}/"
 
 # llguidance takes 2,000 at one place of a rule, and any number within a word.
 MAX_ALTERNATIVES = 1000
-
-# A reference to all of a schema, as it stands in a rule.
-WHOLE = '"$ref": "#"'
 
 # Lark ends a pattern at a slash or at the end of the line.
 IN_LARK = {"/": r"\/", "\n": r"\n"}
@@ -34,7 +39,7 @@ Rules = dict[str, str]
 def json_rule(schema: Any) -> str:
     """A rule for JSON of this schema."""
     if isinstance(schema, dict):
-        schema = schema | {"x-guidance": GUIDANCE}
+        schema = _enforceable(schema) | {"x-guidance": GUIDANCE}
     return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
 
@@ -42,6 +47,13 @@ def regex_rule(pattern: str) -> str:
     """A rule for text that matches a pattern (of Rust's regex syntax) as a whole."""
     escaped = re.sub(r"\\.|/|\n", lambda found: IN_LARK.get(found.group(), found.group()), pattern)
     return f"/{escaped}/"
+
+
+def text_rules(tokenizer: Tokenizer) -> Rules:
+    """Rules of an answer that makes no calls: any text. A tag that is a token is no text to llguidance."""
+    is_token = tokenizer.token_id("<tool_call>") is not None
+    without = "" if is_token else " & ~/(?s:.*)<tool_call>(?s:.*)/"
+    return {"start": "TEXT", "TEXT": "/(?s:.*)/" + without}
 
 
 def make_grammar(rules: Rules) -> str:
@@ -75,41 +87,92 @@ class CallGrammar:
         return rules | {"text": "TEXT", "TEXT": "/(?s:.*)/" if has_tags else "/[^<]*/"}
 
     def _call_rules(self, name: str, function: dict[str, Any]) -> Rules:
-        schema = flattened(function.get("parameters"))
-        properties, required = schema.get("properties"), schema.get("required")
-        arguments, rules = "", {}
-        for index, key in enumerate(properties if isinstance(properties, dict) else ()):
-            rules[f"{name}_{index}"] = self._argument(schema, key)
-            is_required = isinstance(required, list) and key in required
-            arguments += f" {name}_{index}" + ("" if is_required else "?")
+        document = function.get("parameters")
+        if (reference := dangling(document)) is not None:
+            message = (
+                f"tools: {function['name'][:40]!r} cannot be enforced: $ref {reference[:100]!r} leads nowhere"
+            )
+            raise RequestError(message, param="tools")
+        types, bodies = ArgumentTypes(document), []
+        rules: Rules = {}
+        for number, variant in enumerate(types.variants):
+            body = ""
+            for key, value, mark in _arguments(types, document, variant):
+                rules[f"{name}_{len(rules)}"] = self._argument(key, value)
+                body += f" {name}_{len(rules) - 1}{mark}"
+            rules[f"{name}_v{number}"] = body.strip() or '""'
+            bodies.append(f"{name}_v{number}")
         start, end = self._tag("<tool_call>"), self._tag("</tool_call>")
-        return {name: f"{start} {_quoted(function['name'])}{arguments} {end}"} | rules
+        return {name: f"{start} {_quoted(function['name'])} ({' | '.join(bodies)}) {end}"} | rules
 
-    def _argument(self, schema: dict[str, Any], key: str) -> str:
-        parts = [self._tag("<arg_key>"), _quoted(key), self._tag("</arg_key>")]
-        return " ".join([*parts, self._tag("<arg_value>"), _value(schema, key), self._tag("</arg_value>")])
+    def _argument(self, key: str, value: str) -> str:
+        parts = [self._tag("<arg_key>"), key, self._tag("</arg_key>")]
+        return " ".join([*parts, self._tag("<arg_value>"), value, self._tag("</arg_value>")])
 
     def _tag(self, text: str) -> str:
         token_id = self._tokenizer.token_id(text)
         return _quoted(text) if token_id is None else f"<[{token_id}]>"
 
 
-def _value(root: dict[str, Any], key: str) -> str:
+def _arguments(types: ArgumentTypes, document: Any, variant: Schema) -> Iterator[tuple[str, str, str]]:
+    """Key, value and how often, for each argument of a variant: those it names, then those of any name."""
+    required, others = variant["required"], variant.get("additionalProperties", False)
+    for key, schema in variant["properties"].items():
+        yield _quoted(key), _value(types, document, schema), "" if key in required else "?"
+    for key in dict.fromkeys(name for name in required if isinstance(name, str)):
+        if key not in variant["properties"]:
+            schema = schema_of(variant, key)
+            yield _quoted(key), _value(types, document, others if schema is None else schema), ""
+    for pattern, schema in variant.get("patternProperties", {}).items():
+        yield _key_like(pattern), _value(types, document, schema), "*"
+    if others is True or isinstance(others, dict):
+        yield ANY_KEY, _value(types, document, others), "*"
+
+
+def _key_like(pattern: str) -> str:
+    """A key that a pattern is found in; as in a schema it may begin and end anywhere."""
+    start, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
+    inner = pattern[start : len(pattern) - end]
+    return regex_rule(f"{'' if start else '[^<>]{0,32}'}({inner}){'' if end else '[^<>]{0,32}'}")
+
+
+def _value(types: ArgumentTypes, document: Any, schema: Any) -> str:
     """How a value is written: JSON, unless it may be a string, which GLM writes without quotes."""
-    schema = root["properties"][key]
-    if "string" not in ArgumentTypes(root).of(key).types:
-        definitions = {name: root[name] for name in DEFINITIONS if name in root}
-        rule = json_rule(schema | definitions)
-        if WHOLE in rule:  # there is another whole here, and it would follow itself for ever
-            raise RequestError(
-                f"tools: the reference to '#' in {key[:40]!r} cannot be enforced", param="tools"
-            )
-        return f"({rule})"
-    choices = _choices(root, schema, set())
+    if "string" not in types.types_of(schema):
+        if any("$ref" in part for part in walk(schema)):
+            schema = _moved(schema) | {"$defs": {ALL_OF_IT: _moved(document)}}
+        return f"({json_rule(schema)})"
+    choices = _choices(document, schema, set())
     written = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in choices or ()]
     if len(written) > MAX_ALTERNATIVES:
         return regex_rule("|".join(re.escape(one).replace("\\\n", "\n") for one in written))
     return f"({' | '.join(map(_quoted, written))})" if written else "text"
+
+
+def _moved(value: Any) -> Any:
+    """A part of a schema whose references lead to where all of it stands now."""
+    if isinstance(value, list):
+        return [_moved(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    moved = {key: one if key in DATA else _moved(one) for key, one in value.items() if key != "$id"}
+    reference = value.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or "#/" in reference):
+        moved["$ref"] = f"#/$defs/{quote(ALL_OF_IT)}{reference.partition('#')[2]}"
+    return moved
+
+
+def _enforceable(value: Any) -> Any:
+    """A schema without the formats that only say something to people."""
+    if isinstance(value, list):
+        return [_enforceable(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: one if key in DATA else _enforceable(one)
+        for key, one in value.items()
+        if not (key == "format" and isinstance(one, str) and one not in FORMATS)
+    }
 
 
 def _choices(root: dict[str, Any], schema: Any, seen: set[str]) -> list[Any] | None:

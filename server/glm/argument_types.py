@@ -12,14 +12,14 @@ from typing import Any
 import pydantic_core
 
 from server.glm.finite import all_finite
+from server.glm.schema_parts import resolve, schema_of, variants
 
 Types = frozenset[str]
 ALL: Types = frozenset(["string", "number", "integer", "boolean", "null", "object", "array"])
 # Deeper than any schema that people write; a chain of references must not exhaust the stack.
 MAX_DEPTH = 64
 
-# What may say at the top of a schema which properties an object has.
-COMPOSING = ("allOf", "$ref")
+OTHERS = "additionalProperties"
 
 BLANKS = " \t\n\r"
 NUMBER_SO_FAR = re.compile(r"[-+0-9.eE]*[ \t\n\r]*")
@@ -65,19 +65,26 @@ class ArgumentTypes:
     """The arguments of one function, by the JSON schema of its parameters."""
 
     def __init__(self, parameters: Any) -> None:
-        self._root = flattened(parameters)
+        self._document = parameters if isinstance(parameters, dict) else {}
         self._by_reference: dict[str, Types] = {}
-        self._properties = _properties(self._root)
+        self.variants = variants(self._document)
 
     def known_key(self, key: str) -> str:
         """The argument that is meant: the exact name, else the one without the blanks around it."""
-        stripped = key.strip()
-        return stripped if key not in self._properties and stripped in self._properties else key
+        known = {name for variant in self.variants for name in variant["properties"]}
+        return key.strip() if key not in known and key.strip() in known else key
 
     def of(self, key: str) -> ArgumentType:
-        """The type of one argument."""
-        schema = self._properties.get(key, self._root.get("additionalProperties"))
-        return ArgumentType(self._allowed(schema, 0))
+        """The type of one argument: that of any variant that has it."""
+        declared = [schema_of(variant, key) for variant in self.variants]
+        found = [schema for schema in declared if schema is not None]
+        if not found:
+            found = [variant["additionalProperties"] for variant in self.variants if OTHERS in variant]
+        return ArgumentType(frozenset().union(*map(self.types_of, found)) or ALL)
+
+    def types_of(self, schema: Any) -> Types:
+        """The types that a part of the schema allows."""
+        return self._allowed(schema, 0)
 
     def _allowed(self, schema: Any, depth: int) -> Types:
         if not isinstance(schema, dict) or depth > MAX_DEPTH:
@@ -98,52 +105,8 @@ class ArgumentTypes:
     def _referenced(self, reference: str, depth: int) -> Types:
         if reference not in self._by_reference:
             self._by_reference[reference] = ALL  # what a reference to itself says
-            self._by_reference[reference] = self._allowed(resolve(self._root, reference), depth + 1)
+            self._by_reference[reference] = self._allowed(resolve(self._document, reference), depth + 1)
         return self._by_reference[reference]
-
-
-def flattened(parameters: Any) -> dict[str, Any]:
-    """A function's parameters as one object, where a reference or `allOf` at the top says what it has.
-
-    So write generators of schemas, pydantic's for a type that names itself for instance.
-    """
-    root = parameters if isinstance(parameters, dict) else {}
-    if root.keys().isdisjoint(COMPOSING):
-        return root
-    found: dict[str, Any] = {"properties": {}, "required": []}
-    waiting, seen = [root], set()
-    while waiting:
-        schema = waiting.pop()
-        if not isinstance(schema, dict):
-            continue
-        for key, value in _properties(schema).items():
-            found["properties"].setdefault(key, value)
-        required, branches, reference = (schema.get(name) for name in ("required", *COMPOSING))
-        found["required"] += required if isinstance(required, list) else []
-        if "additionalProperties" in schema:
-            found.setdefault("additionalProperties", schema["additionalProperties"])
-        waiting += reversed(branches) if isinstance(branches, list) else []
-        if isinstance(reference, str) and reference not in seen:
-            seen.add(reference)
-            waiting.append(resolve(root, reference))
-    return {key: value for key, value in root.items() if key not in COMPOSING} | found
-
-
-def resolve(root: Any, reference: str) -> Any:
-    """The part of a schema that a reference like #/$defs/Point points to; None where there is none."""
-    if not reference.startswith("#"):
-        return None
-    part = root
-    for step in reference[1:].split("/")[1:]:
-        if not isinstance(part, dict):
-            return None
-        part = part.get(step.replace("~1", "/").replace("~0", "~"))
-    return part
-
-
-def _properties(schema: dict[str, Any]) -> dict[str, Any]:
-    properties = schema.get("properties")
-    return properties if isinstance(properties, dict) else {}
 
 
 def _declared(schema: dict[str, Any]) -> Types:

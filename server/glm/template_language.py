@@ -5,6 +5,7 @@ into one error. Neither keeps state. Names and behaviour are those of transforme
 """
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from config.errors import CheckpointError, RequestError
+
+# What JSON in ASCII escapes: all but ASCII, and but the stand-ins of `shield`, which nothing may change.
+ESCAPED = re.compile("[^\x00-\x7f\udc00-\udfff]")
 
 
 class _Generation(Extension):
@@ -66,9 +70,8 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return ESCAPED.sub(lambda found: json.dumps(found.group())[1:-1], text) if ensure_ascii else text
 
 
 def _strftime_now(form: str) -> str:

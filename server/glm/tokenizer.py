@@ -6,6 +6,7 @@ of text. Ids are never written down in code: tags are looked up by their text.
 
 import codecs
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ import tokenizers
 
 from config.errors import CheckpointError
 from server.glm.files import read_json
+from server.glm.shield import Shield
 from server.glm.tokenizer_file import read_tokenizer_file
+
+ENDS_OF_TURNS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+TRANSFORMERS_DEFAULT = 1  # what it writes as eos_token_id where nobody says
+
+log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -24,6 +31,8 @@ class Tokenizer:
         self._inner = inner
         self._inner.no_truncation()
         self._inner.no_padding()
+        self._ordinary = _without_added_tokens(inner)
+        self.shield = Shield(inner.get_added_tokens_decoder())
         self._bytes = _token_bytes(inner)
         self._special_ids = frozenset(
             token_id for token_id, token in inner.get_added_tokens_decoder().items() if token.special
@@ -38,13 +47,24 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text in which the tags and special tokens are recognised.
+        """Ids of a text in which tags and special tokens are recognised wherever they stand.
 
         `encode` would hold Python's lock to its end, seconds for a long text, and with it all who are served.
         """
         [encoded] = self._inner.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoded.ids
         return ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of what a template rendered from values that the shield hid: only its own markup is markup."""
+        pieces = self.shield.cut(text)
+        ordinary = [piece for piece in pieces if isinstance(piece, str)]
+        encoded = iter(self._ordinary.encode_batch_fast(ordinary, add_special_tokens=False))
+        return [
+            token_id
+            for piece in pieces
+            for token_id in (next(encoded).ids if isinstance(piece, str) else (piece,))
+        ]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; none for rows beyond the vocabulary."""
@@ -88,20 +108,48 @@ def load_tokenizer(checkpoint: Path) -> Tokenizer:
     return Tokenizer(inner, _eos_token_ids(checkpoint, inner))
 
 
-def _eos_token_ids(checkpoint: Path, inner: tokenizers.Tokenizer) -> frozenset[int]:
-    ids: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        value = read_json(checkpoint / name).get("eos_token_id")
-        given = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int for token_id in given):
+def _without_added_tokens(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same vocabulary without its added tokens: all text is ordinary there. Both share the model."""
+    ordinary = tokenizers.Tokenizer(inner.model)
+    ordinary.pre_tokenizer = inner.pre_tokenizer
+    if inner.normalizer is not None:
+        ordinary.normalizer = inner.normalizer
+    added = inner.get_added_tokens_decoder()
+    for token in added.values():
+        is_markup = token.special or token.content.startswith("<")
+        if is_markup and not added.keys().isdisjoint(ordinary.encode(token.content).ids):
             raise CheckpointError(
-                f"{checkpoint / name}: eos_token_id {value!r} is no token id, nor a list of them"
+                f"tokenizer.json: the ordinary vocabulary holds the control token {token.content!r}, too: "
+                "text of clients could not be told from it"
             )
-        ids.update(given)
-    if not ids:
-        found = (inner.token_to_id(text) for text in ("<|endoftext|>", "<|user|>", "<|observation|>"))
-        ids.update(token_id for token_id in found if token_id is not None)
-    return frozenset(ids)
+    return ordinary
+
+
+def _eos_token_ids(checkpoint: Path, inner: tokenizers.Tokenizer) -> frozenset[int]:
+    """The declared ids together with GLM's ends of turns, found by their text.
+
+    Files often name only one of them, and answers would run on into invented turns.
+    """
+    ids = map(inner.token_to_id, ENDS_OF_TURNS)
+    found: set[int] = {token_id for token_id in ids if token_id is not None}
+    for name in ("generation_config.json", "config.json"):
+        declared = _declared_ends(checkpoint / name)
+        if declared == [TRANSFORMERS_DEFAULT] and declared[0] not in inner.get_added_tokens_decoder():
+            continue  # nobody chose it: it is an ordinary word here
+        for token_id in declared:
+            if 0 <= token_id < inner.get_vocab_size():
+                found.add(token_id)
+            else:
+                log.warning("%s: eos_token_id %d is beyond the vocabulary", checkpoint / name, token_id)
+    return frozenset(found)
+
+
+def _declared_ends(path: Path) -> list[int]:
+    value = read_json(path).get("eos_token_id")
+    given = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int for token_id in given):
+        raise CheckpointError(f"{path}: eos_token_id {value!r} is no token id, nor a list of them")
+    return given
 
 
 def _token_bytes(inner: tokenizers.Tokenizer) -> dict[int, bytes]:

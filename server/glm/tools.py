@@ -2,8 +2,8 @@
 
     <tool_call>NAME <arg_key>K</arg_key><arg_value>V</arg_value> ... </tool_call>
 
-Arguments leave as fragments of one JSON object as they come. The object is closed by `</tool_call>` and by
-nothing else, so what was sent of a call that breaks off can never be read as a whole one.
+Arguments leave as fragments of one JSON object as they come. The object is opened by the first of them and
+closed by `</tool_call>` alone, so what was sent of a call that breaks off can never be read as a whole one.
 """
 
 import json
@@ -44,6 +44,9 @@ class ToolSet:
         return self._arguments.get(name) or ArgumentTypes(None)
 
 
+# A text longer than this, with blanks in it, is no name, whatever follows.
+LONG_NAME = 64
+
 State = Literal["name", "key", "before value", "value", "after value", "closed"]
 
 
@@ -67,6 +70,16 @@ class CallParser:
         return self._state == "closed"
 
     @property
+    def is_open(self) -> bool:
+        """Whether its name has been handed out, so that clients know of it."""
+        return self._state != "name"
+
+    @property
+    def is_in_value(self) -> bool:
+        """Whether it is inside a value, where tags are text."""
+        return self._state == "value"
+
+    @property
     def may_end(self) -> bool:
         """Whether its arguments are all there, and only its end is missing."""
         return self._state == "after value"
@@ -86,9 +99,23 @@ class CallParser:
             raise MalformedCall(f"the turn ends in state {self._state!r}")
         return self._close()
 
+    def break_off(self) -> list[CallPart]:
+        """What clients need to see an incomplete call. Nothing where it has no name."""
+        parts: list[CallPart] = []
+        if self._state == "name":
+            try:
+                parts = self._start()
+            except MalformedCall:
+                return []
+            self._state = "key"
+        return parts if self._keys else [*parts, *self._send("{")]
+
     def _on_text(self, text: str) -> list[CallPart]:
         if self._state in ("name", "key"):
             self._text += text
+            is_long = self._state == "name" and len(self._text) > LONG_NAME
+            if is_long and len(self._text.split()) > 1:
+                raise MalformedCall(f"a sentence for a name: {self._text[:40]!r}")
         elif text.strip():
             raise MalformedCall(f"text between the parts: {text[:40]!r}")
         return []

@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 
 from models.arithmetic import CPU, Quantization, choose_arithmetic
 from models.attention.attention import Span
+from models.attention.selection import causal_mask, select, selected_positions
+from models.cuda import choices, products
 from server.commands.checkpoint import POCKET
 from server.glm.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
@@ -101,6 +103,62 @@ def test_a_batch_gives_each_the_logits_that_it_gets_alone_in_float32(tmp_path: P
     spans = [Span(read(ids).cache, row, row + 1) for row, ids in enumerate(prompts)]
     together = model.logits(model(mx.array([ids[-1] for ids in prompts]), spans))
     assert mx.abs(together - mx.stack(alone)).max() <= 1e-5
+
+
+MODES = {"affine": (64, 4), "mxfp4": (32, 4)}
+
+
+def pack(shape: tuple[int, ...], mode: str) -> tuple[list[mx.array], mx.array]:
+    """Random weights as packed, and what they stand for, float32."""
+    group_size, bits = MODES[mode]
+    parts = list(mx.quantize(mx.random.normal(shape).astype(mx.bfloat16), group_size, bits, mode))
+    biases = parts[2] if len(parts) == 3 else None
+    return parts, mx.dequantize(parts[0], parts[1], biases, group_size, bits, mode, dtype=mx.float32)
+
+
+def distance(a: mx.array, b: mx.array) -> float:
+    return float(mx.linalg.norm(a.astype(mx.float32) - b) / mx.linalg.norm(b))
+
+
+@pytest.mark.skipif(not GPU.has_kernels, reason="kernels are for CUDA")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("matrices", "rows", "outputs", "inputs"), [(4, 5, 512, 192), (1, 19, 64, 512)])
+def test_products_of_our_own_are_near_and_each_row_is_its_own(
+    mode: str, matrices: int, rows: int, outputs: int, inputs: int
+) -> None:
+    parts, values = pack((matrices, outputs, inputs), mode)
+    x = mx.random.normal((matrices, rows, inputs)).astype(mx.bfloat16)
+    y = products.multiply(x, [parts], MODES[mode][0])
+    assert distance(y, x.astype(mx.float32) @ values.swapaxes(-1, -2)) < 5e-3
+    alone = [products.multiply(x[:, i : i + 1], [parts], MODES[mode][0]) for i in range(rows)]
+    assert mx.array_equal(mx.concatenate(alone, axis=1), y)
+    slots = mx.arange(matrices)[None, ::-1]
+    pairs = products.multiply(x[0, :1], [parts], MODES[mode][0], slots=slots)
+    wanted = x[0, :1].astype(mx.float32) @ values[::-1].swapaxes(-1, -2)
+    assert distance(pairs[0], wanted[:, 0]) < 5e-3
+
+
+@pytest.mark.skipif(not GPU.has_kernels, reason="kernels are for CUDA")
+@pytest.mark.parametrize(
+    ("rows", "keys", "k"), [(1, 5000, 2048), (3, 4097, 2048), (4, 30, 32), (1, 3000, 64)]
+)
+def test_chosen_keys_are_the_best_and_ties_go_to_the_lower(rows: int, keys: int, k: int) -> None:
+    scores = mx.round(mx.random.normal((rows, keys)) * 2)
+    chosen = choices.best_positions(scores, k)
+    visible = causal_mask(keys - rows, rows, keys)
+    expected = selected_positions(select(scores, visible, k) if keys > k else visible, k)
+    assert mx.array_equal(chosen, expected)
+
+
+@pytest.mark.skipif(not GPU.has_kernels, reason="kernels are for CUDA")
+def test_sums_of_our_own_are_those_of_mlx() -> None:
+    plain, rows, k = replace(GPU, has_kernels=False), 7, 3
+    ids = mx.sort(mx.random.randint(0, 5, (rows, k)), axis=-1).astype(mx.int32)
+    weights, out = mx.random.uniform(shape=(rows, k)), mx.random.normal((rows, 320))
+    y, bases = mx.random.normal((35, 320)).astype(mx.bfloat16), mx.array([0, -1, 7, 14, -1], mx.int32)
+    ranks = mx.random.randint(0, 7, (rows, k)).astype(mx.int32)
+    ours, theirs = (a.add_experts(out, y, weights, ids, ranks, bases) for a in (GPU, plain))
+    assert mx.allclose(ours, theirs, atol=1e-5)
 
 
 def test_pocket_adds_in_bfloat16() -> None:

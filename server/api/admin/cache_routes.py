@@ -11,9 +11,8 @@ from fastapi import APIRouter, Depends, Request
 
 from config.errors import RequestError
 from server.api.access.receipts import Caller
-from server.api.prompt.billing_header import without_volatile_lines
 from server.api.prompt.explain import MAX_EXPLANATIONS
-from server.api.prompt.replay import render_messages
+from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
 from server.api.service import Service
@@ -62,7 +61,6 @@ def cache_router(service: Service) -> APIRouter:
 def _administer(service: Service, body: ChatRequest, is_pinned: bool) -> dict[str, Any]:
     """Pin what a chat with this body begins with: its tools and messages, in whole blocks."""
     service.model_info()
-    messages = without_volatile_lines(body.template_messages())
-    prompt = service.dialect.tokenizer.encode(render_messages(service.dialect.template, body, messages))
+    prompt = prompt_of(service.dialect.tokenizer, service.dialect.template, body)
     service.engine.administer(Administer("pin" if is_pinned else "unpin", tuple(prompt)))
     return {"data": {"status": "accepted", "prompt_tokens": len(prompt)}}

@@ -69,6 +69,8 @@ class Answer:
         self._max_calls = max_calls
         self._line = line or WaitingRequests()
         self._scanner = StopScanner(stops)
+        self._thought: list[str] = []
+        self._has_said = False  # something beside the thought
         self._num_tokens = 0
         self._usage: Usage | None = None
 
@@ -86,7 +88,9 @@ class Answer:
 
     @property
     def reason(self) -> str | None:
-        """Why the answer is over. A call that was cut off by the limit is no reason to run the others."""
+        """Why the answer is over. An incomplete call is no reason to run the others: it counts as a limit."""
+        if self._reason and self.parser.num_incomplete_calls:
+            return "length"
         is_cut = self._reason == "length" and self.parser.num_rejected_calls
         return "tool_calls" if self._reason and self.parser.num_calls and not is_cut else self._reason
 
@@ -124,7 +128,7 @@ class Answer:
     @property
     def _has_enough(self) -> bool:
         """Whether a stop string or the last call that is wanted has come."""
-        return self._scanner.is_stopped or self.parser.num_calls == self._max_calls
+        return self._scanner.is_stopped or self.parser.num_calls >= (self._max_calls or math.inf)
 
     @property
     def stop_string(self) -> str | None:
@@ -168,11 +172,18 @@ class Answer:
         content = self._scanner.push(piece.content)
         if self.parser.part == "call":  # no stop string reaches over it, and it comes behind the text
             content += self._scanner.flush()
-        return Delta(piece.reasoning, content, scores, piece.calls)
+        wanted = self._max_calls or math.inf  # calls of a thought may come several at once
+        calls = tuple(part for part in piece.calls if part.index < wanted)
+        self._thought.append(piece.reasoning)
+        self._has_said = self._has_said or bool(piece.content.strip() or calls)
+        return Delta(piece.reasoning, content, scores, calls)
 
     def _last_delta(self) -> Delta:
         delta = self._delta(self.parser.flush(self._reason == "stop"))
-        return replace(delta, content=delta.content + self._scanner.flush())
+        content = delta.content + self._scanner.flush()
+        if self._reason == "stop" and self.parser.part == "reasoning" and not self._has_said:
+            content = "".join(self._thought)  # the model ended its turn in its thought: that is its answer
+        return replace(delta, content=content)
 
     def _log(self, seconds: float) -> None:
         usage = self.usage

@@ -17,7 +17,7 @@ Kind = Literal["thought", "text", "call"]
 
 @dataclass
 class Item:
-    """One item as far as it has come; `text` of a call is its arguments, JSON once it is complete."""
+    """One item as far as it has come; `text` of a call is its arguments, JSON where `is_whole`."""
 
     kind: Kind
     position: int
@@ -25,6 +25,7 @@ class Item:
     call_id: str = ""
     name: str = ""
     scores: list[TokenScore] = field(default_factory=list)
+    is_whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,26 +46,19 @@ class Grew:
 
 @dataclass(frozen=True)
 class Closed:
-    """An item is complete."""
+    """Nothing is added to an item any more. A call that broke off is not whole."""
 
     item: Item
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """A call broke off: it is no item of the answer. What was written of it follows as text."""
-
-    item: Item
-
-
-Change = Opened | Grew | Closed | Dropped
+Change = Opened | Grew | Closed
 
 
 class Items:
     """The items of one answer. At most one is open."""
 
     def __init__(self) -> None:
-        self.complete: list[Item] = []
+        self.closed: list[Item] = []
         self._open: Item | None = None
         self._num_opened = 0
         self._scores: tuple[TokenScore, ...] = ()
@@ -100,7 +94,7 @@ class Items:
                 call.text += part.arguments
                 yield Grew(call, part.arguments)
             if part.is_complete:
-                yield self._complete(call)
+                yield self._close(call)
         self._scores += delta.scores  # of tokens whose text is held back, too
         if delta.content:
             scores, self._scores = self._scores, ()
@@ -126,15 +120,11 @@ class Items:
         yield Opened(self._open)
 
     def _leave(self) -> Iterator[Change]:
-        if self._open is None:
-            return
-        if self._open.kind == "call":  # complete ones are closed by their own last part
-            yield Dropped(self._open)
-            self._open = None
-        else:
-            yield self._complete(self._open)
+        if self._open:
+            self._open.is_whole = self._open.kind != "call"  # whole calls are closed by their own last part
+            yield self._close(self._open)
 
-    def _complete(self, item: Item) -> Closed:
-        self.complete.append(item)
+    def _close(self, item: Item) -> Closed:
+        self.closed.append(item)
         self._open = None
         return Closed(item)

@@ -103,18 +103,17 @@ def _call_delta(part: CallPart) -> dict[str, Any]:
 
 
 def _whole_calls(parts: Iterable[CallPart]) -> list[dict[str, Any]]:
-    """The calls that came to their end; those that broke off are in the content."""
+    """The calls, also one that broke off: its arguments are no JSON."""
     by_index: dict[int, list[CallPart]] = {}
     for part in parts:
         by_index.setdefault(part.index, []).append(part)
-    whole = [group for group in by_index.values() if group[-1].is_complete]
-    return [_whole_call(position, group) for position, group in enumerate(whole)]
+    return [_whole_call(group) for group in by_index.values()]
 
 
-def _whole_call(position: int, parts: list[CallPart]) -> dict[str, Any]:
+def _whole_call(parts: list[CallPart]) -> dict[str, Any]:
     arguments = "".join(part.arguments for part in parts)
     function = {"name": parts[0].name, "arguments": arguments}
-    return {"id": parts[0].id, "type": "function", "index": position, "function": function}
+    return {"id": parts[0].id, "type": "function", "index": parts[0].index, "function": function}
 
 
 def _reasoning_fields(text: str) -> dict[str, Any]:

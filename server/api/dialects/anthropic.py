@@ -1,14 +1,15 @@
 """POST /messages and /messages/count_tokens: Anthropic's dialect of the same chat.
 
-A call is sent when it is complete: Anthropic's clients read the beginning of a call's input as a whole one.
+A call is sent when it is closed: Anthropic's clients read the beginning of its input as a whole one. What
+there is of a call that broke off is sent as Anthropic does, with stop reason max_tokens.
 """
 
-import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Annotated, Any
 
 import anyio.to_thread
+import pydantic_core
 from fastapi import APIRouter, Depends, Request, Response
 
 from server.api.access.receipts import Caller
@@ -18,8 +19,9 @@ from server.api.answer.json_answer import respond_whole
 from server.api.answer.named_events import Event, stream_named
 from server.api.answer.sse import comment, encode
 from server.api.dialects.anthropic_schema import CountRequest, MessagesRequest
-from server.api.dialects.chat import Chat, render
+from server.api.dialects.chat import Chat
 from server.api.error_bodies import anthropic_error, describe
+from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
 from server.api.service import Service
 
@@ -61,8 +63,10 @@ def messages_router(service: Service) -> APIRouter:
     async def count_tokens(request: Request, body: Prompt) -> dict[str, int]:
         service.parameters.note(request, body, Caller.of(request, None, None))
         service.names.check(body.model, [])
-        encode = service.dialect.tokenizer.encode
-        token_ids = await anyio.to_thread.run_sync(lambda: encode(render(service, body.chat())))
+        dialect = service.dialect
+        token_ids = await anyio.to_thread.run_sync(
+            lambda: prompt_of(dialect.tokenizer, dialect.template, body.chat())
+        )
         return {"input_tokens": len(token_ids)}
 
     return router
@@ -80,7 +84,7 @@ class _Message:
     async def result(self) -> dict[str, Any]:
         """The whole message."""
         items = await Items.of(self.chat.deltas())
-        content = [_block(item) for item in items.complete]
+        content = [_block(item) for item in items.closed]
         return self._head() | {"content": content, "usage": self._usage()} | self._end()
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -181,4 +185,5 @@ def _block(item: Item) -> dict[str, Any]:
         case "text":
             return {"type": "text", "text": item.text}
         case "call":
-            return _empty_block(item) | {"input": json.loads(item.text)}
+            arguments = pydantic_core.from_json(item.text, allow_partial=not item.is_whole)
+            return _empty_block(item) | {"input": arguments}

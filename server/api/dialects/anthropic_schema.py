@@ -55,7 +55,7 @@ class ContentBlock(Lenient):
     thinking: str | None = None
     id: str | None = None
     name: str | None = None
-    input: dict[str, Any] | None = None
+    input: Any = None
     tool_use_id: str | None = None
     content: "str | Listed[ContentBlock] | None" = None
     tool_name: str | None = None
@@ -267,7 +267,7 @@ def _assistant(path: str, blocks: list[ContentBlock]) -> dict[str, Any]:
 def _call(path: str, block: ContentBlock) -> dict[str, Any]:
     if not block.name:
         raise RequestError(f"{path}: a block of type 'tool_use' needs 'name'", param=path)
-    function = {"name": block.name, "arguments": block.input or {}}
+    function = {"name": block.name, "arguments": block.input}
     return {"id": block.id, "type": "function", "function": function}
 
 

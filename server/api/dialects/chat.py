@@ -15,10 +15,9 @@ from server.api.answer.json_answer import respond_whole
 from server.api.answer.merge import merge
 from server.api.answer.shapes import Envelope
 from server.api.answer.sse import stream
-from server.api.prompt.billing_header import without_volatile_lines
 from server.api.prompt.constraints import grammar_of
 from server.api.prompt.remembered import Said
-from server.api.prompt.replay import Renderer, render_messages
+from server.api.prompt.replay import Renderer
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
 from server.api.service import Service
@@ -161,7 +160,9 @@ class Chat:
     def _remember(self) -> None:
         """Keep what was said for the turns to come, and what the prefix cache gave."""
         for answer, heard in zip(self.answers, self._heard, strict=True):
-            if answer.is_whole_turn:
+            # A client's bias or grammar can force a role into an answer: it must not come back as one.
+            has_roles = any(map(self._tokenizer.is_special, answer.token_ids))
+            if answer.is_whole_turn and not has_roles:
                 said = said_of(heard, answer.token_ids, is_thinking=answer.request.thought is not None)
                 self._service.remembered.add(self._caller.key or "", self._rendered.answered, said)
         first = self.answers[0]
@@ -169,11 +170,6 @@ class Chat:
 
     def _usage(self) -> dict[str, Any]:
         return shapes.usage(self.answers, self._receipt.usage(self.answers))
-
-
-def render(service: Service, body: ChatRequest) -> str:
-    """The prompt of a conversation."""
-    return render_messages(service.dialect.template, body, without_volatile_lines(body.template_messages()))
 
 
 def said_of(heard: list[Delta], token_ids: list[int], *, is_thinking: bool) -> Said:

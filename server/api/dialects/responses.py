@@ -82,12 +82,12 @@ class _Response:
     async def result(self) -> dict[str, Any]:
         """The whole response."""
         items = await Items.of(self._chat.deltas())
-        for item in items.complete:
-            self._keep(self._item(item, "completed"))
+        for item in items.closed:
+            self._keep(self._closed_item(item))
         return self._object(self._status, items)
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """The response in OpenAI's events. A call that breaks off is never done."""
+        """The response in OpenAI's events. The arguments of a call that breaks off are never done."""
         items = Items()
         yield self._event("response.created", response=self._object("in_progress"))
         yield self._event("response.in_progress", response=self._object("in_progress"))
@@ -132,8 +132,9 @@ class _Response:
             case "call" if self._is_custom(item):
                 text = custom_input(item.text)
                 yield self._of_item("custom_tool_call_input.delta", item, delta=text)
-                yield self._of_item("custom_tool_call_input.done", item, input=text)
-            case "call":
+                if item.is_whole:
+                    yield self._of_item("custom_tool_call_input.done", item, input=text)
+            case "call" if item.is_whole:
                 fields = self._named(item) | {"arguments": item.text}
                 yield self._of_item("function_call_arguments.done", item, **fields)
         if item.kind != "call":
@@ -141,7 +142,7 @@ class _Response:
         if self._is_summed_up(item):
             yield self._in_summary("text.done", item, text=item.text)
             yield self._in_summary("part.done", item, part=_summary(item))
-        done = self._item(item, "completed")
+        done = self._closed_item(item)
         self._keep(done)
         yield self._event("response.output_item.done", item, item=done)
 
@@ -178,7 +179,7 @@ class _Response:
         return "incomplete" if self._answer.reason == "length" else "completed"
 
     def _object(self, status: str, items: Items | None = None) -> dict[str, Any]:
-        output = [self._item(item, "completed") for item in items.complete] if items else []
+        output = [self._closed_item(item) for item in items.closed] if items else []
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
             "id": f"resp_{self._id}",
@@ -248,9 +249,12 @@ class _Response:
     def _item_id(self, item: Item) -> str:
         return f"{PREFIXES[item.kind]}_{self._id}-{item.position}"
 
+    def _closed_item(self, item: Item) -> dict[str, Any]:
+        return self._item(item, "completed" if item.is_whole else "incomplete")
+
     def _item(self, item: Item, status: str) -> dict[str, Any]:
         """An output item; while it is in progress it has no content yet."""
-        is_done = status == "completed"
+        is_done = status != "in_progress"
         head = {"id": self._item_id(item), "status": status}
         parts = [self._part(item)] if is_done else []
         match item.kind:

@@ -20,7 +20,7 @@ from server.api.dialects.responses_tools import (
     flat_name,
     own_tools,
 )
-from server.api.request.chat_parts import JsonSchema, text_or_placeholder
+from server.api.request.chat_parts import JsonSchema, read_arguments, text_or_placeholder
 from server.api.request.chat_schema import ChatRequest
 from server.api.request.common_fields import (
     IGNORED,
@@ -72,7 +72,7 @@ class InputItem(Lenient):
     id: str | None = None
     name: str | None = None
     namespace: str | None = None
-    arguments: str | None = None
+    arguments: Any = None
     input: str | None = None
     action: dict[str, Any] | None = None
     output: str | Listed[ItemPart] | None = None
@@ -305,7 +305,8 @@ def _function(path: str, item: InputItem) -> dict[str, Any]:
     name = flat_name(item.namespace, item.name)
     if item.type == "custom_tool_call":
         return {"name": name, "arguments": custom_arguments(item.input or "")}
-    return {"name": name, "arguments": item.arguments or ""}
+    read_arguments(item.arguments, f"{path}.arguments")
+    return {"name": name, "arguments": item.arguments}
 
 
 def _thought(path: str, item: InputItem) -> str:

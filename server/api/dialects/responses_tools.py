@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
+import pydantic_core
 from pydantic import BeforeValidator, model_validator
 
 from server.api.request.common_fields import Lenient, Listed, fault
@@ -135,12 +136,15 @@ def custom_arguments(text: str) -> str:
 
 
 def custom_input(arguments: str) -> str:
-    """The input in the arguments of a custom tool's function; what is no such input is given as it is."""
+    """The input in the arguments of a custom tool's function, as far as there is one.
+
+    What is no such input is given as it is.
+    """
     try:
-        value = json.loads(arguments)
-    except ValueError:  # the call was cut off
+        value = pydantic_core.from_json(arguments, allow_partial="trailing-strings")
+    except ValueError:
         return arguments
-    text = value.get(INPUT) if isinstance(value, dict) else None
+    text = value.get(INPUT, "" if not value else None) if isinstance(value, dict) else None
     return text if isinstance(text, str) else arguments
 
 

@@ -6,7 +6,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
-from server.api.dialects.chat import render
+from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
 from server.api.request.common_fields import Listed, fault
@@ -53,8 +53,9 @@ def tokenize_router(service: Service) -> APIRouter:
     Ids = Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]
 
     def encode(body: TokenizeRequest) -> list[int]:
-        text = render(service, body.chat()) if body.messages is not None else body.prompt or body.content
-        return tokenizer.encode(text or "")
+        if body.messages is not None:
+            return prompt_of(tokenizer, service.dialect.template, body.chat())
+        return tokenizer.encode(body.prompt or body.content or "")
 
     @router.post("/tokenize")
     async def tokenize(body: Text) -> dict[str, Any]:

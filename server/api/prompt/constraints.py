@@ -3,7 +3,15 @@
 from server.api.request.chat_parts import NamedTool, ResponseFormat
 from server.api.request.chat_schema import ChatRequest
 from server.api.service import Service
-from server.glm.answer_grammar import CallGrammar, Rules, check_grammar, json_rule, make_grammar, regex_rule
+from server.glm.answer_grammar import (
+    CallGrammar,
+    Rules,
+    check_grammar,
+    json_rule,
+    make_grammar,
+    regex_rule,
+    text_rules,
+)
 
 
 def grammar_of(service: Service, body: ChatRequest) -> str:
@@ -15,15 +23,15 @@ def grammar_of(service: Service, body: ChatRequest) -> str:
     if forced := body.forced_functions():
         calls = CallGrammar(service.dialect.tokenizer, forced, is_parallel)
         return _checked({"start": "calls"} | calls.rules(), "tools")
-    content = body.response_format
+    content, tools = body.response_format, body.template_tools()
     if content is None or content.type == "text":
-        return ""
+        return make_grammar(text_rules(service.dialect.tokenizer)) if tools and body.forbids_calls else ""
     if content.grammar is not None and content.type == "grammar":
         check_grammar(content.grammar, "response_format.grammar")
         return content.grammar
     rules = {"start": "content", "content": _content_rule(content)}
     _checked(rules, "response_format")
-    if tools := body.template_tools():
+    if tools and not body.forbids_calls:
         functions = [tool["function"] for tool in tools]
         calls = CallGrammar(service.dialect.tokenizer, functions, is_parallel)
         return _checked(rules | {"start": "content | calls"} | calls.rules(), "tools")

@@ -7,11 +7,11 @@ the chat route, in the thread that renders.
 """
 
 import json
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from config.errors import RequestError
 from server.api.prompt.billing_header import without_volatile_lines
 from server.api.prompt.remembered import Remembered, Said
 from server.api.request.chat_schema import ChatRequest
@@ -44,14 +44,13 @@ class Renderer:
         """The prompt as tokens. Raises RequestError where the template refuses."""
         messages = without_volatile_lines(body.template_messages())
         said = dict(self._recall(messages))
-        text = self._text(body, messages)
         token_ids, num_replayed = self._splice(body, messages, said) if said else (None, 0)
         if token_ids is None:
-            token_ids = self._tokenizer.encode(text)
+            token_ids = self._tokenizer.encode_rendered(self._text(body, messages))
         return Rendered(token_ids, num_replayed, str(messages[-1].get("content") or ""))
 
-    def _text(self, body: ChatRequest, messages: list[Message]) -> str:
-        return render_messages(self._template, body, messages)
+    def _text(self, body: ChatRequest, messages: Sequence[Message], marks: "Marks | None" = None) -> str:
+        return render_messages(self._tokenizer, self._template, body, messages, marks)
 
     def _recall(self, messages: Sequence[Message]) -> Iterator[tuple[int, Said]]:
         """The remembered turns that say the same as those that came back."""
@@ -77,36 +76,44 @@ class Renderer:
         """
         if self._tokenizer.think_id is None or self._tokenizer.end_think_id is None:
             return None, 0
-        marks = {index: _Mark(secrets.token_hex(8), turn.is_thinking) for index, turn in said.items()}
-        text = self._text(body, _marked(messages, said, marks))
+        messages = _with_thoughts(messages, said)
+        marks = {index: _Mark(index, turn.is_thinking) for index, turn in said.items()}
+        text = self._text(body, messages, marks)
         if lost := [index for index, mark in marks.items() if not mark.is_in(text)]:
             for index in lost:
                 del marks[index]
-            text = self._text(body, _marked(messages, said, marks))
+            text = self._text(body, messages, marks)
         token_ids: list[int] = []
         for index, mark in marks.items():
             before, text = mark.split(text)
-            token_ids += [*self._tokenizer.encode(before), *said[index].token_ids]
-        return [*token_ids, *self._tokenizer.encode(text)], len(marks)
+            token_ids += [*self._tokenizer.encode_rendered(before), *said[index].token_ids]
+        return [*token_ids, *self._tokenizer.encode_rendered(text)], len(marks)
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """What stands for a turn while the conversation is rendered; no client can guess it."""
+    """What stands for a turn while the conversation is rendered: surrogates, which no client can send."""
 
-    nonce: str
+    index: int
     is_thinking: bool
 
     @property
     def message(self) -> Message:
-        turn = {"role": "assistant", "content": f"[content {self.nonce}]"}
-        return turn | ({"reasoning_content": f"[thought {self.nonce}]"} if self.is_thinking else {})
+        turn = {"role": "assistant", "content": self._content}
+        return turn | ({"reasoning_content": self._thought} if self.is_thinking else {})
+
+    @property
+    def _content(self) -> str:
+        return f"\ud800{self.index}\ud801"
+
+    @property
+    def _thought(self) -> str:
+        return f"\ud802{self.index}\ud803"
 
     @property
     def _generated(self) -> str:
         """The marks as they stand where the model began to write: behind the prompt's last tag."""
-        thought = f"[thought {self.nonce}]</think>" if self.is_thinking else ""
-        return f"{thought}[content {self.nonce}]"
+        return (f"{self._thought}</think>" if self.is_thinking else "") + self._content
 
     @property
     def _tag(self) -> str:
@@ -123,23 +130,44 @@ class _Mark:
         return before, behind
 
 
-def render_messages(template: ChatTemplate, body: ChatRequest, messages: list[Message]) -> str:
-    """The text of a conversation, with the body's tools and options."""
+Marks = Mapping[int, _Mark]
+
+
+def render_messages(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    body: ChatRequest,
+    messages: Sequence[Message],
+    marks: Marks | None = None,
+) -> str:
+    """The rendered conversation, text of clients hidden by the shield; marks stand in place of some turns."""
+    shield, marks = tokenizer.shield, marks or {}
+    hidden = [
+        marks[index].message if index in marks else shield.hide(message)
+        for index, message in enumerate(messages)
+    ]
     options = template_options(body.effort, body.is_thinking_enabled)
     options["clear_thinking"] = body.clears_thinking
-    return template.render(messages, body.template_tools(), options)
+    try:
+        return template.render(hidden, shield.hide(body.template_tools()), options)
+    except RequestError as error:  # what a template says may repeat a client's words
+        raise RequestError(shield.show(str(error)), param=error.param) from error
 
 
-def _marked(messages: Sequence[Message], said: dict[int, Said], marks: dict[int, _Mark]) -> list[Message]:
-    """The messages with marks for some turns; the other remembered ones get their thoughts back."""
-    result = []
-    for index, message in enumerate(messages):
-        if index in marks:
-            message = marks[index].message
-        elif index in said and said[index].reasoning:
-            message = {**message, "reasoning_content": said[index].reasoning}
-        result.append(message)
-    return result
+def prompt_of(tokenizer: Tokenizer, template: ChatTemplate, body: ChatRequest) -> list[int]:
+    """The prompt of a conversation as its client tells it. Raises RequestError where the template refuses."""
+    messages = without_volatile_lines(body.template_messages())
+    return tokenizer.encode_rendered(render_messages(tokenizer, template, body, messages))
+
+
+def _with_thoughts(messages: Sequence[Message], said: Mapping[int, Said]) -> list[Message]:
+    """The messages, each remembered turn with its thought."""
+    return [
+        {**message, "reasoning_content": said[index].reasoning}
+        if index in said and said[index].reasoning
+        else message
+        for index, message in enumerate(messages)
+    ]
 
 
 def _says_the_same(message: Message, said: Said) -> bool:

@@ -1,10 +1,13 @@
 """What the body of a chat completion is made of; `chat_schema` puts it together."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from config.errors import RequestError
 from server.api.request.common_fields import Count, Lenient, Listed, Noted, Options, fault
 from server.glm.effort import Effort
 
@@ -34,10 +37,28 @@ def text_or_placeholder(kind: str, text: str | None, name: str | None = None) ->
 
 
 class FunctionCall(Lenient):
-    """A call that the model made; the arguments are JSON in a string."""
+    """A call that the model made; the arguments are JSON in a string, or what became of it on its way."""
 
     name: str
-    arguments: str | dict[str, Any] = ""
+    arguments: Any = None
+
+
+def read_arguments(given: Any, param: str) -> tuple[dict[str, Any], str]:
+    """The arguments of an earlier call, and as text what is no JSON object: cut, damaged, of another type.
+
+    Raises RequestError for JSON that is nested too deeply; `param` is the client's name of the field.
+    """
+    if isinstance(given, dict):
+        return given, ""
+    if not isinstance(given, str):
+        return {}, "" if given is None else json.dumps(given, ensure_ascii=False)
+    try:
+        value = pydantic_core.from_json(given or "{}", allow_inf_nan=False)
+    except ValueError as error:
+        if "recursion limit" in str(error):
+            raise RequestError(f"{param} is nested too deeply: {error}", param=param) from error
+        return {}, given
+    return (value, "") if isinstance(value, dict) else ({}, given)
 
 
 class ToolCall(Lenient):

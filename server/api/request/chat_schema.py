@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
-import pydantic_core
 from pydantic import Field, model_validator
 
-from config.errors import RequestError
 from server.api.request.chat_parts import (
     Function,
     Message,
@@ -18,6 +16,7 @@ from server.api.request.chat_parts import (
     Tool,
     ToolCall,
     ToolChoice,
+    read_arguments,
 )
 from server.api.request.common_fields import REFUSED, Count, GenerationRequest, Listed, Whole, fault
 from server.glm.effort import Effort
@@ -137,8 +136,6 @@ class ChatRequest(GenerationRequest):
 
     def template_tools(self) -> list[dict[str, Any]] | None:
         """Tools as the template takes them."""
-        if self.tool_choice == "none":
-            return None
         return [
             {"type": tool.type, **_of_the_tool(tool), "function": _in_order(tool.function)}
             for tool in self.tools or []
@@ -155,12 +152,17 @@ class ChatRequest(GenerationRequest):
     def tool_set(self) -> ToolSet | None:
         """Tools as the parser of answers takes them; None where no call may be made."""
         tools = self.template_tools()
-        return ToolSet(tool["function"] for tool in tools) if tools else None
+        return ToolSet(tool["function"] for tool in tools) if tools and not self.forbids_calls else None
+
+    @property
+    def forbids_calls(self) -> bool:
+        """Whether no tool may be called. The prompt shows them all the same: its saved prefix stays."""
+        return self.tool_choice == "none"
 
     def template_messages(self) -> list[dict[str, Any]]:
         """Messages as the template takes them."""
         return [
-            _template_message(index, message)
+            _template_message(f"messages[{index}]", message)
             for index, message in enumerate(self.messages)
             if _has_turn(message)
         ]
@@ -180,34 +182,37 @@ def _in_order(function: Function) -> dict[str, Any]:
     return {"name": function.name, **(function.model_extra or {})}
 
 
-def _template_message(index: int, message: Message) -> dict[str, Any]:
+def _template_message(path: str, message: Message) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     result: dict[str, Any] = {"role": role, "content": message.text}
-    if message.role == "assistant" and message.thought is not None:
-        result["reasoning_content"] = message.thought
+    if message.role == "assistant":
+        thought, result["content"] = _parted(message)
+        if thought is not None:
+            result["reasoning_content"] = thought
     if message.role == "tool" and message.tool_call_id:
         result["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         result["tool_calls"] = [
-            _template_call(f"messages[{index}].tool_calls[{position}]", call)
+            _template_call(f"{path}.tool_calls[{position}]", call)
             for position, call in enumerate(message.tool_calls)
         ]
     return result
 
 
+def _parted(message: Message) -> tuple[str | None, str]:
+    """The thought and the content of a turn; some clients keep the thought in front of the content, in tags.
+
+    A message that only mentions the tags stays whole.
+    """
+    start, text = "<think>", message.text.lstrip()
+    if message.thought is None and text.startswith(start) and "</think>" in text:
+        thought, _, content = text.removeprefix(start).partition("</think>")
+        return thought, content
+    return message.thought, message.text
+
+
 def _template_call(path: str, call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": _arguments(path, call.function.arguments)}
+    """A call as templates take it. Arguments that are no JSON object stand behind the name, as they are."""
+    arguments, rest = read_arguments(call.function.arguments, f"{path}.function.arguments")
+    function = {"name": call.function.name + rest, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def _arguments(path: str, arguments: str | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(arguments, dict):
-        return arguments
-    param = f"{path}.function.arguments"
-    try:
-        value = pydantic_core.from_json(arguments or "{}", allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"{param} is not JSON: {error}", param=param) from error
-    if not isinstance(value, dict):
-        raise RequestError(f"{param} must be a JSON object in a string", param=param)
-    return value

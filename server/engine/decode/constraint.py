@@ -46,9 +46,7 @@ class Constraint:
             return self._matcher.apply(logits) if self._matcher else logits
         if self._num_thought_tokens == self._thought.max_tokens:
             return mx.where(mx.arange(logits.size) == self._thought.end_token_id, logits, NEVER)
-        if self._matcher:  # an answer that ended in its thought would not follow the grammar
-            return logits.at[mx.array(sorted(self._stop_token_ids))].add(NEVER)
-        return logits
+        return _closing_first(logits, self._thought.end_token_id, self._stop_token_ids)
 
     def accept(self, token_id: int) -> None:
         """Take note of the token that was drawn."""
@@ -61,3 +59,12 @@ class Constraint:
                 self._matcher.start()
         else:
             self._num_thought_tokens += 1
+
+
+def _closing_first(logits: mx.array, end_token_id: int, stop_token_ids: frozenset[int]) -> mx.array:  # [V]
+    """Inside a thought the wish to end the turn closes the thought: else there would be no answer."""
+    if not stop_token_ids:
+        return logits
+    stops = sorted(stop_token_ids)
+    closing = mx.logsumexp(logits[mx.array([end_token_id, *stops])])
+    return logits.at[mx.array(stops)].add(NEVER).at[mx.array([end_token_id])].maximum(closing)

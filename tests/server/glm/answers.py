@@ -12,13 +12,17 @@ from server.glm.tools import CallPart, ToolSet
 
 @dataclass
 class Parsed:
-    """A whole answer. `calls` are the complete ones; `fragments` is all that a stream sent for each index."""
+    """A whole answer. `calls` are the complete ones; `fragments` is all that a stream sent for each index.
+
+    `names` are those of all calls.
+    """
 
     reasoning: str = ""
     content: str = ""
     calls: list[tuple[str, Any]] = field(default_factory=list)
     fragments: dict[int, str] = field(default_factory=dict)
     num_rejected: int = 0
+    names: list[str] = field(default_factory=list, compare=False)
 
 
 def make_tools(**properties: Any) -> ToolSet:
@@ -54,6 +58,7 @@ def collect(pieces: Sequence[AnswerPiece]) -> Parsed:
         assert not (part.id and part.index in parsed.fragments), "the name comes once"
         parsed.fragments[part.index] = parsed.fragments.get(part.index, "") + part.arguments
     names = {part.index: part.name for part in parts if part.name}
+    parsed.names = list(names.values())
     for part in parts:
         if part.is_complete:
             parsed.calls.append((names[part.index], json.loads(parsed.fragments[part.index])))

@@ -176,35 +176,74 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("answer", MALFORMED.values(), ids=MALFORMED.keys())
-def test_a_malformed_call_is_content_to_the_letter(
-    tokenizer: Tokenizer, tagless: Tokenizer, answer: str, caplog: pytest.LogCaptureFixture
+NAMELESS = ["no name", "a sentence for a name"]
+# What clients see of each of the others, from "See: " and the malformed call to " after".
+SEEN = {
+    "no value": (["f"], '{"a": ', " after"),
+    "no tag before a value": (["f"], '{"a": ', " after"),
+    "no key": (["f"], "{", " after"),
+    "an end of a value in the name": (["tool_12"], "{", " after"),
+    "no end of a key": (["f"], "{", " after"),
+    "text between": (["f"], '{"a": ', " after"),
+    "a value in a value": (["f"], '{"a": ', " after"),
+    "a key twice": (["f"], '{"a": "1"', " after"),
+    "an empty key": (["f"], "{", " after"),
+    "a call in a name": (["f", "after"], "{", ""),
+    "only a name": ([], "", "<tool_call>f after"),
+}
+
+
+@pytest.mark.parametrize("kind", NAMELESS)
+def test_what_has_no_name_is_content_to_the_letter(
+    tokenizer: Tokenizer, tagless: Tokenizer, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for vocabulary in (tokenizer, tagless):
         caplog.clear()
-        parsed = parse(vocabulary, "See: " + answer + " after", PLAIN)
-        assert (parsed.calls, parsed.num_rejected) == ([], 1)
-        assert parsed.content == "See: " + answer + " after"
+        parsed = parse(vocabulary, "See: " + MALFORMED[kind] + " after", PLAIN)
+        assert (parsed.calls, parsed.fragments, parsed.num_rejected) == ([], {}, 1)
+        assert parsed.content == "See: " + MALFORMED[kind] + " after"
+        assert "was not passed on" in caplog.text
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_a_malformed_call_is_an_incomplete_one_and_no_text(
+    tokenizer: Tokenizer, tagless: Tokenizer, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    names, arguments, after = SEEN[kind]
+    for vocabulary in (tokenizer, tagless):
+        caplog.clear()
+        parsed = parse(vocabulary, "See: " + MALFORMED[kind] + " after", PLAIN)
+        assert (parsed.calls, parsed.names) == ([], names)
+        assert list(parsed.fragments) == list(range(len(names))), "no gaps"
+        assert parsed.fragments.get(0, "") == arguments
+        assert parsed.content == "See: " + after
+        assert parsed.num_rejected == max(1, len(names))
         assert "was not passed on" in caplog.text
         for fragment in parsed.fragments.values():
+            assert fragment, "some clients take nothing for no arguments"
             assert not _is_json(fragment), "a client must not be able to run it"
 
 
 def test_a_good_call_after_a_malformed_one_is_read(tokenizer: Tokenizer) -> None:
-    bad = MALFORMED["no value"]
-    parsed = parse(tokenizer, bad + call(("a", "x")), PLAIN)
-    assert (parsed.calls, parsed.content) == ([("f", {"a": "x"})], bad)
+    for bad in (MALFORMED[kind] for kind in SEEN if kind not in ("only a name", "a call in a name")):
+        parsed = parse(tokenizer, bad + call(("a", "x")), PLAIN)
+        assert (parsed.calls, parsed.content) == ([("f", {"a": "x"})], "")
+        assert list(parsed.fragments) == [0, 1]
 
 
-def test_a_call_cut_at_any_token_is_never_a_call(tokenizer: Tokenizer, tagless: Tokenizer) -> None:
+def test_a_call_cut_at_any_token_is_incomplete_and_no_text(tokenizer: Tokenizer, tagless: Tokenizer) -> None:
     answer = call(("a", 'say "hi"\n'), ("b", "12"))
+    whole = '{"a": "say \\"hi\\"\\n", "b": 12}'
     for vocabulary in (tokenizer, tagless):
         ids = vocabulary.encode(answer)
         for end in range(1, len(ids)):
             parsed = parse_ids(vocabulary, ids[:end], PLAIN, is_turn_over=False)
             assert parsed.calls == []
-            assert parsed.content == vocabulary.decode(ids[:end])
-            assert not any(map(_is_json, parsed.fragments.values()))
+            assert len(parsed.content) < len("<tool_call>"), "half a tag, in letters"
+            assert "<tool_call>".startswith(parsed.content)
+            assert not any(part == "" or _is_json(part) for part in parsed.fragments.values())
+            if vocabulary is tokenizer:
+                assert all(whole.startswith(part) for part in parsed.fragments.values())
 
 
 def test_a_call_inside_a_thought_ends_the_thought(tokenizer: Tokenizer, tagless: Tokenizer) -> None:
@@ -320,7 +359,7 @@ def test_no_sequence_of_tags_breaks_the_parser_or_loses_text(
     tokenizer: Tokenizer, parts: list[str], is_turn_over: bool
 ) -> None:
     parsed = parse(tokenizer, "".join(parts), PLAIN, prompt="<think>", is_turn_over=is_turn_over)
-    if not parsed.calls and "<think>" not in parts and "</think>" not in parts:
+    if not parsed.fragments and is_turn_over and "<think>" not in parts and "</think>" not in parts:
         text = "".join(parts)
         assert parsed.reasoning + parsed.content == text
 

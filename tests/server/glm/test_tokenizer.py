@@ -5,6 +5,7 @@ import random
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -73,22 +74,38 @@ def test_tags_are_single_tokens_and_not_special(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("files", "others"),
     [
         ({"generation_config.json": {"eos_token_id": [5, 6]}, "config.json": {"eos_token_id": 7}}, {5, 6, 7}),
-        ({"config.json": {"eos_token_id": None}}, None),
-        ({}, None),
+        ({"config.json": {"eos_token_id": None}}, set()),
+        ({}, set()),
+        ({"config.json": {"eos_token_id": "<|endoftext|>"}}, set()),
+        ({"generation_config.json": {"eos_token_id": ["<|endoftext|>", "<|user|>"]}}, set()),
+        ({"generation_config.json": {"eos_token_id": "<|observation|>"}}, set()),
+        ({"config.json": {"eos_token_id": 1}}, set()),
+        ({"config.json": {"eos_token_id": [1]}, "generation_config.json": {"eos_token_id": 8}}, {8}),
+        ({"config.json": {"eos_token_id": 999_999}}, set()),
+        ({"config.json": {"eos_token_id": [-1, 320, 154820, "<|user|>"]}}, set()),
+        ({"generation_config.json": {"eos_token_id": []}}, set()),
     ],
 )
-def test_end_of_turn_ids_come_from_both_files_or_from_their_names(
-    tokenizer_folder: Path, tmp_path: Path, files: dict[str, object], expected: set[int] | None
+def test_ends_of_turns_are_those_of_both_files_and_those_that_glm_has(
+    tokenizer_folder: Path, tokenizer: Tokenizer, tmp_path: Path, files: dict[str, Any], others: set[int]
 ) -> None:
+    """Texts stand for their ids. An unknown id and transformers' default end nothing."""
     shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
     for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    loaded = load_tokenizer(tmp_path)
-    named = {loaded.encode(text)[0] for text in ("<|endoftext|>", "<|user|>", "<|observation|>")}
-    assert loaded.eos_token_ids == (named if expected is None else expected)
+        value = content["eos_token_id"]
+        ids = (
+            [tokenizer.token_id(one) if isinstance(one, str) else one for one in value or []]
+            if (isinstance(value, list))
+            else tokenizer.token_id(value)
+            if isinstance(value, str)
+            else value
+        )
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": ids}))
+    named = {tokenizer.token_id(text) for text in ("<|endoftext|>", "<|user|>", "<|observation|>")}
+    assert load_tokenizer(tmp_path).eos_token_ids == named | others
 
 
 @pytest.mark.parametrize("value", ["5", [5, {"id": 6}], 5.0, {"id": 6}])

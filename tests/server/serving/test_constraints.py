@@ -135,6 +135,68 @@ def test_a_forced_call_has_the_arguments_behind_a_reference_at_the_top(client: T
         assert arguments["steps"] in range(1, 10)
 
 
+TO = {"type": "object", "properties": {"to": {"enum": ["left", "90"]}}, "required": ["to"]}
+BY = {
+    "type": "object",
+    "properties": {"by": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["by"],
+}
+NEST: dict[str, Any] = {
+    "type": "object",
+    "properties": {"in": {"$ref": "#"}, "n": {"$ref": "#/properties/m/items"}},
+}
+BRANCHING: dict[str, tuple[dict[str, Any], Any]] = {
+    "anyOf": (
+        {"anyOf": [TO, BY]},
+        lambda found: found.get("to") in ("left", "90") or found["by"] in range(10),
+    ),
+    "oneOf": ({"type": "object", "oneOf": [TO, BY]}, lambda found: len(found) == 1),
+    "allOf of anyOf": ({"allOf": [{"anyOf": [TO]}, BY]}, lambda found: found.keys() == {"to", "by"}),
+    "references": (
+        {"anyOf": [{"$ref": "#/definitions/t"}], "definitions": {"t": TO}},
+        lambda found: found["to"] in ("left", "90"),
+    ),
+    "anywhere": (
+        {**NEST, "required": ["n"], "properties": {**NEST["properties"], "m": {"items": {"enum": [4, 7]}}}},
+        lambda found: found["n"] in (4, 7),
+    ),
+    "required, by pattern": (
+        {"patternProperties": {"^k_": {"type": "boolean"}}, "required": ["k_1"]},
+        lambda found: isinstance(found["k_1"], bool),
+    ),
+    "required, of any name": (
+        {"additionalProperties": {"enum": ["x", "7"]}, "required": ["whatever"]},
+        lambda found: found["whatever"] in ("x", "7"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BRANCHING)
+def test_a_forced_call_follows_a_schema_that_branches_at_its_root(client: TestClient, kind: str) -> None:
+    parameters, holds = BRANCHING[kind]
+    tools = [{"type": "function", "function": {"name": "move", "parameters": parameters}}]
+    for seed in range(4):
+        answer = ask(
+            client, seed, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=400
+        )
+        found = json.loads(answer["message"]["tool_calls"][0]["function"]["arguments"])
+        assert holds(found), found
+
+
+@pytest.mark.parametrize("name", ["patternProperties", "additionalProperties"])
+def test_a_forced_call_may_name_its_own_arguments(client: TestClient, name: str) -> None:
+    schema = {"type": "integer", "maximum": 9, "minimum": 0}
+    parameters = {name: {"^k[a-z]{12}$": schema} if name == "patternProperties" else schema}
+    tools = [{"type": "function", "function": {"name": "move", "parameters": parameters}}]
+    found = []
+    for seed in range(6):
+        answer = ask(
+            client, seed, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=400
+        )
+        found.append(answer["message"]["tool_calls"][0]["function"]["arguments"])
+    assert any(one != "{}" for one in found)
+
+
 def test_a_forced_call_holds_to_thousands_of_values(client: TestClient) -> None:
     values = [f"{number}. \\ a/b [x]*\nü" for number in range(2500)]
     tools = [tool("pick", {"which": {"enum": values}}, ["which"])]
@@ -158,6 +220,38 @@ def test_several_calls_may_be_made_unless_one_is_wished(client: TestClient) -> N
         assert answer["finish_reason"] == "tool_calls"
         counts.add(len(answer["message"]["tool_calls"]))
     assert max(counts) > 1
+
+
+def test_no_call_is_made_where_none_may_be(client: TestClient, tokenizer: Tokenizer) -> None:
+    """The weights are random, and made to want calls: only the grammar keeps them from it."""
+    bias = {str(tokenizer.token_id(tag)): 100.0 for tag in ("<tool_call>", "<arg_key>", "</tool_call>")}
+    for seed in range(4):
+        fields = {"tools": TOOLS, "logit_bias": bias, "max_tokens": 20}
+        assert "<tool_call>" in str(ask(client, seed, logit_bias=bias, max_tokens=20))
+        answer = ask(client, seed, tool_choice="none", **fields)
+        assert "tool_calls" not in answer["message"]
+        assert "<tool_call>" not in answer["message"]["content"]
+        schema = {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 2]}}}
+        answer = ask(client, seed, tool_choice="none", response_format=schema, **fields)
+        assert json.loads(answer["message"]["content"]) in (1, 2)
+
+
+@pytest.mark.parametrize("ending", ["<|user|>", "<|observation|>", "<|endoftext|>"])
+def test_a_model_that_would_end_in_its_thought_closes_it(
+    client: TestClient, tokenizer: Tokenizer, ending: str
+) -> None:
+    for seed in range(3):
+        bias = {str(tokenizer.token_id(ending)): 100.0}
+        body = {
+            "messages": [{"role": "user", "content": "x"}],
+            "seed": seed,
+            "logit_bias": bias,
+            "max_tokens": 9,
+        }
+        body["temperature"] = 0
+        response = client.post("/v1/chat/completions", json=body).json()
+        assert response["choices"][0]["finish_reason"] == "stop"
+        assert response["usage"]["completion_tokens"] >= 2, "the end of the thought, and of the turn"
 
 
 def test_any_object_is_an_object(client: TestClient) -> None:
@@ -220,7 +314,6 @@ def test_log_probabilities_and_penalties_go_with_a_grammar(client: TestClient) -
         ({"type": "object", "properties": {"a": {"if": {}}}}, "if"),
         ({"$ref": "#/$defs/none"}, "none"),
         ({"type": "wizard"}, "wizard"),
-        ({"type": "string", "format": "sonnet"}, "sonnet"),
         (5, "schema"),
     ],
 )
@@ -248,7 +341,11 @@ def test_a_schema_that_cannot_be_held_is_refused_by_its_keyword(
         ({"response_format": {"type": "regex", "regex": "(a"}}, "response_format"),
         ({"response_format": {"type": "regex", "regex": "a(?=b)"}}, "response_format"),
         ({"response_format": {"type": "grammar", "grammar": "start: ("}}, "grammar"),
-        ({"tool_choice": "required", "tools": [tool("f", {"a": {"$ref": "#"}}, [])]}, "'#'"),
+        ({"tool_choice": "required", "tools": [tool("f", {"a": {"$ref": "#/nowhere"}}, [])]}, "'#/nowhere'"),
+        (
+            {"tool_choice": "required", "tools": [tool("f", {"a": {"$ref": "other.json"}}, [])]},
+            "'other.json'",
+        ),
         (
             {"tool_choice": "required", "tools": [tool("f", {"a": {"type": "object", "not": {}}}, [])]},
             "not",

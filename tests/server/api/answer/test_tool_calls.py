@@ -94,22 +94,78 @@ def test_call_deltas_have_the_fields_that_clients_check(
     assert all(part.keys() == {"index", "function"} for part in rest)
 
 
-@pytest.mark.parametrize("num_tokens_missing", [2, 6, 20])
-def test_a_call_that_is_cut_off_is_content_and_the_reason_is_length(
+@pytest.mark.parametrize("num_tokens_missing", [1, 2, 6, 9, 12, 15])
+def test_a_call_that_is_cut_off_has_partial_arguments_and_the_reason_is_length(
     client: TestClient, says: Callable[..., None], tokenizer: Tokenizer, num_tokens_missing: int
 ) -> None:
-    says(*["</think>" + OSLO] * 2)
-    kept = tokenizer.encode("</think>" + OSLO)[:-num_tokens_missing]
+    says(*["</think>So: " + OSLO] * 2)
+    kept = tokenizer.encode("</think>So: " + OSLO)[:-num_tokens_missing]
     [choice] = ask(client, tools=TOOLS, max_tokens=len(kept))["choices"]
-    assert choice["finish_reason"] == "length"
-    assert "tool_calls" not in choice["message"]
-    assert choice["message"]["content"] == tokenizer.decode(kept[1:])
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "So: ")
+    [call] = choice["message"]["tool_calls"]
+    assert (call["function"]["name"], call["index"]) == ("weather", 0)
+    assert '{"city": " Oslo\\n", "days": 2}'.startswith(call["function"]["arguments"])
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(call["function"]["arguments"] or "{}")
     chunks = stream(client, tools=TOOLS, max_tokens=len(kept))
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-    assert joined(chunks, "content") == choice["message"]["content"]
-    for call in joined_calls(chunks):
-        with pytest.raises(json.JSONDecodeError):
-            json.loads(call["arguments"])
+    assert joined(chunks, "content") == "So: "
+    assert [one["arguments"] for one in joined_calls(chunks)] == [call["function"]["arguments"]]
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 4])
+def test_a_call_that_is_cut_off_in_its_name_is_nothing(
+    client: TestClient, says: Callable[..., None], tokenizer: Tokenizer, num_tokens: int
+) -> None:
+    says(*["</think>" + OSLO] * 2)
+    [choice] = ask(client, tools=TOOLS, max_tokens=num_tokens)["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "")
+    assert "tool_calls" not in choice["message"]
+    chunks = stream(client, tools=TOOLS, max_tokens=num_tokens)
+    assert (joined(chunks, "content"), joined_calls(chunks)) == ("", [])
+
+
+MALFORMED = {
+    "<tool_call>weather<arg_key>city</arg_key></tool_call>": '{"city": ',
+    "<tool_call>weather<arg_value>Oslo</arg_value></tool_call>": "{",
+    "<tool_call>weather</arg_value></tool_call>": "{",
+    "<tool_call>weather<arg_key>city</arg_key>is <arg_value>Oslo</arg_value></tool_call>": '{"city": ',
+    OSLO.replace("</tool_call>", "<arg_key>city</arg_key></tool_call>"): '{"city": " Oslo\\n", "days": 2',
+    "<tool_call>weather<arg_key>city": "{",
+}
+
+
+@pytest.mark.parametrize("malformed", MALFORMED)
+@pytest.mark.parametrize(("before", "behind"), [("", ""), ("", BERGEN), (BERGEN, ""), (BERGEN, BERGEN)])
+def test_a_malformed_call_comes_once_and_leaves_no_gap(
+    client: TestClient, says: Callable[..., None], malformed: str, before: str, behind: str
+) -> None:
+    says(*[f"hm</think>I see.{before}{malformed}{behind}<|observation|>"] * 2)
+    [choice] = ask(client, tools=TOOLS)["choices"]
+    message = choice["message"]
+    assert (choice["finish_reason"], message["content"]) == ("length", "I see.")
+    whole = ['{"city": "Bergen"}']
+    expected = whole * bool(before) + [MALFORMED[malformed]] + whole * bool(behind)
+    assert [call["function"]["arguments"] for call in message["tool_calls"]] == expected
+    assert [call["index"] for call in message["tool_calls"]] == list(range(len(expected)))
+    chunks = stream(client, tools=TOOLS)
+    assert [call["arguments"] for call in joined_calls(chunks)] == expected
+    assert joined(chunks, "content") == "I see."
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("thought", ["It is 4.", "  four \n", "Is <tool_call> a tag? é", 'So {"a": 1}'])
+def test_an_answer_that_ends_inside_its_thought_is_that_thought(
+    client: TestClient, says: Callable[..., None], tokenizer: Tokenizer, thought: str
+) -> None:
+    says(*[thought + "<|user|>"] * 2, *[thought] * 2)
+    [choice] = ask(client, tools=TOOLS)["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", thought)
+    assert joined(stream(client, tools=TOOLS), "content") == thought
+    limit = len(tokenizer.encode(thought))
+    [choice] = ask(client, tools=TOOLS, max_tokens=limit)["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "")
+    assert joined(stream(client, tools=TOOLS, max_tokens=limit), "content") == ""
 
 
 def test_rejected_calls_are_counted_and_logged(
@@ -139,7 +195,9 @@ def test_a_cut_second_call_leaves_the_first_and_the_reason_length(
     num_tokens = len(tokenizer.encode("</think>" + OSLO + BERGEN)) - 1
     [choice] = ask(client, tools=TOOLS, max_tokens=num_tokens)["choices"]
     assert choice["finish_reason"] == "length"
-    assert len(choice["message"]["tool_calls"]) == 1
+    first, second = (call["function"]["arguments"] for call in choice["message"]["tool_calls"])
+    assert json.loads(first) == {"city": " Oslo\n", "days": 2}
+    assert second == '{"city": "Bergen"'
 
 
 @pytest.mark.parametrize("fields", [{}, {"tools": []}, {"tools": TOOLS, "tool_choice": "none"}])
@@ -172,6 +230,20 @@ def test_text_before_a_call_is_not_held_back_for_a_stop_string_until_behind_it(
     first_call = next(place for place, delta in enumerate(deltas) if "tool_calls" in delta)
     assert "".join(delta.get("content", "") for delta in deltas[:first_call]) == "Let me see"
     assert len(joined_calls(chunks)) == 1
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"reasoning": {"enabled": False}}, {"response_format": {"type": "json_object"}}]
+)
+def test_that_no_tool_may_be_called_does_not_change_the_prompt(
+    client: TestClient, engine: ScriptedEngine, fields: dict[str, Any]
+) -> None:
+    for choice in ("auto", "none"):
+        ask(client, tools=TOOLS, tool_choice=choice, **fields)
+    free, bound = engine.requests
+    assert free.token_ids == bound.token_ids
+    assert bound.grammar
+    assert "tool_call" not in bound.grammar
 
 
 def run_tool(call: Any) -> str:

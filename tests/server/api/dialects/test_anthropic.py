@@ -121,16 +121,38 @@ def test_tools_go_round(
 
 
 @both
-def test_a_call_that_is_cut_off_is_text(
+def test_a_call_that_is_cut_off_has_the_input_that_there_is(
     sdk: anthropic.Anthropic, says: Callable[..., None], tokenizer: Tokenizer, is_streaming: bool
 ) -> None:
     says("</think>" + BERGEN + OSLO)
     kept = tokenizer.encode("</think>" + BERGEN + OSLO)[:-5]
     message = create(sdk, is_streaming, thinking=THINKS, tools=TOOLS, max_tokens=len(kept))
     whole, cut = message.content
-    assert whole.type == "tool_use"
-    assert cut.type == "text"
-    assert cut.text == OSLO[: len(cut.text)]
+    assert whole.type == cut.type == "tool_use"
+    assert (whole.input, cut.input) == ({"city": "Bergen"}, {"city": " Oslo\n"})
+    assert message.stop_reason == "max_tokens"
+
+
+@both
+@pytest.mark.parametrize(
+    ("malformed", "given"),
+    [
+        ("<tool_call>weather<arg_value>Oslo</arg_value></tool_call>", {}),
+        ("<tool_call>weather<arg_key>city</arg_key></tool_call>", {}),
+        (OSLO.replace("</tool_call>", "and</tool_call>"), {"city": " Oslo\n", "days": 2}),
+    ],
+)
+def test_a_malformed_call_is_one_block(
+    sdk: anthropic.Anthropic, says: Callable[..., None], malformed: str, given: Any, is_streaming: bool
+) -> None:
+    says(f"</think>I see.{malformed}{BERGEN}<|observation|>")
+    message = create(sdk, is_streaming, thinking=THINKS, tools=TOOLS)
+    text, broken, whole = message.content
+    assert (text.type, broken.type, whole.type) == ("text", "tool_use", "tool_use")
+    assert text.type == "text"
+    assert text.text == "I see."
+    assert broken.type == whole.type == "tool_use"
+    assert (broken.input, whole.input) == (given, {"city": "Bergen"})
     assert message.stop_reason == "max_tokens"
 
 
@@ -156,9 +178,7 @@ def test_an_answer_may_fill_the_context(
         create(sdk, is_streaming)
 
 
-def test_the_choice_of_tools_reaches_the_grammar(
-    sdk: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer
-) -> None:
+def test_the_choice_of_tools_reaches_the_grammar(sdk: anthropic.Anthropic, engine: ScriptedEngine) -> None:
     for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
         create(sdk, False, tools=TOOLS, tool_choice=choice)
         assert "weather" in engine.requests[-1].grammar
@@ -167,7 +187,8 @@ def test_the_choice_of_tools_reaches_the_grammar(
     create(sdk, False, tools=TOOLS, tool_choice={"type": "auto"})
     assert engine.requests[-1].grammar == ""
     create(sdk, False, tools=TOOLS, tool_choice={"type": "none"})
-    assert "weather" not in tokenizer.decode(engine.requests[-1].token_ids)
+    assert engine.requests[-1].token_ids == engine.requests[-2].token_ids
+    assert engine.requests[-1].grammar.startswith("start: TEXT")
 
 
 def test_thinking_and_the_other_fields_reach_the_engine(

@@ -100,23 +100,50 @@ def test_tools_go_round(
 
 
 @both
-def test_a_call_that_is_cut_off_is_text(
+def test_a_call_that_is_cut_off_is_closed_as_incomplete(
     sdk: openai.OpenAI, says: Callable[..., None], tokenizer: Tokenizer, is_streaming: bool
 ) -> None:
     says("</think>" + BERGEN + OSLO)
     kept = tokenizer.encode("</think>" + BERGEN + OSLO)[:-5]
     fields: Any = {"model": GLM, "input": "x", "tools": TOOLS, "max_output_tokens": len(kept)}
+    check_incomplete(sdk, fields, ["completed", "incomplete"], is_streaming)
+
+
+def check_incomplete(sdk: openai.OpenAI, fields: Any, statuses: list[str], is_streaming: bool) -> None:
     if is_streaming:
         events: list[Any] = list(sdk.responses.create(stream=True, **fields))
         response = events[-1].response
-        done = [event.item.type for event in events if event.type == "response.output_item.done"]
-        assert done == ["function_call", "message"], "the call that broke off is never done"
+        done = [event for event in events if event.type == "response.output_item.done"]
+        assert [(event.output_index, event.item.status) for event in done] == list(enumerate(statuses))
+        ended = [one for one in events if one.type == "response.function_call_arguments.done"]
+        assert len(ended) == statuses.count("completed")
     else:
         response = sdk.responses.create(**fields)
-    assert [item.type for item in response.output] == ["function_call", "message"]
-    assert response.output_text == OSLO[: len(response.output_text)]
+    assert [item.type for item in response.output] == ["function_call"] * len(statuses)
+    assert [item.status for item in response.output] == statuses
+    assert response.output_text == ""
+    for item in response.output:
+        assert item.arguments.startswith("{")
+        assert item.arguments.endswith("}") is (item.status == "completed")
     assert response.status == "incomplete"
     assert response.incomplete_details.reason == "max_output_tokens"
+
+
+@both
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        "<tool_call>weather<arg_value>Oslo</arg_value></tool_call>",
+        "<tool_call>weather<arg_key>city</arg_key></tool_call>",
+        OSLO.replace("</tool_call>", "and</tool_call>"),
+    ],
+)
+def test_a_malformed_call_leaves_no_gap(
+    sdk: openai.OpenAI, says: Callable[..., None], malformed: str, is_streaming: bool
+) -> None:
+    says(f"</think>{malformed}{BERGEN}<|observation|>")
+    fields: Any = {"model": GLM, "input": "x", "tools": TOOLS}
+    check_incomplete(sdk, fields, ["incomplete", "completed"], is_streaming)
 
 
 def test_the_sdk_puts_a_stream_together(sdk: openai.OpenAI, says: Callable[..., None]) -> None:

@@ -117,7 +117,7 @@ def test_a_custom_tool_is_a_function_of_one_string(
     assert history in prompt_of(engine, tokenizer)
 
 
-@pytest.mark.parametrize("arguments", ['{"input": "cut', "[]", '{"other": "x"}', '{"input": 5}'])
+@pytest.mark.parametrize("arguments", ["[]", "x", "[", '{"other": "x"}', '{"input": 5}'])
 def test_arguments_that_are_no_input_are_given_as_they_are(arguments: str) -> None:
     assert custom_input(arguments) == arguments
 
@@ -261,3 +261,11 @@ def test_where_nothing_is_every_method_is_404(client: TestClient, base: str, met
 def test_what_is_there_is_still_405(client: TestClient, path: str) -> None:
     assert client.delete(f"/v1{path}").status_code == 405
     assert client.get("/v1/responses").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [('{"input": "cut', "cut"), ('{"input": "a\\n', "a\n"), ('{"input": ', ""), ("{", "")],
+)
+def test_the_input_of_a_call_that_was_cut_is_what_there_is(arguments: str, text: str) -> None:
+    assert custom_input(arguments) == text

@@ -1,0 +1,16 @@
+"""A kernel from its source. Called by the other modules of this room."""
+
+from collections.abc import Callable
+from typing import cast
+
+import mlx.core as mx
+
+Kernel = Callable[..., list[mx.array]]
+WARP = 32
+
+
+def make_kernel(
+    name: str, input_names: list[str], output_names: list[str], source: str, header: str = ""
+) -> Kernel:
+    """The kernel; it is compiled when it is first evaluated."""
+    return cast(Kernel, mx.fast.cuda_kernel(name, input_names, output_names, source, header))
