@@ -23,13 +23,14 @@ unexport PYTHONDONTWRITEBYTECODE
 # other's way.
 PYTEST := $(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help install serve test test-fast test-long lint clean
+.PHONY: help install serve test test-fast test-long test-agents lint clean
 
 help:
 	@echo "make serve      install what serving needs, then start the server; flags: make serve ARGS='--port 9000'"
 	@echo "make test       install the rest, then ruff, mypy and the tests"
 	@echo "make test-fast  the inner loop: ruff and the quick tests"
 	@echo "make test-long  tests that take minutes each"
+	@echo "make test-agents  Claude Code, Codex and opencode against the server; needs npm"
 	@echo "make install    a complete $(VENV) and nothing else"
 
 $(SERVING): pyproject.toml constraints.txt
@@ -78,5 +79,11 @@ test-fast: install
 test-long: install
 	$(VENV)/bin/pytest -m long
 
+# Real agents by their own binaries, 1.2 GB of them: not part of `make test`.
+AGENTS := tests/server/serving/agents
+test-agents: install
+	cd $(AGENTS) && npm install --silent --no-package-lock --no-audit --no-fund
+	$(VENV)/bin/python -m $(subst /,.,$(AGENTS)).talk
+
 clean:
-	rm -rf $(VENV) $(NODE)/node_modules build dist *.egg-info
+	rm -rf $(VENV) $(NODE)/node_modules $(AGENTS)/node_modules build dist *.egg-info

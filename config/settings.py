@@ -5,6 +5,7 @@ file (`ram_budget`), and has its default here and nowhere else. Flags win over t
 environment over the file. The command line builds its parser from these fields.
 """
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from config.errors import BudgetError, UsageError
 from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
@@ -94,11 +95,12 @@ class Settings(BaseSettings):
         "keep the model from being paged out (macOS); off because an open fault of MLX, #3186, can stop the "
         "machine",
     )
-    mirror: Path | None = _setting(
-        None,
+    mirror: Annotated[tuple[Path, ...], NoDecode] = _setting(
+        (),
         "Memory",
         "DIR",
-        "a second copy of the checkpoint, on another SSD: experts are read from both at the same time",
+        "a copy of the checkpoint on another SSD: experts are read from all copies at the same time; may be "
+        f"given several times (in the environment separated by {os.pathsep})",
     )
     sweep_tokens: int | None = _setting(
         None,
@@ -234,6 +236,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Logging", "LEVEL", "debug, info, warning or error"
     )
+
+    @field_validator("mirror", mode="before")
+    @classmethod
+    def _split_paths(cls, value: Any) -> Any:
+        return value.split(os.pathsep) if isinstance(value, str) else value
 
     @field_validator("*", mode="before")
     @classmethod

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 from config.errors import UsageError
 from config.settings import ENV_PREFIX, Settings, flag_of, load_settings
@@ -137,19 +137,21 @@ def make_parser(command: str) -> argparse.ArgumentParser:
         assert isinstance(extra, dict), f"setting {name} has no group"
         title = str(extra["group"])
         group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
-        _add_flag(group, name, field.annotation is bool, extra["metavar"], _help(field))
+        _add_flag(group, name, field, extra["metavar"])
     return parser
 
 
-def _add_flag(group: Any, name: str, is_switch: bool, metavar: Any, text: str) -> None:
-    if is_switch:
+def _add_flag(group: Any, name: str, field: Any, metavar: Any) -> None:
+    text = _help(field)
+    if field.annotation is bool:
         group.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, help=text)
     else:
-        group.add_argument(flag_of(name), metavar=metavar, help=text)
+        action = "append" if get_origin(field.annotation) is tuple else "store"
+        group.add_argument(flag_of(name), metavar=metavar, action=action, help=text)
 
 
 def _help(field: Any) -> str:
-    has_default = field.default is not None and field.default is not False
+    has_default = field.default is not None and field.default is not False and field.default != ()
     default = f" (default {field.default})".replace("%", "%%") if has_default else ""
     return f"{field.description}{default}"
 

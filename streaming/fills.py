@@ -16,11 +16,12 @@ import numpy.typing as npt
 from config.errors import DiskError
 from streaming.banks import Bank
 from streaming.disk.disk import Disk
+from streaming.disk.mirror import MirroredDisk
 from streaming.disk.reader import Reader
 from streaming.disk.reads import Batch, Read, ReadClass, ReadDropped, ReadStatistics
 from streaming.files.floats import Bytes
 from streaming.files.index import ExpertIndex
-from streaming.files.read_plan import Run, Segment, largest_run_bytes, plan_runs
+from streaming.files.read_plan import Run, Segment, largest_run_bytes, plan_runs, plan_shared_runs
 from streaming.tickets import Ticket, TicketOffice
 
 
@@ -82,6 +83,7 @@ class Filler:
     ) -> None:
         self._index = index
         self._tickets = TicketOffice()
+        self._plan = plan_shared_runs if isinstance(disk, MirroredDisk) else plan_runs
         self._voided: defaultdict[Hashable, list[Fill]] = defaultdict(list)  # by bank, oldest first
         self._reader = Reader(
             disk,
@@ -115,7 +117,7 @@ class Filler:
         `owner` names the bank where it is not the layer's own.
         """
         ticket = self._tickets.issue(layer if owner is None else owner, slot)
-        runs = plan_runs(self._index.pieces(layer, expert))
+        runs = self._plan(self._index.pieces(layer, expert))
         return Fill(expert, ticket, [self._read(run, bank, ticket, read_class) for run in runs])
 
     def _read(self, run: Run, bank: Bank, ticket: Ticket, read_class: ReadClass) -> Read:

@@ -235,7 +235,7 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         decode_share=settings.decode_share,
         max_inflight_per_agent=settings.max_inflight_per_agent,
         batch_width=settings.batch_width,
-        mirror=Path(os.path.expanduser(settings.mirror)).absolute() if settings.mirror else None,
+        mirrors=tuple(Path(os.path.expanduser(mirror)).absolute() for mirror in settings.mirror),
         prefix_memory_bytes=settings.prefix_cache_memory,
         prefix_directory=prefix_directory(settings),
         prefix_disk_bytes=settings.prefix_cache_size,

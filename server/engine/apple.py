@@ -22,6 +22,7 @@ from server.link.messages import Event, Progress, Token
 DARWIN = "darwin"
 # Of `pressure_level`; 2 is a warning, 4 is critical.
 NORMAL_PRESSURE = 1
+HOST_VM_INFO64 = 4
 # A token of a slow disk takes two seconds.
 WARM_S = 5.0
 BEAT_S = 0.0005
@@ -74,6 +75,39 @@ def pressure_level(platform: str = sys.platform) -> int:
     if ctypes.CDLL(None).sysctlbyname(name, ctypes.byref(level), ctypes.byref(size), None, 0):
         return NORMAL_PRESSURE
     return level.value
+
+
+class _PageCounts(ctypes.Structure):
+    """`vm_statistics64` of mach/vm_statistics.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("free", "active", "inactive", "wired")),
+        ("faults", ctypes.c_uint64 * 9),
+        *((name, ctypes.c_uint32) for name in ("purgeable", "speculative")),
+        ("traffic", ctypes.c_uint64 * 4),
+        *((name, ctypes.c_uint32) for name in ("compressor", "throttled", "external", "internal")),
+        ("uncompressed_in_compressor", ctypes.c_uint64),
+    )
+
+
+def uncompressed_and_compressed_bytes(platform: str = sys.platform) -> tuple[int, int] | None:
+    """Returns what the kernel weighs against each other: pages neither wired nor compressed, and compressed.
+
+    Based on: host_statistics64 and vm_statistics.h of XNU, whose free pages include speculative ones. None on
+    other platforms and where the kernel does not answer. Never run by us.
+    """
+    if platform != DARWIN:
+        return None
+    counts = _PageCounts()
+    size = ctypes.c_uint32(ctypes.sizeof(counts) // 4)
+    system = ctypes.CDLL(None)
+    if system.host_statistics64(
+        system.mach_host_self(), HOST_VM_INFO64, ctypes.byref(counts), ctypes.byref(size)
+    ):
+        return None
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    uncompressed = counts.free + counts.active + counts.inactive
+    return uncompressed * page_bytes, counts.compressor * page_bytes
 
 
 def with_activity(send: Send, platform: str = sys.platform) -> Send:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -13,25 +12,25 @@ from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
 from config.sizes import format_size
 from models.arithmetic import Arithmetic, choose_arithmetic
-from models.glm_moe_dsa import Model
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
 from server.engine.memory.governor import Governor, Ungoverned
 from server.engine.memory.pressure import choose_room
 from server.engine.memory.usage import MemoryUse
+from server.engine.mirrors import MirrorWatch, open_mirrors
 from server.engine.model_protocol import Backend, EngineModel, ReportProgress
 from server.engine.prefix.lookup import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
 from server.engine.schedule.limits import Limits
 from server.engine.telemetry import measure_all, measure_store
 from server.link.messages import EngineConfig, ModelInfo
 from streaming.contest import Rule, make_rule
-from streaming.disk.disk import DirectDisk, Disk
-from streaming.disk.mirror import MirroredDisk, find_copies
+from streaming.disk.disk import Disk
 from streaming.disk.open_files import allow_open_files
 from streaming.disk.probe import DiskProbe, probe_disk
 from streaming.disk.reader import NUM_THREADS
 from streaming.files.layout import advise_aligning
+from streaming.prefix.provenance import Provenance
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
@@ -45,7 +44,10 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     report(0.0, "reading headers")
     checkpoint, arithmetic = open_checkpoint(config.model_path), choose_arithmetic()
     plan = plan_memory(checkpoint, arithmetic, config)
-    disk = _open_disk(checkpoint, config.mirror)
+    allow_open_files(len(checkpoint.experts.stamps) * (2 + len(config.mirrors)))
+    disk, comparison = open_mirrors(
+        checkpoint.directory, checkpoint.experts, config.mirrors, config.prefix_directory
+    )
     probe = _probe(disk, checkpoint, plan) if config.stream_experts else None
     if probe:
         plan = plan_memory(checkpoint, arithmetic, config, probe.depth)
@@ -74,13 +76,17 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
-    prefix = open_prefix_cache(model, fingerprint, plan, config)
+    provenance = Provenance(fingerprint, lambda: comparison is None or comparison.is_proven)
+    prefix = open_prefix_cache(model, provenance, plan, config)
     use = MemoryUse(
         store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
     )
-    memory = _make_memory(checkpoint, arithmetic, rule, plan, store, model, on_plan)
+    governor = _make_memory(checkpoint, arithmetic, rule, plan, store, model.settle, on_plan)
+    memory = governor if comparison is None else MirrorWatch(governor, comparison)
+    if comparison is not None:
+        comparison.start()
     measure = measure_all(
-        measure_store(store, lambda: memory.plan if isinstance(memory, Governor) else plan, use, probe),
+        measure_store(store, lambda: governor.plan if isinstance(governor, Governor) else plan, use, probe),
         prefix.statistics if prefix else dict,
         memory.measure,
     )
@@ -99,14 +105,6 @@ def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig)
     )
 
 
-def _open_disk(checkpoint: Checkpoint, mirror: Path | None) -> Disk:
-    allow_open_files(len(checkpoint.experts.stamps) * (1 if mirror is None else 2))
-    if mirror is None:
-        return DirectDisk()
-    copies = find_copies(checkpoint.directory, mirror, checkpoint.experts.stamps)
-    return MirroredDisk(checkpoint.directory, mirror, copies, DirectDisk(), DirectDisk())
-
-
 def _probe(disk: Disk, checkpoint: Checkpoint, plan: MemoryPlan) -> DiskProbe:
     """In the memory that slots will have."""
     if advice := advise_aligning(checkpoint.experts, checkpoint.directory):
@@ -121,7 +119,7 @@ def _probe(disk: Disk, checkpoint: Checkpoint, plan: MemoryPlan) -> DiskProbe:
 
 
 def open_prefix_cache(
-    model: EngineModel, fingerprint: bytes, plan: MemoryPlan, config: EngineConfig
+    model: EngineModel, provenance: Provenance, plan: MemoryPlan, config: EngineConfig
 ) -> PrefixCache | None:
     """The prefix cache within its line of the plan; without its disk where that cannot be used."""
     line = plan.lines["prefix cache"]
@@ -129,16 +127,16 @@ def open_prefix_cache(
         return None
     max_bytes = max(0, line - TRANSIENT_BLOCKS * block_bytes(model.make_cache()))
     if config.prefix_directory is None:
-        return PrefixCache(fingerprint, max_bytes)
+        return PrefixCache(provenance, max_bytes)
     disk = DiskTier(config.prefix_directory, config.prefix_disk_bytes, config.prefix_writes_per_day)
     try:
-        return PrefixCache(fingerprint, max_bytes, disk)
+        return PrefixCache(provenance, max_bytes, disk)
     except OSError as error:
         log.error(
             "prefix cache: %s cannot be used (%s), so prompts are kept in memory only and a restart loses "
             "them; --prefix-cache-dir names another folder", disk.directory, error.strerror,
         )  # fmt: skip
-        return PrefixCache(fingerprint, max_bytes)
+        return PrefixCache(provenance, max_bytes)
 
 
 def _wire(plan: MemoryPlan) -> None:
@@ -155,16 +153,14 @@ def _make_memory(
     rule: Rule,
     plan: MemoryPlan,
     store: ExpertStore,
-    model: Model,
+    settle: Callable[[], None],
     on_plan: Callable[[MemoryPlan], None],
 ) -> Governor | Ungoverned:
     if plan.is_resident:
         return Ungoverned()
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
     make = partial(_make_rule, checkpoint)
-    return Governor(
-        store, geometry, plan, model.settle, make, rule, measure_room=choose_room(), on_plan=on_plan
-    )
+    return Governor(store, geometry, plan, settle, make, rule, measure_room=choose_room(), on_plan=on_plan)
 
 
 def _make_rule(checkpoint: Checkpoint, name: ExpertPolicy) -> Rule:

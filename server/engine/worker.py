@@ -19,10 +19,11 @@ from server.engine.apple import with_activity
 from server.engine.backend import open_backend
 from server.engine.decode.token_masks import Grammars
 from server.engine.loop import EngineLoop
+from server.engine.mirrors import MirrorDiffersError
 from server.engine.model_protocol import Backend, OpenBackend
 from server.engine.schedule.shared_prefixes import SavedPrefixes
 from server.engine.telemetry import Telemetry
-from server.link.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, Ready
+from server.link.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, MirrorDropped, Ready
 from server.logs import set_up_logging
 
 # Less than the HTTP side waits before it insists.
@@ -59,7 +60,12 @@ def main(open_model: OpenBackend = open_backend) -> int:
         beat=telemetry.beat,
     )
     telemetry.watch(loop.measure)
-    loop.run()
+    try:
+        loop.run()
+    except MirrorDiffersError as error:  # what it computed may be wrong: another engine goes on without it
+        log.error("the engine starts again: %s", error)
+        telemetry.send(MirrorDropped(error.mirror))
+        return 1
     if backend.prefix:
         backend.prefix.close(CLOSE_TIMEOUT_S)
     return 0

@@ -32,7 +32,7 @@ class EngineConfig:
     max_inflight_per_agent: int = 8
     batch_width: int | None = None
     expert_policy: ExpertPolicy = DEFAULT_EXPERT_POLICY
-    mirror: Path | None = None
+    mirrors: tuple[Path, ...] = ()
     wires_memory: bool = False
     sweep_tokens: int | None = None  # None: what the plan gives
     prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache
@@ -163,6 +163,13 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class MirrorDropped:
+    """A mirror differs from the checkpoint, and this engine ends: the next one must not read from it."""
+
+    mirror: Path
+
+
+@dataclass(frozen=True)
 class LoadFailed:
     """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act."""
 
@@ -283,5 +290,5 @@ class Replanned:
 
 
 RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed | Replanned
-EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Stats
+EngineEvent = Loading | Ready | LoadFailed | MirrorDropped | Heartbeat | Stats
 Event = EngineEvent | RequestEvent

@@ -25,6 +25,7 @@ from server.link.messages import (
     Load,
     LoadFailed,
     Loading,
+    MirrorDropped,
     Ready,
     Replan,
     Replanned,
@@ -224,6 +225,9 @@ class EngineProcess:
                 if is_usage_error:
                     self._is_closed = True
                     self._on_usage_error(message)
+            case MirrorDropped(mirror):
+                left = tuple(one for one in self._config.mirrors if one != mirror)
+                self._config = replace(self._config, mirrors=left)
             case Heartbeat():
                 pass  # the child was heard: that is all it says
             case _:

@@ -1,110 +1,160 @@
-"""The same checkpoint on a second SSD, read in parallel: `--mirror`.
+"""The same checkpoint on other SSDs, read in parallel: `--mirror`, which may be given several times.
 
-Stands behind the reader's seam as one disk with two sides. Each read goes to the side that has fewer bytes
-outstanding, so that a faster disk serves more of them. A side that fails is dropped, with a line in the log,
-and the read is repeated on the other: no request notices. Called by the reader's threads, and by its owner
-when a read hangs.
+Stands behind the reader's seam as one disk with several sides. Each read goes to the side that will have it
+done first, by what is outstanding there and by the rate that was measured of it. A side that fails is
+dropped, with a line in the log, and the read is repeated on another: no request notices. Called by the
+reader's threads, by its owner when a read hangs, and by the comparison that finds a difference.
 """
 
 import logging
-import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config.errors import CheckpointError, DiskError
+from config.errors import DiskError
+from streaming.disk.copies import Mirror
 from streaming.disk.disk import Disk, DiskFile
 from streaming.files.floats import Bytes
 from streaming.files.headers import FileStamp
 
-# Bytes compared at the start, in the middle and at the end of each file.
-SAMPLE_BYTES = 4096
+# A side's rate is that of its last seconds of work, so that one that is throttled is noticed.
+REMEMBERED_S = 1.0
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Side:
-    """One of the two disks; `reads`: what it serves now, by thread."""
+    """One of the disks. `reads`: the bytes that it serves now, by thread. Used under the disk's lock."""
 
     name: str
     disk: Disk
     reads: dict[int, int] = field(default_factory=dict)
     is_dropped: bool = False
+    num_bytes: float = 0.0
+    busy_s: float = 0.0
+    since_s: float = 0.0
 
     @property
-    def outstanding_bytes(self) -> int:
-        return sum(self.reads.values())
+    def bytes_per_s(self) -> float | None:
+        """The measured rate; None before the first read."""
+        return self.num_bytes / self.busy_s if self.busy_s > 0 and self.num_bytes else None
+
+    def start(self, thread: int, nbytes: int, now_s: float) -> None:
+        """Registers a read of this thread."""
+        if not self.reads:
+            self.since_s = now_s
+        self.reads[thread] = nbytes
+
+    def end(self, thread: int, now_s: float, *, arrived: bool) -> None:
+        """Ends the read of this thread; the bytes of one that failed say nothing about the rate."""
+        nbytes = self.reads.pop(thread, None)
+        if nbytes is None:
+            return
+        if self.busy_s > REMEMBERED_S:
+            self.busy_s, self.num_bytes = self.busy_s / 2, self.num_bytes / 2
+        self.busy_s += now_s - self.since_s
+        self.since_s = now_s
+        self.num_bytes += nbytes if arrived else 0
+
+    def done_s(self, nbytes: int, bytes_per_s: float) -> float:
+        """Returns how long a read that is asked for now takes, behind what is outstanding."""
+        return (sum(self.reads.values()) + nbytes) / (self.bytes_per_s or bytes_per_s)
 
 
 class MirroredDisk:
-    """Opens each file of `directory` there and in `mirror`, whose files are the `copies` that were found."""
+    """Opens each file of `directory` there and in each of the mirrors; `disks`: one for each, ours first."""
 
-    def __init__(
-        self, directory: Path, mirror: Path, copies: Mapping[Path, FileStamp], disk: Disk, second: Disk
-    ) -> None:
-        self._directory, self._mirror, self._copies = directory, mirror, dict(copies)
-        self._sides = (Side(str(directory), disk), Side(f"--mirror {mirror}", second))
+    def __init__(self, directory: Path, mirrors: Sequence[Mirror], disks: Sequence[Disk]) -> None:
+        self.mirrors = tuple(mirrors)
+        names = [str(directory), *(f"--mirror {mirror.path}" for mirror in mirrors)]
+        self._sides = [Side(name, disk) for name, disk in zip(names, disks, strict=True)]
         self._lock = threading.Lock()
+        self._last_read_s = float("-inf")
 
     def open(self, path: Path, stamp: FileStamp) -> DiskFile:
-        copy = self._mirror / path.relative_to(self._directory)
-        first, second = self._sides
-        opened = first.disk.open(path, stamp)
+        """Opens a file on all sides that are left; DiskError if one of those is not what it was."""
+        files: dict[int, DiskFile] = {}
         try:
-            return _MirroredFile(self, (opened, second.disk.open(copy, self._copies[path])))
+            for number, side in enumerate(self._sides):
+                if number == 0:
+                    files[0] = side.disk.open(path, stamp)
+                elif not side.is_dropped:
+                    mirror = self.mirrors[number - 1]
+                    files[number] = side.disk.open(mirror.copy_of(path), mirror.copies[path])
         except DiskError:
-            opened.close()
+            for file in files.values():
+                file.close()
             raise
+        return _MirroredFile(self, files)
+
+    @property
+    def idle_s(self) -> float:
+        """How long no read has been asked for."""
+        with self._lock:
+            return time.monotonic() - self._last_read_s
+
+    def rates(self) -> Mapping[str, float]:
+        """Returns the measured bytes a second of each side that is left."""
+        with self._lock:
+            return {side.name: side.bytes_per_s or 0.0 for side in self._sides if not side.is_dropped}
+
+    def is_dropped(self, number: int) -> bool:
+        """Whether a side, 0 for our own and from 1 on for the mirrors, is read from no more."""
+        return self._sides[number].is_dropped
 
     def start(self, nbytes: int) -> int:
-        """The number of the side that serves this thread's next read."""
+        """Returns the number of the side that serves this thread's next read."""
         with self._lock:
-            number, side = min(
-                ((number, side) for number, side in enumerate(self._sides) if not side.is_dropped),
-                key=lambda item: item[1].outstanding_bytes,
-            )
-            side.reads[threading.get_ident()] = nbytes
+            now_s = self._last_read_s = time.monotonic()
+            sides = [(number, side) for number, side in enumerate(self._sides) if not side.is_dropped]
+            fastest = max((side.bytes_per_s or 0.0 for _, side in sides), default=0.0) or 1.0
+            number, side = min(sides, key=lambda item: item[1].done_s(nbytes, fastest))
+            side.start(threading.get_ident(), nbytes, now_s)
             return number
 
-    def end(self, number: int) -> None:
+    def end(self, number: int, *, arrived: bool) -> None:
+        """Ends this thread's read."""
         with self._lock:
-            self._sides[number].reads.pop(threading.get_ident(), None)
+            self._last_read_s = now_s = time.monotonic()
+            self._sides[number].end(threading.get_ident(), now_s, arrived=arrived)
 
     def drop(self, number: int, why: object) -> bool:
-        """Reads no more from this side; whether the other is left."""
+        """Reads no more from this side. Returns whether another is left, without which it is kept."""
         with self._lock:
-            side, other = self._sides[number], self._sides[1 - number]
-            if other.is_dropped:
-                return False
-            if not side.is_dropped:
+            side = self._sides[number]
+            left = [one.name for one in self._sides if one is not side and not one.is_dropped]
+            if left and not side.is_dropped:
                 side.is_dropped = True
-                log.error("%s is dropped, reading from %s alone: %s", side.name, other.name, why)
-            return True
+                log.error("%s is dropped, reading from %s alone: %s", side.name, " and ".join(left), why)
+            return bool(left)
 
     def give_up(self, thread: int) -> bool:
-        """The read of this thread hangs; whether another side can be asked."""
+        """Drops the side where the read of this thread hangs. Returns whether another can be asked."""
         with self._lock:
+            now_s = time.monotonic()
             numbers = [number for number, side in enumerate(self._sides) if thread in side.reads]
             for number in numbers:
-                del self._sides[number].reads[thread]
+                self._sides[number].end(thread, now_s, arrived=False)
         return bool(numbers) and self.drop(numbers[0], "a read did not come back in time")
 
 
 class _MirroredFile:
     may_repeat = True
 
-    def __init__(self, disk: MirroredDisk, files: tuple[DiskFile, DiskFile]) -> None:
-        self.alignment = max(file.alignment for file in files)
+    def __init__(self, disk: MirroredDisk, files: Mapping[int, DiskFile]) -> None:
+        self.alignment = max(file.alignment for file in files.values())
         self._disk, self._files = disk, files
 
     def read_into(self, buffers: Sequence[Bytes], offset: int) -> int:
         while True:
-            number = self._disk.start(sum(map(len, buffers)))
+            number, arrived = self._disk.start(sum(map(len, buffers))), False
             try:
                 count = self._files[number].read_into(buffers, offset)
                 self._files[number].check()
+                arrived = True
                 return count
             except InterruptedError:
                 raise
@@ -112,7 +162,7 @@ class _MirroredFile:
                 if not self._disk.drop(number, error):
                     raise
             finally:
-                self._disk.end(number)
+                self._disk.end(number, arrived=arrived)
 
     def check(self) -> None:
         """Each read was, by the side that served it."""
@@ -121,48 +171,5 @@ class _MirroredFile:
         return self._disk.give_up(thread)
 
     def close(self) -> None:
-        for file in self._files:
+        for file in self._files.values():
             file.close()
-
-
-def find_copies(directory: Path, mirror: Path, paths: Iterable[Path]) -> dict[Path, FileStamp]:
-    """What each file's copy in `mirror` is now. CheckpointError where it is missing or another one.
-
-    Compared are the size, the header and samples of the tensors: reading all of it would take minutes.
-    """
-    if not os.path.isdir(mirror):
-        raise CheckpointError(f"--mirror {mirror}: there is no such folder")
-    copies = {path: _check_copy(path, mirror / path.relative_to(directory)) for path in paths}
-    first = next(iter(copies), None)
-    if first is not None and first.stat().st_dev == (mirror / first.relative_to(directory)).stat().st_dev:
-        log.warning("--mirror %s is on the same file system as %s: nothing is gained", mirror, directory)
-    return copies
-
-
-def _check_copy(path: Path, copy: Path) -> FileStamp:
-    try:
-        with open(path, "rb") as ours, open(copy, "rb") as theirs:
-            sizes = [file.seek(0, 2) for file in (ours, theirs)]
-            if sizes[0] != sizes[1]:
-                raise CheckpointError(
-                    f"--mirror: {copy} has {sizes[1]} bytes, {path} has {sizes[0]}; copy the checkpoint again"
-                )
-            stamp = FileStamp.from_path(copy)
-            if stamp.inode == FileStamp.from_path(path).inode and copy.samefile(path):
-                raise CheckpointError(f"--mirror: {copy} is {path} itself; name a copy on another disk")
-            ours.seek(0)
-            header = 8 + int.from_bytes(ours.read(8), "little")
-            places = [(0, header)]
-            places += [(start, SAMPLE_BYTES) for start in (header, (header + sizes[0]) // 2, sizes[0])]
-            for start, nbytes in places:
-                at = max(0, min(start, sizes[0] - nbytes))
-                ours.seek(at)
-                theirs.seek(at)
-                if ours.read(nbytes) != theirs.read(nbytes):
-                    raise CheckpointError(
-                        f"--mirror: {copy} differs from {path} at byte {at}; it is not the same checkpoint"
-                    )
-            return stamp
-    except OSError as error:
-        where = error.filename or copy
-        raise CheckpointError(f"--mirror: {where}: {error.strerror}; copy the checkpoint there") from error

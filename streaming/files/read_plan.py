@@ -18,6 +18,9 @@ MAX_READ_BYTES = 8 * 2**20
 MAX_GAP_BYTES = 4096
 # Cuts lie on pages of Apple silicon where the stretch starts on one.
 _CUT = 16_384
+# Where several disks share an expert: in so many reads, unless they would be smaller or larger than that.
+SHARES = 8
+MIN_SHARED_BYTES, MAX_SHARED_BYTES = 64 * 2**10, 2 * 2**20
 
 
 # Named tuples: nine pieces are planned for each missed expert on the engine's thread, and a frozen dataclass
@@ -42,8 +45,8 @@ class Run(NamedTuple):
     segments: tuple[Segment, ...]
 
 
-def plan_runs(pieces: Sequence[Piece]) -> list[Run]:
-    """The reads that bring all pieces of one expert, in order of file and offset.
+def plan_runs(pieces: Sequence[Piece], max_bytes: int = MAX_READ_BYTES) -> list[Run]:
+    """The reads that bring all pieces of one expert, none above `max_bytes`, in order of file and offset.
 
     Neighbours make one stretch of a file, which is read at once, or in equal runs where it is long.
     """
@@ -55,11 +58,17 @@ def plan_runs(pieces: Sequence[Piece]) -> list[Run]:
     for number in ordered:
         piece = pieces[number]
         if stretch and (piece.offset - end > MAX_GAP_BYTES or piece.path != pieces[stretch[0]].path):
-            runs += _cut(stretch, pieces, end)
+            runs += _cut(stretch, pieces, end, max_bytes)
             stretch = []
         stretch.append(number)
         end = piece.offset + piece.part.nbytes
-    return runs + (_cut(stretch, pieces, end) if stretch else [])
+    return runs + (_cut(stretch, pieces, end, max_bytes) if stretch else [])
+
+
+def plan_shared_runs(pieces: Sequence[Piece]) -> list[Run]:
+    """The same where several disks share the expert: in more and smaller reads."""
+    nbytes = sum(piece.part.nbytes for piece in pieces)
+    return plan_runs(pieces, min(max(nbytes // SHARES, MIN_SHARED_BYTES), MAX_SHARED_BYTES))
 
 
 def largest_run_bytes(index: ExpertIndex) -> int:
@@ -74,11 +83,11 @@ def largest_run_bytes(index: ExpertIndex) -> int:
     )
 
 
-def _cut(stretch: Sequence[int], pieces: Sequence[Piece], end: int) -> list[Run]:
+def _cut(stretch: Sequence[int], pieces: Sequence[Piece], end: int, max_bytes: int) -> list[Run]:
     """The runs of these pieces, which lie side by side up to `end`."""
     path, first = pieces[stretch[0]].path, pieces[stretch[0]].offset
-    count = -(-(end - first) // MAX_READ_BYTES)
-    step = -(-(end - first) // (count * _CUT)) * _CUT
+    count = -(-(end - first) // max_bytes)
+    step = min(-(-(end - first) // (count * _CUT)) * _CUT, max_bytes)
     return [
         _make_run(stretch, pieces, path, start, min(start + step, end)) for start in range(first, end, step)
     ]

@@ -35,6 +35,7 @@ from streaming.prefix.block_format import (
     encode,
     fingerprint_of,
 )
+from streaming.prefix.provenance import Provenance
 
 # A directory that is full, or that was made read-only, is left alone for so long.
 RETRY_S = 300.0
@@ -63,10 +64,10 @@ class StoredFile:
 class BlockFiles:
     """The files of one directory."""
 
-    def __init__(self, directory: Path, fingerprint: bytes, max_bytes: int) -> None:
+    def __init__(self, directory: Path, fingerprint: bytes | Provenance, max_bytes: int) -> None:
         """Makes the directory, for its owner's eyes only: blocks hold what people wrote."""
         self.directory, self.max_bytes = directory, max_bytes
-        self._fingerprint = fingerprint
+        self._provenance = fingerprint if isinstance(fingerprint, Provenance) else Provenance(fingerprint)
         self._off_until = 0.0
         self._unlisted_bytes = 0
         self._numbers = itertools.count()
@@ -94,7 +95,7 @@ class BlockFiles:
         path = self.directory / name.file_name
         try:
             raw = _read_file(path)
-            block = decode(raw, self._fingerprint, name)
+            block = decode(raw, self._provenance.accepted(fingerprint_of(raw)), name)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -117,7 +118,7 @@ class BlockFiles:
                 header = np.frombuffer(opened.read(HEADER_BYTES), np.uint8)
         except OSError:
             return False
-        return fingerprint_of(header) == self._fingerprint
+        return fingerprint_of(header) == self._provenance.exact
 
     def has(self, name: BlockName) -> bool:
         """Whether there is such a file, whole or not."""
@@ -131,7 +132,7 @@ class BlockFiles:
         temporary = self.directory / f".{os.getpid()}-{next(self._numbers)}.tmp"
         try:
             self.make_room(block.nbytes)
-            _write_file(temporary, encode(block, self._fingerprint))
+            _write_file(temporary, encode(block, self._provenance.mark))
             os.replace(temporary, path)
         except OSError as error:
             _remove(temporary)

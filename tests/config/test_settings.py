@@ -8,6 +8,7 @@ import pytest
 from config.errors import BudgetError, UsageError
 from config.settings import Settings, load_settings
 from config.sizes import physical_memory_bytes
+from server.cli import parse_settings
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +110,23 @@ def test_only_the_prefix_cache_takes_a_size_of_zero() -> None:
     assert (settings.prefix_cache_size, settings.prefix_cache_memory) == (0, 0)
     with pytest.raises(UsageError, match="--ram-budget"):
         load_settings({"ram_budget": "0"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ({}, ()),
+        ({"mirror": "/a"}, (Path("/a"),)),
+        ({"mirror": ["/a"]}, (Path("/a"),)),
+        ({"mirror": ["/a", "/b", "/c"]}, (Path("/a"), Path("/b"), Path("/c"))),
+        ({"mirror": "/a:/b"}, (Path("/a"), Path("/b"))),
+    ],
+)
+def test_mirrors_may_be_several(flags: dict[str, Any], found: tuple[Path, ...]) -> None:
+    assert load_settings(flags).mirror == found
+
+
+def test_mirrors_come_from_flags_and_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_settings(["--mirror", "/a", "--mirror", "/b"]).mirror == (Path("/a"), Path("/b"))
+    monkeypatch.setenv("GLMSERVE_MIRROR", "/c:/d")
+    assert parse_settings([]).mirror == (Path("/c"), Path("/d"))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from config.errors import CheckpointError, DiskError
 from streaming.disk.aligned import scatter
+from streaming.disk.copies import find_copies
 from streaming.disk.disk import DirectDisk, Disk, DiskFile, aligned_buffer
-from streaming.disk.mirror import MirroredDisk, find_copies
+from streaming.disk.mirror import MirroredDisk
 from streaming.disk.reads import Target
 from streaming.files.floats import Bytes
 from streaming.files.headers import FileStamp, read_headers
@@ -278,8 +279,8 @@ def test_behind_a_mirror_nothing_goes_straight_into_a_slot(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
         index = write(tmp_path / name, 8)
     first, second = WatchedDisk(), WatchedDisk()
-    copies = find_copies(tmp_path / "a", tmp_path / "b", index.stamps)
-    disk = MirroredDisk(tmp_path / "a", tmp_path / "b", copies, first, second)
+    mirror = find_copies(tmp_path / "a", tmp_path / "b", index.stamps)
+    disk = MirroredDisk(tmp_path / "a", [mirror], [first, second])
     with opened(index, 3, disk) as store:
         first.memories = second.memories = memories(store, 1)
         for expert in (0, 5, 2, 7):

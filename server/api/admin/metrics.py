@@ -65,6 +65,7 @@ GAUGES = {
     "kv_tokens": ("kv_tokens", "tokens whose KV is held or set aside"),
     "kv_capacity": ("kv_tokens_capacity", "tokens whose KV fits"),
     "batch_width": ("batch_width", "answers that go forward in one step, at most"),
+    "mirror_compared": ("mirror_compared_share", "how much of the mirrors has been compared in full, 0 to 1"),
     "policy_gain": (
         "expert_policy_nearness_gain",
         "what nearness would have hit more than lru, of the experts asked for, when both were tried last",

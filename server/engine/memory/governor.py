@@ -26,9 +26,6 @@ from streaming.store import ExpertStore
 
 # The system's files are read so often; each look costs less than a millisecond.
 LOOK_S = 1.0
-# Banks shrink when less than the reserve is available, to where it is twice that, so that the next small
-# allocation of a neighbour does not shrink them again; they grow as far as twice the reserve stays.
-ROOMY = 2
 # The part of the plan's experts by which they grow, after so long with room for it. A growth copies every
 # bank, and what it takes is there for good only if whoever took it before is really gone.
 GROWTHS = 8
@@ -36,6 +33,10 @@ PAUSE_S = 30.0
 # A growth that had to be taken back makes the pause so many times as long, up to this; each growth halves it.
 # Who comes and goes in a rhythm does not drive the banks up and down with it.
 PATIENCE, LONGEST_PAUSE_S = 4, 960.0
+
+# Where the system warns early, what is missing is given back once, by few banks that lose nearly half: moving
+# a bank copies what it keeps. The kernel's own thread needs a while to see it.
+KEPT_SHARE, SETTLE_S = 0.55, 10.0
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Governor:
         self._measure_room, self._on_plan, self._clock = measure_room, on_plan, clock
         self._room: Room | None = None
         self._num_shrinks = 0
-        self._look_s = self._grown_s = float("-inf")
+        self._look_s = self._grown_s = self._settled_s = float("-inf")
         self._pause_s, self._until_s, self._least_bytes = PAUSE_S, 0.0, 0
         self._slots = self._planned
         self._is_moving = False
@@ -139,7 +140,7 @@ class Governor:
             log.info("the budget is %s now", format_size(plan.budget_bytes))
             self._on_plan(plan)
             room = self._room = self._measure_room()
-            self._raise(_spare(room, room.available_bytes) if room else plan.budget_bytes)
+            self._raise(room.spare_bytes if room else plan.budget_bytes)
             self._wait(self._clock())
         lines = tuple(render_plan(plan).splitlines())
         return Replanned(command.request_id, plan.budget_bytes, self._rule.name, as_dict(plan), lines)
@@ -150,19 +151,22 @@ class Governor:
         room = self._room = self._measure_room()
         if room is None:
             return
-        if room.available_bytes < room.reserve_bytes:
-            self._shrink(-_spare(room, room.available_bytes), now_s)
+        if room.is_short:
+            if not room.warns_early:
+                self._shrink(self._share(self._store.slot_bytes + room.spare_bytes), now_s)
+            elif not self._is_moving and now_s >= self._settled_s:
+                self._shrink(self._without(-room.spare_bytes), now_s)
             return
-        self._least_bytes = min(self._least_bytes, room.available_bytes)
+        self._least_bytes = min(self._least_bytes, room.spare_bytes)
         if now_s < self._until_s:
             return
-        spare = _spare(room, self._least_bytes)
+        spare = self._least_bytes
         self._wait(now_s)
         if spare > 0 and not self._is_moving and self._slots != self._planned:
             self._grow(spare, now_s)
 
-    def _shrink(self, missing_bytes: int, now_s: float) -> None:
-        before, self._slots = self._slots, self._share(self._store.slot_bytes - missing_bytes)
+    def _shrink(self, slots: dict[int, int], now_s: float) -> None:
+        before, self._slots = self._slots, slots
         is_again = now_s - self._grown_s < 2 * self._pause_s
         self._pause_s = min(PATIENCE * self._pause_s, LONGEST_PAUSE_S) if is_again else PAUSE_S
         self._wait(now_s)
@@ -174,7 +178,10 @@ class Governor:
     def _grow(self, spare_bytes: int, now_s: float) -> None:
         before = self._slots
         part = max(self.plan.lines["experts"] // GROWTHS, sum(self._geometry.expert_bytes))
-        self._raise(min(spare_bytes, part))
+        if self._room and self._room.warns_early:
+            self._restore(min(spare_bytes, part))
+        else:
+            self._raise(min(spare_bytes, part))
         if self._slots != before:
             self._pause_s = max(self._pause_s / 2, PAUSE_S)
             self._grown_s = now_s
@@ -188,6 +195,34 @@ class Governor:
             for layer, slots in self._planned.items()
         }
         self._is_moving = True
+
+    def _restore(self, more_bytes: int) -> None:
+        """Gives banks all that is planned, one after the other, while it fits: each is copied once."""
+        slots = self._held()
+        for layer, planned in self._planned.items():
+            more = (planned - slots[layer]) * self._slot_bytes[layer]
+            if 0 < more <= more_bytes:
+                slots[layer], more_bytes = planned, more_bytes - more
+        self._slots, self._is_moving = slots, True
+
+    def _without(self, missing_bytes: int) -> dict[int, int]:
+        """Slots after so much was given back by as few banks as that takes, the largest first."""
+        slots, least = self._held(), self._geometry.experts_per_token
+        while missing_bytes > 0:
+            layer = max(slots, key=lambda one: slots[one] * self._slot_bytes[one])
+            fewer = max(min(least, slots[layer]), int(KEPT_SHARE * slots[layer]))
+            if fewer == slots[layer]:
+                break
+            missing_bytes -= (slots[layer] - fewer) * self._slot_bytes[layer]
+            slots[layer] = fewer
+        return slots
+
+    def _held(self) -> dict[int, int]:
+        return {layer: self._store.num_slots(layer) for layer in self._store.layers}
+
+    @property
+    def _slot_bytes(self) -> Mapping[int, int]:
+        return dict(zip(self._store.layers, self._geometry.expert_bytes, strict=True))
 
     def _share(self, nbytes: int) -> dict[int, int]:
         """Slots in so much: the same part of those planned, but at least what a token's experts need."""
@@ -223,6 +258,7 @@ class Governor:
         changes = sorted(change for change in changes if change[0])
         if not changes:
             self._is_moving = False
+            self._settled_s = self._clock() + SETTLE_S
             return False
         _, layer = changes[0]
         try:
@@ -230,11 +266,7 @@ class Governor:
             self._store.resize(layer, self._slots[layer])
         except RuntimeError as error:  # MLX got no memory for the new bank: the old ones do
             log.warning("the bank of layer %d keeps its size: %s", layer, error)
-            self._slots = {layer: self._store.num_slots(layer) for layer in self._slots}
+            self._slots = self._held()
             self._wait(self._clock())
-        return len(changes) > 1 and changes[1][0] < 0
-
-
-def _spare(room: Room, available_bytes: int) -> int:
-    """What banks may take of so much; what they have to give back where it is negative."""
-    return available_bytes - ROOMY * room.reserve_bytes
+        is_early = self._room is not None and self._room.warns_early  # steps go on in between
+        return not is_early and len(changes) > 1 and changes[1][0] < 0

@@ -1,8 +1,9 @@
 """How much memory can still be had, without anybody's suffering: read from the system when asked.
 
 Linux: the least of what /proc/meminfo calls available and what is left in the memory cgroups that this
-process lives in (version 1 or 2), page cache counted as free. macOS tells a level and no bytes. Owns nothing
-but the names of files; the governor calls it.
+process lives in (version 1 or 2), page cache counted as free. macOS: by the rule of its kernel, which warns
+while the compressor holds about as much as all pages that are neither wired nor compressed. Owns nothing but
+the names of files; the governor calls it.
 """
 
 import sys
@@ -11,11 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.sizes import physical_memory_bytes
-from server.engine.apple import DARWIN, NORMAL_PRESSURE, pressure_level
+from server.engine.apple import (
+    DARWIN,
+    NORMAL_PRESSURE,
+    pressure_level,
+    uncompressed_and_compressed_bytes,
+)
 
 # What must stay available, as a part of all: 2 GB of 128 GB. The kernel begins to reclaim what is in use, or
 # to swap, at less; and a budget that fills its cgroup, as is proper, leaves at least as much in its lines.
 RESERVE = 64
+# Banks shrink to where twice that is available, so that the next small allocation of a neighbour does not
+# shrink them again; they grow as far as twice the reserve stays.
+ROOMY = 2
+# XNU (vm_pageout.c, read, never run by us) warns when less than 50 % of what is neither wired nor free of use
+# is uncompressed, and takes the warning back above 60 %: at 1.5 uncompressed bytes for each compressed one.
+CALM_RATIO = 1.5
+# Beyond that ratio, as a part of all memory: half a gigabyte of 128.
+CALM_MARGIN = 256
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,45 @@ class Room:
         """With less than this available memory is short."""
         return self.total_bytes // RESERVE
 
+    @property
+    def is_short(self) -> bool:
+        """Whether banks have to give something back."""
+        return self.available_bytes < self.reserve_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """What banks may take; what they have to give back where it is negative."""
+        return self.available_bytes - ROOMY * self.reserve_bytes
+
+    @property
+    def warns_early(self) -> bool:
+        """Whether the system warns long before anybody suffers, and takes seconds to take it back."""
+        return False
+
+
+@dataclass(frozen=True)
+class KernelRoom(Room):
+    """macOS: how many bytes are neither wired nor compressed, how many the compressor holds, and its word."""
+
+    compressed_bytes: int
+    is_warned: bool
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the kernel warns."""
+        return self.is_warned or self.available_bytes < self.compressed_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """What can be taken, or has to be given back, for the kernel to be calm with a margin."""
+        calm_bytes = int(CALM_RATIO * self.compressed_bytes)
+        return self.available_bytes - calm_bytes - self.total_bytes // CALM_MARGIN
+
+    @property
+    def warns_early(self) -> bool:
+        """The kernel compresses and swaps before it ends a process."""
+        return True
+
 
 MeasureRoom = Callable[[], Room | None]  # None where the system does not tell
 
@@ -37,14 +90,19 @@ MeasureRoom = Callable[[], Room | None]  # None where the system does not tell
 def choose_room(platform: str = sys.platform) -> MeasureRoom:
     """How room is measured on this platform."""
     if platform == DARWIN:
-        return lambda: room_at(pressure_level())
+        return lambda: kernel_room(uncompressed_and_compressed_bytes(), pressure_level())
     return LinuxRoom()
 
 
-def room_at(level: int) -> Room:
-    """A level of macOS in bytes: nothing is left from its first warning on, everything before."""
+def kernel_room(pages: tuple[int, int] | None, level: int) -> KernelRoom:
+    """Makes the room of macOS from its (uncompressed, compressed) bytes and its level.
+
+    Where it does not tell the bytes, a warning means that the margin is missing, and none that nothing is.
+    """
     total = physical_memory_bytes()
-    return Room(total if level <= NORMAL_PRESSURE else 0, total)
+    is_warned = level > NORMAL_PRESSURE
+    uncompressed, compressed = pages or (0 if is_warned else total, 0)
+    return KernelRoom(uncompressed, total, compressed, is_warned)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _until_it_routes(url: str) -> None:
 def test_a_client_behind_the_router_notices_nothing(
     router_url: str, server: Server, second_server: Server
 ) -> None:
-    before = [_num_answers(one) for one in (server, second_server)]
+    before = [_num_prompt_tokens(one) for one in (server, second_server)]
     talk = [sys.executable, "-m", "tests.server.serving.clients.openai_talk", router_url]
     done = subprocess.run(talk, cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -81,10 +81,12 @@ def test_a_client_behind_the_router_notices_nothing(
     assert heard["tools"]["calls"] == [{"city": "Oslo"}, {"city": "Madrid"}]
     assert heard["json_schema"].keys() == {"city", "is_sunny"}
     assert "temperature" in heard["error"]
-    after = [_num_answers(one) for one in (server, second_server)]
+    after = [_num_prompt_tokens(one) for one in (server, second_server)]
     assert all(now > then for then, now in zip(before, after, strict=True)), "both had a share"
 
 
-def _num_answers(server: Server) -> float:
+def _num_prompt_tokens(server: Server) -> float:
+    """Tokens of all prompts that the server has looked for in its prefix cache."""
     text = httpx.get(f"{server.url}/metrics").text
-    return sum(float(value) for value in re.findall(r"^glmserve_requests_total\S* (\S+)$", text, re.M))
+    [value] = re.findall(r"^glmserve_prefix_asked_tokens_total (\S+)$", text, re.M)
+    return float(value)

@@ -4,21 +4,23 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from benchmarks.rig.simulated_disk import SimulatedDisk
 from config.errors import CheckpointError, DiskError
+from streaming.disk.copies import find_copies
 from streaming.disk.disk import DirectDisk, Disk
-from streaming.disk.mirror import MirroredDisk, find_copies
+from streaming.disk.mirror import MirroredDisk
 from streaming.files.floats import Bytes
-from streaming.files.headers import read_headers
+from streaming.files.headers import read_header, read_headers
 from streaming.files.index import ExpertIndex
 from streaming.store import ExpertStore
-from tests.streaming.expert_files import separate, stacked, write_safetensors
+from tests.streaming.expert_files import Kinds, separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk
 from tests.streaming.test_store import assert_holds, raise_
 
@@ -37,11 +39,12 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def open_store(
-    folders: tuple[Path, Path], first: Disk, second: Disk, timeout_s: float = 30.0, num_threads: int = 3
+    folders: Sequence[Path], *disks: Disk, timeout_s: float = 30.0, num_threads: int = 3
 ) -> tuple[ExpertIndex, ExpertStore]:
+    """A store that reads from a disk for each folder, the checkpoint's own first."""
     index = ExpertIndex.from_entries(read_headers(folders[0]))
-    copies = find_copies(*folders, index.stamps)
-    disk = MirroredDisk(*folders, copies, first, second)
+    mirrors = [find_copies(folders[0], folder, index.stamps) for folder in folders[1:]]
+    disk = MirroredDisk(folders[0], mirrors, disks)
     return index, ExpertStore(
         index, NUM_EXPERTS, float_dtype=mx.float32, disk=disk, timeout_s=timeout_s, num_threads=num_threads
     )
@@ -193,3 +196,120 @@ def test_a_mirror_on_the_same_file_system_is_pointed_out(
     with caplog.at_level(logging.WARNING):
         open_store(folders, DirectDisk(), DirectDisk())[1].close()
     assert "nothing is gained" in caplog.text
+
+
+def test_a_third_disk_serves_too_and_two_may_fail(
+    folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(folders[0], tmp_path / "more")
+    disks = [FaultyDisk(), FaultyDisk(), FaultyDisk()]
+    index, store = open_store((*folders, tmp_path / "more"), *disks)
+    store.acquire(1, [0])
+    for disk in disks[1:]:
+        disk.fault = lambda number, buffer, offset: raise_(OSError(5, "Input/output error"))
+    assert_all_arrive(index, store)
+    assert len(caplog.records) >= 2
+    dropped = [record.message for record in caplog.records if "is dropped" in record.message]
+    assert len(dropped) == 2, "one line for each"
+    assert store.statistics().failures == 0
+
+
+@pytest.mark.parametrize("hung", [1, 2])
+def test_of_three_disks_one_that_hangs_drops_out(
+    folders: tuple[Path, Path], tmp_path: Path, hung: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(folders[0], tmp_path / "more")
+    release = threading.Event()
+    disks = [FaultyDisk(), FaultyDisk(), FaultyDisk()]
+
+    def hang(number: int, buffer: Bytes, offset: int) -> int | None:
+        release.wait()
+        return None
+
+    disks[hung].fault = hang
+    index, store = open_store((*folders, tmp_path / "more"), *disks, timeout_s=0.3)
+    slots = store.acquire(2, range(NUM_EXPERTS)).tolist()
+    for slot, expert in zip(slots, range(NUM_EXPERTS), strict=True):
+        assert_holds(index, store, 2, slot, expert)
+    assert store.statistics().failures == 0
+    [line] = [record.message for record in caplog.records if "is dropped" in record.message]
+    assert "a read did not come back in time" in line
+    release.set()
+    store.close()
+
+
+def steady_rate(disks: Sequence[SimulatedDisk]) -> float:
+    """Bytes a second of all disks together, while all of them had work."""
+    begun_s = max(disk.services[0].start_s for disk in disks)
+    ended_s = min(disk.services[-1].end_s for disk in disks)
+    served = [s for disk in disks for s in disk.services]
+    inside = [
+        max(0.0, min(s.end_s, ended_s) - max(s.start_s, begun_s)) / (s.end_s - s.start_s) for s in served
+    ]
+    return sum(share * s.nbytes for share, s in zip(inside, served, strict=True)) / (ended_s - begun_s)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rates", [(12e6, 12e6), (18e6, 6e6), (6e6, 18e6), (12e6, 6e6, 3e6), (5e6, 5e6, 5e6, 15e6)]
+)
+def test_disks_of_unequal_rate_together_reach_the_sum_of_their_rates(
+    tmp_path: Path, rates: Sequence[float]
+) -> None:
+    folders = [tmp_path / str(number) for number in range(len(rates))]
+    folders[0].mkdir()
+    kinds: Kinds = {"weight": ("F32", (256, 128))}
+    write_safetensors(folders[0] / "model.safetensors", stacked(np.random.default_rng(0), [1, 2], 40, kinds))
+    for folder in folders[1:]:
+        shutil.copytree(folders[0], folder)
+    disks = [SimulatedDisk(rate) for rate in rates]
+    index = ExpertIndex.from_entries(read_headers(folders[0]))
+    mirrors = [find_copies(folders[0], folder, index.stamps) for folder in folders[1:]]
+    store = ExpertStore(
+        index, 40, float_dtype=mx.float32, disk=MirroredDisk(folders[0], mirrors, disks), num_threads=12
+    )
+    for layer in index.layers:
+        store.acquire(layer, range(40))
+    store.close()
+    assert steady_rate(disks) >= 0.95 * sum(rates)
+    for disk, rate in zip(disks, rates, strict=True):
+        assert disk.num_bytes / sum(d.num_bytes for d in disks) == pytest.approx(rate / sum(rates), abs=0.1)
+
+
+@pytest.mark.parametrize("rates", [(8e6, 8e6), (12e6, 4e6), (6e6, 6e6, 6e6)])
+def test_one_expert_is_read_from_all_disks(tmp_path: Path, rates: Sequence[float]) -> None:
+    folders = [tmp_path / str(number) for number in range(len(rates))]
+    folders[0].mkdir()
+    kinds: Kinds = {"weight": ("F32", (512, 512))}  # 3 MiB an expert
+    write_safetensors(folders[0] / "model.safetensors", separate(np.random.default_rng(0), [1], 3, kinds))
+    for folder in folders[1:]:
+        shutil.copytree(folders[0], folder)
+    disks = [SimulatedDisk(rate) for rate in rates]
+    index = ExpertIndex.from_entries(read_headers(folders[0]))
+    mirrors = [find_copies(folders[0], folder, index.stamps) for folder in folders[1:]]
+    disk = MirroredDisk(folders[0], mirrors, disks)
+    store = ExpertStore(index, 3, float_dtype=mx.float32, disk=disk, num_threads=8)
+    store.acquire(1, [0])  # the rates are measured
+    before = [disk.num_bytes for disk in disks]
+    store.acquire(1, [1])
+    store.close()
+    served = [disk.num_bytes - bytes_before for disk, bytes_before in zip(disks, before, strict=True)]
+    assert all(served)
+    # A read is an eighth of the expert: no disk has more than one beside its share.
+    for nbytes, rate in zip(served, rates, strict=True):
+        assert nbytes <= sum(served) * (rate / sum(rates) + 1 / 6)
+
+
+def _zero_tensor(path: Path, number: int) -> None:
+    entry = read_header(path)[number]
+    with open(path, "r+b") as file:
+        file.seek(entry.offset)
+        file.write(bytes(entry.nbytes))
+
+
+@pytest.mark.parametrize("number", [1, 4, 7, 8])
+@pytest.mark.parametrize("name", ["model-1.safetensors", "model-2.safetensors"])
+def test_each_tensor_is_sampled(folders: tuple[Path, Path], number: int, name: str) -> None:
+    _zero_tensor(folders[1] / name, number)
+    with pytest.raises(CheckpointError, match="it is not the same checkpoint"):
+        find_copies(*folders, ExpertIndex.from_entries(read_headers(folders[0])).stamps)

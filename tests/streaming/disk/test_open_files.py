@@ -23,9 +23,9 @@ from server.link.messages import EngineConfig
 soft, hard, is_mirrored = map(int, sys.argv[2:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 folder = Path(sys.argv[1])
-mirror = folder.with_name("mirror") if is_mirrored else None
+mirrors = (folder.with_name("mirror"),) if is_mirrored else ()
 config = EngineConfig(
-    folder, stream_experts=True, ram_budget_bytes=10**9, max_context=64, log_level="info", mirror=mirror,
+    folder, stream_experts=True, ram_budget_bytes=10**9, max_context=64, log_level="info", mirrors=mirrors,
     prefix_memory_bytes=0, prefix_directory=None,
 )
 open_backend(config, lambda *words: None)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from config.sizes import physical_memory_bytes
-from server.engine.apple import pressure_level
-from server.engine.memory.pressure import LinuxRoom, Room, choose_room, room_at
+from server.engine.apple import pressure_level, uncompressed_and_compressed_bytes
+from server.engine.memory.pressure import LinuxRoom, Room, choose_room, kernel_room
 
 MB = 2**20
 MEMINFO = "MemTotal: 131072 kB\nMemFree: 1024 kB\nMemAvailable: 65536 kB\nHugePages_Total: 0\n"
@@ -85,7 +85,28 @@ def test_this_machine_has_an_answer() -> None:
     assert 0 < room.available_bytes <= room.total_bytes <= physical_memory_bytes()
 
 
-def test_levels_of_macos_are_all_or_nothing() -> None:
+@pytest.mark.parametrize(
+    ("uncompressed", "compressed", "level", "is_short"),
+    [(140, 100, 1, False), (99, 100, 1, True), (120, 100, 2, True), (400, 0, 1, False), (10, 40, 4, True)],
+)
+def test_macos_is_short_by_the_kernels_rule(
+    uncompressed: int, compressed: int, level: int, is_short: bool
+) -> None:
     total = physical_memory_bytes()
-    assert [room_at(level) for level in (1, 2, 4)] == [Room(total, total), Room(0, total), Room(0, total)]
+    part = total // 1000
+    room = kernel_room((uncompressed * part, compressed * part), level)
+    assert room.is_short == is_short
+    given = max(0, -room.spare_bytes)
+    assert uncompressed * part + given > 0.6 * (uncompressed * part + given + compressed * part)
+    assert room.warns_early
+
+
+def test_where_macos_tells_no_bytes_its_level_asks_for_little_at_a_time() -> None:
+    total = physical_memory_bytes()
+    assert not kernel_room(None, 1).is_short
+    assert kernel_room(None, 1).spare_bytes > 0
+    for level in (2, 4):
+        assert kernel_room(None, level).is_short
+        assert 0 < -kernel_room(None, level).spare_bytes < total // 100
     assert pressure_level("linux") == 1, "nothing is asked elsewhere"
+    assert uncompressed_and_compressed_bytes("linux") is None

@@ -6,6 +6,8 @@ import { createOpenRouter } from "@openrouter/ai-sdk-provider";
 import { Output, generateText, jsonSchema, stepCountIs, streamText, tool } from "ai";
 import { FUNCTION, MAX_TOKENS, MODEL, PARAMETERS, SCHEMA, SUM, TWO_CITIES, main, messageOf, url, weather } from "./common.mjs";
 
+globalThis.AI_SDK_LOG_WARNINGS = false; // they would go to where the answer is read
+
 // The id of the last answer: the AI SDK tells none of an answer that is cut off.
 let lastId;
 async function noted(...request) {

@@ -27,7 +27,7 @@ async function tools() {
     name: FUNCTION.name,
     description: FUNCTION.description,
     inputSchema: z.object({ location: z.string().describe("Name of the city") }), // zod's schemas are news to it
-    execute: async ({ location: city }) => (calls.push({ city }), JSON.parse(weather({ city }))),
+    execute: async ({ location: city }) => (calls.push({ city }), weather({ city })),
   });
   return { text: await ask(TWO_CITIES, { tools: [getWeather] }).getText(), calls };
 }
