@@ -67,6 +67,10 @@ class WrittenEngine:
     def status(self) -> EngineStatus:
         return EngineStatus("ready", info=ModelInfo(154_880, 1_000_000))
 
+    def health(self) -> EngineStatus:
+        """It is well."""
+        return self.status
+
     def reserve(self) -> None:
         """There is always room."""
 

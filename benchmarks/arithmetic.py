@@ -1,7 +1,4 @@
-"""Products packed or unpacked, and what lies between products: `python -m benchmarks.arithmetic`.
-
-Run it with the BLAS that the engine gets: LD_PRELOAD=libopenblas.so.0 on Linux CPU.
-"""
+"""Products, attention and sums in MLX and as `Arithmetic` forms them: `python -m benchmarks.arithmetic`."""
 
 import statistics
 import time
@@ -14,12 +11,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from models.arithmetic import CPU, Arithmetic
+from models.arithmetic import CPU, Dense
 from models.attention.selection import causal_mask
 
 SHAPES = ((256, 1024), (1024, 2048))
 ROWS = (1, 4, 8, 32, 128)
 ROUNDS = 5
+LATENT = 96  # values of a key
 
 
 def median_ms(compute: Callable[[], mx.array]) -> float:
@@ -32,34 +30,33 @@ def median_ms(compute: Callable[[], mx.array]) -> float:
     return statistics.median(times) * 1e3
 
 
-def measure(inputs: int, outputs: int, rows: int) -> tuple[float, float]:
-    """Milliseconds of one product, packed and unpacked, 4 bits in groups of 64."""
+def measure(inputs: int, outputs: int, rows: int) -> tuple[float, float, float]:
+    """Milliseconds of one product, 4 bits in groups of 64: packed, unpacked for MLX, unpacked for NumPy."""
     packed, scales, biases = mx.quantize(mx.random.normal((outputs, inputs)), 64, 4)
     x = mx.random.normal((rows, inputs))
     mx.eval(packed, scales, biases, x)
+    always = replace(CPU, max_packed_rows=0)
     return (
         median_ms(lambda: mx.quantized_matmul(x, packed, scales, biases, True, 64, 4)),
         median_ms(lambda: x @ mx.dequantize(packed, scales, biases, 64, 4).T),
+        median_ms(lambda: always.product(x, Dense(mx.dequantize(packed, scales, biases, 64, 4)))),
     )
 
 
 def elementwise(rows: int, width: int, heads: int = 8) -> dict[str, dict[str, float]]:
     """Milliseconds an element of what lies between products, in MLX and as the CPU's arithmetic does."""
-    scores = mx.random.normal((heads, rows, width))
+    q, keys = mx.random.normal((heads, rows, LATENT)), mx.random.normal((width, LATENT))
     seen, chosen = causal_mask(width - rows, rows, width), np.arange(0, 2 * rows, 2)
     out, added = mx.zeros((4 * rows, width)), mx.random.normal((rows, width))
-    mx.eval(scores, seen, out, added)
+    mx.eval(q, keys, seen, out, added)
     times = {}
-    for name, arithmetic in (("mlx", replace(CPU, has_slow_exp=False)), ("ours", CPU)):
+    for name, arithmetic in (("mlx", replace(CPU, uses_numpy=False)), ("ours", CPU)):
         times[name] = {
-            "softmax under a mask": median_ms(partial(_softmax, arithmetic, scores, seen)) / scores.size,
+            "attention under a mask": median_ms(partial(arithmetic.attended, q, keys, keys, seen))
+            / (heads * rows * width),
             "rows added to some": median_ms(partial(arithmetic.add_rows, out, chosen, added)) / added.size,
         }
     return times
-
-
-def _softmax(arithmetic: Arithmetic, scores: mx.array, seen: mx.array) -> mx.array:
-    return arithmetic.softmax(scores + 0.0, seen, scores.shape[1])  # a copy: it may be overwritten
 
 
 def print_elementwise() -> None:
@@ -76,12 +73,12 @@ def print_elementwise() -> None:
 
 def main() -> None:
     table = Table(title=f"milliseconds, median of {ROUNDS}")
-    for column in ("in x out", "rows", "packed", "unpacked"):
+    for column in ("in x out", "rows", "packed", "unpacked, MLX", "unpacked, NumPy"):
         table.add_column(column)
     for inputs, outputs in SHAPES:
         for rows in ROWS:
-            packed, unpacked = measure(inputs, outputs, rows)
-            table.add_row(f"{inputs} x {outputs}", str(rows), f"{packed:.2f}", f"{unpacked:.2f}")
+            times = measure(inputs, outputs, rows)
+            table.add_row(f"{inputs} x {outputs}", str(rows), *(f"{ms:.2f}" for ms in times))
     Console(width=100).print(table)
     print_elementwise()
 

@@ -1,6 +1,6 @@
 """Pocket's speed on this machine, resident and streamed: `python -m benchmarks.pocket_speed [--rounds 5]`.
 
-On Linux CPU the process starts itself again with OpenBLAS preloaded, as the server starts its engine.
+The process starts itself again with the variables that the engine process is given.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rig.drive import use_fast_blas
+from benchmarks.rig.drive import use_engine_environment
 from models.arithmetic import choose_arithmetic
 from models.attention.attention import Span
 from server.commands.checkpoint import POCKET
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured")
     rounds = parser.parse_args().rounds
-    use_fast_blas("benchmarks.pocket_speed")
+    use_engine_environment("benchmarks.pocket_speed")
     arithmetic = choose_arithmetic()
     sides = {
         f"{slots or 'all'} experts in memory": open_model(POCKET, slots, arithmetic)

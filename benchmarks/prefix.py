@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-from benchmarks.rig.drive import Served, drive, use_fast_blas
+from benchmarks.rig.drive import Served, drive, use_engine_environment
 from benchmarks.rig.slow_pocket import SlowPocket, rate_like_the_target, text_tokens
 from models.attention.cache_blocks import bytes_per_token
 from server.engine.prefix.lookup import DiskTier, PrefixCache
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often")
     parser.add_argument("--directory", type=Path, help="where blocks go (default: a folder that is deleted)")
     given = parser.parse_args()
-    use_fast_blas("benchmarks.prefix")
+    use_engine_environment("benchmarks.prefix")
     rate = given.rate or rate_like_the_target()
     match given.part:
         case "ttft":

@@ -22,7 +22,7 @@ from rich.table import Table
 from models.arithmetic import Quantization, choose_arithmetic
 from models.attention.attention import Span
 from models.loading.loading import load_model, open_checkpoint
-from server.link.blas import with_fast_blas
+from server.link.child import ENGINE_ENVIRONMENT
 from streaming.store import ExpertStore
 from tests.checkpoints import save_packed
 from tests.tiny_glm import TINY, make_weights
@@ -102,7 +102,7 @@ def measure(rounds: int, num_tokens: int) -> None:
                    "--tokens", str(num_tokens), "--worker"]  # fmt: skip
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         workers: dict[str, Any] = {
-            "ours": subprocess.Popen([*command, "ours"], env=with_fast_blas(os.environ), **pipes),
+            "ours": subprocess.Popen([*command, "ours"], env=ENGINE_ENVIRONMENT | os.environ, **pipes),
             "theirs": subprocess.Popen([*command, "theirs"], **pipes),
         }
         for worker in workers.values():

@@ -8,6 +8,7 @@
     │   └── ContextOverflow   prompt and answer do not fit the context; each dialect has its own words for it
     └── EngineError           the server failed a request; becomes a 5xx
         ├── DiskError         bytes that a request needed could not be read
+        │   └── CheckpointChanged   the checkpoint's files are not those of the start; a person must act
         └── BusyError         too many wait already; says when to come back
 
 Each message says what is wrong and what would have been right. The mapping to wire bodies is in
@@ -72,6 +73,10 @@ class EngineError(GlmserveError):
 
 class DiskError(EngineError):
     """Bytes that a request needed could not be read from disk."""
+
+
+class CheckpointChanged(DiskError):
+    """The files of the checkpoint are not those of the start: trying again cannot help."""
 
 
 class BusyError(EngineError):

@@ -17,8 +17,8 @@ from config.sizes import format_size, physical_memory_bytes
 RUNTIME_BYTES = 216 * 10**6
 # The tokenizer's tables: 104 MB for 154,000 tokens.
 VOCABULARY_BYTES_PER_TOKEN = 680
-# Items of recent responses that clients may refer to, in the HTTP process: some thousand of a few kilobytes.
-RECENT_ITEMS_BYTES = 8 * 10**6
+# Items of recent responses that clients may refer to, in the HTTP process: about two thousand of a kilobyte.
+RECENT_ITEMS_BYTES = 3 * 10**6
 # A cache that is full grows by a sixteenth of its rows, so that a row is copied at most 17 times however long
 # the sequence becomes, and in whole steps. The steps are small because each running sequence may hold most of
 # one for nothing.

@@ -17,6 +17,8 @@ from models.cuda import choices, products, sums
 # What MLX packs in mode affine; the other modes have one size each.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
+# Multiplications of queries with keys that take MLX's CPU wheel as long as evaluating them at once takes.
+NUMPY_PRODUCTS = 2**16
 # Of packed weights whose rows MLX's CUDA kernel multiplies in one order, however many there are.
 GROUPED_BITS = (4, 8)
 
@@ -75,8 +77,8 @@ class Arithmetic:
     with fewer they attend to all keys under a mask.
     `tile_elements`: of the largest intermediate of attention and indexer, within the bounds of
     `models.attention.tiles`.
-    `has_slow_exp`: for many rows attention's exponentials and sums over chosen rows are NumPy's, evaluated at
-    once.
+    `uses_numpy`: products of many rows, and attention and indexer scores where they are some work, are
+    NumPy's, evaluated at once, in float32.
     `max_grouped_rows`: experts with up to so many of a prompt's rows are multiplied several in one product.
     `slots_on_device`: reading ids back costs more than looking slots up where every expert has one.
     `launches_early`: a layer of few rows is computed while the next one's graph is built.
@@ -93,7 +95,7 @@ class Arithmetic:
     experts_at_once: int = 4
     gather_from: int = 6
     tile_elements: int = 2**24
-    has_slow_exp: bool = False
+    uses_numpy: bool = False
     max_grouped_rows: int = 0
     slots_on_device: bool = True
     launches_early: bool = False
@@ -113,14 +115,11 @@ class Arithmetic:
         """Whether the experts of so many rows are computed pair by pair."""
         return rows <= self.max_gathered_rows
 
-    def unpacked(self, w: Weight, rows: int) -> Weight:
-        """The weight in the form that so many rows are multiplied with, for use in several products."""
-        q = w.quantization
-        return w if q is None or self.is_few(rows) else Dense(self._unpack(w, q))
-
     def product(self, x: mx.array, w: Weight) -> mx.array:
         """x times the transpose of w. x [..., rows, in], w [..., out, in] -> [..., rows, out]."""
         q, rows = w.quantization, x.shape[-2]
+        if self._goes_to_numpy(rows):
+            return _delivered(_floats(x), self._transposed(w))
         if q is None:
             return self._dense_product(x, w.weight.swapaxes(-1, -2))
         if rows <= products.TILE_ROWS and self._has_kernel(x, w):
@@ -131,8 +130,22 @@ class Arithmetic:
             x, w.weight, scales_of(w), w.get("biases"), True, q.group_size, q.bits, q.mode
         )
 
+    def mlp(self, x: mx.array, gate: Weight, up: Weight, down: Weight) -> mx.array:
+        """A gated MLP for many rows, its packed weights unpacked: x [rows, in] -> [rows, out]."""
+        rows = x.shape[-2]
+        if self._goes_to_numpy(rows):
+            return self.product(self.gated_product(x, gate, up), down)
+        gate, up, down = (self._unpacked(w, rows) for w in (gate, up, down))
+        return self.product(self.gated(self.product(x, gate), self.product(x, up)), down)
+
     def gated_product(self, x: mx.array, gate: Weight, up: Weight) -> mx.array:
         """silu(x gate) * (x up): x [rows, in], weights [width, in] -> [rows, width]."""
+        if self._goes_to_numpy(x.shape[-2]):
+            values = _floats(x)
+            out = _delivered(values, self._transposed(gate))
+            _silu(_view(out))
+            np.multiply(_view(out), values @ self._transposed(up), out=_view(out))
+            return out
         if x.shape[-2] <= products.TILE_ROWS and self._has_kernel(x, gate, up):
             assert gate.quantization is not None, "a kernel multiplies packed weights"
             return products.multiply(x, [_parts(gate), _parts(up)], gate.quantization.group_size)
@@ -241,40 +254,66 @@ class Arithmetic:
             transpose=True, group_size=q.group_size, bits=q.bits, mode=q.mode,
         )  # fmt: skip
 
-    def softmax(self, scores: mx.array, visible: mx.array | None, rows: int) -> mx.array:
-        """Softmax over the last axis in float32; what is not visible (bool, broadcast) counts for nothing.
+    def attended(self, q: mx.array, keys: mx.array, values: mx.array, visible: mx.array | None) -> mx.array:
+        """softmax(q keys^T) values, the softmax in float32; keys that are not visible count for nothing.
 
-        The scores belong to so many rows of a sequence, and nobody else refers to them.
+        q [..., n, D], keys [..., T, D], values [..., T, V], visible bool [..., n, T] or None for all ->
+        [..., n, V].
         """
-        if not self.has_slow_exp or self.is_few(rows):
+        if not self._is_worth_numpy(q, keys):
+            scores = q @ keys.swapaxes(-1, -2)
             seen = scores if visible is None else mx.where(visible, scores, -mx.inf)
-            return mx.softmax(seen, axis=-1, precise=True)
-        values = _view(scores)
+            return mx.softmax(seen, axis=-1, precise=True).astype(self.dtype) @ values
+        weights = _times(_floats(q), _floats(keys).swapaxes(-1, -2))
         if visible is not None:
-            values += np.where(_view(visible), np.float32(0), np.float32(-np.inf))
-        values -= values.max(axis=-1, keepdims=True)
-        np.exp(values, out=values)
-        values /= values.sum(axis=-1, keepdims=True)
-        return scores
+            np.copyto(weights, -np.inf, where=~_view(visible))
+        weights -= weights.max(axis=-1, keepdims=True)
+        np.exp(weights, out=weights)
+        out = _delivered(weights, _floats(values))
+        _view(out)[...] /= weights.sum(axis=-1, keepdims=True)
+        return out
+
+    def index_scores(self, queries: mx.array, weights: mx.array, keys: mx.array) -> mx.array:
+        """sum over heads of w_h relu(q_h . k): [N, heads, D], [N, heads], [T, D] -> float32 [N, T].
+
+        The sum is a product with the weights, not `mx.sum` over a strided axis, which returned zeros above
+        2^31 elements (mlx #3784).
+        """
+        if not self._is_worth_numpy(queries, keys):
+            of_heads = mx.maximum(queries @ keys.astype(mx.float32).T, 0)  # [N, heads, T]
+            return (weights[:, None, :] @ of_heads)[:, 0, :]
+        scores = _times(_floats(queries), _floats(keys).T)
+        np.maximum(scores, 0, out=scores)
+        return _delivered(_floats(weights)[:, None, :], scores)[:, 0, :]
 
     def gated(self, gate: mx.array, up: mx.array) -> mx.array:
-        """silu(gate) * up, [..., rows, width].
-
-        Always MLX's: how many rows an expert gets depends on their company, and their bits must not. Of many
-        it is evaluated at once, so that unpacked weights of both are gone before those of down come.
-        """
-        out = nn.silu(gate) * up
-        if self.has_slow_exp and not self.is_few(gate.shape[-2]):
-            mx.eval(out)
-        return out
+        """silu(gate) * up, [..., rows, width]."""
+        return nn.silu(gate) * up
 
     def add_rows(self, out: mx.array, rows: NDArray[np.int64], added: mx.array) -> mx.array:
         """out [N, H] with added [n, H] on top of these rows, each named once; nobody else refers to out."""
-        if not self.has_slow_exp:
+        if not self.uses_numpy:
             return out.at[mx.array(rows)].add(added)
         mx.eval(out, added)
         _view(out)[rows] += _view(added)
         return out
+
+    def _is_worth_numpy(self, queries: mx.array, keys: mx.array) -> bool:
+        """Whether so many queries and keys are multiplied at once; else they stay lazy."""
+        return self.uses_numpy and queries.size * keys.shape[-2] >= NUMPY_PRODUCTS
+
+    def _goes_to_numpy(self, rows: int) -> bool:
+        return self.uses_numpy and not self.is_few(rows)
+
+    def _transposed(self, w: Weight) -> NDArray[np.float32]:
+        """The unpacked weight [..., in, out]."""
+        q = w.quantization
+        return _floats(w.weight if q is None else self._unpack(w, q)).swapaxes(-1, -2)
+
+    def _unpacked(self, w: Weight, rows: int) -> Weight:
+        """The weight in the form that so many rows are multiplied with."""
+        q = w.quantization
+        return w if q is None or self.is_few(rows) else Dense(self._unpack(w, q))
 
     def _unpack(self, w: Weight, q: Quantization) -> mx.array:
         return mx.dequantize(
@@ -301,6 +340,36 @@ def _view(array: mx.array) -> NDArray[Any]:
     return np.array(array, copy=False)
 
 
+def _floats(array: mx.array) -> NDArray[np.float32]:
+    """The array's own memory, or a copy where it is not float32: NumPy knows no bfloat16."""
+    return _view(array.astype(mx.float32))
+
+
+def _times(
+    a: NDArray[np.float32], b: NDArray[np.float32], out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """a times b, [..., n, m] and [..., m, k]; one matrix for all of a is multiplied in one call."""
+    if b.ndim > 2 or a.ndim == 2:
+        return np.matmul(a, b, out=out)
+    flat = None if out is None else out.reshape(-1, b.shape[1])
+    return np.matmul(a.reshape(-1, a.shape[-1]), b, out=flat).reshape(*a.shape[:-1], b.shape[1])
+
+
+def _silu(values: NDArray[np.float32]) -> None:
+    """silu of the values, in place."""
+    with np.errstate(over="ignore"):  # of a large negative one: nothing is left of it
+        inverse = np.exp(-values)
+    inverse += 1
+    values /= inverse
+
+
+def _delivered(a: NDArray[np.float32], b: NDArray[np.float32]) -> mx.array:
+    """a times b in memory of MLX's."""
+    out = mx.zeros((*a.shape[:-1], b.shape[-1]))
+    _times(a, b, _view(out))
+    return out
+
+
 # bfloat16 products are 8 times slower than float32 ones in MLX's CPU kernels, and one packed product costs
 # as much as unpacking the weight and a BLAS call at 4 to 8 rows (2 cores, AMD EPYC). 8 keeps a batch of
 # eight agents exact.
@@ -316,7 +385,7 @@ CPU = Arithmetic(
     experts_at_once=1,
     gather_from=2,
     tile_elements=2**20,
-    has_slow_exp=True,
+    uses_numpy=True,
     slots_on_device=False,
 )
 # The defaults; not measured on Metal.

@@ -17,8 +17,7 @@ from streaming.files.index import PROJECTIONS, ExpertIndex
 
 Size = tuple[int, int]  # bytes of unpacked weights, and what lies beside them while they are unpacked
 
-# What MLX 0.32 takes on the CPU to unpack a weight, in sizes of the unpacked weight, by bits. Of an
-# MLP gate and up are unpacked together, copies and all; then, beside them, down.
+# What MLX 0.32 takes on the CPU to unpack a weight, in sizes of the unpacked weight, by bits.
 UNPACKED_COPIES = {2: 2, 3: 4, 4: 2, 5: 6, 6: 7, 8: 2}
 FLOAT4_COPIES = 4  # mxfp4, nvfp4
 SCORED_ROWS = 64  # of a prompt whose tokens' probabilities are asked for, at one time
@@ -107,8 +106,14 @@ def _tile_elements(args: ModelArgs, arithmetic: Arithmetic, num_rows: int, max_c
     return max(attention, limit + selection if max_context > args.index_topk else 0)
 
 
-def _gated_size(sizes: Sequence[Size]) -> Size:
-    """Of gate, up and down: all weights, and the most beside them, before or while down is unpacked."""
+def _gated_size(sizes: Sequence[Size], one_by_one: bool) -> Size:
+    """Of gate, up and down: the weights that lie unpacked, and the most beside them while they are unpacked.
+
+    Where MLX multiplies, gate and up are unpacked together, then down. For NumPy each is gone when another
+    comes.
+    """
+    if one_by_one:
+        return max(sizes, key=sum)
     (gate, gate_copies), (up, up_copies), (down, down_copies) = sizes
     return gate + up + down, max(gate_copies + up_copies, down_copies)
 
@@ -126,6 +131,7 @@ class _Unpacked:
     ) -> None:
         self._args, self._trunk, self._index = args, trunk, index
         self._unpacks, self._itemsize = arithmetic.max_packed_rows is not None, arithmetic.dtype.size
+        self._one_by_one = arithmetic.uses_numpy
 
     def attention(self) -> Size:
         """The largest of its weights."""
@@ -141,7 +147,8 @@ class _Unpacked:
         """The three weights of a dense layer, or of shared experts."""
         dense = self._each("mlp", self._widths(self._args.intermediate_size))
         shared = self._each("shared_experts", self._widths(_shared_size(self._args)))
-        return _gated_size([max((*dense, *shared), default=(0, 0))] * 3)
+        most = max((*dense, *shared), default=(0, 0))
+        return _gated_size([most] * 3, self._one_by_one)
 
     def head(self) -> Size:
         return max(self._each("", {"lm_head": self._args.hidden_size}), default=(0, 0))
@@ -158,7 +165,7 @@ class _Unpacked:
                 else (0, 0)
                 for name in PROJECTIONS
             ]
-            most = max(most, _gated_size(sizes))
+            most = max(most, _gated_size(sizes, self._one_by_one))
         return most
 
     def _widths(self, intermediate: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from models.args import ModelArgs
-from models.arithmetic import CPU
+from models.arithmetic import CPU, Arithmetic
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
 from models.experts.experts import PROJECTIONS
@@ -76,10 +76,12 @@ class MemoryExperts:
         raise AssertionError("resident experts are never guessed")
 
 
-def make_model(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Model:
+def make_model(
+    config: Mapping[str, Any], weights: Mapping[str, Array], arithmetic: Arithmetic = CPU
+) -> Model:
     args = ModelArgs.from_config(config)
     tensors = {name: mx.array(weights[name]) for name in trunk_names(weights, args)}
-    return build_model(args, CPU, MemoryExperts(args, weights), as_held(tensors, args, CPU))
+    return build_model(args, arithmetic, MemoryExperts(args, weights), as_held(tensors, args, arithmetic))
 
 
 def logits(model: Model, ids: Sequence[int], chunk: int | None = None) -> Array:

@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rig.drive import Served, drive, use_fast_blas
+from benchmarks.rig.drive import Served, drive, use_engine_environment
 from benchmarks.rig.replay import FLEET, NUM_AGENTS, ROUTINGS, Bench, conversations
 from server.engine.schedule.limits import Limits
 from server.link.messages import Cancel, Finished, Generate, Sampling, Token
@@ -192,7 +192,7 @@ def main() -> None:
         "--chosen-steps", type=int, default=300, help="widths: tokens of each agent while a width is found"
     )
     given = parser.parse_args()
-    use_fast_blas("benchmarks.fleet.decode")
+    use_engine_environment("benchmarks.fleet.decode")
     console = Console(width=130)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench.write(Path(folder) / "bench")

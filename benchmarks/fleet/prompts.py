@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rig.drive import Served, drive, use_fast_blas
+from benchmarks.rig.drive import Served, drive, use_engine_environment
 from benchmarks.rig.simulated_disk import SimulatedDisk
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--sweep-s", type=float, default=6.0, help="seconds of disk for all absent experts")
     parser.add_argument("--length", type=int, help="tokens of a prompt (default 4096, mixed 16384)")
     given = parser.parse_args()
-    use_fast_blas("benchmarks.fleet.prompts")
+    use_engine_environment("benchmarks.fleet.prompts")
     console = Console(width=110)
     match given.part:
         case "prompts":

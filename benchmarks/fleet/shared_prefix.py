@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.rig.drive import Served, drive, use_fast_blas
+from benchmarks.rig.drive import Served, drive, use_engine_environment
 from benchmarks.rig.simulated_device import PacedStore
 from benchmarks.rig.slow_pocket import SlowPocket, rate_like_the_target, text_tokens
 from server.commands.checkpoint import POCKET
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, help="only this way (default: all)")
     parser.add_argument("--model", type=Path, default=POCKET, help="a folder with Pocket's tokenizer")
     given = parser.parse_args()
-    use_fast_blas("benchmarks.fleet.shared_prefix")
+    use_engine_environment("benchmarks.fleet.shared_prefix")
     token_s = given.token_ms / 1000 if given.token_ms else None
     rate = given.rate or rate_like_the_target(token_s, given.model)
     fleet = Fleet(8, 6, 4096 // given.scale, 500 // given.scale, 100 // given.scale)

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from server.engine.loop import EngineLoop
 from server.engine.model_protocol import Backend
 from server.engine.schedule.shared_prefixes import Prefixes
-from server.link.blas import with_fast_blas
+from server.link.child import ENGINE_ENVIRONMENT
 from server.link.messages import Cancel, Command, Event, Failed, Finished, Generate, Shutdown, Token, Usage
 
 
@@ -98,9 +98,8 @@ def drive(
     return served
 
 
-def use_fast_blas(module: str) -> None:
-    """Start this process again with OpenBLAS where the engine process would be given it."""
-    environment = with_fast_blas(os.environ)
-    if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD") and "GLMSERVE_BLAS" not in os.environ:
-        environment["GLMSERVE_BLAS"] = "preloaded"
+def use_engine_environment(module: str) -> None:
+    """Starts this process again with those of the engine process's variables that are missing."""
+    environment = ENGINE_ENVIRONMENT | os.environ
+    if environment != dict(os.environ):
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], environment)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import models
-from benchmarks.rig.drive import use_fast_blas
+from benchmarks.rig.drive import use_engine_environment
 from benchmarks.rig.slow_pocket import text_tokens
 from models.arithmetic import CPU
 from models.attention.attention import Span
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--sources", action="store_true", help="eight that read and write sources")
     parser.add_argument("--model", type=Path, default=POCKET, help="a folder with Pocket's tokenizer")
     given = parser.parse_args()
-    use_fast_blas("benchmarks.rig.record_routing")
+    use_engine_environment("benchmarks.rig.record_routing")
     trace = record(given.model, given.tokens, make_prompts(given.model, given.shared, given.sources))
     np.savez_compressed(given.out, **trace)  # type: ignore[arg-type]
     print(f"{len(trace['sequence'])} tokens -> {given.out}")

@@ -195,9 +195,8 @@ class Attention(nn.Module):
 
     def _attend_masked(self, q: mx.array, keys: mx.array, visible: mx.array | None) -> mx.array:
         """All keys, those not visible [n, T] at -inf."""
-        scores = (q * self._args.qk_head_dim**-0.5) @ keys.T  # [heads, n, T]
-        weights = self._arithmetic.softmax(scores, visible, q.shape[1])
-        return weights.astype(self._arithmetic.dtype) @ keys[:, : self._args.kv_lora_rank]
+        values = keys[:, : self._args.kv_lora_rank]
+        return self._arithmetic.attended(q * self._args.qk_head_dim**-0.5, keys, values, visible)
 
     def _attend_gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
         """Only the selected keys, positions [n, k]; a position of T stands for nothing."""
@@ -206,17 +205,16 @@ class Attention(nn.Module):
         outs = []
         for first in range(0, rows, height):
             piece = slice(first, first + height)
-            outs.append(self._gathered(q[:, piece], keys, positions[piece], rows))
+            outs.append(self._gathered(q[:, piece], keys, positions[piece]))
             if rows > height:
                 mx.eval(outs[-1])
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
-    def _gathered(self, q: mx.array, keys: mx.array, positions: mx.array, rows: int) -> mx.array:
+    def _gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
         num_keys = keys.shape[0]
         chosen = keys[mx.minimum(positions, num_keys - 1)]  # [n, k, latent]
         q = q.swapaxes(0, 1) * self._args.qk_head_dim**-0.5  # [n, heads, latent]
-        scores = q @ chosen.swapaxes(-1, -2)  # [n, heads, k]
-        weights = self._arithmetic.softmax(scores, (positions < num_keys)[:, None, :], rows)
+        is_key = (positions < num_keys)[:, None, :]
         # The rotary part is multiplied too and cut off: to cut it off the keys would copy them.
-        out = (weights.astype(self._arithmetic.dtype) @ chosen)[..., : self._args.kv_lora_rank]
-        return out.swapaxes(0, 1)
+        out = self._arithmetic.attended(q, chosen, chosen, is_key)  # [n, heads, latent]
+        return out[..., : self._args.kv_lora_rank].swapaxes(0, 1)

@@ -40,18 +40,15 @@ class Indexer(nn.Module):
         return self.weights_proj(x.astype(mx.float32)).astype(mx.float32) * self.num_heads**-0.5
 
 
-def index_scores(queries: mx.array, weights: mx.array, keys: mx.array, max_elements: int) -> mx.array:
+def index_scores(queries: mx.array, weights: mx.array, keys: mx.array, arithmetic: Arithmetic) -> mx.array:
     """sum over heads of w_h relu(q_h . k / sqrt(D)): [N, heads, D], [N, heads], [T, D] -> float32 [N, T].
 
-    Heads are kept apart for `max_elements` at most: so many keys are scored at a time. The sum over heads is
-    a product with the weights, not `mx.sum` over a strided axis, which returned zeros above 2^31 elements
-    (mlx #3784).
+    Heads are kept apart for `tile_elements` at most: so many keys are scored at a time.
     """
     rows, heads, width = queries.shape
-    queries, num_keys = queries * width**-0.5, max(1, max_elements // (rows * heads))
-    scores = []
-    for first in range(0, keys.shape[0], num_keys):
-        some = keys[first : first + num_keys].astype(mx.float32)
-        of_heads = mx.maximum(queries @ some.T, 0)  # [N, heads, keys]
-        scores.append((weights[:, None, :] @ of_heads)[:, 0, :])
+    queries, num_keys = queries * width**-0.5, max(1, arithmetic.tile_elements // (rows * heads))
+    scores = [
+        arithmetic.index_scores(queries, weights, keys[first : first + num_keys])
+        for first in range(0, keys.shape[0], num_keys)
+    ]
     return scores[0] if len(scores) == 1 else mx.concatenate(scores, axis=1)

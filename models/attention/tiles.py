@@ -72,7 +72,7 @@ def select_tiles(
         gathers = rows <= GATHER_ROWS or seen > most
         scores = None
         if seen > k:
-            scores = index_scores(queries[start:stop], weights[start:stop], keys[:seen], limit)
+            scores = index_scores(queries[start:stop], weights[start:stop], keys[:seen], arithmetic)
         chosen = arithmetic.best_positions(scores, k) if gathers and scores is not None else None
         if chosen is None:
             chosen = causal_mask(seen - (stop - start), stop - start, seen)

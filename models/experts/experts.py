@@ -273,10 +273,11 @@ class Experts:
         weights: mx.array,
     ) -> mx.array:
         """out [N, H] with one expert's outputs for the rows that want it."""
-        mlp = self._unpacked(place, len(pairs[0]))
+        gate_up_down = self._weights(place.arrays, place.slot)
         for rows, columns in cut_pieces(*pairs, EXPERT_ROWS):
             chosen = mx.array(rows)
-            y = mlp(take(chosen)) * weights[chosen, mx.array(columns), None]
+            y = self._arithmetic.mlp(take(chosen), *gate_up_down)
+            y = y * weights[chosen, mx.array(columns), None]
             out = self._arithmetic.add_rows(out, rows, y)
             if len(rows) == EXPERT_ROWS:
                 mx.eval(out)
@@ -300,14 +301,6 @@ class Experts:
         x = take(flat).reshape(*chosen.shape, -1)
         y = self._arithmetic.grouped(x, *self._weights(run[0].arrays), slots=slots_sent)
         return self._arithmetic.add_experts(out, y.reshape(-1, out.shape[1]), weights, ids, ranks, bases_sent)
-
-    def _unpacked(self, place: Place, num_rows: int) -> Callable[[mx.array], mx.array]:
-        """One expert, its weights in the form that so many rows are multiplied with: [n, H] -> [n, H]."""
-        weights = self._weights(place.arrays, place.slot)
-        gate, up, down = (self._arithmetic.unpacked(weight, num_rows) for weight in weights)
-        product = self._arithmetic.product
-        gated = self._arithmetic.gated
-        return lambda x: product(gated(product(x, gate), product(x, up)), down)
 
     def _gathered(self, x: mx.array, slots: mx.array) -> mx.array:
         """x [N, H] against slots [N, k] -> [N, k, H]."""

@@ -1,5 +1,6 @@
 """One HTTP connection, before the app sees a request. uvicorn makes one per client, in its event loop."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -10,6 +11,8 @@ from server.api.error_bodies import error_object
 
 MAX_HEAD_BYTES = 64 * 2**10
 MAX_LINE_BYTES = 16 * 2**10
+# How long a connection may be open without a complete head, at first and after each answer.
+REQUEST_TIMEOUT_S = 30.0
 # A refused client may still be sending, and a reset would reach it before the refusal.
 LINGER_S = 1.0
 MAX_LINGER_BYTES = 2**20
@@ -30,6 +33,33 @@ class HttpConnection(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._num_line_bytes = 0
         self._num_discarded: int | None = None  # of a refused client; None before that
+        self._patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client is there; asyncio calls this."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone; asyncio calls this."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """An answer is complete; uvicorn calls this."""
+        super().on_response_complete()
+        self._await_request()
+
+    def _await_request(self) -> None:
+        """Closes the connection if no request comes, or its head never ends."""
+        self._stop_waiting()
+        if self.cycle is None or self.cycle.response_complete:
+            self._patience = self.loop.call_later(REQUEST_TIMEOUT_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def data_received(self, data: bytes) -> None:
         """Feeds the parser. A head is fed line by line, so that its size is known before it is complete."""
@@ -60,6 +90,7 @@ class HttpConnection(HttpToolsProtocol):
         """A head is complete; httptools calls this."""
         self._in_head = False
         if not self._is_offer():
+            self._stop_waiting()
             super().on_headers_complete()
 
     def on_chunk_header(self) -> None:

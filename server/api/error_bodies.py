@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from config.errors import BusyError, ContextOverflow, EngineError, RequestError
+from server.api.access.quotas import QuotaError
 from server.link.messages import Failed, FailureKind
 
 PROVIDER = "glmserve"
@@ -26,6 +27,7 @@ _FAILURES: Mapping[FailureKind, tuple[int, str, bool]] = {
     "request": (400, "invalid_request", False),
     "engine": (500, "server", False),
     "disk": (502, "provider_unavailable", True),
+    "changed": (503, "provider_unavailable", False),
     "died": (503, "provider_unavailable", True),
     "busy": (503, "provider_overloaded", True),
     "timeout": (408, "timeout", False),
@@ -162,6 +164,9 @@ def _headers(error: Exception) -> dict[str, str]:
         if not error.can_retry:
             return {"x-should-retry": "false"}
         return {"x-should-retry": "true", "Retry-After": str(error.retry_after_s)}
+    if isinstance(error, QuotaError):
+        again = "true" if error.can_retry else "false"
+        return {"x-should-retry": again, "Retry-After": str(error.retry_after_s)}
     if isinstance(error, RequestError) and error.status == 408:
         return {"Connection": "close"}  # the rest of the body may come at any time
     if isinstance(error, BusyError):

@@ -57,7 +57,7 @@ class Service:
         status = self.engine.status
         if status.info is None:
             percent = f" ({status.fraction:.0%})" if status.state == "loading" else ""
-            raise GenerationFailed("died", f"the model is not ready: {status.text}{percent}")
+            raise GenerationFailed(status.failure, f"the model is not ready: {status.text}{percent}")
         return status.info
 
     def command(

@@ -11,7 +11,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from config.errors import DiskError, EngineError, RequestError
+from config.errors import CheckpointChanged, DiskError, EngineError, RequestError
 from server.engine.decode.sampling import SamplerState, draw, score_tokens
 from server.engine.faults import Contained
 from server.engine.model_protocol import EngineModel
@@ -187,6 +187,8 @@ def kind_of(error: Exception) -> FailureKind:
     match error:
         case RequestError():
             return "request"
+        case CheckpointChanged():
+            return "changed"
         case DiskError():
             return "disk"
         case _:

@@ -27,7 +27,18 @@ from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import PassPart, Scheduler
 from server.engine.schedule.sequence import Sequence
 from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
-from server.link.messages import Administer, Cancel, Command, Event, Generate, Queued, Replan, Shutdown
+from server.link.messages import (
+    Administer,
+    Cancel,
+    Command,
+    Event,
+    Generate,
+    Ping,
+    Pong,
+    Queued,
+    Replan,
+    Shutdown,
+)
 
 # A second pass may run between the layers of one that has at least so many times its rows.
 OVERTAKEN = 8
@@ -125,6 +136,8 @@ class EngineLoop:
                 self._prefixes.administer(command)
             case Replan():
                 self._send(self._memory.replan(command))
+            case Ping():
+                self._send(Pong())
             case Shutdown():
                 self._is_stopping = True
             case _:

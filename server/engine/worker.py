@@ -14,7 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
-from config.errors import UsageError
+from config.errors import CheckpointChanged, UsageError
 from server.engine.apple import with_activity
 from server.engine.backend import open_backend
 from server.engine.decode.token_masks import Grammars
@@ -23,8 +23,19 @@ from server.engine.mirrors import MirrorDiffersError
 from server.engine.model_protocol import Backend, OpenBackend
 from server.engine.schedule.shared_prefixes import SavedPrefixes
 from server.engine.telemetry import Telemetry
-from server.link.messages import Command, EngineConfig, Event, Load, LoadFailed, Loading, MirrorDropped, Ready
+from server.link.messages import (
+    Command,
+    EngineConfig,
+    Event,
+    Load,
+    LoadFailed,
+    Loading,
+    Marks,
+    MirrorDropped,
+    Ready,
+)
 from server.logs import set_up_logging
+from streaming.files.marks import mark_checkpoint, refuse_changed
 
 # Less than the HTTP side waits before it insists.
 CLOSE_TIMEOUT_S = 3.0
@@ -44,10 +55,11 @@ def main(open_model: OpenBackend = open_backend) -> int:
     load = inbox.get()
     assert isinstance(load, Load), "the first command opens the model"
     set_up_logging(load.config.log_level)
-    backend = _open(load.config, open_model, pipe.send)
-    if backend is None:
+    opened = _open(load.config, open_model, pipe.send)
+    if opened is None:
         return 1
-    pipe.send(Ready(backend.info))
+    backend, marks = opened
+    pipe.send(Ready(backend.info, marks))
     grammars = Grammars(load.config.model_path, backend.info.vocab_size)
     telemetry = Telemetry(backend.measure, pipe.send)
     prefixes = SavedPrefixes(backend.prefix) if backend.prefix else None
@@ -71,9 +83,17 @@ def main(open_model: OpenBackend = open_backend) -> int:
     return 0
 
 
-def _open(config: EngineConfig, open_model: OpenBackend, send: Callable[[Event], None]) -> Backend | None:
+def _open(
+    config: EngineConfig, open_model: OpenBackend, send: Callable[[Event], None]
+) -> tuple[Backend, Marks] | None:
+    """The model, and the marks of its files; None where the HTTP side was told why not."""
     try:
-        return open_model(config, lambda fraction, text: send(Loading(fraction, text)))
+        if config.marks is not None:
+            refuse_changed(config.model_path, config.marks)
+        marks = config.marks or mark_checkpoint(config.model_path)
+        return open_model(config, lambda fraction, text: send(Loading(fraction, text))), marks
+    except CheckpointChanged as error:
+        send(LoadFailed(str(error), is_usage_error=False, is_changed=True))
     except UsageError as error:
         send(LoadFailed(str(error), is_usage_error=True))
     except Exception as error:  # the process ends here, and the HTTP side says why

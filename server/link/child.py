@@ -17,7 +17,6 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import server
-from server.link.blas import with_fast_blas
 from server.link.messages import Command, Event, Shutdown
 
 STOP_TIMEOUT_S = 5.0
@@ -25,7 +24,9 @@ STOP_TIMEOUT_S = 5.0
 # twice as much of what MLX frees, in nobody's line of the plan: 37 of 403 MB (`benchmarks.ceiling`). A fixed
 # size gives it back at once. Every mapping is zeroed page by page, so it is the size of a tile's largest
 # intermediate on the CPU: with 1 MiB a prompt took a quarter longer. Other systems' libraries ignore it.
-MAPPED_FROM = {"MALLOC_MMAP_THRESHOLD_": str(2**22)}
+# NumPy's OpenBLAS lets its threads look for work for 2^26 cycles before they sleep, on cores that the disk's
+# threads and MLX want: of 36 s of two cores they took 11. The shortest time that it takes is 2^4 cycles.
+ENGINE_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**22), "OPENBLAS_THREAD_TIMEOUT": "4"}
 # MLX hands Metal a command buffer after so many operations, or when those name so many MB: by default 40 or
 # 50, and a gather names a whole bank of slots, so each would go alone. Larger ones gave 5 to 8 % (published,
 # never run by us). A step waits for its results once a layer in any case.
@@ -114,7 +115,5 @@ def _child_environment() -> dict[str, str]:
     """The child imports this very code, wherever it was started."""
     root = str(Path(server.__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH")
-    metal = COMMAND_BUFFERS if sys.platform == "darwin" else {}
-    return with_fast_blas(
-        {**MAPPED_FROM, **metal, **os.environ, "PYTHONPATH": ":".join(filter(None, [root, inherited]))}
-    )
+    ours = ENGINE_ENVIRONMENT | (COMMAND_BUFFERS if sys.platform == "darwin" else {})
+    return {**ours, **os.environ, "PYTHONPATH": ":".join(filter(None, [root, inherited]))}

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from server.link.messages import (
     Administer,
     Failed,
+    FailureKind,
     Generate,
     ModelInfo,
     Replan,
@@ -25,6 +26,7 @@ class EngineStatus:
     fraction: float = 0.0
     info: ModelInfo | None = None
     stats: Stats | None = None
+    failure: FailureKind = "died"  # of requests while the state is not "ready"
 
 
 class Engine(Protocol):
@@ -33,6 +35,9 @@ class Engine(Protocol):
     @property
     def status(self) -> EngineStatus:
         """Whether requests are answered now."""
+
+    def health(self) -> EngineStatus:
+        """The same, and the engine is asked: one that is silent for long is not ready."""
 
     def reserve(self) -> None:
         """Keep a place for a request that is about to be generated. Raises BusyError where none is left."""

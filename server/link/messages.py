@@ -4,6 +4,7 @@ Commands go to the engine, events come back. All of them are small frozen datacl
 values, so that neither side needs the other's libraries to read them. Owns nothing; used on both sides.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,11 @@ FinishReason = Literal["stop", "length"]
 # Background requests run when nobody else wants to, or when they have waited long.
 Priority = Literal["interactive", "background"]
 
+# Size and digest of files by their names, as `streaming/files/marks.py` makes them.
+Marks = Mapping[str, tuple[int, bytes]]
+
 # Whose fault a failure is. `server/api/error_bodies.py` turns it into a status.
-FailureKind = Literal["request", "engine", "disk", "died", "busy", "timeout"]
+FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class EngineConfig:
     prefix_directory: Path | None = None  # None: nothing on disk
     prefix_disk_bytes: int = 0
     prefix_writes_per_day: int = 0
+    marks: Marks | None = None  # of the checkpoint's files at the first start
 
 
 @dataclass(frozen=True)
@@ -128,11 +133,16 @@ class Replan:
 
 
 @dataclass(frozen=True)
+class Ping:
+    """Say that the loop takes commands: it is answered by Pong, in its turn."""
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """End after the current step."""
 
 
-Command = Load | Generate | Cancel | Administer | Replan | Shutdown
+Command = Load | Generate | Cancel | Administer | Replan | Ping | Shutdown
 
 
 # Events about the engine
@@ -160,6 +170,7 @@ class Ready:
     """The model answers."""
 
     info: ModelInfo
+    marks: Marks = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,15 +182,24 @@ class MirrorDropped:
 
 @dataclass(frozen=True)
 class LoadFailed:
-    """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act."""
+    """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act.
+
+    `is_changed`: the checkpoint is not the one that was served before, so it is not served unasked.
+    """
 
     message: str
     is_usage_error: bool
+    is_changed: bool = False
 
 
 @dataclass(frozen=True)
 class Heartbeat:
     """The engine's loop has come to another layer or step. Sent now and then while there is work."""
+
+
+@dataclass(frozen=True)
+class Pong:
+    """The loop has come to a Ping, and so to every command before it."""
 
 
 @dataclass(frozen=True)
@@ -290,5 +310,5 @@ class Replanned:
 
 
 RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed | Replanned
-EngineEvent = Loading | Ready | LoadFailed | MirrorDropped | Heartbeat | Stats
+EngineEvent = Loading | Ready | LoadFailed | MirrorDropped | Heartbeat | Pong | Stats
 Event = EngineEvent | RequestEvent

@@ -26,6 +26,8 @@ from server.link.messages import (
     LoadFailed,
     Loading,
     MirrorDropped,
+    Ping,
+    Pong,
     Ready,
     Replan,
     Replanned,
@@ -38,6 +40,8 @@ MAX_STARTS_IN_A_ROW = 5
 FIRST_RESTART_DELAY_S = 0.5
 # An engine that was ready for so long, or has completed a request, did not die of its start.
 STABLE_S = 60.0
+# An engine that has been silent for this part of the time that a step may take is not called ready any more.
+DOUBTFUL = 0.25
 STOPPING = "the server is stopping"
 
 log = logging.getLogger(__name__)
@@ -48,7 +52,7 @@ class Deadlines:
     """How long things may take, in seconds.
 
     `queue_s` until a request starts, `request_s` until it is complete, `step_s` between two signs of life of
-    an engine that has work, `load_s` between two while it opens the model.
+    an engine that has work or was asked something, `load_s` between two while it opens the model.
     """
 
     queue_s: float = 600.0
@@ -77,10 +81,13 @@ class EngineProcess:
         self._requests: dict[str, asyncio.Queue[RequestEvent]] = {}
         self._child: Child | None = None
         self._timer: asyncio.TimerHandle | None = None  # until the next look at the child, or the next start
-        self._busy_since = 0.0
+        self._asked_at: float | None = (
+            None  # the first command since the last Pong, whoever still waits for it
+        )
         self._ready_since: float | None = None
         self._num_deaths = 0  # in a row, without a completed request in between
         self._is_closed = False
+        self._change = ""  # what a request said that failed because the checkpoint is another one
 
     @property
     def status(self) -> EngineStatus:
@@ -92,9 +99,19 @@ class EngineProcess:
         """The child's process id, while there is a child."""
         return self._child.process.pid if self._child else None
 
+    def health(self) -> EngineStatus:
+        """The status, after asking the engine for a sign of life: it is not ready while it gives none."""
+        self._ask()
+        silent_s = self._silent_s()
+        if self._status.state == "ready" and silent_s > DOUBTFUL * self._deadlines.step_s:
+            return EngineStatus("down", f"the engine has not answered for {silent_s:.1f} s")
+        if self._status.state == "ready" and self._change:
+            return EngineStatus("down", self._change, failure="changed")
+        return self._status
+
     def start(self) -> None:
         """Start the child. Call from the event loop."""
-        self._status = EngineStatus("loading", "the engine is starting")
+        self._status, self._asked_at = EngineStatus("loading", "the engine is starting"), None
         loop = asyncio.get_running_loop()
         try:
             self._child = child = Child(self._worker)
@@ -133,7 +150,7 @@ class EngineProcess:
         """Events of one request, the last of them Finished or Failed."""
         request_id = request.request_id
         if self._child is None or self._status.state != "ready":
-            yield Failed(request_id, "died", self._status.text)
+            yield Failed(request_id, self._status.failure, self._status.text)
             return
         self._line.enter(request_id)
         events = self._send(request)
@@ -160,11 +177,13 @@ class EngineProcess:
         self._line.leave(request_id)
         if self._requests.pop(request_id, None) is not None and self._child:
             self._child.send(Cancel(request_id))
+            self._ask()
 
     def administer(self, command: Administer) -> None:
         """Change what the prefix cache keeps; without a child there is nobody to ask."""
         if self._child:
             self._child.send(command)
+            self._ask()
 
     async def replan(self, command: Replan) -> Replanned | Failed:
         """Go on with another budget or policy; what the child has taken, the next one is started with."""
@@ -180,12 +199,24 @@ class EngineProcess:
 
     def _send(self, command: Generate | Replan) -> asyncio.Queue[RequestEvent]:
         assert self._child, "requests are sent to a child"
-        if not self._requests:
-            self._busy_since = time.monotonic()
         events: asyncio.Queue[RequestEvent] = asyncio.Queue()
         self._requests[command.request_id] = events
         self._child.send(command)
+        self._ask()
         return events
+
+    def _ask(self) -> None:
+        """Have the engine answer: its silence counts from the first question, not from the last."""
+        if self._child and self._status.state == "ready" and self._asked_at is None:
+            self._asked_at = time.monotonic()
+            self._child.send(Ping())
+
+    def _silent_s(self) -> float:
+        """How long an engine that owes a sign of life has given none; 0 for one that owes none."""
+        is_loading = self._status.state == "loading"
+        if self._child is None or not (is_loading or self._requests or self._asked_at is not None):
+            return 0.0
+        return time.monotonic() - max(self._child.heard_at, self._asked_at or 0.0)
 
     def _note_plan(self, event: Replanned) -> None:
         budget, policy = event.ram_budget_bytes, event.expert_policy
@@ -214,17 +245,24 @@ class EngineProcess:
         match event:
             case Loading(fraction, text):
                 self._status = EngineStatus("loading", text, fraction)
-            case Ready(info):
+            case Ready(info, marks):
+                self._config = replace(self._config, marks=marks)
                 self._ready_since = time.monotonic()
                 self._status = EngineStatus("ready", info=info)
                 log.info("ready: context %d tokens", info.context_length)
             case Stats():
                 self._status = replace(self._status, stats=event)
+            case LoadFailed(message, is_changed=True):
+                self._status = EngineStatus("down", message, failure="changed")
+                self._is_closed = True  # it is not started again: a person must act
+                log.error("%s", message)
             case LoadFailed(message, is_usage_error):
                 self._status = EngineStatus("down", message)
                 if is_usage_error:
                     self._is_closed = True
                     self._on_usage_error(message)
+            case Pong():
+                self._asked_at = None
             case MirrorDropped(mirror):
                 left = tuple(one for one in self._config.mirrors if one != mirror)
                 self._config = replace(self._config, mirrors=left)
@@ -238,7 +276,9 @@ class EngineProcess:
             case Started(request_id):
                 self._line.start(request_id)
             case Finished():
-                self._num_deaths = 0
+                self._num_deaths, self._change = 0, ""
+            case Failed(kind="changed", message=message):
+                self._change = message  # as long as no request succeeds
             case Replanned():
                 self._note_plan(event)
         is_over = isinstance(event, Finished | Failed | Replanned)
@@ -251,13 +291,13 @@ class EngineProcess:
             events.put_nowait(event)
 
     def _look_after(self, child: Child) -> None:
-        """End a child that has work and is silent; look again later."""
+        """End a child that owes a sign of life and is silent; look again later."""
         if child is not self._child:
             return
         is_loading = self._status.state == "loading"
         limit_s = self._deadlines.load_s if is_loading else self._deadlines.step_s
-        silent_s = time.monotonic() - max(child.heard_at, self._busy_since)
-        if (is_loading or self._requests) and silent_s > limit_s:
+        silent_s = self._silent_s()
+        if silent_s > limit_s:
             reason = f"the engine gave no sign of life for {silent_s:.1f} s and was ended"
             self._status = EngineStatus("down", reason)
             self._fail_all(reason)

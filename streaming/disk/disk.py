@@ -20,14 +20,17 @@ from typing import Protocol
 
 import numpy as np
 
-from config.errors import DiskError
+from config.errors import CheckpointChanged, DiskError
 from streaming.files.floats import Bytes
 from streaming.files.headers import FileStamp
+from streaming.files.marks import FileMark
 
 log = logging.getLogger(__name__)
 
 # The largest alignment that a file asks for: the page of Apple silicon. Linux disks ask for 512 or 4,096.
 MAX_ALIGNMENT = 16_384
+
+CHANGED = "{} was replaced or changed since start-up; restart the server"
 
 
 class DiskFile(Protocol):
@@ -71,24 +74,25 @@ class DirectDisk:
             fd, alignment = _open_direct(path)
         except OSError as error:
             raise DiskError(f"{path}: {error.strerror}") from error
-        file = _File(path, fd, alignment, stamp)
         try:
-            file.check()
+            mark = FileMark.of(path)
+            if not stamp == mark.stamp == FileStamp.from_stat(os.fstat(fd)):
+                raise CheckpointChanged(CHANGED.format(path))
         except DiskError:
-            file.close()
+            os.close(fd)
             raise
-        return file
+        return _File(path, fd, alignment, mark)
 
 
 class _File:
     may_repeat = False
 
-    def __init__(self, path: Path, fd: int, alignment: int, stamp: FileStamp) -> None:
+    def __init__(self, path: Path, fd: int, alignment: int, mark: FileMark) -> None:
         self.alignment = max(alignment, 1)
         self._is_buffered = alignment == 0
         self._path = path
         self._fd = fd
-        self._stamp = stamp
+        self._mark = mark
 
     def read_into(self, buffers: Sequence[Bytes], offset: int) -> int:
         count = os.preadv(self._fd, [buffer.data for buffer in buffers], offset)
@@ -100,8 +104,13 @@ class _File:
         return False
 
     def check(self) -> None:
-        if FileStamp.from_stat(os.fstat(self._fd)) != self._stamp:
-            raise DiskError(f"{self._path} was replaced or changed since start-up; restart the server")
+        stamp = FileStamp.from_stat(os.fstat(self._fd))
+        if stamp == self._mark.stamp:
+            return
+        now = FileMark.of(self._path)
+        if now.stamp != stamp or stamp.inode != self._mark.stamp.inode or self._mark.content != now.content:
+            raise CheckpointChanged(CHANGED.format(self._path))
+        self._mark = now  # it was only touched
 
     def close(self) -> None:
         os.close(self._fd)

@@ -13,6 +13,7 @@ import pytest
 
 import models.experts.router
 from models.args import ModelArgs
+from models.arithmetic import Arithmetic
 from models.attention.attention import Attention, RowPart
 from models.attention.indexer import Indexer
 from models.attention.rope import Rope
@@ -76,7 +77,7 @@ def shared_layers_use_the_previous_group(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_relu(patch: pytest.MonkeyPatch) -> None:
-    def scores(queries: mx.array, weights: mx.array, keys: mx.array, _: int) -> mx.array:
+    def scores(queries: mx.array, weights: mx.array, keys: mx.array, _: Arithmetic) -> mx.array:
         return (weights[:, None, :] @ (queries @ keys.T))[:, 0, :]
 
     patch.setattr("models.attention.tiles.index_scores", scores)

@@ -13,7 +13,7 @@ from models.loading.loading import load_model, make_geometry, open_checkpoint
 from models.workspace import loading_bytes
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, open_model, save_packed
-from tests.memory import start_measuring
+from tests.memory import peak_of, start_measuring
 from tests.models.make_golden import SEED
 from tests.tiny_glm import TINY, make_weights, save_checkpoint, tokens
 
@@ -35,12 +35,10 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def measured_and_planned(opened: Opened, ids: list[int]) -> tuple[int, int]:
     cache, length = opened.model.make_cache(), len(ids)
-    before = start_measuring()
-    hidden = opened.model(mx.array(ids), [Span(cache, 0, length)])
-    mx.eval(hidden)
+    peak = peak_of(lambda: mx.eval(opened.model(mx.array(ids), [Span(cache, 0, length)])))
     geometry = make_geometry(opened.checkpoint, CPU, length)
     planned = geometry.workspace_bytes + length * geometry.sweep_row_bytes
-    return mx.get_peak_memory() - before - cache.nbytes, planned
+    return peak - cache.nbytes, planned
 
 
 @pytest.mark.parametrize("length", [40, 700])

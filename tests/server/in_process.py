@@ -50,6 +50,9 @@ class LoopEngine:
     def status(self) -> EngineStatus:
         return EngineStatus("ready", info=self._info)
 
+    def health(self) -> EngineStatus:
+        return self.status
+
     def reserve(self) -> None:
         """There is always a place."""
 

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from config.errors import UsageError
-from server.api.access.quotas import LIMITS, Accounts, Quota, Spent, parse_quota
+from server.api.access.quotas import LIMITS, MAX_RETRY_AFTER_S, Accounts, Quota, Spent, parse_quota
 from server.api.error_bodies import error_body, error_object
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -24,8 +24,6 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = frozenset(["/health"])
 # What counts against a quota.
 COUNTED_PATHS = ("/completions", "/messages", "/responses")
-# Clients that are told to wait longer do not try again at all.
-MAX_RETRY_AFTER_S = 120
 # In the middle of a word a # belongs to the key.
 _REMARK = re.compile(r"(?:^|\s)#")
 
@@ -125,7 +123,9 @@ class Guard:
         if name and (spent := self._spent(name, scope)):
             await _refuse_spent(scope, send, name, spent)
             return
-        scope.setdefault("state", {})["key_name"] = name or "none"
+        state = scope.setdefault("state", {})
+        state["key_name"] = name or "none"
+        state["quota"] = self._access.keys.quota_of(state["key_name"])
         await self._app(scope, receive, send)
 
     def _spent(self, name: str, scope: Scope) -> Spent | None:

@@ -1,21 +1,30 @@
 """How much each key may use in a minute and in a day, and how much it has used.
 
 `Quota` is what the key file says; `Accounts` counts, by the name of the key, so that reading the file again
-forgets nothing. Windows are those of the clock (UTC): a minute from :00 to :59, a day from midnight.
+forgets nothing. Windows are those of the clock (UTC): a minute from :00 to :59, a day from midnight. Tokens
+are set aside when a request is accepted, and counted when it is over: requests that come together share what
+is left.
 """
 
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from config.errors import UsageError
+from config.errors import RequestError, UsageError
 
 PERIODS_S: Mapping[str, int] = {"minute": 60, "day": 86_400}
 UNITS = ("requests", "tokens")
 # Python refuses to read thousands of digits with an error of its own.
 MAX_DIGITS = 18
+# Tokens that are set aside for an answer whose request states no limit, or fewer where fewer are left.
+UNSTATED_TOKENS = 4096
+# Between setting tokens aside and the start of a response lies no more; a client that left then is forgotten.
+START_S = 5.0
+# Clients that are told to wait longer do not try again at all.
+MAX_RETRY_AFTER_S = 120
 LIMITS = tuple(f"{unit}/{period}" for unit in UNITS for period in PERIODS_S)
 
 
@@ -33,6 +42,30 @@ class Spent:
     limit: str
     amount: int
     wait_s: int
+
+
+class QuotaError(RequestError):
+    """A key has too few tokens for a request; more in `wait_s` seconds, or with None never."""
+
+    def __init__(self, message: str, wait_s: int | None) -> None:
+        super().__init__(message, status=429, error_type="rate_limit_exceeded")
+        self.retry_after_s = min(wait_s or MAX_RETRY_AFTER_S, MAX_RETRY_AFTER_S)
+        self.can_retry = wait_s is not None and wait_s <= MAX_RETRY_AFTER_S
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Tokens of one request: those that must be left for it, and those that it may take."""
+
+    needed: int
+    most: int
+
+
+@dataclass(frozen=True)
+class _Reserved:
+    name: str
+    tokens: int
+    ends_at: float  # without a start; a response that has started ends by itself
 
 
 def parse_quota(words: Iterable[str]) -> Quota:
@@ -56,30 +89,72 @@ class Accounts:
         self._clock = clock
         self._windows: dict[str, int] = {}
         self._used: dict[str, Counter[str]] = {period: Counter() for period in PERIODS_S}
+        self._reserved: dict[str, _Reserved] = {}
+        self._lock = threading.RLock()
 
     def admit(self, name: str, quota: Quota) -> Spent | None:
         """Count a request, or say which limit is used up."""
-        self._turn()
-        for limit, amount in quota.limits.items():
-            if self.used(name, limit) >= amount:
-                return Spent(limit, amount, self._wait_s(limit))
-        self._add(name, "requests", 1)
+        with self._lock:
+            for limit, amount in quota.limits.items():
+                if self.used(name, limit) >= amount:
+                    return Spent(limit, amount, self._wait_s(limit))
+            self._add(name, "requests", 1)
         return None
 
-    def charge(self, name: str, num_tokens: int) -> None:
-        """Count the tokens of a request that is over."""
-        self._turn()
-        self._add(name, "tokens", num_tokens)
+    def reserve(self, name: str, quota: Quota, request_id: str, wanted: Wanted) -> None:
+        """Set tokens aside for a request that was admitted. Raises QuotaError, and takes back its count."""
+        with self._lock:
+            now = self._clock()
+            for other in [key for key, one in self._reserved.items() if one.ends_at < now]:
+                del self._reserved[other]
+            limits = {limit: most for limit, most in quota.limits.items() if limit.startswith("tokens/")}
+            left = [most - self.used(name, limit) - self.reserved(name) for limit, most in limits.items()]
+            for (limit, most), rest in zip(limits.items(), left, strict=True):
+                if wanted.needed > rest:
+                    self._add(name, "requests", -1)
+                    raise self._too_few(name, limit, most, wanted.needed)
+            tokens = min([wanted.most, *left])
+            self._reserved[request_id] = _Reserved(name, tokens, now + START_S)
+
+    def start(self, request_id: str) -> None:
+        """Keep what was set aside until the request is charged: its response has started."""
+        with self._lock:
+            if found := self._reserved.get(request_id):
+                self._reserved[request_id] = replace(found, ends_at=math.inf)
+
+    def charge(self, name: str, num_tokens: int, request_id: str = "") -> None:
+        """Count the tokens of a request that is over, in the place of those that were set aside."""
+        with self._lock:
+            self._reserved.pop(request_id, None)
+            self._add(name, "tokens", num_tokens)
 
     def used(self, name: str, limit: str) -> int:
         """How much of a limit is used."""
-        self._turn()
-        unit, _, period = limit.partition("/")
-        return self._used[period][f"{unit} {name}"]
+        with self._lock:
+            self._turn()
+            unit, _, period = limit.partition("/")
+            return self._used[period][f"{unit} {name}"]
+
+    def reserved(self, name: str) -> int:
+        """Tokens that are set aside for requests under way."""
+        with self._lock:
+            return sum(one.tokens for one in self._reserved.values() if one.name == name)
+
+    def _too_few(self, name: str, limit: str, most: int, needed: int) -> QuotaError:
+        asked = f"the request may take {needed} tokens, prompt and stated limit of the answer together"
+        if needed > most:
+            message = f"{asked}, and the key of {name!r} has {most} {limit}: state a lower limit"
+            return QuotaError(message, None)
+        wait_s = self._wait_s(limit)
+        if needed <= most - self.used(name, limit):  # others under way may take less than they stated
+            wait_s = min(wait_s, math.ceil(START_S))
+        message = f"{asked}, and the key of {name!r} has fewer left of its {most} {limit}"
+        return QuotaError(f"{message}; there may be more in {wait_s} s", wait_s)
 
     def _add(self, name: str, unit: str, amount: int) -> None:
+        self._turn()
         for used in self._used.values():
-            used[f"{unit} {name}"] += amount
+            used[f"{unit} {name}"] = max(0, used[f"{unit} {name}"] + amount)
 
     def _turn(self) -> None:
         """Begin new windows where the clock says so."""

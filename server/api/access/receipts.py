@@ -16,7 +16,7 @@ from fastapi import Request
 
 from config.prices import PRICES, PRICES_OF
 from server.api.access.keys import key_of
-from server.api.access.quotas import Accounts
+from server.api.access.quotas import UNSTATED_TOKENS, Accounts, Quota, Wanted
 from server.api.answer.answer import Answer
 from server.api.error_bodies import PROVIDER
 from server.link.messages import Usage
@@ -40,6 +40,7 @@ class Caller:
     referer: str | None = None
     key: str | None = None
     title: str | None = None
+    quota: Quota = field(default_factory=Quota)
 
     @property
     def agent(self) -> str:
@@ -70,6 +71,7 @@ class Caller:
             referer=_header(headers, "http-referer"),
             key=_digest(key_of(headers)),
             title=_header(headers, "x-openrouter-title") or _header(headers, "x-title"),
+            quota=getattr(request.state, "quota", Quota()),
         )
 
 
@@ -172,6 +174,18 @@ class Ledger:
         self.openrouter_cost = 0.0
         self.accounts = Accounts()
 
+    def open(self, receipt: Receipt, answers: list[Answer], limit: int | None) -> None:
+        """Set aside what a request may take; `limit` is that stated for each answer. Raises QuotaError."""
+        prompts = sum(len(answer.request.token_ids) for answer in answers[:: receipt.answers_per_prompt])
+        most = sum(min(limit or UNSTATED_TOKENS, answer.request.max_tokens) for answer in answers)
+        needed = prompts + (min(len(answers), most) if limit is None else most)
+        caller = receipt.caller
+        self.accounts.reserve(caller.key_name, caller.quota, receipt.id, Wanted(needed, prompts + most))
+
+    def start(self, receipt: Receipt) -> None:
+        """The response to a request has begun; `close` will be called."""
+        self.accounts.start(receipt.id)
+
     def close(self, receipt: Receipt, answers: list[Answer]) -> None:
         """Keep a request that is over, however it ended."""
         self.num_rejected_calls += sum(answer.parser.num_rejected_calls for answer in answers)
@@ -179,7 +193,7 @@ class Ledger:
         cost = receipt.openrouter_cost(usage)
         self.openrouter_cost += cost
         num_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
-        self.accounts.charge(receipt.caller.key_name, num_tokens)
+        self.accounts.charge(receipt.caller.key_name, num_tokens, receipt.id)
         if cost:
             text = "%s of %s: %d tokens, $%.6f at OpenRouter by its prices of %s"
             log.info(text, receipt.id, receipt.caller.key_name, num_tokens, cost, PRICES_OF)

@@ -113,7 +113,7 @@ def health_router(service: Service) -> APIRouter:
 
     @router.get("/health")
     async def get_health() -> Response:
-        status = service.engine.status
+        status = service.engine.health()
         body: dict[str, Any] = {"status": status.state, "model": service.model_id}
         if status.info:
             return JSONResponse(body | {"context_length": status.info.context_length})

@@ -75,6 +75,7 @@ class Chat:
         self._receipt = Receipt(
             command.request_id, service.model_id, caller, bool(body.stream), len(self.answers)
         )
+        service.ledger.open(self._receipt, self.answers, body.limit)
         service.engine.reserve()
 
     def _explain(self, command: Generate) -> None:
@@ -148,6 +149,7 @@ class Chat:
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """What clients get to see, with the choice that it belongs to."""
+        self._service.ledger.start(self._receipt)
         try:
             async with aclosing(merge([answer.deltas() for answer in self.answers])) as merged:
                 async for index, delta in merged:

@@ -55,6 +55,7 @@ class _Completion:
         self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
         self._receipt = Receipt(self.envelope.id, service.model_id, caller, bool(body.stream), self._num_each)
+        service.ledger.open(self._receipt, self._answers, body.max_tokens)
         service.engine.reserve()
 
     def _make_answers(self, service: Service, prompt: str | list[int]) -> list[Answer]:
@@ -80,6 +81,7 @@ class _Completion:
 
     async def result(self) -> dict[str, Any]:
         """All choices."""
+        self._service.ledger.start(self._receipt)
         try:
             choices = [await self._choice(index) for index in range(len(self._answers))]
         finally:
@@ -100,6 +102,7 @@ class _Completion:
 
     async def chunks(self, sends_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
         """The choices in chunks, usage last."""
+        self._service.ledger.start(self._receipt)
         try:
             for index in range(len(self._answers)):
                 async with aclosing(self._choice_chunks(index)) as chunks:

@@ -1,6 +1,7 @@
 """The indexer against transformers' GlmMoeDsaIndexer, and choosing keys by our own rule for ties."""
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.arithmetic import CPU
 from models.attention.indexer import index_scores
 from models.attention.selection import causal_mask, select, selected_positions
 from tests.models.make_golden import SEED, reference_model
@@ -41,10 +43,12 @@ def test_keys_queries_and_head_weights_equal_the_reference_module() -> None:
 
 
 @pytest.mark.parametrize("max_elements", [1, 3 * 16 * 7, 2**24])  # a key at a time, 7 of 20, all
-def test_scores_are_float32_whatever_the_keys_are_kept_in(max_elements: int) -> None:
+@pytest.mark.parametrize("uses_numpy", [False, True])
+def test_scores_are_float32_whatever_the_keys_are_kept_in(max_elements: int, uses_numpy: bool) -> None:
+    arithmetic = replace(CPU, tile_elements=max_elements, uses_numpy=uses_numpy)
     q, w = mx.random.normal((3, 16, 8)), mx.random.normal((3, 16))
     keys = mx.random.normal((20, 8)).astype(mx.bfloat16)
-    got = index_scores(q, w, keys, max_elements)
+    got = index_scores(q, w, keys, arithmetic)
     want = (mx.maximum(q @ keys.astype(mx.float32).T / 8**0.5, 0) * w[..., None]).sum(axis=1)
     assert got.dtype == mx.float32
     assert np.abs(np.array(got - want)).max() < 1e-5

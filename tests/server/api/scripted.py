@@ -50,6 +50,9 @@ class ScriptedEngine:
             return EngineStatus("ready", info=ModelInfo(self.vocab_size, self.context_length))
         return EngineStatus("loading", "opening the model", 0.25)
 
+    def health(self) -> EngineStatus:
+        return self.status
+
     def reserve(self) -> None:
         """There is always a place."""
 

@@ -140,3 +140,18 @@ def test_a_head_within_the_limits_and_a_large_body_pass(base_url: str) -> None:
         rest = body[70_000:]
         connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(rest), rest))
         assert answer(connection)[0] == 200
+
+
+@pytest.mark.parametrize("start", [b"", b"\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\n", b"POST /v1/chat"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "second"])
+def test_a_request_that_does_not_come_is_not_waited_for(
+    base_url: str, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, start: bytes, is_first: bool
+) -> None:
+    monkeypatch.setattr("server.api.connection.REQUEST_TIMEOUT_S", 0.3)
+    with connected(base_url) as connection:
+        if not is_first:
+            engine.token_s = 0.25  # an answer may take longer than a request
+            connection.sendall(post())
+            assert answer(connection)[0] == 200
+        connection.sendall(start)
+        assert is_closed(connection)

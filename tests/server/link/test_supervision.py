@@ -1,16 +1,30 @@
 """An engine that hangs, or dies again and again, and lines that are too long: everybody is told."""
 
 import asyncio
+import os
+import signal
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from config.errors import BusyError
+from server.api.error_bodies import GenerationFailed
 from server.link.admission import AdmissionLine
 from server.link.child import Child
-from server.link.messages import Failed, Finished, Generate, RequestEvent, Sampling, Started, Token
+from server.link.messages import (
+    Failed,
+    FailureKind,
+    Finished,
+    Generate,
+    RequestEvent,
+    Sampling,
+    Started,
+    Token,
+)
 from server.link.supervisor import MAX_STARTS_IN_A_ROW, Deadlines, EngineProcess
 from tests.server.link.fake_worker import FATAL_TOKEN
 from tests.server.link.test_supervisor import collect, config, engine_of, ready, until
@@ -41,6 +55,148 @@ def test_a_step_that_never_ends_is_noticed_told_and_healed() -> None:
             await ready(engine)
             assert engine.pid != pid
             assert isinstance((await collect(engine, Generate("c", (1,), 3, GREEDY)))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("patience_s", [0.02, 0.1, 0.4])
+@pytest.mark.parametrize("is_stopped_idle", [False, True])
+def test_a_stopped_engine_is_noticed_however_impatient_the_clients_are(
+    patience_s: float, is_stopped_idle: bool
+) -> None:
+    async def scenario() -> None:
+        async with engine_of("slow", deadlines=Deadlines(step_s=1.0)) as engine:
+            await ready(engine)
+            pid = engine.pid
+            assert pid
+            if not is_stopped_idle:
+                asyncio.get_running_loop().call_later(0.1, os.kill, pid, signal.SIGSTOP)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(collect(engine, Generate("a", (1,), 60, GREEDY)), 0.15)
+            else:
+                os.kill(pid, signal.SIGSTOP)
+            stopped_at = time.monotonic()
+            number = 0
+            while engine.pid == pid and time.monotonic() - stopped_at < 5:
+                number += 1
+                with suppress(TimeoutError):
+                    request = Generate(f"b{number}", (1,), 3, GREEDY)
+                    await asyncio.wait_for(collect(engine, request), patience_s)
+                await asyncio.sleep(0.005)
+            assert time.monotonic() - stopped_at < 1.0 + patience_s + 1.0
+            await ready(engine)
+            assert isinstance((await collect(engine, Generate("c", (1,), 3, GREEDY)))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("pause_s", [0.01, 0.05, 0.2])
+def test_health_asks_the_engine_itself(pause_s: float) -> None:
+    async def scenario() -> None:
+        async with engine_of("well", deadlines=Deadlines(step_s=1.2)) as engine:
+            await ready(engine)
+            for _ in range(5):
+                assert engine.health().state == "ready"
+                await asyncio.sleep(pause_s)
+            pid, states = engine.pid, []
+            assert pid
+            os.kill(pid, signal.SIGSTOP)
+            while engine.pid == pid:
+                states.append(engine.health())
+                await asyncio.sleep(pause_s)
+            doubtful = [one for one in states if one.state == "down"]
+            assert "has not answered for" in doubtful[0].text
+            assert states[0].state == "ready"
+            await ready(engine)
+            assert engine.health().state == "ready"
+
+    asyncio.run(scenario())
+
+
+def test_a_long_layer_is_no_silence_where_the_loop_beats() -> None:
+    """A layer takes 20 ms, and what was asked in it is answered behind it."""
+
+    async def scenario() -> None:
+        async with engine_of("slow", deadlines=Deadlines(step_s=4.0)) as engine:
+            await ready(engine)
+            work = asyncio.ensure_future(collect(engine, Generate("a", (1,), 30, GREEDY)))
+            while not work.done():
+                engine.cancel("unknown")
+                assert engine.health().state == "ready"
+                await asyncio.sleep(0.01)
+            assert isinstance(work.result()[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+CHANGES: list[Callable[[Path], object]] = [
+    lambda folder: (folder / "model.safetensors").write_bytes(b"other"),
+    lambda folder: (folder / "config.json").unlink(),
+    lambda folder: (folder / "chat_template.jinja").write_text("x"),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_that_changed_is_not_served_unasked(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    async def scenario() -> None:
+        folder = checkpoint_in(tmp_path)
+        async with engine_of(str(folder)) as engine:
+            await ready(engine)
+            assert isinstance((await collect(engine, Generate("a", (1,), 3, GREEDY)))[-1], Finished)
+            change(folder)
+            assert engine.pid
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(lambda: engine.status.failure == "changed")
+            assert "was changed while the server ran" in engine.status.text
+            await asyncio.sleep(1.0)  # it is not started again either
+            assert engine.health().state == "down"
+            failed = failure(await collect(engine, Generate("b", (1,), 3, GREEDY)))
+            assert failed.kind == "changed"
+            assert not GenerationFailed.from_event(failed).can_retry
+
+    asyncio.run(scenario())
+
+
+def test_a_checkpoint_that_was_touched_is_served_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        folder = checkpoint_in(tmp_path)
+        async with engine_of(str(folder)) as engine:
+            await ready(engine)
+            for when in (1, 2):
+                os.utime(folder / "model.safetensors", (when, when))
+                pid = engine.pid
+                assert pid
+                os.kill(pid, signal.SIGKILL)
+                await until(lambda: engine.pid is None)
+                await ready(engine)
+                assert isinstance((await collect(engine, Generate("a", (1,), 3, GREEDY)))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """Files such as a checkpoint has; the fake worker reads none of them."""
+    made = folder / "well"
+    made.mkdir()
+    (made / "model.safetensors").write_bytes(b"weights")
+    (made / "config.json").write_text("{}")
+    return made
+
+
+@pytest.mark.parametrize("kind", ["changed", "disk", "engine"])
+def test_health_is_not_ready_while_requests_fail_for_another_checkpoint(kind: FailureKind) -> None:
+    async def scenario() -> None:
+        async with engine_of("well") as engine:
+            await ready(engine)
+            child = engine._child
+            assert child
+            engine._on_event(child, Failed("x", kind, "the file was replaced"))
+            assert engine.health().state == ("down" if kind == "changed" else "ready")
+            assert engine.status.state == "ready", "what is in memory may still be answered"
+            assert isinstance((await collect(engine, Generate("a", (1,), 3, GREEDY)))[-1], Finished)
+            assert engine.health().state == "ready"
 
     asyncio.run(scenario())
 

@@ -36,7 +36,15 @@ def router_url(server: Server, second_server: Server) -> Iterator[str]:
     """Where a router listens that asks both in turn."""
     port, metrics_port = (_free_port() for _ in range(2))
     workers = [server.url, second_server.url]
-    command = [str(ROUTER), "--worker-urls", *workers, "--policy", "round_robin", "--port", str(port)]
+    command: list[str] = [
+        str(ROUTER),
+        "--worker-urls",
+        *workers,
+        "--policy",
+        "round_robin",
+        "--port",
+        str(port),
+    ]
     router = subprocess.Popen(
         [*command, "--prometheus-port", str(metrics_port)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

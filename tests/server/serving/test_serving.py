@@ -16,7 +16,6 @@ import httpx
 import pytest
 
 from server.commands.checkpoint import POCKET
-from server.link.blas import with_fast_blas
 from tests.server.serving.running import ROOT, SUM, Server, ask, children_of, start_server, stop_server
 
 
@@ -181,13 +180,6 @@ def test_a_server_that_is_stopped_closes_what_it_keeps(tmp_path: Path, number: s
     assert stopped.process.stderr is not None
     assert "Traceback" not in stopped.process.stderr.read()
     stopped.process.stderr.close()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(with_fast_blas({}) == {}, reason="OpenBLAS is not installed, or MLX computes elsewhere")
-def test_the_engine_process_carries_the_fast_blas(server: Server) -> None:
-    [engine] = children_of(server.process.pid)
-    assert "libopenblas" in Path(f"/proc/{engine}/maps").read_text()
 
 
 def is_alive(pid: int) -> bool:

@@ -21,7 +21,6 @@ import pytest
 from tokenizers import Tokenizer
 
 from server.commands.checkpoint import POCKET
-from server.link.blas import with_fast_blas
 from tests.models.mutants import MUTANTS, head_dim_as_rotary_width
 from training.pocket.data.render import prompt_text
 from training.pocket.evaluation.cases import Case, make_needles
@@ -82,7 +81,7 @@ def table(folder: Path) -> str:
 
 def run_all(names: list[str], jobs: int, per_length: int, seconds: float, folder: Path) -> None:
     """Up to `jobs` processes at a time; those still running when the time is over are ended."""
-    environment = with_fast_blas(os.environ) | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ} | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     waiting, running = list(names), list[subprocess.Popen[bytes]]()
     start = reported = time.monotonic()
     while (waiting or running) and time.monotonic() - start < seconds:

@@ -1,10 +1,12 @@
 """What a key may use, what it has used, and what that would have cost elsewhere."""
 
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 from starlette.testclient import TestClient
@@ -12,7 +14,7 @@ from starlette.testclient import TestClient
 from config.errors import UsageError
 from config.prices import PRICES, PRICES_OF
 from server.api.access.keys import Access, KeyRing, read_keys
-from server.api.access.quotas import Accounts, Quota, parse_quota
+from server.api.access.quotas import START_S, Accounts, Quota, QuotaError, Wanted, parse_quota
 from server.api.access.receipts import Ledger
 from server.api.app import make_app
 from server.api.request.model_names import ModelNames
@@ -121,6 +123,76 @@ def test_who_has_used_his_quota_is_told_when_to_come_back(
     refused = client.post("/v1/chat/completions", json=BODY, headers=ALICE)
     assert f"{used} tokens/day" in refused.json()["error"]["message"], "what was used before counts"
     assert (refused.headers["retry-after"], refused.headers["x-should-retry"]) == ("120", "false")
+
+
+ASKED: list[tuple[str, dict[str, Any]]] = [
+    ("chat/completions", BODY | {"max_tokens": 40}),
+    ("chat/completions", BODY),
+    ("chat/completions", BODY | {"n": 2, "max_completion_tokens": 20}),
+    ("completions", {"prompt": "x" * 20, "max_tokens": 40}),
+    ("completions", {"prompt": ["x" * 10] * 2, "n": 2, "max_tokens": 10}),
+    ("messages", BODY | {"max_tokens": 40, "model": "z-ai/glm-5.2"}),
+    ("responses", {"input": "hello", "max_output_tokens": 40}),
+]
+
+
+@pytest.mark.parametrize(("path", "fields"), ASKED)
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_requests_that_come_together_share_what_is_left(
+    clocked: Service, engine: ScriptedEngine, path: str, fields: dict[str, Any], is_streaming: bool
+) -> None:
+    engine.token_s = 0.02
+    ring = KeyRing([("alice", "sk-1")], {"alice": Quota({"tokens/minute": 100})})
+    with running_app(make_app(clocked, Access(ring))) as url, ThreadPoolExecutor(20) as pool:
+
+        def ask(_: int) -> httpx.Response:
+            body = fields | {"stream": is_streaming}
+            return httpx.post(f"{url}/v1/{path}", json=body, headers=ALICE, timeout=30)
+
+        answers = list(pool.map(ask, range(20)))
+        served = [answer for answer in answers if answer.status_code == 200]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert served
+        assert len(served) + len(refused) == 20
+        assert clocked.ledger.accounts.used("alice", "tokens/minute") <= 100
+        assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
+        assert clocked.ledger.accounts.reserved("alice") == 0
+        assert clocked.ledger.accounts.used("alice", "requests/minute") == len(served)
+
+
+def test_what_was_set_aside_and_not_used_is_there_again(clocked: Service) -> None:
+    ring = KeyRing([("alice", "sk-1")], {"alice": Quota({"tokens/day": 500})})
+    client = TestClient(make_app(clocked, Access(ring)))
+    for _ in range(4):  # each may take 380 and takes about 80
+        response = client.post("/v1/chat/completions", json=BODY | {"max_tokens": 300}, headers=ALICE)
+        used = clocked.ledger.accounts.used("alice", "tokens/day")
+        assert response.status_code == (200 if used + 380 < 600 else 429)
+
+
+@pytest.mark.parametrize(("path", "fields"), [one for one in ASKED if "max" in str(one)])
+def test_what_can_never_fit_a_quota_is_told_so(clocked: Service, path: str, fields: dict[str, Any]) -> None:
+    ring = KeyRing([("alice", "sk-1")], {"alice": Quota({"tokens/minute": 30, "requests/day": 99})})
+    response = TestClient(make_app(clocked, Access(ring))).post(f"/v1/{path}", json=fields, headers=ALICE)
+    assert (response.status_code, response.headers["x-should-retry"]) == (429, "false")
+    assert "state a lower limit" in response.json()["error"]["message"]
+    assert clocked.ledger.accounts.used("alice", "requests/day") == 0
+
+
+def test_a_client_that_left_before_its_answer_began_holds_nothing(clock: Clock) -> None:
+    accounts, quota = Accounts(clock), Quota({"tokens/day": 100})
+    accounts.reserve("alice", quota, "a", Wanted(60, 60))
+    with pytest.raises(QuotaError) as refused:
+        accounts.reserve("alice", quota, "b", Wanted(60, 60))
+    assert (refused.value.retry_after_s, refused.value.can_retry) == (5, True)
+    clock.now += START_S + 1
+    accounts.reserve("alice", quota, "b", Wanted(60, 60))
+    accounts.start("b")
+    clock.now += 1000
+    with pytest.raises(QuotaError):
+        accounts.reserve("alice", quota, "c", Wanted(60, 60))
+    accounts.charge("alice", 10, "b")
+    accounts.reserve("alice", quota, "c", Wanted(60, 4096))
+    assert accounts.reserved("alice") == 90
 
 
 @pytest.mark.parametrize("is_streaming", [False, True])
