@@ -48,6 +48,8 @@ RING_SHARE = 0.02
 # need the rest. More than four full contexts nobody asked for; less than 2,048 tokens leaves no room to copy
 # blocks.
 PREFIX_DIVISOR = 25
+# Lines of memory that is not MLX's: threads' buffers, saved blocks as bytes, and the libraries.
+NOT_MLX = ("reader buffers", "prefix cache", "Python and libraries")
 PREFIX_CONTEXTS = 4
 MIN_PREFIX_TOKENS = 2048
 
@@ -98,6 +100,11 @@ class MemoryPlan:
     reader_threads: int  # at most; the disk's probe decides
     sweep_tokens: int  # of all prompts that share a sweep
     ring_slots: int
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What MLX allocates, in all lines: what has to be wired where anything is."""
+        return sum(nbytes for name, nbytes in self.lines.items() if name not in NOT_MLX)
 
     @property
     def is_resident(self) -> bool:

@@ -88,6 +88,13 @@ class Settings(BaseSettings):
         "ceiling of the memory used: 100G (G = 10^9 bytes), 96GiB (GiB = 2^30) or 80%% of physical memory",
         gt=0,
     )
+    wire: bool = _setting(
+        False,
+        "Memory",
+        None,
+        "keep the model from being paged out (macOS); off because an open fault of MLX, #3186, can stop the "
+        "machine",
+    )
     mirror: Annotated[tuple[Path, ...], NoDecode] = _setting(
         (),
         "Memory",

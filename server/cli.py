@@ -79,6 +79,12 @@ def _convert(words: Sequence[str]) -> int:
     return convert_command(words)
 
 
+def _align(words: Sequence[str]) -> int:
+    from server.commands.align_command import align_command
+
+    return align_command(words)
+
+
 def _prefixes(words: Sequence[str]) -> int:
     if not {"-h", "--help"}.isdisjoint(words):
         parse_settings(["--help"], "prefixes")
@@ -94,6 +100,7 @@ COMMANDS = {
     "serve": Command("answer requests (the default)", _serve),
     "plan": Command("print how --ram-budget would be divided (--json for programs), load nothing", _plan),
     "convert": Command("make a streamable, quantised copy: glmserve convert SRC DST", _convert),
+    "align": Command("make an expert one read instead of nine: glmserve align DIR [DST]", _align),
     "prefixes": Command(
         "carry saved prompts: glmserve prefixes export FILE [--pinned], or import FILE", _prefixes
     ),

@@ -40,13 +40,14 @@ class ShardWriter:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
         ordered = sorted(specs.items(), key=lambda item: (-gcd(item[1].nbytes, PAGE), item[0]))
-        header, self._offsets = _layout(dict(ordered))
+        tensors = {name: (spec.dtype, spec.shape, spec.nbytes) for name, spec in ordered}
+        header, self._offsets = layout(tensors, {"format": "mlx"})
         self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        _write_fully(self._fd, header, 0)
+        write_fully(self._fd, header, 0)
 
     def write(self, name: str, start: int, data: bytes) -> None:
         """Writes bytes of a tensor, from its byte `start` on."""
-        _write_fully(self._fd, data, self._offsets[name] + start)
+        write_fully(self._fd, data, self._offsets[name] + start)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -63,15 +64,20 @@ class ShardWriter:
             self._partial.replace(self._path)
 
 
-def _layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """The header, padded with spaces as the format allows, and where each tensor starts in the file."""
-    entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+def layout(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The header of a file of these tensors (dtype, shape, bytes), and where each of them starts in the file.
+
+    The header is padded with spaces, as the format allows, so that the first tensor starts on a page.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     starts: dict[str, int] = {}
     end = 0
-    for name, spec in specs.items():
+    for name, (dtype, shape, nbytes) in tensors.items():
         starts[name] = end
-        end += spec.nbytes
-        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [starts[name], end]}
+        end += nbytes
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
     text = json.dumps(entries).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     data_start = 8 + len(text)
@@ -80,7 +86,8 @@ def _layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     }
 
 
-def _write_fully(fd: int, data: bytes, offset: int) -> None:
+def write_fully(fd: int, data: bytes, offset: int) -> None:
+    """Writes all of the data, in as many calls as the system takes for it."""
     view = memoryview(data)
     while view:
         count = os.pwrite(fd, view, offset)

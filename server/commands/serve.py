@@ -31,6 +31,7 @@ from server.glm.tokenizer import load_tokenizer
 from server.link.messages import EngineConfig
 from server.link.supervisor import Deadlines, EngineProcess
 from server.logs import set_up_logging
+from streaming.files.in_use import shared_use
 
 # Answers under way have so long to end when the server is told to stop; then their clients are told,
 DRAIN_TIMEOUT_S = 5.0
@@ -48,7 +49,7 @@ def serve(settings: Settings) -> int:
     checkpoint = choose_checkpoint(settings.model)
     if checkpoint.remark:
         log.info("%s", checkpoint.remark)
-    with listen(settings.host, settings.port) as listener:
+    with shared_use(checkpoint.directory), listen(settings.host, settings.port) as listener:
         dialect = load_dialect(checkpoint.directory)
         fault = asyncio.run(_Serving(settings, access, checkpoint, dialect, listener).run())
     if fault:
@@ -240,4 +241,5 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         prefix_disk_bytes=settings.prefix_cache_size,
         prefix_writes_per_day=settings.prefix_cache_writes,
         sweep_tokens=settings.sweep_tokens,
+        wires_memory=settings.wire,
     )

@@ -29,6 +29,7 @@ BEAT_S = 0.0005
 WARM_SIZE = 256
 # A prompt may go without a sign of life for minutes.
 AWAKE_S = 900
+CAFFEINATE = "/usr/bin/caffeinate"
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,10 @@ Send = Callable[[Event], None]
 
 
 def wire(nbytes: int, platform: str = sys.platform) -> None:
-    """Keeps trunk and slots, `nbytes`, from being paged out; at most what Metal allows.
+    """Keeps all of MLX's buffers, `nbytes`, from being paged out; at most what Metal allows.
+
+    Called only where a person asked for it: MLX's fault #3186 is a panic of the kernel ("prepare count
+    underflow") that was seen with a wired limit and in none of ten runs without.
 
     Based on: MLX's documentation of `set_wired_limit` (macOS 15; above the system's limit it is an error),
     and gmlx, nunspark and WASTE, where an unwired trunk was read again from disk for every token (0.10
@@ -47,7 +51,7 @@ def wire(nbytes: int, platform: str = sys.platform) -> None:
     limit = int(mx.device_info()["max_recommended_working_set_size"])
     if nbytes > limit:
         log.warning(
-            "trunk and slots take %s, of which macOS keeps only %s in memory: lower --ram-budget, or raise "
+            "MLX's buffers take %s, of which macOS keeps only %s in memory: lower --ram-budget, or raise "
             "the limit with sudo sysctl iogpu.wired_limit_mb=%d",
             format_size(nbytes), format_size(limit), -(-nbytes // 2**20),
         )  # fmt: skip
@@ -175,6 +179,7 @@ class KeepAwake:
 
     def __init__(self) -> None:
         self._renew_s = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
 
     def touch(self) -> None:
         """Something moved."""
@@ -182,6 +187,17 @@ class KeepAwake:
             return
         self._renew_s = now_s + AWAKE_S / 2
         try:
-            subprocess.Popen(["caffeinate", "-i", "-t", str(AWAKE_S), "-w", str(os.getpid())])
+            before, self._process = self._process, _spawn_caffeinate()
+            if before is not None:
+                before.terminate()
+                before.wait()
         except OSError as error:
             log.warning("the machine may fall asleep while requests run: %s", error)
+
+
+def _spawn_caffeinate() -> "subprocess.Popen[bytes]":
+    """Starts it by posix_spawn: a fork would copy the page tables of 100 GB.
+
+    Python does so with a full path and without closing descriptors, of which it lets none be inherited.
+    """
+    return subprocess.Popen([CAFFEINATE, "-i", "-t", str(AWAKE_S), "-w", str(os.getpid())], close_fds=False)

@@ -29,6 +29,7 @@ from streaming.disk.disk import Disk
 from streaming.disk.open_files import allow_open_files
 from streaming.disk.probe import DiskProbe, probe_disk
 from streaming.disk.reader import NUM_THREADS
+from streaming.files.layout import advise_aligning
 from streaming.prefix.provenance import Provenance
 from streaming.store import ExpertStore
 
@@ -70,7 +71,8 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         store,
         lambda done, total: report(0.9 + 0.1 * done / total, f"trunk, file {done} of {total}"),
     )
-    wire(plan.lines["trunk"] + plan.lines["experts"])
+    on_plan = _wire if config.wires_memory else _leave
+    on_plan(plan)
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
@@ -79,7 +81,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     use = MemoryUse(
         store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
     )
-    governor = _make_memory(checkpoint, arithmetic, rule, plan, store, model.settle)
+    governor = _make_memory(checkpoint, arithmetic, rule, plan, store, model.settle, on_plan)
     memory = governor if comparison is None else MirrorWatch(governor, comparison)
     if comparison is not None:
         comparison.start()
@@ -105,6 +107,8 @@ def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig)
 
 def _probe(disk: Disk, checkpoint: Checkpoint, plan: MemoryPlan) -> DiskProbe:
     """In the memory that slots will have."""
+    if advice := advise_aligning(checkpoint.experts, checkpoint.directory):
+        log.info("%s", advice)
     try:
         probe = probe_disk(disk, checkpoint.experts, plan.reader_threads, plan.lines["experts"])
     except DiskError as error:
@@ -135,6 +139,14 @@ def open_prefix_cache(
         return PrefixCache(provenance, max_bytes)
 
 
+def _wire(plan: MemoryPlan) -> None:
+    wire(plan.buffer_bytes)
+
+
+def _leave(plan: MemoryPlan) -> None:
+    """Leaves to the system what stays in memory."""
+
+
 def _make_memory(
     checkpoint: Checkpoint,
     arithmetic: Arithmetic,
@@ -142,12 +154,13 @@ def _make_memory(
     plan: MemoryPlan,
     store: ExpertStore,
     settle: Callable[[], None],
+    on_plan: Callable[[MemoryPlan], None],
 ) -> Governor | Ungoverned:
     if plan.is_resident:
         return Ungoverned()
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
     make = partial(_make_rule, checkpoint)
-    return Governor(store, geometry, plan, settle, make, rule, measure_room=choose_room())
+    return Governor(store, geometry, plan, settle, make, rule, measure_room=choose_room(), on_plan=on_plan)
 
 
 def _make_rule(checkpoint: Checkpoint, name: ExpertPolicy) -> Rule:

@@ -27,6 +27,10 @@ STOP_TIMEOUT_S = 5.0
 # NumPy's OpenBLAS lets its threads look for work for 2^26 cycles before they sleep, on cores that the disk's
 # threads and MLX want: of 36 s of two cores they took 11. The shortest time that it takes is 2^4 cycles.
 ENGINE_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**22), "OPENBLAS_THREAD_TIMEOUT": "4"}
+# MLX hands Metal a command buffer after so many operations, or when those name so many MB: by default 40 or
+# 50, and a gather names a whole bank of slots, so each would go alone. Larger ones gave 5 to 8 % (published,
+# never run by us). A step waits for its results once a layer in any case.
+COMMAND_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "200", "MLX_MAX_MB_PER_BUFFER": "4000"}
 
 log = logging.getLogger(__name__)
 
@@ -111,4 +115,5 @@ def _child_environment() -> dict[str, str]:
     """The child imports this very code, wherever it was started."""
     root = str(Path(server.__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH")
-    return {**ENGINE_ENVIRONMENT, **os.environ, "PYTHONPATH": ":".join(filter(None, [root, inherited]))}
+    ours = ENGINE_ENVIRONMENT | (COMMAND_BUFFERS if sys.platform == "darwin" else {})
+    return {**ours, **os.environ, "PYTHONPATH": ":".join(filter(None, [root, inherited]))}

@@ -37,6 +37,7 @@ class EngineConfig:
     batch_width: int | None = None
     expert_policy: ExpertPolicy = DEFAULT_EXPERT_POLICY
     mirrors: tuple[Path, ...] = ()
+    wires_memory: bool = False
     sweep_tokens: int | None = None  # None: what the plan gives
     prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache
     prefix_directory: Path | None = None  # None: nothing on disk

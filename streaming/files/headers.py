@@ -68,7 +68,7 @@ def read_headers(directory: Path, is_complete: IsComplete | None = None) -> dict
     """All tensors of a checkpoint by name; CheckpointError names the file and the tensor at fault.
 
     The index says which files count, and of a tensor in several of them which one. Where `is_complete` is
-    given, an index that is wrong or lists too little gives way to complete files beside it.
+    given, a complete index says which tensors count, and one that is wrong gives way to complete files.
     """
     fault: CheckpointError | None = None
     entries: dict[str, TensorEntry] = {}
@@ -80,8 +80,12 @@ def read_headers(directory: Path, is_complete: IsComplete | None = None) -> dict
         )
     except CheckpointError as error:
         fault = error
-    if is_complete and weight_map is not None and not (entries and is_complete(entries)):
-        entries = _read_unindexed(directory, set(weight_map.values()), entries, is_complete) or entries
+    if is_complete and weight_map is not None:
+        listed = {name: entry for name, entry in entries.items() if name in weight_map}
+        if listed and is_complete(listed):
+            return listed
+        if not is_complete(entries):
+            entries = _read_unindexed(directory, set(weight_map.values()), entries, is_complete) or entries
     if fault and not entries:
         raise fault
     return entries

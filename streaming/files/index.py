@@ -124,6 +124,12 @@ class ExpertIndex:
         """Whether the trunk loader must leave this tensor out."""
         return _EXPERT_TENSOR.fullmatch(name) is not None
 
+    @staticmethod
+    def layer_of(name: str) -> int | None:
+        """The layer of an expert's tensor; None for another tensor."""
+        match = _EXPERT_TENSOR.fullmatch(name)
+        return int(match["layer"]) if match else None
+
     def parts(self, layer: int) -> tuple[Part, ...]:
         return tuple(source.part for source in self._sources[layer])
 

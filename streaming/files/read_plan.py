@@ -3,7 +3,7 @@
 Pure functions; called by the store on the engine's thread.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ MAX_READ_BYTES = 8 * 2**20
 # A gap of up to one page costs less than the request it saves, and keeps what is read within 2 % of what is
 # needed.
 MAX_GAP_BYTES = 4096
-_CUT = 4096
+# Cuts lie on pages of Apple silicon where the stretch starts on one.
+_CUT = 16_384
 # Where several disks share an expert: in so many reads, unless they would be smaller or larger than that.
 SHARES = 8
 MIN_SHARED_BYTES, MAX_SHARED_BYTES = 64 * 2**10, 2 * 2**20
@@ -44,30 +45,24 @@ class Run(NamedTuple):
     segments: tuple[Segment, ...]
 
 
-class _Cut(NamedTuple):
-    path: Path
-    offset: int
-    nbytes: int
-    part: int
-    start: int
-
-
 def plan_runs(pieces: Sequence[Piece], max_bytes: int = MAX_READ_BYTES) -> list[Run]:
-    """The reads that bring all pieces of one expert, none above `max_bytes`, in order of file and offset."""
-    cuts = sorted(
-        (cut for number, piece in enumerate(pieces) for cut in _cuts(number, piece, max_bytes)),
-        key=lambda cut: (str(cut.path), cut.offset),  # comparing paths takes longer than all the rest
-    )
+    """The reads that bring all pieces of one expert, none above `max_bytes`, in order of file and offset.
+
+    Neighbours make one stretch of a file, which is read at once, or in equal runs where it is long.
+    """
+    # Comparing paths takes longer than all the rest.
+    ordered = sorted(range(len(pieces)), key=lambda number: (str(pieces[number].path), pieces[number].offset))
     runs: list[Run] = []
-    group: list[_Cut] = []
-    for cut in cuts:
-        if group and not _joins(group, cut, max_bytes):
-            runs.append(_make_run(group))
-            group = []
-        group.append(cut)
-    if group:
-        runs.append(_make_run(group))
-    return runs
+    stretch: list[int] = []
+    end = 0
+    for number in ordered:
+        piece = pieces[number]
+        if stretch and (piece.offset - end > MAX_GAP_BYTES or piece.path != pieces[stretch[0]].path):
+            runs += _cut(stretch, pieces, end, max_bytes)
+            stretch = []
+        stretch.append(number)
+        end = piece.offset + piece.part.nbytes
+    return runs + (_cut(stretch, pieces, end, max_bytes) if stretch else [])
 
 
 def plan_shared_runs(pieces: Sequence[Piece]) -> list[Run]:
@@ -88,27 +83,21 @@ def largest_run_bytes(index: ExpertIndex) -> int:
     )
 
 
-def _cuts(number: int, piece: Piece, max_bytes: int) -> Iterator[_Cut]:
-    nbytes = piece.part.nbytes
-    if nbytes <= max_bytes:
-        yield _Cut(piece.path, piece.offset, nbytes, number, 0)
-        return
-    count = -(-nbytes // max_bytes)
-    step = -(-nbytes // (count * _CUT)) * _CUT
-    for start in range(0, nbytes, step):
-        yield _Cut(piece.path, piece.offset + start, min(step, nbytes - start), number, start)
+def _cut(stretch: Sequence[int], pieces: Sequence[Piece], end: int, max_bytes: int) -> list[Run]:
+    """The runs of these pieces, which lie side by side up to `end`."""
+    path, first = pieces[stretch[0]].path, pieces[stretch[0]].offset
+    count = -(-(end - first) // max_bytes)
+    step = min(-(-(end - first) // (count * _CUT)) * _CUT, max_bytes)
+    return [
+        _make_run(stretch, pieces, path, start, min(start + step, end)) for start in range(first, end, step)
+    ]
 
 
-def _joins(group: Sequence[_Cut], cut: _Cut, max_bytes: int) -> bool:
-    end = group[-1].offset + group[-1].nbytes
-    return (
-        (cut.path is group[0].path or cut.path == group[0].path)
-        and cut.offset - end <= MAX_GAP_BYTES
-        and cut.offset + cut.nbytes - group[0].offset <= max_bytes
-    )
-
-
-def _make_run(group: Sequence[_Cut]) -> Run:
-    first = group[0].offset
-    segments = tuple(Segment(cut.part, cut.start, cut.offset - first, cut.nbytes) for cut in group)
-    return Run(group[0].path, first, group[-1].offset + group[-1].nbytes - first, segments)
+def _make_run(stretch: Sequence[int], pieces: Sequence[Piece], path: Path, start: int, stop: int) -> Run:
+    segments = []
+    for number in stretch:
+        part, _, offset = pieces[number]
+        low, high = max(start, offset), min(stop, offset + part.nbytes)
+        if low < high:
+            segments.append(Segment(number, low - offset, low - start, high - low))
+    return Run(path, start, stop - start, tuple(segments))

@@ -19,7 +19,6 @@ from config.plan import Geometry, MemoryPlan
 from config.plan_report import as_dict, render_plan
 from config.replan import replan
 from config.sizes import format_size
-from server.engine.apple import wire
 from server.engine.memory.pressure import MeasureRoom, Room
 from server.link.messages import Failed, Replan, Replanned
 from streaming.contest import Rule
@@ -94,12 +93,13 @@ class Governor:
         rule: Rule,
         *,
         measure_room: MeasureRoom,
+        on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.plan = plan
         self._store, self._geometry, self._settle = store, geometry, settle
         self._make_rule, self._rule = make_rule, rule
-        self._measure_room, self._clock = measure_room, clock
+        self._measure_room, self._on_plan, self._clock = measure_room, on_plan, clock
         self._room: Room | None = None
         self._num_shrinks = 0
         self._look_s = self._grown_s = self._settled_s = float("-inf")
@@ -138,7 +138,7 @@ class Governor:
         self.plan = plan
         if plan != before:
             log.info("the budget is %s now", format_size(plan.budget_bytes))
-            wire(plan.lines["trunk"] + plan.lines["experts"])
+            self._on_plan(plan)
             room = self._room = self._measure_room()
             self._raise(room.spare_bytes if room else plan.budget_bytes)
             self._wait(self._clock())

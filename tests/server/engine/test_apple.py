@@ -1,15 +1,22 @@
 """Guards for Apple's machines on a platform that is made up: calls are made there, nothing elsewhere."""
 
 import logging
+import os
 import subprocess
 import threading
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from models.arithmetic import choose_arithmetic
+from models.loading.loading import open_checkpoint
 from server.engine import apple
-from server.link.messages import Event, Finished, Progress, Token, TokenScore, Usage
+from server.engine.backend import open_backend, plan_memory
+from server.link.messages import EngineConfig, Event, Finished, Progress, Token, TokenScore, Usage
+from tests.checkpoints import save_packed
+from tests.tiny_glm import WIDER, make_weights
 
 TOKEN = Token("a", TokenScore(1, 0.0))
 PROGRESS = Progress("a", 1, 2)
@@ -58,7 +65,7 @@ def test_tokens_keep_the_gpu_warm_and_any_progress_keeps_the_machine_awake(
 ) -> None:
     commands: list[Any] = []
     touched: list[str] = []
-    monkeypatch.setattr(subprocess, "Popen", commands.append)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: commands.append(command))
     monkeypatch.setattr(apple.KeepWarm, "touch", lambda self: touched.append("warm"))
     sent: list[Event] = []
     send = apple.with_activity(sent.append, "darwin")
@@ -70,13 +77,13 @@ def test_tokens_keep_the_gpu_warm_and_any_progress_keeps_the_machine_awake(
     send(TOKEN)
     assert sent == [FINISHED, PROGRESS, TOKEN, TOKEN]
     assert touched == ["warm", "warm"]
-    assert [command[:2] for command in commands] == [["caffeinate", "-i"]], "one lasts for a while"
+    assert [command[:2] for command in commands] == [["/usr/bin/caffeinate", "-i"]], "one lasts for a while"
 
 
 def test_a_missing_caffeinate_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(command: list[str]) -> None:
+    def fail(command: list[str], **options: object) -> None:
         raise FileNotFoundError("caffeinate")
 
     monkeypatch.setattr(subprocess, "Popen", fail)
@@ -85,6 +92,42 @@ def test_a_missing_caffeinate_is_told_once(
         awake.touch()
         awake.touch()
     assert caplog.text.count("may fall asleep") == 1
+
+
+def test_the_machine_is_kept_awake_without_a_fork_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork copies the page tables of all that is mapped, 100 GB."""
+    spawned: list[list[str]] = []
+
+    def spawn(path: str, command: list[str], *rest: object, **options: object) -> int:
+        spawned.append(command)
+        return os.posix_spawnp("true", ["true"], os.environ)
+
+    def fork(*rest: object) -> int:
+        raise AssertionError("the process was forked")
+
+    monkeypatch.setattr(os, "posix_spawn", spawn)
+    monkeypatch.setattr(subprocess, "_fork_exec", fork)
+    awake = apple.KeepAwake()
+    awake.touch()
+    assert awake._process is not None
+    awake._process.wait()
+    assert [command[:2] for command in spawned] == [["/usr/bin/caffeinate", "-i"]]
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_memory_is_wired_only_where_that_was_asked_for_and_then_all_of_mlx(
+    wired: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_wanted: bool
+) -> None:
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**12})
+    monkeypatch.setattr(apple.wire, "__defaults__", ("darwin",))
+    save_packed(tmp_path, WIDER, make_weights(WIDER, 0), lambda path: None)
+    config = EngineConfig(tmp_path, True, 10**9, 64, "error", prefix_memory_bytes=0, wires_memory=is_wanted)
+    open_backend(config, lambda *words: None)
+    plan = plan_memory(open_checkpoint(tmp_path), choose_arithmetic(), config)
+    beside = ("reader buffers", "Python and libraries", "prefix cache")
+    wanted = sum(nbytes for name, nbytes in plan.lines.items() if name not in beside)
+    assert wired == ([pytest.approx(wanted, rel=0.2)] if is_wanted else [])
+    assert wanted > plan.lines["trunk"] + plan.lines["experts"] + plan.lines["KV cache"]
 
 
 def test_keep_warm_heats_while_it_is_touched_and_parks_after() -> None:

@@ -1,0 +1,50 @@
+"""The command `glmserve align DIR [DST]`: words, a progress bar, one call."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from config.errors import UsageError
+from models.convert.align import align
+from server.commands.checkpoint import find_checkpoint
+
+AFTERWARDS = (
+    "an expert of {folder} is one read now. Saved prompts of this checkpoint are read anew once; a --mirror "
+    "has to be aligned too, by the same command there, which writes the same bytes"
+)
+
+
+def align_command(argv: Sequence[str]) -> int:
+    """Aligns the checkpoint that the arguments after `align` name; UsageError says what is wrong."""
+    options = _parser().parse_args(argv)
+    source = find_checkpoint(options.source)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("aligning", total=None)
+        written = align(
+            source, options.target, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    folder = options.target or source
+    print(AFTERWARDS.format(folder=folder) if written else f"{folder} is aligned already")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see glmserve align --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="glmserve align",
+        description="Rewrites a checkpoint so that an expert is one read instead of nine, and goes straight "
+        "into its place in memory. In place it needs room for a few files; a run that was cut goes on.",
+    )
+    parser.add_argument("source", metavar="DIR", help="folder of the checkpoint, or org/name in the cache")
+    parser.add_argument(
+        "target", metavar="DST", type=Path, nargs="?", help="another folder for the copy (default: in place)"
+    )
+    return parser
