@@ -31,10 +31,10 @@ from streaming.disk.aligned import buffer_bytes
 from streaming.disk.disk import DirectDisk, aligned_buffer
 from streaming.disk.probe import Rate, opened, read_bare
 from streaming.disk.reader import NUM_THREADS
+from streaming.eviction.policy import LeastNearlyChosen
 from streaming.files.floats import Bytes
 from streaming.files.index import PROJECTIONS, ExpertIndex
 from streaming.files.read_plan import Run, largest_run_bytes, plan_runs
-from streaming.policy import LeastNearlyChosen
 from streaming.store import ExpertStore
 
 SIDES = ("engine", "slots", "probe", "reused")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from benchmarks.rig.routing import Routing, load_routing, make_routing
 from config.expert_policy import ExpertPolicy
-from streaming.contest import COUNTED_STEPS, PAUSE_STEPS, WARM_STEPS, Contest, make_rule
-from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores
+from streaming.eviction.contest import COUNTED_STEPS, PAUSE_STEPS, WARM_STEPS, Contest, make_rule
+from streaming.eviction.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores
 
 SHARES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.75)
 

@@ -24,8 +24,8 @@ from benchmarks.rig.checkpoint import BENCH, write_checkpoint
 from benchmarks.rig.routing import Routing, make_routing
 from benchmarks.rig.simulated_disk import SimulatedDisk
 from models.loading.loading import open_checkpoint
+from streaming.eviction.policy import LeastRecentlyUsed
 from streaming.files.index import ExpertIndex
-from streaming.policy import LeastRecentlyUsed
 from streaming.store import ExpertStore
 
 COMPUTE_TO_IO = 0.16 / 0.22

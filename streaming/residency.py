@@ -6,7 +6,7 @@ free slot into which a read that hangs may yet write stays free: nobody can take
 
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 
-from streaming.policy import Policy, Scores
+from streaming.eviction.policy import Policy, Scores
 
 
 class Residency:

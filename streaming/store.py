@@ -21,11 +21,11 @@ from config.plan import MIN_RING_SLOTS
 from streaming.banks import BankMaker
 from streaming.disk.disk import DirectDisk, Disk
 from streaming.disk.reader import NUM_THREADS, TIMEOUT_S
+from streaming.eviction.policy import LeastRecentlyUsed, Policy
 from streaming.files.index import ExpertIndex
 from streaming.fills import Fetch, Filler
 from streaming.layer import StoreLayer
 from streaming.overflow import Turn, take_turns
-from streaming.policy import LeastRecentlyUsed, Policy
 from streaming.residency import Residency
 from streaming.ring import Ring
 from streaming.statistics import StoreStatistics

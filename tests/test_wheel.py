@@ -34,7 +34,7 @@ def test_its_top_level_is_ours(wheel: Path) -> None:
         "glmserve/__init__.py",
         "glmserve/launcher.py",
     }
-    assert "server/glm/chat_template.jinja" in names
+    assert "server/glm/templates/chat_template.jinja" in names
     assert "models/pocket/config.json" in names
     assert not [name for name in names if "test" in name or name.startswith("training")], (
         "nothing of training or tests"

@@ -22,9 +22,9 @@ from benchmarks.rig.slow_pocket import text_tokens
 from models.arithmetic import CPU
 from models.attention.attention import Span
 from models.loading.loading import load_model, open_checkpoint
-from server.glm.template import load_chat_template
+from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
-from streaming.policy import LeastRecentlyUsed, Scores
+from streaming.eviction.policy import LeastRecentlyUsed, Scores
 from streaming.store import ExpertStore
 
 SHARED_TOKENS, OWN_TOKENS, NUM_SHARING = 2048, 500, 8

@@ -33,7 +33,7 @@ from server.engine.model_protocol import Backend
 from server.engine.schedule.limits import Limits
 from server.link.messages import ModelInfo
 from streaming.disk.disk import DirectDisk
-from streaming.policy import LeastNearlyChosen
+from streaming.eviction.policy import LeastNearlyChosen
 from streaming.store import ExpertStore
 
 TRACES = Path(__file__).parents[1] / "traces"

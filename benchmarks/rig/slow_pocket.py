@@ -26,7 +26,7 @@ from server.engine.schedule.limits import Limits
 from server.glm.tokenizer import load_tokenizer
 from server.link.messages import ModelInfo
 from streaming.disk.disk import DirectDisk
-from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed
+from streaming.eviction.policy import LeastNearlyChosen, LeastRecentlyUsed
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, open_model
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from models.arithmetic import Arithmetic, Quantization
 from models.experts.expert_source import ExpertSource
 from models.experts.grouping import Indices, cut_pieces, cut_runs, lay_out, ranks_of, rows_by_expert
+from streaming.eviction.policy import OBSERVED_ROWS
 from streaming.fills import Fetch
-from streaming.policy import OBSERVED_ROWS
 from streaming.sweep import Place
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

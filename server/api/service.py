@@ -15,7 +15,7 @@ from server.api.request.common_fields import GenerationRequest
 from server.api.request.model_names import ModelNames
 from server.api.request.parameters import Parameters
 from server.glm.files import SamplingDefaults
-from server.glm.template import ChatTemplate
+from server.glm.templates.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
 from server.link.engine_protocol import Engine
 from server.link.messages import Generate, ModelInfo, Sampling

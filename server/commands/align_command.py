@@ -32,13 +32,13 @@ def align_command(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
+class _AlignParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see glmserve align --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = _AlignParser(
         prog="glmserve align",
         description="Rewrites a checkpoint so that an expert is one read instead of nine, and goes straight "
         "into its place in memory. In place it needs room for a few files; a run that was cut goes on.",

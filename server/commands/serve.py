@@ -26,7 +26,7 @@ from server.api.request.parameters import Parameters
 from server.api.service import Dialect, Service
 from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
 from server.glm.files import load_sampling_defaults
-from server.glm.template import load_chat_template
+from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
 from server.link.messages import EngineConfig
 from server.link.supervisor import Deadlines, EngineProcess

@@ -24,11 +24,11 @@ from server.engine.prefix.lookup import TRANSIENT_BLOCKS, DiskTier, PrefixCache,
 from server.engine.schedule.limits import Limits
 from server.engine.telemetry import measure_all, measure_store
 from server.link.messages import EngineConfig, ModelInfo
-from streaming.contest import Rule, make_rule
 from streaming.disk.disk import Disk
 from streaming.disk.open_files import allow_open_files
 from streaming.disk.probe import DiskProbe, probe_disk
 from streaming.disk.reader import NUM_THREADS
+from streaming.eviction.contest import Rule, make_rule
 from streaming.files.layout import advise_aligning
 from streaming.prefix.provenance import Provenance
 from streaming.store import ExpertStore

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from server.glm.argument_types import ArgumentType, ArgumentTypes
 from server.glm.lexer import Lexeme, Tag
+from server.glm.schemas.argument_types import ArgumentType, ArgumentTypes
 
 
 @dataclass(frozen=True)

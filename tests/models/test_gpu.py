@@ -18,7 +18,7 @@ from models.attention.attention import Span
 from models.attention.selection import causal_mask, select, selected_positions
 from models.cuda import choices, products
 from server.commands.checkpoint import POCKET
-from server.glm.template import load_chat_template
+from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
 from tests.checkpoints import greedy, open_model, save_packed
 from tests.models.make_golden import GOLDEN, LENGTHS, SEED

@@ -13,8 +13,8 @@ from models.arithmetic import CPU, Arithmetic, Quantization
 from models.attention.attention import Span
 from models.experts.experts import Experts
 from models.loading.building import bank_quantizations
+from streaming.eviction.policy import LeastNearlyChosen
 from streaming.overflow import Turn
-from streaming.policy import LeastNearlyChosen
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, greedy, open_model, save_packed
 from tests.models.make_golden import SEED

@@ -14,8 +14,8 @@ from config.errors import DiskError
 from models.arithmetic import CPU, Quantization
 from models.attention.attention import Span, make_parts
 from models.loading.loading import make_geometry
+from streaming.eviction.policy import OBSERVED_ROWS, LeastNearlyChosen
 from streaming.files.floats import Bytes
-from streaming.policy import OBSERVED_ROWS, LeastNearlyChosen
 from streaming.store import ExpertStore
 from streaming.sweep import ADMITTED_SHARE
 from tests.checkpoints import Opened, greedy, open_model, save_packed

@@ -14,7 +14,7 @@ from server.api.app import make_app
 from server.api.connection import HttpConnection
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
-from server.glm.template import OUR_TEMPLATE, ChatTemplate
+from server.glm.templates.template import OUR_TEMPLATE, ChatTemplate
 from server.glm.tokenizer import Tokenizer
 from server.link.messages import EngineConfig
 from server.link.supervisor import EngineProcess

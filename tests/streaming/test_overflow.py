@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from streaming.policy import LeastRecentlyUsed
+from streaming.eviction.policy import LeastRecentlyUsed
 from streaming.store import ExpertStore
 from tests.streaming.test_direct import NUM_EXPERTS, assert_hold, write
 

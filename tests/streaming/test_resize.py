@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.banks import SharedBank
+from streaming.eviction.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
 from streaming.files.floats import Bytes
 from streaming.files.headers import read_headers
 from streaming.files.index import ExpertIndex
-from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy
 from streaming.store import ExpertStore
 from tests.memory import start_measuring
 from tests.streaming.expert_files import separate, stacked, write_safetensors

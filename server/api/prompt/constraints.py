@@ -3,7 +3,7 @@
 from server.api.request.chat_parts import NamedTool, ResponseFormat
 from server.api.request.chat_schema import ChatRequest
 from server.api.service import Service
-from server.glm.answer_grammar import (
+from server.glm.schemas.answer_grammar import (
     CallGrammar,
     Rules,
     check_grammar,

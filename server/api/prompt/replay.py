@@ -15,8 +15,8 @@ from config.errors import RequestError
 from server.api.prompt.billing_header import without_volatile_lines
 from server.api.prompt.remembered import Remembered, Said
 from server.api.request.chat_schema import ChatRequest
-from server.glm.effort import template_options
-from server.glm.template import ChatTemplate
+from server.glm.templates.effort import template_options
+from server.glm.templates.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
 
 Message = dict[str, Any]

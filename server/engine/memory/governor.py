@@ -21,7 +21,7 @@ from config.replan import replan
 from config.sizes import format_size
 from server.engine.memory.pressure import MeasureRoom, Room
 from server.link.messages import Failed, Replan, Replanned
-from streaming.contest import Rule
+from streaming.eviction.contest import Rule
 from streaming.store import ExpertStore
 
 # The system's files are read so often; each look costs less than a millisecond.

@@ -16,7 +16,7 @@ from server.api.connection import HttpConnection
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.files import SamplingDefaults
-from server.glm.template import OUR_TEMPLATE, ChatTemplate
+from server.glm.templates.template import OUR_TEMPLATE, ChatTemplate
 from server.glm.tokenizer import Tokenizer
 from tests.server.api.scripted import ScriptedEngine
 

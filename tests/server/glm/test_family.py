@@ -15,7 +15,7 @@ from server.api.app import make_app
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.answer_parser import prompt_is_thinking
-from server.glm.template import OUR_TEMPLATE, ChatTemplate
+from server.glm.templates.template import OUR_TEMPLATE, ChatTemplate
 from server.glm.tokenizer import Tokenizer
 from tests.server.api.scripted import ScriptedEngine
 

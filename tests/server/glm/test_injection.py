@@ -16,7 +16,7 @@ import models.pocket
 from config.errors import CheckpointError
 from server.api.prompt.replay import prompt_of
 from server.api.request.chat_schema import ChatRequest
-from server.glm.template import ChatTemplate
+from server.glm.templates.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer, load_tokenizer
 from tests.server.glm.answers import spelled
 from tests.server.glm.test_family import client_of, template_of

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from config.errors import CheckpointError, RequestError
-from server.glm.template import ChatTemplate, load_chat_template
+from server.glm.templates.template import ChatTemplate, load_chat_template
 
 USER = {"role": "user", "content": "U"}
 TALK = [USER, {"role": "assistant", "content": "A", "reasoning_content": "R"}, USER]

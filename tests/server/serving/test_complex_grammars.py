@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from server.api.app import make_app
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
-from server.glm.template import ChatTemplate
+from server.glm.templates.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
 from tests.server.in_process import random_engine
 from tests.server.serving.test_constraints import TEMPLATE

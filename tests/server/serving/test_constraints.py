@@ -17,7 +17,7 @@ from server.api.app import make_app
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.engine.decode.token_masks import Grammars, Matcher
-from server.glm.template import ChatTemplate
+from server.glm.templates.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
 from server.link.messages import Failed, Finished, Generate, RequestEvent
 from tests.server.in_process import VOCAB, LoopEngine, random_engine

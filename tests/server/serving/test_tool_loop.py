@@ -20,7 +20,7 @@ from server.engine.model_protocol import Backend
 from server.engine.prefix.lookup import PrefixCache
 from server.engine.schedule.limits import Limits
 from server.engine.schedule.shared_prefixes import SavedPrefixes
-from server.glm.template import OUR_TEMPLATE, ChatTemplate
+from server.glm.templates.template import OUR_TEMPLATE, ChatTemplate
 from server.glm.tokenizer import Tokenizer
 from server.link.messages import ModelInfo
 from tests.server.api.answer.test_tool_calls import TOOLS

@@ -16,7 +16,7 @@ from server.api.prompt.billing_header import without_volatile_lines
 from server.api.prompt.remembered import FILE_NAME, Remembered, Said
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
-from server.glm.template import ChatTemplate
+from server.glm.templates.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
 from tests.server.api.answer.test_tool_calls import TOOLS
 from tests.server.api.dialects.test_chat import ask

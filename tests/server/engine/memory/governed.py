@@ -21,7 +21,7 @@ from server.engine.memory.pressure import Room
 from server.engine.model_protocol import Backend
 from server.engine.schedule.limits import Limits
 from server.link.messages import Command, ModelInfo
-from streaming.contest import Rule, make_rule
+from streaming.eviction.contest import Rule, make_rule
 from streaming.store import ExpertStore
 from tests.checkpoints import save_packed
 from tests.server.engine.driven import World

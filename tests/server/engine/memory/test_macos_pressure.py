@@ -8,7 +8,7 @@ import pytest
 from benchmarks.rig.macos_memory import GB, LAYERS, SLOT_BYTES, SLOTS, CountedBanks, Mac
 from config.plan import Geometry, MemoryPlan
 from server.engine.memory.governor import SETTLE_S, Governor
-from streaming.contest import make_rule
+from streaming.eviction.contest import make_rule
 from streaming.store import ExpertStore
 
 K = 8

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
-from server.glm.template import OUR_TEMPLATE, ChatTemplate
+from server.glm.templates.template import OUR_TEMPLATE, ChatTemplate
 from server.glm.tokenizer import Tokenizer, load_tokenizer
 from server.link.messages import Generate, RequestEvent
 from tests.server.api.conftest import running_server

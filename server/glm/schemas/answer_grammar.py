@@ -13,8 +13,8 @@ from urllib.parse import quote
 from llguidance import LLMatcher
 
 from config.errors import RequestError
-from server.glm.argument_types import ArgumentTypes
-from server.glm.schema_parts import DATA, Schema, dangling, resolve, schema_of, walk
+from server.glm.schemas.argument_types import ArgumentTypes
+from server.glm.schemas.schema_parts import DATA, Schema, dangling, resolve, schema_of, walk
 from server.glm.tokenizer import Tokenizer
 
 # Enough for an indented line, and an end to it: a model could otherwise write blanks for ever.

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Protocol
 
 from config.expert_policy import ExpertPolicy
-from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores
+from streaming.eviction.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores
 
 # Steps of a trial: the first are not counted, because nearness has to learn and the books have to part.
 WARM_STEPS, COUNTED_STEPS = 64, 128

@@ -12,7 +12,7 @@ from typing import Any
 import pydantic_core
 
 from server.glm.finite import all_finite
-from server.glm.schema_parts import resolve, schema_of, variants
+from server.glm.schemas.schema_parts import resolve, schema_of, variants
 
 Types = frozenset[str]
 ALL: Types = frozenset(["string", "number", "integer", "boolean", "null", "object", "array"])

@@ -7,9 +7,9 @@ import pytest
 from llguidance import LLMatcher
 
 from config.errors import RequestError
-from server.glm.answer_grammar import CallGrammar, json_rule, make_grammar
-from server.glm.argument_types import ArgumentTypes
-from server.glm.schema_parts import dangling, resolve
+from server.glm.schemas.answer_grammar import CallGrammar, json_rule, make_grammar
+from server.glm.schemas.argument_types import ArgumentTypes
+from server.glm.schemas.schema_parts import dangling, resolve
 from server.glm.tokenizer import Tokenizer
 
 STRING, NUMBER = {"type": "string"}, {"type": "integer"}

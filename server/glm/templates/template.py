@@ -8,8 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from server.glm.template_files import DEFAULT, TOOL_USE, TemplateSource, find_templates, special_tokens
-from server.glm.template_language import compile_template, run_template
+from server.glm.templates.template_files import (
+    DEFAULT,
+    TOOL_USE,
+    TemplateSource,
+    find_templates,
+    special_tokens,
+)
+from server.glm.templates.template_language import compile_template, run_template
 
 OUR_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 

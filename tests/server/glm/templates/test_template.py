@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from config.errors import CheckpointError, RequestError
-from server.glm.template import OUR_TEMPLATE, ChatTemplate, load_chat_template
+from server.glm.templates.template import OUR_TEMPLATE, ChatTemplate, load_chat_template
 
 START = "[gMASK]<sop>"
 MAX = START + "<|system|>Reasoning Effort: Max"

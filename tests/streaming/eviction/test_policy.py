@@ -6,7 +6,7 @@ import pytest
 import benchmarks
 from benchmarks.policies import UnjudgedNearness, belady_hits, count_hits
 from benchmarks.rig.routing import Routing, load_routing, make_routing
-from streaming.policy import OBSERVED_ROWS, LeastNearlyChosen, LeastRecentlyUsed
+from streaming.eviction.policy import OBSERVED_ROWS, LeastNearlyChosen, LeastRecentlyUsed
 
 
 def test_the_expert_that_came_least_near_goes_though_it_was_used_last() -> None:
@@ -82,7 +82,7 @@ def test_the_last_rows_of_a_prompt_say_as_much_as_all(name: str, monkeypatch: py
     num_experts = whole.scores.shape[-1]
     rates = []
     for most in (OBSERVED_ROWS, len(whole.experts)):
-        monkeypatch.setattr("streaming.policy.OBSERVED_ROWS", most)
+        monkeypatch.setattr("streaming.eviction.policy.OBSERVED_ROWS", most)
         hits = 0.0
         for share in (0.15, 0.25, 0.5):
             made: list[LeastNearlyChosen] = []

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.glm.argument_types import ALL, ArgumentType, ArgumentTypes
+from server.glm.schemas.argument_types import ALL, ArgumentType, ArgumentTypes
 
 STRING = {"type": "string"}
 OPTIONAL = {"anyOf": [STRING, {"type": "null"}]}

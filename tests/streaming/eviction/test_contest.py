@@ -13,8 +13,8 @@ from benchmarks.policies import TUNED_SHARES, _step, count_hits
 from benchmarks.rig.routing import Routing, load_routing, make_routing
 from config.settings import Settings
 from server.link.messages import EngineConfig
-from streaming.contest import COUNTED_STEPS, MARGIN, WARM_STEPS, Contest, make_rule
-from streaming.policy import LeastNearlyChosen, LeastRecentlyUsed
+from streaming.eviction.contest import COUNTED_STEPS, MARGIN, WARM_STEPS, Contest, make_rule
+from streaming.eviction.policy import LeastNearlyChosen, LeastRecentlyUsed
 
 TRACES = Path(benchmarks.__file__).parent / "traces"
 TRIAL = WARM_STEPS + COUNTED_STEPS
