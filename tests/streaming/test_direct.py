@@ -24,7 +24,8 @@ from streaming.files.index import ExpertIndex
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import Kinds, separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk
-from tests.streaming.test_store import assert_holds, wait_until
+from tests.streaming.test_store import assert_holds
+from tests.waiting import wait_until
 
 NUM_EXPERTS = 8
 # Whole blocks of 512 bytes, and of 4,096.

@@ -13,6 +13,7 @@ from config.errors import DiskError
 from streaming.files.index import ExpertIndex
 from streaming.store import ExpertStore
 from tests.streaming.test_direct import NUM_EXPERTS, Hang, assert_hold, opened, raw, write
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_a_slot_that_a_voided_read_still_fills_is_waited_for_where_no_other_is_l
     hang = Hang(1, 2)
     with opened(index, 4, hang.disk) as store:
         store.begin(1, [0, 1])
-        assert hang.started.wait(5)
+        wait_until(lambda: hang.disk.num_reads >= 2)  # else a read of layer 2 would be the second one
         store.acquire(2, [3])  # gives up the step of layer 1
         threading.Timer(0.1, hang.let_go.set).start()
         assert_hold(index, store, store.acquire(1, [4, 5, 6, 7]), (4, 5, 6, 7))

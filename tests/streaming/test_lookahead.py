@@ -18,7 +18,8 @@ from streaming.lookahead import Gate
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk
-from tests.streaming.test_store import assert_holds, raise_, wait_until
+from tests.streaming.test_store import assert_holds, raise_
+from tests.waiting import wait_until
 
 NUM_EXPERTS = 10
 

@@ -1,6 +1,6 @@
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from streaming.files.index import ExpertIndex
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import Kinds, as_float32, separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk
+from tests.waiting import wait_until
 
 NUM_EXPERTS = 10
 MXFP4: Kinds = {"weight": ("U32", (32, 8)), "scales": ("U8", (32, 2))}
@@ -340,15 +341,6 @@ def test_device_bytes_are_counted_with_their_alignment(index: ExpertIndex) -> No
 
 def raise_(error: Exception) -> None:
     raise error
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    event = threading.Event()
-    for _ in range(int(timeout_s / 0.01)):
-        if condition():
-            return
-        event.wait(0.01)
-    raise AssertionError("waited in vain")
 
 
 def test_reads_that_go_on_count_as_time_already(index: ExpertIndex) -> None:

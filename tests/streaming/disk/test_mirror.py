@@ -92,6 +92,8 @@ def test_a_side_that_fails_is_dropped_and_nobody_notices(
 ) -> None:
     sides = [FaultyDisk(), FaultyDisk()]
     sides[bad].fault = lambda number, buffer, offset: raise_(error) if number > 3 else None
+    # the other one is the slower, so that the bad one is asked a fourth time
+    sides[1 - bad].fault = lambda number, buffer, offset: time.sleep(0.005)
     with caplog.at_level(logging.ERROR):
         index, store = open_store(folders, sides[0], sides[1])
         assert_all_arrive(index, store)

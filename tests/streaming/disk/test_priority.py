@@ -11,7 +11,7 @@ from streaming.disk.reads import Read, ReadClass
 from streaming.files.floats import Bytes
 from streaming.files.headers import FileStamp
 from tests.streaming.faulty_disk import FaultyDisk
-from tests.streaming.test_store import wait_until
+from tests.waiting import wait_until
 
 BLOCK = 4096
 
