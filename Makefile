@@ -43,7 +43,7 @@ $(SERVING): pyproject.toml constraints.txt
 # Compiled here once, because tests start many processes; pip always compiles.
 $(COMPLETE): $(SERVING)
 	@$(call install-into,$(VENV),-c constraints.txt -e '.[$(EXTRAS)]')
-	@$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib || true
+	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 # Clients that are large, or want other versions than the tests: an environment inside the other.
