@@ -6,6 +6,8 @@ from enum import StrEnum
 
 from config.settings import Settings
 
+Figure = float | int | str | Sequence[float]
+
 
 class Verdict(StrEnum):
     """How a finding is to be taken."""
@@ -24,7 +26,7 @@ class Finding:
 
     verdict: Verdict
     text: str
-    figures: Mapping[str, float | int | str | Sequence[float]] = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import mlx.core as mx
 from config.settings import Settings
 from config.sizes import physical_memory_bytes
 from models.arithmetic import choose_arithmetic
-from server.commands.doctor.finding import Check, Finding, Verdict
+from server.commands.doctor.finding import Check, Figure, Finding, Verdict
 
 
 def describe_machine(settings: Settings) -> Iterator[Finding]:
     """Versions, device and memory."""
     device = mx.device_info() if choose_arithmetic().name != "cpu" else {}
-    figures = {
+    figures: dict[str, Figure] = {
         "mlx": version("mlx"),
         "python": platform.python_version(),
         "system": platform.mac_ver()[0] or platform.release(),
