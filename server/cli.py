@@ -96,11 +96,19 @@ def _prefixes(words: Sequence[str]) -> int:
     return move_prefixes(settings, words[0], Path(words[1]), "--pinned" in words)
 
 
+def _doctor(words: Sequence[str]) -> int:
+    settings = parse_settings([word for word in words if word != "--parity"], "doctor")
+    from server.commands.doctor.doctor_command import doctor
+
+    return doctor(settings, parity="--parity" in words)
+
+
 COMMANDS = {
     "serve": Command("answer requests (the default)", _serve),
     "plan": Command("print how --ram-budget would be divided (--json for programs), load nothing", _plan),
     "convert": Command("make a streamable, quantised copy: glmserve convert SRC DST", _convert),
     "align": Command("make an expert one read instead of nine: glmserve align DIR [DST]", _align),
+    "doctor": Command("check this machine and these flags (--parity: what MLX computes here)", _doctor),
     "prefixes": Command(
         "carry saved prompts: glmserve prefixes export FILE [--pinned], or import FILE", _prefixes
     ),
