@@ -85,7 +85,10 @@ def _listed(text: str) -> list[str]:
 def load_dialect(checkpoint: Path) -> Dialect:
     """How this checkpoint writes."""
     return Dialect(
-        load_tokenizer(checkpoint), load_chat_template(checkpoint), load_sampling_defaults(checkpoint)
+        load_tokenizer(checkpoint),
+        load_chat_template(checkpoint),
+        load_sampling_defaults(checkpoint),
+        checkpoint,
     )
 
 

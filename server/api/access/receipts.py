@@ -75,6 +75,12 @@ class Caller:
         )
 
 
+def holder_of(request: Request) -> str:
+    """Who shares threads with others: the name of the key, and without keys the agent by its headers."""
+    caller = Caller.of(request, None, None)
+    return caller.agent if caller.key_name == "local" else caller.key_name
+
+
 @dataclass
 class Receipt:
     """One request, from its arrival to its end."""

@@ -6,15 +6,17 @@ next request show them.
 
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Request
 
 from config.errors import RequestError
-from server.api.access.receipts import Caller
+from server.api.access.receipts import Caller, holder_of
+from server.api.answer.json_answer import while_connected
 from server.api.prompt.explain import MAX_EXPLANATIONS
 from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
+from server.api.request.turns import Wanted
+from server.api.request.workload import lease_of
 from server.api.service import Service
 from server.link.messages import Administer
 
@@ -47,20 +49,26 @@ def cache_router(service: Service) -> APIRouter:
 
     @router.post("/pin", status_code=202)
     async def pin(request: Request, body: Body) -> dict[str, Any]:
-        service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
-        return await anyio.to_thread.run_sync(_administer, service, body, True)
+        return await administer(request, body, True)
 
     @router.post("/unpin", status_code=202)
     async def unpin(request: Request, body: Body) -> dict[str, Any]:
+        return await administer(request, body, False)
+
+    async def administer(request: Request, body: ChatRequest, is_pinned: bool) -> dict[str, Any]:
         service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
-        return await anyio.to_thread.run_sync(_administer, service, body, False)
+        work = lease_of(request).run(
+            holder_of(request), lambda wanted: _administer(service, body, is_pinned, wanted)
+        )
+        return await while_connected(request, work)
 
     return router
 
 
-def _administer(service: Service, body: ChatRequest, is_pinned: bool) -> dict[str, Any]:
+def _administer(service: Service, body: ChatRequest, is_pinned: bool, wanted: Wanted) -> dict[str, Any]:
     """Pin what a chat with this body begins with: its tools and messages, in whole blocks."""
     service.model_info()
-    prompt = prompt_of(service.dialect.tokenizer, service.dialect.template, body)
+    check = service.check_length(wanted, None)
+    prompt = prompt_of(service.dialect.tokenizer, service.dialect.template, body, check)
     service.engine.administer(Administer("pin" if is_pinned else "unpin", tuple(prompt)))
     return {"data": {"status": "accepted", "prompt_tokens": len(prompt)}}

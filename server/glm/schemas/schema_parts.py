@@ -4,7 +4,7 @@ Pure; schemas come from clients and are believed nothing.
 """
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import islice, product
 from typing import Any
 from urllib.parse import unquote
 
@@ -14,6 +14,10 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 DATA = ("enum", "const", "default", "examples", "example")
 MAX_VARIANTS = 64
 MAX_DEPTH = 64
+# Properties that are put together at most, and parts that are searched for an anchor: branches multiply, and
+# a few hundred bytes of references could make them more than any computer's memory.
+MAX_MERGED = 200_000
+MAX_SEARCHED = 10_000
 
 Schema = dict[str, Any]
 
@@ -27,7 +31,8 @@ def resolve(document: Any, reference: str) -> Any:
         return None
     name = unquote(reference[1:])
     if name and not name.startswith("/"):
-        return next((part for part in walk(document) if part.get("$anchor") == name), None)
+        parts = islice(walk(document), MAX_SEARCHED)
+        return next((part for part in parts if part.get("$anchor") == name), None)
     part = document
     for step in name.split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
@@ -65,7 +70,7 @@ def variants(document: Any) -> list[Schema]:
 
     Each has `properties`, `required`, and perhaps `patternProperties` and `additionalProperties`.
     """
-    return _variants(document, document, 0) or [{"properties": {}, "required": []}]
+    return _Branches(document).of(document, 0) or [{"properties": {}, "required": []}]
 
 
 def schema_of(variant: Schema, key: str) -> Any:
@@ -84,22 +89,38 @@ def _matches(pattern: str, key: str) -> bool:
         return False
 
 
-def _variants(document: Any, schema: Any, depth: int) -> list[Schema]:
-    if not isinstance(schema, dict) or depth > MAX_DEPTH:
-        return []
-    factors = [[_own(schema)]]
-    if isinstance(reference := schema.get("$ref"), str):
-        factors.append(_variants(document, resolve(document, reference), depth + 1))
-    if isinstance(branches := schema.get("allOf"), list):
-        factors += [_variants(document, branch, depth + 1) for branch in branches]
-    for keyword in ("anyOf", "oneOf"):
-        if isinstance(branches := schema.get(keyword), list):
-            factors.append([one for branch in branches for one in _variants(document, branch, depth + 1)])
-    found: list[Schema] = [{"properties": {}, "required": []}]
-    for factor in factors:
-        if factor:
-            found = [_merged(one, other) for one, other in product(found, factor)][:MAX_VARIANTS]
-    return found
+class _Branches:
+    """The branches of one document, multiplied out until that becomes too much."""
+
+    def __init__(self, document: Any) -> None:
+        self._document = document
+        self._num_merged = 0
+
+    def of(self, schema: Any, depth: int) -> list[Schema]:
+        """The objects that a schema allows."""
+        if not isinstance(schema, dict) or depth > MAX_DEPTH or self._num_merged > MAX_MERGED:
+            return []
+        factors = [[_own(schema)]]
+        if isinstance(reference := schema.get("$ref"), str):
+            factors.append(self.of(resolve(self._document, reference), depth + 1))
+        if isinstance(branches := schema.get("allOf"), list):
+            factors += [self.of(branch, depth + 1) for branch in branches]
+        for keyword in ("anyOf", "oneOf"):
+            if isinstance(branches := schema.get(keyword), list):
+                factors.append([one for branch in branches for one in self.of(branch, depth + 1)])
+        found: list[Schema] = [{"properties": {}, "required": []}]
+        for factor in filter(None, factors):
+            found = [self._merged(one, other) for one, other in islice(product(found, factor), MAX_VARIANTS)]
+        return found
+
+    def _merged(self, one: Schema, other: Schema) -> Schema:
+        both = {**other, **one, "required": one["required"] + other["required"]}
+        for name in ("properties", "patternProperties"):
+            if name in one or name in other:
+                own = _object(one, name)
+                both[name] = own | {k: v for k, v in _object(other, name).items() if k not in own}
+                self._num_merged += 1 + len(both[name])
+        return both
 
 
 def _own(schema: Schema) -> Schema:
@@ -113,16 +134,6 @@ def _own(schema: Schema) -> Schema:
     if "additionalProperties" in schema:
         own["additionalProperties"] = schema["additionalProperties"]
     return own
-
-
-def _merged(one: Schema, other: Schema) -> Schema:
-    both = {**other, **one, "required": one["required"] + other["required"]}
-    for name in ("properties", "patternProperties"):
-        if name in one or name in other:
-            both[name] = _object(one, name) | {
-                key: value for key, value in _object(other, name).items() if key not in _object(one, name)
-            }
-    return both
 
 
 def _object(schema: Schema, name: str) -> Schema:

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLParserLimits
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
@@ -52,8 +51,7 @@ def test_a_grammar_that_proves_too_complex_ends_in_an_error_and_not_as_an_answer
     reason: str,
     stream: bool,
 ) -> None:
-    limited = partial(LLMatcher, limits=LLParserLimits(**limits))
-    monkeypatch.setattr("server.engine.decode.token_masks.LLMatcher", limited)
+    monkeypatch.setattr("server.engine.decode.token_masks.parser_limits", lambda: LLParserLimits(**limits))
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "stream": stream}
     body |= {"reasoning": {"enabled": False}, "response_format": {"type": "grammar", "grammar": grammar}}
     response = client.post("/v1/chat/completions", json=body)
