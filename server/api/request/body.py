@@ -3,7 +3,7 @@
 import asyncio
 import codecs
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from server.api.access.receipts import holder_of
 from server.api.answer.json_answer import while_connected
 from server.api.error_bodies import ClientGone
 from server.api.request.turns import Wanted
-from server.api.request.workload import Lease, lease_of
+from server.api.request.workload import SMALL_BYTES, Lease, lease_of
 from server.glm.finite import all_finite
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -91,10 +91,12 @@ def _read_if_wanted(schema: type[T], raw: bytes, lease: Lease, wanted: Wanted) -
 def _read(schema: type[T], raw: bytes, lease: Lease) -> T:
     extent = Extent.of(raw)
     if extent.num_containers > MAX_CONTAINERS or extent.num_strings > MAX_STRINGS:
+        # A nesting without end is no JSON, and the parser says so at its start.
+        _parse(raw[:SMALL_BYTES].decode(errors="ignore"), allow_partial=True)
         message = f"the body has more than {MAX_CONTAINERS} objects and arrays, or {MAX_STRINGS} strings"
         raise RequestError(message, status=413, error_type="payload_too_large")
     lease.hold(len(raw) + extent.peak_bytes)
-    value = _parse(raw)
+    value = _parse(raw.removeprefix(codecs.BOM_UTF8))  # some clients begin with a mark
     body = schema.model_validate(value)  # first: it names the field
     if not all_finite(value):  # in fields that are passed on as they came (schemas, tools)
         raise RequestError("the body holds NaN, Infinity or a number beyond 1e308: none of them is JSON")
@@ -102,14 +104,14 @@ def _read(schema: type[T], raw: bytes, lease: Lease) -> T:
     return body
 
 
-def _parse(raw: bytes) -> Any:
+def _parse(raw: bytes | str, *, allow_partial: bool = False) -> Any:
     """The JSON value.
 
     Pydantic's own parser is used throughout: it refuses nesting beyond 200 levels, lone surrogates and bytes
     that are not UTF-8, where Python's would crash, or let them through to crash later.
     """
     try:
-        return pydantic_core.from_json(raw.removeprefix(codecs.BOM_UTF8))  # some clients begin with a mark
+        return pydantic_core.from_json(raw, allow_partial=allow_partial)
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from error
 
@@ -157,14 +159,15 @@ async def read_body(request: Request) -> bytes:
 async def _receive(request: Request, lease: Lease) -> bytes:
     body = bytearray()
     num_bytes = 0
-    async for part in request.stream():
+    parts = request.stream()
+    async for part in parts:
         num_bytes += len(part)
         if num_bytes <= MAX_BODY_BYTES:
             try:
                 lease.receive(num_bytes)
             except BusyError:
                 body.clear()
-                await _drain(request)
+                await _drain(parts)
                 raise
             body += part
         if num_bytes > MAX_DRAINED_BYTES:
@@ -175,11 +178,11 @@ async def _receive(request: Request, lease: Lease) -> bytes:
     return bytes(body)
 
 
-async def _drain(request: Request) -> None:
+async def _drain(parts: AsyncGenerator[bytes, None]) -> None:
     """Reads on for a while, so that a client which still sends gets to see the refusal."""
     try:
         async with asyncio.timeout(DRAIN_S):
-            async for _ in request.stream():
+            async for _ in parts:
                 pass
     except TimeoutError:
         pass
