@@ -29,9 +29,7 @@ class WatchedModel(TimedModel):
         return self.__dict__.setdefault("_gone", [])
 
 
-@pytest.mark.parametrize(
-    ("seed", "num_clients"), [(1, 160), pytest.param(2, 665, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("seed", "num_clients"), [(1, 160), pytest.param(2, 665, marks=pytest.mark.long)])
 def test_clients_leave_at_random_moments_and_the_others_get_their_answers(
     seed: int, num_clients: int
 ) -> None:
