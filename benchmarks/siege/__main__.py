@@ -52,7 +52,7 @@ class Siege:
         self._bystander.turn()
         time.sleep(seconds)
         self._calm = self._bystander.turn()
-        self.rows.append(Row("(nothing)", "", self._calm, [f"wrong: {one}" for one in self._calm.wrong]))
+        self._add(Row("(nothing)", "", self._calm, [f"wrong: {one}" for one in self._calm.wrong]))
 
     def attack(self, name: str, seconds: float) -> None:
         """One attack, from a process of its own."""
@@ -109,7 +109,11 @@ class Siege:
             row.faults.append(f"{kills - self._num_oom_kills} OOM kills")
             self._num_oom_kills = kills
         self.rows.append(row)
-        print(f"{row.name}: {row.tried} tried; {row.told}; {'; '.join(row.faults) or 'survived'}", flush=True)
+        outcome = "; ".join(row.faults) or "survived"
+        first, worst = 1000 * row.seen.median_first_s, 1000 * row.seen.worst_first_s
+        figures = f"first token {first:.0f} ms, worst {worst:.0f}, JSON {1000 * row.seen.median_json_s:.0f}"
+        health = f"health p99 {1000 * row.seen.health_p99_s:.0f}"
+        print(f"{row.name}: {row.tried} tried; {row.told}; {figures}, {health}; {outcome}", flush=True)
 
     def close(self) -> list[str]:
         """Faults of the whole: /health over all attacks."""
@@ -148,9 +152,9 @@ def main() -> int:
         server = Server(cage, Path(folder))
         bystander = Bystander(server.url)
         siege = Siege(server, bystander)
-        bystander.learn()
-        bystander.start()
         try:
+            bystander.learn()
+            bystander.start()
             siege.measure_calm(4 * seconds)
             for name, _ in attacks():
                 if options.only in name:

@@ -65,7 +65,7 @@ class Attack:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(max(0.0, self.deadline - time.monotonic()) + 5)
+            thread.join(max(0.0, self.deadline + 5 - time.monotonic()))
 
 
 def head(path: str = "/v1/chat/completions", length: int = 7 * MIB) -> bytes:

@@ -79,7 +79,8 @@ class Bystander:
         """End."""
         self._stopping.set()
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def turn(self) -> Seen:
         """What was seen since the last turn."""

@@ -93,6 +93,10 @@ class Lane:
         self._turns = Turns(num_threads)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
 
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do something for nobody in particular, in no turn."""
+        self._pool.submit(work)
+
     async def run(self, holder: str, work: Callable[[Wanted], T]) -> T:
         """What `work` returns or raises. Cancelled, it waits until the thread has noticed."""
         async with self._turns.turn(holder):

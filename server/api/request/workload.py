@@ -14,9 +14,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from config.errors import BusyError
 from config.plan import MIN_REQUEST_BYTES
 from server.api.request.turns import Lane, Wanted
+from server.heap import trim_heap
 
 # Bodies up to this size are read between two steps of the event loop, and never wait behind larger ones.
 SMALL_BYTES = 64 * 2**10
+# After a body of this size much is free that the C library would keep.
+LARGE_BYTES = 2**20
 # Of all bytes, bodies that are not complete may have this part; clients can hold on to them for long.
 INCOMPLETE = 0.5
 # One that has come for so long is given up for another.
@@ -49,6 +52,10 @@ class Workload:
     def lane(self, num_bytes: int) -> Lane:
         """Where a body of this size is worked on."""
         return self._quick if num_bytes <= SMALL_BYTES else self._slow
+
+    def tidy_up(self) -> None:
+        """Give memory back to the system, once nothing large is worked on."""
+        self._slow.submit(trim_heap)
 
     def take(self, lease: "Lease", num_bytes: int) -> None:
         """Change what a lease has. Raises BusyError where there is not so much."""
@@ -104,6 +111,8 @@ class Lease:
         """The request is over."""
         self.complete()
         self.hold(0)
+        if self._size > LARGE_BYTES:
+            self._workload.tidy_up()
 
     async def run(self, holder: str, work: Callable[[Wanted], T]) -> T:
         """The result of work for this request, done on a thread when it is the holder's turn."""

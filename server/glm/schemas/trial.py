@@ -125,6 +125,7 @@ def _peak_bytes() -> int:
 
 def main() -> None:
     """Make an attempt for each order that comes, until there are no more."""
+    os.nice(5)  # answers under way come first
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, and for the server to obey
     orders, results = sys.stdin.buffer, sys.stdout.buffer
     while orders.peek(1):
