@@ -43,10 +43,10 @@ class Attack:
         self.num_tried += 1
         return socket.create_connection(("127.0.0.1", self.port), timeout=5)
 
-    def post(self, path: str, raw: bytes, timeout_s: float = 60, **headers: str) -> None:
+    def post(self, path: str, raw: bytes, timeout_s: float = 60, more: dict[str, str] | None = None) -> None:
         """Send a body and note the answer's status, or that there was none in time."""
         self.num_tried += 1
-        headers = {"authorization": AUTHORIZATION, "content-type": "application/json", **headers}
+        headers = {"authorization": AUTHORIZATION, "content-type": "application/json", **(more or {})}
         try:
             answer = httpx.post(f"{self.url}{path}", content=raw, headers=headers, timeout=timeout_s)
             self.answers[str(answer.status_code)] += 1
@@ -131,7 +131,7 @@ def bodies(name: str, number: int) -> Callable[[Attack], None]:
 
     def attack_with(attack: Attack) -> None:
         path, raw, headers = BODIES[name]()
-        attack.together(number, lambda _: attack.post(path, raw, **headers))
+        attack.together(number, lambda _: attack.post(path, raw, more=headers))
 
     return attack_with
 

@@ -17,7 +17,7 @@ from server.api.prompt.remembered import Remembered
 from server.api.request.common_fields import GenerationRequest
 from server.api.request.model_names import ModelNames
 from server.api.request.parameters import Parameters
-from server.api.request.turns import Wanted
+from server.api.request.turns import Presence
 from server.api.request.workload import Workload
 from server.glm.files import SamplingDefaults
 from server.glm.pieces import Check
@@ -109,7 +109,7 @@ class Service:
             priority="background" if body.service_tier == "flex" else "interactive",
         )
 
-    def check_length(self, wanted: Wanted, limit: int | None) -> Check:
+    def check_length(self, wanted: Presence, limit: int | None) -> Check:
         """What ends the making of a prompt: nobody wants it, or it is longer than the context."""
         length = self.model_info().context_length
         stated = limit if limit is not None and limit < length else 0

@@ -15,7 +15,7 @@ from server.api.prompt.explain import MAX_EXPLANATIONS
 from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
-from server.api.request.turns import Wanted
+from server.api.request.turns import Presence
 from server.api.request.workload import lease_of
 from server.api.service import Service
 from server.link.messages import Administer
@@ -65,7 +65,7 @@ def cache_router(service: Service) -> APIRouter:
     return router
 
 
-def _administer(service: Service, body: ChatRequest, is_pinned: bool, wanted: Wanted) -> dict[str, Any]:
+def _administer(service: Service, body: ChatRequest, is_pinned: bool, wanted: Presence) -> dict[str, Any]:
     """Pin what a chat with this body begins with: its tools and messages, in whole blocks."""
     service.model_info()
     check = service.check_length(wanted, None)

@@ -22,7 +22,7 @@ from server.api.dialects.chat import Chat, open_chat
 from server.api.error_bodies import anthropic_error, describe
 from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
-from server.api.request.turns import Wanted
+from server.api.request.turns import Presence
 from server.api.request.workload import lease_of
 from server.api.service import Service
 
@@ -65,7 +65,7 @@ def messages_router(service: Service) -> APIRouter:
         service.names.check(body.model, [])
         dialect = service.dialect
 
-        def count(wanted: Wanted) -> int:
+        def count(wanted: Presence) -> int:
             check = lambda _: wanted.check()  # noqa: E731
             return len(prompt_of(dialect.tokenizer, dialect.template, body.chat(), check))
 

@@ -20,7 +20,7 @@ from server.api.prompt.replay import Renderer
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
 from server.api.request.common_fields import Noted
-from server.api.request.turns import Wanted
+from server.api.request.turns import Presence
 from server.api.request.workload import lease_of
 from server.api.service import Service
 from server.glm.answer_parser import AnswerParser, prompt_is_thinking
@@ -67,7 +67,7 @@ async def open_chat(
     lease, holder = lease_of(request), holder_of(request)
 
     async def make() -> Chat:
-        def read(wanted: Wanted) -> tuple[ChatRequest, GrammarOrder | None]:
+        def read(wanted: Presence) -> tuple[ChatRequest, GrammarOrder | None]:
             wanted.check()
             service.parameters.note(request, asked, caller, requires_all)
             service.model_info()
@@ -100,7 +100,7 @@ class Chat:
         body: ChatRequest,
         caller: Caller,
         written: Written,
-        wanted: Wanted,
+        wanted: Presence,
         fills_context: bool = False,
     ) -> None:
         service.model_info()

@@ -15,7 +15,7 @@ from server.api.answer.shapes import Envelope, TextOffsets
 from server.api.answer.sse import stream
 from server.api.request.body import body_of
 from server.api.request.completion_schema import CompletionRequest
-from server.api.request.turns import Wanted
+from server.api.request.turns import Presence
 from server.api.request.workload import Lease, lease_of
 from server.api.service import Service
 from server.glm.answer_parser import AnswerParser
@@ -23,7 +23,7 @@ from server.link.messages import TokenScore
 
 KIND = "text_completion"
 # An answer that is to come, and an id of a text as Python has it, in a list and a tuple.
-ANSWER_BYTES, TOKEN_BYTES = 4000, 48
+ANSWER_BYTES, TOKEN_BYTES = 2200, 48
 
 
 def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
@@ -50,7 +50,7 @@ class _Completion:
     """The completions of all prompts of one body, one after the other, `n` for each prompt."""
 
     def __init__(
-        self, service: Service, body: CompletionRequest, caller: Caller, wanted: Wanted, lease: Lease
+        self, service: Service, body: CompletionRequest, caller: Caller, wanted: Presence, lease: Lease
     ) -> None:
         service.model_info()
         self._check = service.check_length(wanted, body.max_tokens)

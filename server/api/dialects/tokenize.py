@@ -14,7 +14,7 @@ from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
 from server.api.request.common_fields import Listed, fault
 from server.api.request.completion_schema import TokenId, whole_ids
-from server.api.request.turns import Wanted
+from server.api.request.turns import Presence
 from server.api.request.workload import lease_of
 from server.api.service import Service
 
@@ -57,7 +57,7 @@ def tokenize_router(service: Service) -> APIRouter:
     Text = Annotated[TokenizeRequest, Depends(body_of(TokenizeRequest))]
     Ids = Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]
 
-    def encode(body: TokenizeRequest, wanted: Wanted) -> list[int]:
+    def encode(body: TokenizeRequest, wanted: Presence) -> list[int]:
         def check(_: int) -> None:
             wanted.check()
 
@@ -70,7 +70,7 @@ def tokenize_router(service: Service) -> APIRouter:
         info = service.engine.status.info
         length = info.context_length if info else 0
 
-        def work(wanted: Wanted) -> bytes:
+        def work(wanted: Presence) -> bytes:
             tokens = encode(body, wanted)
             return to_json({"tokens": tokens, "count": len(tokens), "max_model_len": length})
 
@@ -78,7 +78,7 @@ def tokenize_router(service: Service) -> APIRouter:
 
     @router.post("/detokenize")
     async def detokenize(request: Request, body: Ids) -> Response:
-        def work(wanted: Wanted) -> bytes:
+        def work(wanted: Presence) -> bytes:
             text = tokenizer.decode(body.tokens, lambda _: wanted.check())
             return to_json({"prompt": text, "content": text})
 
@@ -87,7 +87,7 @@ def tokenize_router(service: Service) -> APIRouter:
     return router
 
 
-async def _respond(request: Request, work: Callable[[Wanted], bytes]) -> Response:
+async def _respond(request: Request, work: Callable[[Presence], bytes]) -> Response:
     """JSON that is made in its sender's turn, as long as the client is there."""
     raw = await while_connected(request, lease_of(request).run(holder_of(request), work))
     return Response(raw, media_type="application/json")

@@ -16,7 +16,7 @@ from config.errors import BusyError, RequestError
 from server.api.access.receipts import holder_of
 from server.api.answer.json_answer import while_connected
 from server.api.error_bodies import ClientGone
-from server.api.request.turns import Wanted
+from server.api.request.turns import Presence
 from server.api.request.workload import SMALL_BYTES, Lease, lease_of
 from server.glm.finite import all_finite
 
@@ -26,7 +26,9 @@ MAX_DRAINED_BYTES = 64 * 2**20
 # The largest body at 28 kB/s. Who sends a byte a minute would otherwise be waited for for ever.
 MAX_BODY_S = 300.0
 # After the refusal of a body that still comes.
-DRAIN_S = 5.0
+DRAIN_S = 3.0
+# Between parts of it, so that many of them leave the event loop time for others.
+DRAIN_PAUSE_S = 0.05
 # Parts of JSON, each of which costs memory and time: a million tokens in messages of fifty have as many.
 MAX_CONTAINERS, MAX_STRINGS = 2**16, 2**18
 # What they take as Python has them, and validated; measured with messages, calls, tools and ids.
@@ -83,7 +85,7 @@ def body_of(schema: type[T]) -> Callable[[Request], Awaitable[T]]:
     return parse
 
 
-def _read_if_wanted(schema: type[T], raw: bytes, lease: Lease, wanted: Wanted) -> T:
+def _read_if_wanted(schema: type[T], raw: bytes, lease: Lease, wanted: Presence) -> T:
     wanted.check()
     return _read(schema, raw, lease)
 
@@ -183,6 +185,6 @@ async def _drain(parts: AsyncGenerator[bytes, None]) -> None:
     try:
         async with asyncio.timeout(DRAIN_S):
             async for _ in parts:
-                pass
+                await asyncio.sleep(DRAIN_PAUSE_S)
     except TimeoutError:
         pass

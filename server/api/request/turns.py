@@ -19,8 +19,8 @@ MEMORY_S = 30.0
 T = TypeVar("T")
 
 
-class Wanted:
-    """Whether the client of some work is still there."""
+class Presence:
+    """Tells work whether its client is still there."""
 
     def __init__(self) -> None:
         self._is_over = False
@@ -97,10 +97,10 @@ class Lane:
         """Do something for nobody in particular, in no turn."""
         self._pool.submit(work)
 
-    async def run(self, holder: str, work: Callable[[Wanted], T]) -> T:
+    async def run(self, holder: str, work: Callable[[Presence], T]) -> T:
         """What `work` returns or raises. Cancelled, it waits until the thread has noticed."""
         async with self._turns.turn(holder):
-            wanted = Wanted()
+            wanted = Presence()
             future = asyncio.get_running_loop().run_in_executor(self._pool, work, wanted)
             try:
                 return await asyncio.shield(future)

@@ -11,9 +11,9 @@ from typing import TypeVar
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from config.errors import BusyError
+from config.errors import BusyError, RequestError
 from config.plan import MIN_REQUEST_BYTES
-from server.api.request.turns import Lane, Wanted
+from server.api.request.turns import Lane, Presence
 from server.heap import trim_heap
 
 # Bodies up to this size are read between two steps of the event loop, and never wait behind larger ones.
@@ -58,7 +58,13 @@ class Workload:
         self._slow.submit(trim_heap)
 
     def take(self, lease: "Lease", num_bytes: int) -> None:
-        """Change what a lease has. Raises BusyError where there is not so much."""
+        """Change what a lease has. Raises BusyError where there is no room now, RequestError where never."""
+        if num_bytes > max(self.limit(), SMALL_BYTES):
+            message = (
+                f"the request would take {num_bytes // 10**6} MB of memory, of "
+                f"{self.limit() // 10**6} MB that all requests together have"
+            )
+            raise RequestError(message, status=413, error_type="payload_too_large")
         with self._lock:
             more = num_bytes - lease.num_bytes
             if more > 0 and num_bytes > SMALL_BYTES and self._num_bytes + more > self.limit():
@@ -71,7 +77,7 @@ class Workload:
         now = self._clock()
         self._incomplete.setdefault(lease, now)
         others = sum(one.num_bytes for one in self._incomplete if one is not lease)
-        if num_bytes > SMALL_BYTES and others + num_bytes > INCOMPLETE * self.limit():
+        if others and num_bytes > SMALL_BYTES and others + num_bytes > INCOMPLETE * self.limit():
             oldest, since = next(iter(self._incomplete.items()))
             if oldest is lease or now - since < GRACE_S:
                 raise _busy()
@@ -114,7 +120,7 @@ class Lease:
         if self._size > LARGE_BYTES:
             self._workload.tidy_up()
 
-    async def run(self, holder: str, work: Callable[[Wanted], T]) -> T:
+    async def run(self, holder: str, work: Callable[[Presence], T]) -> T:
         """The result of work for this request, done on a thread when it is the holder's turn."""
         return await self._workload.lane(self._size).run(holder, work)
 

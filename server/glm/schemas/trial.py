@@ -10,7 +10,6 @@ import os
 import pickle
 import resource
 import signal
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -127,7 +126,7 @@ def main() -> None:
     """Make an attempt for each order that comes, until there are no more."""
     os.nice(5)  # answers under way come first
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, and for the server to obey
-    orders, results = sys.stdin.buffer, sys.stdout.buffer
+    orders, results = open(0, "rb"), open(1, "wb")  # noqa: SIM115 (until the end)
     while orders.peek(1):
         order, vocabulary, bounds = pickle.load(orders)
         result: Written | RequestError | Exceeded

@@ -27,7 +27,7 @@ def tokenizer(pattern: str | None) -> tokenizers.Tokenizer:
     if pattern:
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        inner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # type: ignore[assignment]
+        inner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     return inner
 
 

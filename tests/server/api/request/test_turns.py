@@ -7,7 +7,7 @@ import time
 import pytest
 
 from server.api.error_bodies import ClientGone
-from server.api.request.turns import Lane, Turns, Wanted
+from server.api.request.turns import Lane, Presence, Turns
 
 
 def spin(seconds: float) -> None:
@@ -54,7 +54,7 @@ def test_a_client_that_leaves_gives_its_place_back(moment: str) -> None:
     async def scenario() -> None:
         lane, ended = Lane(1, "test"), threading.Event()
 
-        def work(wanted: Wanted) -> None:
+        def work(wanted: Presence) -> None:
             try:
                 while True:
                     wanted.check()
@@ -85,7 +85,7 @@ def test_what_work_raises_is_raised_and_the_next_has_its_turn() -> None:
         lane = Lane(1, "test")
         for error in (ValueError("a"), KeyError("b"), ClientGone()):
 
-            def fail(wanted: Wanted, error: Exception = error) -> None:
+            def fail(wanted: Presence, error: Exception = error) -> None:
                 raise error
 
             with pytest.raises(type(error)):

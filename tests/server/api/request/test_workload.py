@@ -43,11 +43,11 @@ def chat(text: str) -> dict[str, Any]:
 
 
 BODIES = {
-    "long": ("chat/completions", chat("word " * MIB)),
+    "long": ("chat/completions", chat("word " * (3 * MIB // 2))),
     "one emoji makes all of it wide": ("chat/completions", chat("x" * MIB + "😀")),
     "many messages": ("chat/completions", {"messages": [{"role": "user", "content": "x"}] * 20_000}),
     "ids": ("detokenize", {"tokens": [1] * 200_000}),
-    "prompts": ("completions", {"prompt": ["a b"] * 1000, "n": 16, "max_tokens": 1}),
+    "prompts": ("completions", {"prompt": ["a b"] * 1024, "n": 16, "max_tokens": 1}),
 }
 
 
@@ -55,11 +55,18 @@ BODIES = {
 def test_a_body_that_would_take_too_much_is_refused_for_now(
     tight: Service, path: str, body: dict[str, Any]
 ) -> None:
-    answer = TestClient(make_app(tight)).post(f"/v1/{path}", json=body)
+    client = TestClient(make_app(tight))
+    answer = client.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 413, answer.text[:300]
+    assert "of 8 MB that all requests together have" in answer.json()["error"]["message"]
+    tight.workload.limit = lambda: 160 * MIB
+    others = tight.workload.lease()
+    others.hold(156 * MIB)
+    answer = client.post(f"/v1/{path}", json=body)
     assert answer.status_code == 503, answer.text[:300]
     assert answer.headers["retry-after"] == "5"
     assert "memory for requests" in answer.json()["error"]["message"]
-    assert tight.workload.num_bytes == 0
+    assert tight.workload.num_bytes == 156 * MIB
 
 
 def test_what_requests_had_is_given_back_however_they_end(tight: Service, engine: ScriptedEngine) -> None:
