@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -130,7 +129,7 @@ def walk_of_a_prompt() -> Walk:
         walk.is_over = False
         threading.setprofile(profile)
         sys.setprofile(profile)
-        asyncio.run(app(dict(scope), receive, send))  # type: ignore[arg-type]
+        asyncio.run(app(dict(scope), receive, send))
     sys.setprofile(None)
     threading.setprofile(None)
     return walk

@@ -12,13 +12,13 @@ from mlx.utils import tree_flatten
 from config.errors import CheckpointError
 from models.args import ModelArgs
 from models.arithmetic import AFFINE_BITS, AFFINE_GROUPS, CPU, Arithmetic, Quantization
-from models.experts.expert_source import ExpertSource
 from models.experts.experts import PROJECTIONS, Experts
 from models.glm_moe_dsa import DenseMlp, Model
 from models.linear import Linear
 from models.loading.tensor_names import to_model_names
 from streaming.files.headers import TensorEntry
 from streaming.files.index import ExpertIndex, Part
+from streaming.store import ExpertStore
 
 # Control paths stay in float32 whatever the activations are (reference, section 0, point 4).
 _FLOAT32 = (".gate.weight", ".e_score_correction_bias", ".k_norm.weight", ".k_norm.bias")
@@ -29,7 +29,7 @@ _DTYPES = {
 
 
 def build_model(
-    args: ModelArgs, arithmetic: Arithmetic, source: ExpertSource, tensors: Mapping[str, mx.array]
+    args: ModelArgs, arithmetic: Arithmetic, source: ExpertStore, tensors: Mapping[str, mx.array]
 ) -> Model:
     """A model whose trunk holds `tensors`, made by `as_held`, and whose experts come from `source`.
 
@@ -143,7 +143,7 @@ def infer_quantization(
 
 def _without_experts(args: ModelArgs) -> Model:
     """A model of placeholders, lazy: it takes no memory, whatever sizes config.json claims."""
-    nowhere = cast(ExpertSource, None)
+    nowhere = cast(ExpertStore, None)
     try:
         return Model(args, CPU, lambda layer: Experts(layer, nowhere, {}, CPU))
     except OverflowError as error:
