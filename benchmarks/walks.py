@@ -54,20 +54,31 @@ class Walk:
     files: list[str] = field(default_factory=list)
     steps: set[tuple[str, str]] = field(default_factory=set)  # caller's file, called file
     nouns: set[str] = field(default_factory=set)
+    known: set[FrameType] = field(default_factory=set)  # all that have begun
+    begun: set[FrameType] = field(default_factory=set)
     is_over: bool = False
+    start: str = ""  # nothing is counted before this file is entered
 
     def note(self, frame: FrameType, event: str, _: object) -> None:
         """A profile function: notes the call of a product function."""
         here = self._file(frame)
-        if event != "call" or here is None or self.is_over or frame.f_code.co_name.startswith("<"):
+        if event != "call" or here is None or frame.f_code.co_name.startswith("<"):
             return
+        if frame in self.known:  # a coroutine or generator that goes on after a pause
+            return
+        self.known.add(frame)
+        if self.is_over:
+            return
+        if not self.files and not here.startswith(self.start):
+            return
+        self.begun.add(frame)
         if here not in self.files:
             self.files.append(here)
         owner = frame.f_locals.get("self")
         if owner is not None and self._is_ours(sys.modules[type(owner).__module__].__file__ or ""):
             self.nouns.add(type(owner).__name__)
         caller = frame.f_back
-        while caller is not None and self._file(caller) is None:
+        while caller is not None and caller not in self.begun:
             caller = caller.f_back
         if caller is not None and (before := self._file(caller)) and before != here:
             self.steps.add((before, here))
@@ -100,7 +111,7 @@ def watched(walk: Walk) -> Iterator[Walk]:
 
 def walk_of_a_prompt() -> Walk:
     """From the body of a chat to the engine's `generate`."""
-    walk = Walk(("config", "server"))
+    walk = Walk(("config", "server"), start="server/api/request/body.py")
 
     class Engine(WrittenEngine):
         def generate(self, request: Generate):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""GET /models: one answer for OpenAI's, OpenRouter's and LM Studio's clients; GET /health."""
+"""GET /models: one answer for OpenAI's, Anthropic's and OpenRouter's clients; GET /health."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -11,30 +11,11 @@ from server.api.error_bodies import PROVIDER
 from server.api.service import Service
 
 FREE = dict.fromkeys(("prompt", "completion", "request", "image", "web_search", "internal_reasoning"), "0")
-PARAMETERS = [
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "stop",
-    "max_tokens",
-    "max_completion_tokens",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "logprobs",
-    "top_logprobs",
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "response_format",
-    "structured_outputs",
-    "reasoning",
-    "reasoning_effort",
-    "include_reasoning",
-]
+PARAMETERS = (
+    "temperature top_p top_k min_p seed stop max_tokens max_completion_tokens frequency_penalty presence_penalty "
+    "repetition_penalty logit_bias logprobs top_logprobs tools tool_choice parallel_tool_calls response_format "
+    "structured_outputs reasoning reasoning_effort include_reasoning"
+).split()
 # Asked of something that is not there they are a 404, as a GET is.
 CHANGES = ["POST", "PUT", "PATCH", "DELETE"]
 ARCHITECTURE = {
@@ -54,14 +35,6 @@ def models_router(service: Service) -> APIRouter:
     @router.get("/models/user")
     async def list_models() -> dict[str, Any]:
         card = model_card(service)
-        length = card["context_length"]
-        loaded = [{"config": {"context_length": length}}]
-        local = {
-            "key": card["id"],
-            "id": card["id"],
-            "max_context_length": length,
-            "loaded_instances": loaded,
-        }
         return {
             "object": "list",
             "total_count": 1,
@@ -70,7 +43,6 @@ def models_router(service: Service) -> APIRouter:
             "first_id": card["id"],
             "last_id": card["id"],
             "data": [card],
-            "models": [local],
         }
 
     @router.get("/models/count")

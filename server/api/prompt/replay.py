@@ -7,17 +7,31 @@ the chat route, in the thread that renders.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from config.errors import RequestError
-from server.api.prompt.billing_header import without_volatile_lines
 from server.api.prompt.remembered import Remembered, Said
 from server.api.request.chat_schema import ChatRequest
-from server.glm.templates.effort import template_options
-from server.glm.templates.template import ChatTemplate
+from server.glm.templates.template import ChatTemplate, template_options
 from server.glm.tokenizer import Tokenizer
+
+# Claude Code puts such a line, with a checksum of the request, at the top of the system prompt. Left in, it
+# would make every prompt a new one from its first line on.
+_BILLING = re.compile(r"\s*x-anthropic-billing-header:(?:[ \t]*[\w.-]+=[^;\s]*(?:;|(?=\s|$)))*[ \t]*\n?")
+
+
+def without_volatile_lines(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, without a billing header at the top of system messages."""
+    return [
+        {**message, "content": _BILLING.sub("", message["content"], count=1)}
+        if message["role"] == "system" and _BILLING.match(message["content"])
+        else message
+        for message in messages
+    ]
+
 
 Message = dict[str, Any]
 

@@ -19,7 +19,7 @@ from server.api.request.chat_parts import (
     read_arguments,
 )
 from server.api.request.common_fields import REFUSED, Count, GenerationRequest, Listed, Whole, fault
-from server.glm.templates.effort import Effort
+from server.glm.templates.template import Effort
 from server.glm.tools import ToolSet
 
 REFUSED_IN_CHAT = {
