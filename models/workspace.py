@@ -20,7 +20,7 @@ Size = tuple[int, int]  # bytes of unpacked weights, and what lies beside them w
 # What MLX 0.32 takes on the CPU to unpack a weight, in sizes of the unpacked weight, by bits.
 UNPACKED_COPIES = {2: 2, 3: 4, 4: 2, 5: 6, 6: 7, 8: 2}
 FLOAT4_COPIES = 4  # mxfp4, nvfp4
-SCORED_ROWS = 64  # of a prompt whose tokens' probabilities are asked for, at one time
+SCORED_ROWS = 64  # whose logits are held at once while a prompt is scored: 40 MB for 154,880 tokens
 LOGITS_COPIES = 4  # logits, their exponents, sorted and filtered
 
 

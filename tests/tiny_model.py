@@ -10,10 +10,10 @@ from models.args import ModelArgs
 from models.arithmetic import CPU, Arithmetic
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
-from models.experts.experts import PROJECTIONS
 from models.glm_moe_dsa import Model
 from models.loading.building import as_held, build_model
 from models.loading.tensor_names import trunk_names
+from streaming.files.index import PROJECTIONS
 from streaming.fills import Fetch
 from streaming.layer import Lease
 from streaming.store import ExpertStore

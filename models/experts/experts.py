@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from models.arithmetic import Arithmetic, Quantization
 from models.experts.grouping import Indices, cut_pieces, cut_runs, lay_out, ranks_of, rows_by_expert
 from streaming.eviction.policy import OBSERVED_ROWS
+from streaming.files.index import PROJECTIONS
 from streaming.fills import Fetch
 from streaming.layer import Lease
 from streaming.store import ExpertStore
 from streaming.sweep import Place
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Rows of one expert that are computed together: bounds what its hidden rows take.
 EXPERT_ROWS = 2048
 # More rows together drive out what is guessed, or what was there, unless all that they may want has a slot.

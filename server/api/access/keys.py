@@ -15,8 +15,8 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from config.errors import UsageError
-from server.api.access.quotas import LIMITS, MAX_RETRY_AFTER_S, Accounts, Quota, Spent, parse_quota
+from config.errors import MAX_RETRY_AFTER_S, UsageError
+from server.api.access.quotas import LIMITS, Accounts, Quota, Spent, parse_quota
 from server.api.error_bodies import error_body, error_object
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")

@@ -6,16 +6,17 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Response
 from fastapi.responses import JSONResponse
 
-from config.errors import RequestError
+from config.errors import RETRY_AFTER_S, RequestError
 from server.api.error_bodies import PROVIDER
 from server.api.service import Service
 
 FREE = dict.fromkeys(("prompt", "completion", "request", "image", "web_search", "internal_reasoning"), "0")
-PARAMETERS = (
-    "temperature top_p top_k min_p seed stop max_tokens max_completion_tokens frequency_penalty presence_penalty "
-    "repetition_penalty logit_bias logprobs top_logprobs tools tool_choice parallel_tool_calls response_format "
-    "structured_outputs reasoning reasoning_effort include_reasoning"
-).split()
+PARAMETERS = [
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "max_tokens", "max_completion_tokens",
+    "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "logprobs", "top_logprobs",
+    "tools", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs", "reasoning",
+    "reasoning_effort", "include_reasoning",
+]  # fmt: skip
 # Asked of something that is not there they are a 404, as a GET is.
 CHANGES = ["POST", "PUT", "PATCH", "DELETE"]
 ARCHITECTURE = {
@@ -90,7 +91,7 @@ def health_router(service: Service) -> APIRouter:
         if status.info:
             return JSONResponse(body | {"context_length": status.info.context_length})
         body |= {"reason": status.text, "progress": round(status.fraction, 3)}
-        return JSONResponse(body, 503, {"Retry-After": "5"})
+        return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
     return router
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 from fastapi import APIRouter, Depends
 from pydantic import model_validator
 
-from config.expert_policy import ExpertPolicy
+from config.defaults import ExpertPolicy
 from config.sizes import parse_size
 from server.api.error_bodies import GenerationFailed
 from server.api.request.body import body_of

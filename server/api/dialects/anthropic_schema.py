@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from config.errors import RequestError
+from server.api.prompt.replay import BILLING_HEADER
 from server.api.request.chat_parts import text_or_placeholder
 from server.api.request.chat_schema import ChatRequest
 from server.api.request.common_fields import (
@@ -43,8 +44,6 @@ MESSAGES_REFUSED: Mapping[str, str] = {
     "container": "nothing runs here but the model",
     "mcp_servers": "nothing runs here but the model: offer the tools of those servers in 'tools'",
 }
-# Claude Code's first block of system text names the request's own hash: no two prompts would begin alike.
-VOLATILE_SYSTEM = "x-anthropic-billing-header:"
 
 
 class ContentBlock(Lenient):
@@ -222,7 +221,7 @@ class MessagesRequest(CountRequest):
 
 def _system(system: str | list[ContentBlock] | None) -> list[dict[str, Any]]:
     blocks = [ContentBlock(type="text", text=system)] if isinstance(system, str) else system or []
-    kept = [block for block in blocks if not (block.text or "").startswith(VOLATILE_SYSTEM)]
+    kept = [block for block in blocks if not (block.text or "").startswith(BILLING_HEADER)]
     return [{"role": "system", "content": _text_parts("system", kept)}] if kept else []
 
 

@@ -19,6 +19,7 @@ from server.api.request.chat_parts import (
     read_arguments,
 )
 from server.api.request.common_fields import REFUSED, Count, GenerationRequest, Listed, Whole, fault
+from server.glm.lexer import THINK_TAGS
 from server.glm.templates.template import Effort
 from server.glm.tools import ToolSet
 
@@ -204,9 +205,9 @@ def _parted(message: Message) -> tuple[str | None, str]:
 
     A message that only mentions the tags stays whole.
     """
-    start, text = "<think>", message.text.lstrip()
-    if message.thought is None and text.startswith(start) and "</think>" in text:
-        thought, _, content = text.removeprefix(start).partition("</think>")
+    (start, end), text = THINK_TAGS, message.text.lstrip()
+    if message.thought is None and text.startswith(start) and end in text:
+        thought, _, content = text.removeprefix(start).partition(end)
         return thought, content
     return message.thought, message.text
 
