@@ -2,7 +2,7 @@
 
 Each field is a flag (`--ram-budget`), an environment variable (`GLMSERVE_RAM_BUDGET`) and a key of the TOML
 file (`ram_budget`). Its default stands here, or in `config/defaults.py` if others need it, and nowhere else.
-Flags win over the environment, the environment over the file. The command line builds its parser from these fields.
+Flags win over the environment, the environment over the file. The command line builds its parser from them.
 """
 
 import os
