@@ -36,6 +36,9 @@ def models_router(service: Service) -> APIRouter:
     @router.get("/models/user")
     async def list_models() -> dict[str, Any]:
         card = model_card(service)
+        length = card["context_length"]
+        local = {"key": card["id"], "id": card["id"], "max_context_length": length}
+        local["loaded_instances"] = [{"config": {"context_length": length}}]
         return {
             "object": "list",
             "total_count": 1,
@@ -44,6 +47,7 @@ def models_router(service: Service) -> APIRouter:
             "first_id": card["id"],
             "last_id": card["id"],
             "data": [card],
+            "models": [local],  # LM Studio's form
         }
 
     @router.get("/models/count")
