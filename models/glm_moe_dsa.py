@@ -266,7 +266,8 @@ class Model(nn.Module):
         pieces = [self._embed(tokens[part.rows]) for part in parts]
         for i, layer in enumerate(self.model.layers):
             if tokens.shape[0] <= EAGER_ROWS:
-                pieces = [layer(*pieces, parts)]
+                [x] = pieces
+                pieces = [layer(x, parts)]
                 self.arithmetic.launch(*pieces)
             else:
                 yield from layer.piece_by_piece(pieces, parts)

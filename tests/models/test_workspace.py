@@ -106,7 +106,7 @@ def test_loading_takes_a_tensor_more_than_what_it_loads(
 MANY = TINY | {
     "n_routed_experts": 512, "num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 3 + ["sparse"],
 }  # fmt: skip
-SMALL_TILES = replace(METAL, tile_elements=2**16)
+SMALL_TILES = [replace(CPU, tile_elements=2**12), replace(METAL, tile_elements=2**16)]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def many_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("length", "part_rows"), [(150, 100), (600, 60), (700, 64)])
-@pytest.mark.parametrize("arithmetic", [CPU, SMALL_TILES], ids=lambda a: a.name)
+@pytest.mark.parametrize("arithmetic", SMALL_TILES, ids=lambda a: a.name)
 def test_a_prompt_of_several_parts_stays_within_its_lines(
     arithmetic: Arithmetic, length: int, part_rows: int, many_experts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,31 +129,18 @@ def test_a_prompt_of_several_parts_stays_within_its_lines(
     assert peak - cache.nbytes <= geometry.workspace_bytes + length * geometry.sweep_row_bytes
 
 
-@pytest.mark.parametrize("part_rows", [40, 70, 100])
+@pytest.mark.parametrize("part_rows", [33, 40, 48])
 def test_no_part_is_written_into_what_others_may_hold(
     part_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a command buffer that has just ended holds what it read: an array that is written into is copied."""
-    config = TINY | {
+    """MLX copies an array that is written into while anything refers to it: x lay in memory twice."""
+    rows, config = 700, TINY | {
         "hidden_size": 1024, "num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 3 + ["sparse"],
     }  # fmt: skip
-    rows = 700
-    folder = save_packed(tmp_path, config, make_weights(config, SEED), lambda path: None)
-    model = open_model(folder).model
-    held: list[mx.array] = []
-    really_eval = mx.eval
-
-    def eval_and_hold(*arrays: object) -> None:
-        really_eval(*arrays)
-        held[:] = [array[:1] for array in arrays if isinstance(array, mx.array)]
-        really_eval(held)
-
-    def forward() -> None:
-        steps = model.forward(mx.array(tokens(config, rows)), [Span(model.make_cache(), 0, rows)])
-        while next(steps) != model.num_layers - 2:  # all dense ones
-            pass
-
+    model = open_model(save_packed(tmp_path, config, make_weights(config, SEED), lambda path: None)).model
     monkeypatch.setattr("models.glm_moe_dsa.make_parts", partial(make_parts, num_rows=part_rows))
-    peak = peak_of(forward)
-    monkeypatch.setattr(mx, "eval", eval_and_hold)
-    assert peak_of(forward) - peak < rows * config["hidden_size"] * 4 / 2
+    before = start_measuring()
+    steps = model.forward(mx.array(tokens(config, rows)), [Span(model.make_cache(), 0, rows)])
+    while next(steps) != model.num_layers - 2:  # all dense ones
+        pass
+    assert mx.get_peak_memory() - before < 1.9 * rows * config["hidden_size"] * 4
