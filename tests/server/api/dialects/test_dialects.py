@@ -184,8 +184,8 @@ OWN = {"type": "function", "name": "f", "parameters": {}}
 def test_a_fault_is_told_in_the_clients_own_words(
     client: TestClient, path: str, fields: dict[str, Any], param: str
 ) -> None:
-    bodies = {"responses": {"input": "x"}, "messages": {"messages": [USER], "max_tokens": 9}}
-    response = client.post(f"/v1/{path}", json={"model": GLM} | bodies[path] | fields)
+    own: dict[str, Any] = {"input": "x"} if path == "responses" else {"messages": [USER], "max_tokens": 9}
+    response = client.post(f"/v1/{path}", json={"model": GLM} | own | fields)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param

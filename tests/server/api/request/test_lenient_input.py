@@ -275,8 +275,8 @@ def test_anthropics_own_tools_in_the_history_are_ignored_and_said(
 def test_a_thought_that_another_server_sealed_is_ignored_and_said(
     client: TestClient, engine: ScriptedEngine, sealed: str
 ) -> None:
-    item = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": sealed}
-    answer = {"role": "assistant", "content": "Hi"}
+    item: dict[str, Any] = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": sealed}
+    answer: dict[str, Any] = {"role": "assistant", "content": "Hi"}
     for items in ([item, answer], [item | {"encrypted_content": None}, answer]):
         body = {"input": [{"role": "user", "content": "hello"}, *items, {"role": "user", "content": "And?"}]}
         response = client.post("/v1/responses", json=body)

@@ -270,7 +270,10 @@ def test_a_tool_without_a_type_is_a_function(client: TestClient, engine: Scripte
 
 def test_anthropics_older_name_of_a_form_is_honoured(client: TestClient, engine: ScriptedEngine) -> None:
     form = {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}
-    for fields in ({"output_format": form}, {"output_config": {"format": form}}, {"mcp_servers": []}):
+    bodies: list[dict[str, Any]] = [
+        {"output_format": form}, {"output_config": {"format": form}}, {"mcp_servers": []},
+    ]  # fmt: skip
+    for fields in bodies:
         assert client.post("/v1/messages", json=BODIES["/messages"] | fields).status_code == 200
     older, newer, none = (request.grammar for request in engine.requests[-3:])
     assert older == newer != none
