@@ -1,5 +1,7 @@
 """The HTTP application. `make_app` is its only entrance; the command line and the tests call it."""
 
+import re
+
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -8,6 +10,7 @@ from server.api.access.account import account_router
 from server.api.access.keys import Access, Guard
 from server.api.admin.cache_routes import cache_router
 from server.api.admin.catalogue import health_router, models_router
+from server.api.admin.engine_routes import engine_router
 from server.api.admin.memory_routes import memory_router
 from server.api.admin.metrics import metrics_router
 from server.api.dialects.anthropic import messages_router
@@ -21,9 +24,11 @@ from server.api.request.parameters import HEADER, SaysIgnored
 from server.api.service import Service
 from server.version import VERSION
 
+SLASHES = re.compile("/{2,}")
+
 
 class TrailingSlash:
-    """Serves `/v1/models/` as `/v1/models`.
+    """Serves `/v1/models/` as `/v1/models`, and `//v1/models`, which a base URL with a slash leads to.
 
     A redirect in its place would name the scheme and the host as this server sees them, which behind a proxy
     are not the client's.
@@ -33,8 +38,8 @@ class TrailingSlash:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, by its path without slashes at the end."""
-        if scope["type"] == "http" and (path := scope["path"].rstrip("/")):
+        """Passes a request on, by its path without slashes that mean nothing."""
+        if scope["type"] == "http" and (path := SLASHES.sub("/", scope["path"]).rstrip("/")):
             scope = dict(scope) | {"path": path, "raw_path": scope.get("raw_path", b"").rstrip(b"/")}
         await self._app(scope, receive, send)
 
@@ -78,6 +83,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(tokenize_router(service), prefix=base)
         app.include_router(cache_router(service), prefix=base)
         app.include_router(memory_router(service), prefix=base)
+        app.include_router(engine_router(service), prefix=base)
     app.include_router(health_router(service))
     app.include_router(metrics_router(service.engine, service.ledger, service.parameters))
     install_error_handlers(app)
