@@ -34,6 +34,11 @@ class Sequence:
     is_cancelled: bool = False
 
     @property
+    def cache_group(self) -> str:
+        """The group within which what is computed for it may be used for others."""
+        return self.request.cache_group
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Length of the prompt."""
         return len(self.request.token_ids)
