@@ -137,8 +137,7 @@ class Settings(BaseSettings):
         None,
         "Scheduling",
         "ROWS",
-        "answers that go forward in one step (default: all that run, or with --stream-experts what is "
-        "measured to be fastest)",
+        "answers that go forward in one step; more of them take turns (default: all that run)",
         ge=1,
     )
     max_queue: int = _setting(

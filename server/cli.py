@@ -6,13 +6,14 @@ get wrong ends here as one line on standard error and exit code 2.
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
-from config.errors import UsageError
+from config.errors import GaveUp, UsageError
 from config.settings import ENV_PREFIX, Settings, flag_of, load_settings
 from server.version import VERSION
 
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"glmserve: {error}", file=sys.stderr)
         return 2
+    except GaveUp as error:
+        print(f"glmserve: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:  # of a conversion, which goes on when it is asked for again
         print("glmserve: interrupted", file=sys.stderr)
         return 130
@@ -96,11 +100,19 @@ def _prefixes(words: Sequence[str]) -> int:
     return move_prefixes(settings, words[0], Path(words[1]), "--pinned" in words)
 
 
+def _doctor(words: Sequence[str]) -> int:
+    settings = parse_settings([word for word in words if word != "--parity"], "doctor")
+    from server.commands.doctor.doctor_command import doctor
+
+    return doctor(settings, parity="--parity" in words)
+
+
 COMMANDS = {
     "serve": Command("answer requests (the default)", _serve),
     "plan": Command("print how --ram-budget would be divided (--json for programs), load nothing", _plan),
     "convert": Command("make a streamable, quantised copy: glmserve convert SRC DST", _convert),
     "align": Command("make an expert one read instead of nine: glmserve align DIR [DST]", _align),
+    "doctor": Command("check this machine and these flags (--parity: what MLX computes here)", _doctor),
     "prefixes": Command(
         "carry saved prompts: glmserve prefixes export FILE [--pinned], or import FILE", _prefixes
     ),

@@ -1,15 +1,12 @@
-"""What agents get that decode from a slow disk: `python -m benchmarks.fleet.decode agents|widths`.
+"""What agents get that decode from a slow disk: `python -m benchmarks.fleet.decode`.
 
 The engine's own loop over the bench geometry (`benchmarks.rig.replay`), a quarter of its experts in
 memory, on a simulated disk with which a lone agent's token has the target's compute : I/O of 0.16 : 0.22.
 Agents go where Pocket went in conversations of their own (`own`), in conversations with 2,048
 tokens in common (`shared`), or where a made-up routing of the published locality goes (`synthetic`).
 
-agents  1, 2, 4 and 8 agents, all in each step. Predicted is width / (bytes / rate + compute): payload that
-        arrived in the window, lookahead's wrong guesses with it, and the measured step of as many rows with
-        all experts in memory.
-widths  eight agents at fixed widths and at the width that the engine finds, which is judged by the rate that
-        its choice has when it is fixed.
+1, 2, 4 and 8 agents, all in each step. Predicted is width / (bytes / rate + compute): payload that arrived in
+the window, lookahead's wrong guesses with it, and the measured step of as many rows with all experts there.
 
 Sides alternate in each round; medians, lowest and highest.
 """
@@ -49,7 +46,6 @@ class Decoded:
     width: int
     counts: StoreStatistics  # at its end, and at its start
     before: StoreStatistics
-    chosen: int
 
     @property
     def tokens_per_s(self) -> float:
@@ -97,14 +93,12 @@ def decode(
             marks.append((time.monotonic(), since[0], opened.store.statistics()))
         return [Cancel(name) for name in names] if len(marks) == 2 else []
 
-    limits = Limits(kv_tokens=10**9, batch_width=width, is_streaming=rate is not None)
+    limits = Limits(kv_tokens=10**9, batch_width=width)
     requests = [_ask(name, number) for number, name in enumerate(names)]
     with closing(opened.store):
-        served = drive(opened.backend(limits), requests, react)
+        drive(opened.backend(limits), requests, react)
     (start_s, start, before), (end_s, end, after) = marks
-    return Decoded(
-        (end - start) / rows, end_s - start_s, rows, after, before, int(served.measured["batch_width"])
-    )
+    return Decoded((end - start) / rows, end_s - start_s, rows, after, before)
 
 
 def _ask(name: str, number: int) -> Generate:
@@ -149,29 +143,6 @@ def bench_agents(
     console.print(table)
 
 
-def bench_widths(
-    console: Console, bench: Bench, kinds: Sequence[str], steps: int, rounds: int, chosen_steps: int
-) -> None:
-    """The table of widths. Each fixed width gets as many tokens."""
-    rate = find_rate(bench, steps)
-    table = Table(title=f"tokens/s of eight agents by width of the step, a disk of {rate / 1e6:.1f} MB/s")
-    for column in ("routing", *map(str, WIDTHS), "chosen", "of the best", "on the way"):
-        table.add_column(column, justify="right")
-    for kind in kinds:
-        fixed: dict[int, list[float]] = {width: [] for width in WIDTHS}
-        for _ in range(rounds):
-            for width in WIDTHS:
-                found = decode(bench, rate, kind, NUM_AGENTS, width, steps * NUM_AGENTS // width)
-                fixed[width].append(found.tokens_per_s)
-        free = decode(bench, rate, kind, NUM_AGENTS, None, chosen_steps)
-        rates = {width: median(values) for width, values in fixed.items()}
-        table.add_row(
-            kind, *(spread(fixed[width]) for width in WIDTHS), str(free.chosen),
-            f"{rates[free.chosen] / max(rates.values()):.2f}", f"{free.tokens_per_s:.2f}",
-        )  # fmt: skip
-    console.print(table)
-
-
 def spread(values: Sequence[float]) -> str:
     """Median, lowest and highest."""
     if len(values) == 1:
@@ -183,23 +154,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("agents", "widths"))
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--widths", nargs="+", type=int, choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument("--steps", type=int, default=24, help="that are counted, of each width")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--chosen-steps", type=int, default=300, help="widths: tokens of each agent while a width is found"
-    )
     given = parser.parse_args()
     use_engine_environment("benchmarks.fleet.decode")
     console = Console(width=130)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench.write(Path(folder) / "bench")
-        if given.part == "agents":
-            bench_agents(console, bench, given.routing, given.widths, given.steps, given.rounds)
-        else:
-            bench_widths(console, bench, given.routing, given.steps, given.rounds, given.chosen_steps)
+        bench_agents(console, bench, given.routing, given.widths, given.steps, given.rounds)
 
 
 if __name__ == "__main__":

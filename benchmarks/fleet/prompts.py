@@ -142,7 +142,7 @@ class Timed:
 def bench_mixed(console: Console, sweep_s: float, length: int) -> None:
     agents = [ask(f"a{i}", prompt(i, 32, 64), 4000) for i in range(4)]
     long, short = ask("long", prompt(8, length, 64), 1), ask("short", prompt(9, 200, 64), 1)
-    limits = Limits(pass_rows=length, kv_tokens=NEVER, batch_width=4, is_streaming=True)
+    limits = Limits(pass_rows=length, kv_tokens=NEVER, batch_width=4)
 
     def disturb(model: EngineModel, *newcomers: Generate) -> Served:
         def later(name: str, count: int) -> Sequence[Generate | Cancel]:

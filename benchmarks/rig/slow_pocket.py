@@ -72,7 +72,7 @@ class SlowPocket:
 
     def backend(self, pass_rows: int) -> Backend:
         """For the engine's loop."""
-        limits = Limits(pass_rows=pass_rows, kv_tokens=8 * CONTEXT, is_streaming=True)
+        limits = Limits(pass_rows=pass_rows, kv_tokens=8 * CONTEXT)
         info = ModelInfo(self.opened.checkpoint.args.vocab_size, CONTEXT)
         return Backend(self.opened.model, info, limits=limits)
 

@@ -70,7 +70,7 @@ class Answers:
             with Contained(partial(self.fail, sequence)) as attempt:
                 if sequence.leader:
                     self._prefixes.note_followed(sequence, done.length_before(index))
-                    sequence.leader = None
+                    sequence.read_on()
                 if done.is_reading or sequence.is_cancelled:  # its rows are kept before it draws a token
                     _check_rows(hidden[start:stop])
                 if done.is_reading and not sequence.is_cancelled:
@@ -147,7 +147,7 @@ class Answers:
         request = sequence.request
         _check_finite([score])
         sequence.sampler = state
-        sequence.generated.append(score.token_id)
+        sequence.append(score.token_id)
         sequence.constraint.accept(score.token_id)
         if score.token_id not in request.stop_token_ids:
             top = score.top[: request.num_top_logprobs]

@@ -101,7 +101,6 @@ def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig)
         agent_inflight=config.max_inflight_per_agent,
         decode_share=config.decode_share,
         batch_width=config.batch_width,
-        is_streaming=not plan.is_resident,
     )
 
 

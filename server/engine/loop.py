@@ -1,9 +1,8 @@
 """The engine's loop: take commands, choose, run one step, hand out tokens.
 
-A step is a decode step of all that decode, or one layer of a pass over prompts, or a part of one. At most two
-passes are under way: a large one, and one over short prompts that came later and would wait too long. Runs
-on the thread that opened the model, the only one that touches MLX. Commands arrive in a queue that another
-thread fills; events leave through `send`.
+A step is a decode step of all that decode, or one layer of a pass over prompts, or a part of one. Runs on the
+thread that opened the model, the only one that touches MLX. Commands arrive in a queue that another thread
+fills; events leave through `send`.
 """
 
 import logging
@@ -20,12 +19,11 @@ from server.engine.decode.token_masks import Grammars
 from server.engine.faults import Contained
 from server.engine.intake import Reception
 from server.engine.model_protocol import Backend
-from server.engine.schedule.batch_width import Width
-from server.engine.schedule.boarding import is_worth_its_end
+from server.engine.schedule.boarding import Boarding
 from server.engine.schedule.decode_share import Pace
 from server.engine.schedule.passes import Pass
-from server.engine.schedule.scheduler import PassPart, Scheduler
-from server.engine.schedule.sequence import Sequence
+from server.engine.schedule.scheduler import Scheduler
+from server.engine.schedule.sequence import PassPart, Sequence
 from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
 from server.link.messages import (
     Administer,
@@ -40,11 +38,6 @@ from server.link.messages import (
     Shutdown,
 )
 
-# A second pass may run between the layers of one that has at least so many times its rows.
-OVERTAKEN = 8
-# Prompts that come before this part of a pass's layers is done make it start again with all of them. No more
-# than that is lost, however many come one after the other.
-RESTART = 0.1
 # While nobody runs, and all who wait do so for their grammars, commands are looked at so often.
 GRAMMAR_WAIT_S = 0.02
 
@@ -78,12 +71,8 @@ class EngineLoop:
         self._answers = Answers(
             self._model, self._scheduler, self._prefixes, send, max_rows=self._limits.decode_rows
         )
-        self._width = Width(
-            self._limits.decode_rows, self._limits.batch_width, adapts=self._limits.is_streaming
-        )
-        self._passes: list[Pass] = []
+        self._boarding = Boarding(self._model, self._scheduler, self._limits)
         self._places: dict[str, int] = {}  # what those who wait were told
-        self._num_lost_layers = 0  # of passes that were started again since one was through
         self._is_stopping = False
 
     def run(self) -> None:
@@ -95,13 +84,13 @@ class EngineLoop:
             self._step()
             self._beat(self._scheduler.is_idle)
             self._take_commands(wait=self._scheduler.is_resting)
-        for one in self._passes:
+        for one in self._boarding.passes:
             one.abandon()
 
     def check_integrity(self) -> None:
-        """The books balance, and whoever reads is in a pass that is under way."""
+        """Checks that the books of sequences and passes balance."""
         self._scheduler.check_integrity()
-        assert len(self._passes) <= 2
+        self._boarding.check_integrity()
 
     def measure(self) -> dict[str, float]:
         """Who is here now, for /metrics."""
@@ -111,8 +100,7 @@ class EngineLoop:
             "agents": self._scheduler.shares.num_agents,
             "kv_tokens": self._scheduler.num_kv_tokens,
             "kv_capacity": self._limits.kv_tokens,
-            "batch_width": self._width.chosen,
-            **{f"decode_rate.{width}": rate for width, rate in self._width.rates.items()},
+            "batch_width": self._limits.batch_width or self._limits.decode_rows,
         }
 
     # commands
@@ -150,18 +138,12 @@ class EngineLoop:
         self._admit()
         self._tell_places()
         self._settle()
-        self._drop_passes()
-        self._start_pass()
-        batch = self._scheduler.decode_batch(self._width.choose)
-        if batch and not (self._passes and not self._pace.is_step_due(len(batch))):
+        self._boarding.update(self._prefixes.keeps_rows)
+        batch = self._scheduler.decode_batch()
+        if batch and not (self._boarding.passes and not self._pace.is_step_due(len(batch))):
             self._decode(batch)
-        elif self._passes:
-            self._advance(self._whose_layer(), is_contended=bool(batch))
-
-    def _whose_layer(self) -> Pass:
-        """A pass that is amid a layer goes on; else the one that has had less."""
-        amid = [one for one in self._passes if one.is_amid_layer]
-        return amid[0] if amid else min(self._passes, key=lambda one: one.turn_s)
+        elif self._boarding.passes:
+            self._advance(self._boarding.next(), is_contended=bool(batch))
 
     def _clear_away(self) -> None:
         """Who is not wanted any more gives up its place, and who has outgrown the KV waits again."""
@@ -173,23 +155,11 @@ class EngineLoop:
             self._answers.save(victim)
             self._scheduler.suspend(victim)
 
-    def _drop_passes(self) -> None:
-        for one in list(self._passes):
-            if not is_worth_its_end(one, self._scheduler, self._prefixes, self._model.num_layers):
-                self._give_up(one)
-
     def _admit(self) -> None:
-        for sequence in self._scheduler.admit():
-            if not self._answers.begin(sequence):
-                continue
-            sequence.cache = self._model.make_cache()
-            with Contained(partial(self._read_anew, sequence)):
-                if not sequence.request.score_prompt:  # scores need the hidden rows of the whole prompt
-                    self._prefixes.restore(sequence)
-
-    def _read_anew(self, sequence: Sequence, error: Exception) -> None:
-        log.error("the saved prefix of request %s", sequence.request.request_id, exc_info=error)
-        sequence.cache, sequence.num_cached_tokens = self._model.make_cache(), 0
+        for sequence in self._scheduler.admit(self._model.make_cache):
+            # scores need the hidden rows of the whole prompt
+            if self._answers.begin(sequence) and not sequence.request.score_prompt:
+                self._prefixes.restore(sequence)
 
     def _tell_places(self) -> None:
         places = {item.request.request_id: place for place, item in enumerate(self._scheduler.line)}
@@ -199,44 +169,10 @@ class EngineLoop:
         self._places = places
 
     def _settle(self) -> None:
-        is_alone = not (self._passes or self._scheduler.has_decoders)
-        message = "a saved prefix could not be restored; its prompt is read"
-        with Contained(lambda error: log.error(message, exc_info=error)):
-            for sequence in self._prefixes.settle(self._scheduler.followers, is_alone):
-                if sequence.num_cached_tokens:
-                    self._answers.tell_progress(sequence)
-
-    def _start_pass(self) -> None:
-        if len(self._passes) > 1:
-            return
-        if self._passes:
-            self._make_way(self._passes[0])
-            if not self._passes:
-                return  # who is not wanted is cleared away first, and who followed it looks for another
-        if not self._scheduler.has_readers:
-            return
-        if self._passes:
-            parts = self._scheduler.board_short(self._passes[0].num_rows // OVERTAKEN)
-        else:
-            parts = self._scheduler.board(self._limits.pass_rows)
-        if parts:
-            for one in self._passes:
-                one.turn_s = 0.0
-            self._passes.insert(0, Pass(self._model, parts))
-
-    def _make_way(self, one: Pass) -> None:
-        """Give up a pass that has hardly begun where somebody would come along in the next one."""
-        num_lost = self._num_lost_layers + one.num_layers_done + one.is_amid_layer
-        if num_lost >= RESTART * self._model.num_layers or one.num_rows >= self._limits.pass_rows:
-            return
-        if self._scheduler.has_reader_for(one.parts):
-            self._num_lost_layers = num_lost
-            self._give_up(one)
-
-    def _give_up(self, one: Pass) -> None:
-        one.abandon()
-        self._passes.remove(one)
-        self._scheduler.leave_pass(one.parts)
+        is_alone = not (self._boarding.passes or self._scheduler.has_decoders)
+        for sequence in self._prefixes.settle(self._scheduler.followers, is_alone):
+            if sequence.num_cached_tokens:
+                self._answers.tell_progress(sequence)
 
     # running
 
@@ -255,11 +191,8 @@ class EngineLoop:
         if is_contended:
             self._pace.note_layer(seconds)
         if hidden is not None:
-            self._passes.remove(one)
-            self._scheduler.leave_pass(one.parts)
+            self._boarding.complete(one)
             self._scheduler.note_pass(one.num_rows, one.seconds)
-            self._width.note_prompt()
-            self._num_lost_layers = 0
             self._answers.hand_out(one, hidden)
 
     def _decode(self, batch: list[Sequence]) -> None:
@@ -272,9 +205,7 @@ class EngineLoop:
         self._answers.hand_out(step, hidden)
         seconds = self._clock() - started_s
         self._scheduler.charge(step.parts, seconds)
-        self._pace.note_step(seconds, len(batch), is_disturbed=bool(self._passes))
-        if not self._passes:
-            self._width.note(len(batch), seconds)
+        self._pace.note_step(seconds, len(batch), is_disturbed=bool(self._boarding.passes))
 
     def _run_through(self, one: Pass) -> mx.array | None:
         """All layers at a stretch; None where nobody wants the result any more."""
@@ -289,7 +220,7 @@ class EngineLoop:
                 return None
 
     def _lose_pass(self, failed: Pass, error: Exception) -> None:
-        self._give_up(failed)
+        self._boarding.give_up(failed)
         self._take_apart(failed, error)
 
     def _take_apart(self, failed: Pass, error: Exception) -> None:

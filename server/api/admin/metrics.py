@@ -75,11 +75,6 @@ GAUGES = {
 }
 # The same for names that go on behind a dot: what stands there is the value of a label.
 LABELLED = {
-    "decode_rate": (
-        "decode_tokens_per_second",
-        "what was measured of the widths that were tried, undisturbed",
-        "batch_width",
-    ),
     "policy": ("expert_policy", "the policy that decides which expert gives up its place", "policy"),
     "planned": ("memory_planned_bytes", "the ledger, planned", "line"),
     "used": ("memory_used_bytes", "the ledger, used", "line"),

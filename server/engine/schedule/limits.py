@@ -8,7 +8,7 @@ class Limits:
     """Rows are those of a flat batch; `kv_tokens` is the sum of the lengths of all caches.
 
     `decode_share`: the share of wall time that decode steps get while a prompt is read. `batch_width`: rows
-    of a decode step; None takes all that run, or what is measured to be fastest where experts are streamed.
+    of a decode step; None takes all that decode, up to `decode_rows`.
     """
 
     pass_rows: int = 2048
@@ -17,4 +17,3 @@ class Limits:
     agent_inflight: int = 8
     decode_share: float = 0.3
     batch_width: int | None = None
-    is_streaming: bool = False

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from models.attention.attention import Span
 from server.engine.model_protocol import EngineModel
-from server.engine.schedule.scheduler import PassPart
+from server.engine.schedule.sequence import PassPart, State
 
 
 class Pass:
@@ -22,7 +22,7 @@ class Pass:
         self.is_amid_layer = False  # other steps may run now, but no other pass over many rows
         self.seconds = 0.0  # spent on it, by the loop's clock
         self.turn_s = 0.0  # of them, since it shares the time with another pass
-        self.is_reading = not all(part.sequence.is_decoding for part in parts)
+        self.is_reading = not all(part.sequence.state is State.DECODING for part in parts)
         self._caches = [part.sequence.running_cache for part in parts]
         self._lengths = [cache.length for cache in self._caches]
         self._written: list[mx.array] = []

@@ -1,6 +1,7 @@
 """One request while the engine works on it. Owned by the scheduler; touched by the engine's thread only."""
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from models.attention.cache import SequenceCache
 from server.engine.decode.constraint import Constraint
@@ -9,17 +10,37 @@ from server.engine.prefix.restore import Restoring
 from server.link.messages import FinishReason, Generate, Usage
 
 
+class State(Enum):
+    """Where a sequence stands. The methods of `Sequence` are the only transitions:
+
+        WAITING                    admit    READING, with a cache
+        READING, FOLLOWING         restore  RESTORING: saved rows are copied into the cache
+        READING, DECODING          follow   FOLLOWING: another sequence computes its next rows
+        RESTORING, FOLLOWING       read_on  READING, or DECODING if only the last token is to be computed
+        READING, DECODING          append   DECODING: a token was drawn
+        all but WAITING and ENDED  suspend  WAITING, without a cache
+        all                        end      ENDED
+
+    Two flags stand beside it: `is_boarded`, while a pass over prompts holds the sequence, and `is_cancelled`,
+    once its client has left; then it ends as soon as no pass holds it.
+    """
+
+    WAITING = auto()
+    RESTORING = auto()
+    FOLLOWING = auto()
+    READING = auto()
+    DECODING = auto()
+    ENDED = auto()
+
+
 @dataclass(eq=False)
 class Sequence:
-    """A prompt, the tokens that followed, and the cache that holds them.
-
-    Without a cache it waits. With one it reads until a single token is left to compute, which is the last
-    one drawn; from then on it decodes. One whose cache was taken away waits again and reads all its tokens.
-    """
+    """A prompt, the tokens that followed, and the cache that holds their rows. `State` has its life."""
 
     request: Generate
     sampler: SamplerState
     constraint: Constraint
+    state: State = State.WAITING
     arrived_s: float = 0.0
     served_s: float = 0.0  # when it last had a part in a step
     cache: SequenceCache | None = None
@@ -27,11 +48,50 @@ class Sequence:
     num_scored: int = 0  # prompt tokens whose scores were sent
     num_cached_tokens: int = 0  # prompt tokens that were computed for others
     num_saved_tokens: int = 0  # tokens up to which whole blocks are saved
-    leader: "Sequence | None" = None  # reads what this one would read next, and this one goes on from there
-    restoring: Restoring | None = None  # what was saved of it is on its way into the cache
+    leader: "Sequence | None" = None  # while FOLLOWING
     follows_to: int = 0  # tokens that it takes over from its leader: whole blocks, and never its last token
+    restoring: Restoring | None = None  # while RESTORING
     promised_tokens: int = 0  # room in the KV that was set aside when it was admitted
+    is_boarded: bool = False
     is_cancelled: bool = False
+
+    def admit(self, cache: SequenceCache) -> None:
+        """Gives the sequence an empty cache; it reads its prompt from the start."""
+        assert self.state is State.WAITING, "only a sequence that waits is admitted"
+        self.cache, self.state = cache, State.READING
+
+    def restore(self, restoring: Restoring) -> None:
+        """Begins to fill the cache with saved rows; `read_on` ends that."""
+        self.leader, self.restoring, self.state = None, restoring, State.RESTORING
+
+    def follow(self, leader: "Sequence", follows_to: int) -> None:
+        """Lets `leader` compute the next rows, up to token `follows_to`; `read_on` ends that."""
+        self.restoring, self.state = None, State.FOLLOWING
+        self.leader, self.follows_to = leader, follows_to
+
+    def read_on(self) -> None:
+        """Goes on alone: it decodes if the token drawn last is all that is left to compute, else it reads."""
+        self.leader = self.restoring = None
+        self.state = State.DECODING if self.generated and self.num_unread == 1 else State.READING
+
+    def append(self, token_id: int) -> None:
+        """Adds the token that was drawn from its last row."""
+        self.generated.append(token_id)
+        self.state = State.DECODING
+
+    def suspend(self) -> None:
+        """Takes the cache away; the sequence will read all its tokens again."""
+        self._drop()
+        self.state = State.WAITING
+
+    def end(self) -> None:
+        """Ends the sequence, whether it is complete, failed or cancelled, and frees its cache."""
+        self._drop()
+        self.state = State.ENDED
+
+    def _drop(self) -> None:
+        self.cache = self.leader = self.restoring = None
+        self.is_boarded = False
 
     @property
     def cache_group(self) -> str:
@@ -72,14 +132,14 @@ class Sequence:
         return self.leader.cache is None or self.leader.cache.length < self.follows_to
 
     @property
-    def is_decoding(self) -> bool:
-        """Whether only the token drawn last has to be computed."""
-        return bool(self.generated) and self.num_unread == 1 and not self.is_held
+    def is_held(self) -> bool:
+        """Whether it runs but has no step of its own: another sequence or a disk brings its next rows."""
+        return self.state in (State.FOLLOWING, State.RESTORING)
 
     @property
-    def is_held(self) -> bool:
-        """Whether it runs and cannot have a step of its own: others, or a disk, bring what it needs."""
-        return self.leader is not None or self.restoring is not None
+    def is_before_decoding(self) -> bool:
+        """Whether it holds a cache and has rows of a prompt to come."""
+        return self.state in (State.RESTORING, State.FOLLOWING, State.READING)
 
     @property
     def kv_tokens(self) -> int:
@@ -104,3 +164,19 @@ class Sequence:
         if len(self.generated) >= self.request.max_tokens:
             return "length"
         return None
+
+
+@dataclass(frozen=True)
+class PassPart:
+    """The next `num_rows` tokens of a sequence, to be computed in a pass.
+
+    If the sequence has a leader, a part of the leader stands before it in the same pass, or has been read.
+    """
+
+    sequence: Sequence
+    num_rows: int
+
+
+def next_part(sequence: Sequence, num_rows: int) -> PassPart:
+    """The next tokens of a sequence, at most `num_rows`."""
+    return PassPart(sequence, min(num_rows, sequence.num_tokens - sequence.num_before))

@@ -4,13 +4,16 @@ All calls come from the engine's thread, between steps. `SavedPrefixes` also see
 prompts have in common is read once: the first reads it, the others go on behind it or wait for it.
 """
 
+import logging
 from collections.abc import Iterable
+from functools import partial
 from itertools import takewhile
 from time import monotonic
 from typing import Protocol
 
+from server.engine.faults import Contained
 from server.engine.prefix.lookup import PrefixCache
-from server.engine.schedule.sequence import Sequence
+from server.engine.schedule.sequence import Sequence, State
 from server.link.messages import Administer
 from streaming.prefix.block_format import BlockName
 
@@ -21,6 +24,8 @@ COPY_S = 0.2
 LONE_COPY_S = 2.0
 # Then a disk is waited for, too, but commands are looked at so often.
 DISK_WAIT_S = 0.05
+
+log = logging.getLogger(__name__)
 
 
 class Prefixes(Protocol):
@@ -90,9 +95,11 @@ class SavedPrefixes:
         self._claims: dict[BlockName, Sequence] = {}
 
     def restore(self, sequence: Sequence) -> None:
-        """Nothing is copied yet: that happens in `settle`, a group of blocks between two steps."""
-        tokens = sequence.tokens(0, sequence.num_tokens)
-        sequence.restoring = self._saved.restore(tokens, sequence.running_cache, sequence.cache_group)
+        """Begins to fill the cache with saved rows. They are copied in `settle`, some between two steps."""
+        with Contained(partial(_read_anew, sequence)):
+            tokens = sequence.tokens(0, sequence.num_tokens)
+            group = sequence.cache_group
+            sequence.restore(self._saved.restore(tokens, sequence.running_cache, group))
 
     def save(self, sequence: Sequence) -> None:
         """Keep whole blocks, and the last part of one where the sequence will not fill it soon."""
@@ -112,17 +119,14 @@ class SavedPrefixes:
         wait_s, copy_s = (DISK_WAIT_S, LONE_COPY_S) if is_alone else (0.0, COPY_S)
         until_s = monotonic() + copy_s
         while held and (restoring := held[0].restoring):
-            held[0].restoring = None  # stays so if what follows fails: the sequence then reads its prompt
-            is_ready = restoring.wait(wait_s)
-            is_complete = is_ready and restoring.advance()
-            held[0].restoring = restoring
-            if not is_ready:
-                break
-            if is_complete:
-                restored.append(held.pop(0))
-                self._complete(restored[-1], restoring.length_before)
-            if monotonic() > until_s:  # commands are looked at, and whoever is complete has steps now
-                break
+            is_ready = False
+            with Contained(partial(_read_anew, held[0])) as attempt:
+                is_ready = restoring.wait(wait_s)
+                if is_ready and restoring.advance():
+                    restored.append(held.pop(0))
+                    self._complete(restored[-1], restoring.length_before)
+            if attempt.failed or not is_ready or monotonic() > until_s:
+                break  # commands are looked at, and sequences that are complete have steps now
         return restored
 
     def _release(self, sequences: Iterable[Sequence]) -> list[Sequence]:
@@ -130,10 +134,9 @@ class SavedPrefixes:
         restoring: list[Sequence] = []
         for sequence in sequences:
             leader = sequence.leader
-            if leader and (not _reads(leader) or leader.num_saved_tokens >= sequence.follows_to):
-                sequence.leader = None
+            if leader and not (leader.is_before_decoding and leader.num_saved_tokens < sequence.follows_to):
                 self.restore(sequence)
-            if sequence.restoring:
+            if sequence.state is State.RESTORING:
                 restoring.append(sequence)
         return restoring
 
@@ -149,7 +152,7 @@ class SavedPrefixes:
 
     def _complete(self, sequence: Sequence, length_before: int) -> None:
         """Follow whoever reads on from where what was saved ends, and claim what nobody has."""
-        sequence.restoring = None
+        sequence.read_on()
         after = sequence.running_cache.length
         self._note_cached(sequence, length_before, after)
         sequence.num_saved_tokens = after
@@ -174,7 +177,9 @@ class SavedPrefixes:
         self._claims = {
             name: owner
             for name, owner in self._claims.items()
-            if owner is not sequence and _reads(owner) and self._saved.end_of(name) > owner.num_saved_tokens
+            if owner is not sequence
+            and owner.is_before_decoding
+            and self._saved.end_of(name) > owner.num_saved_tokens
         }
         prompt = sequence.tokens(0, sequence.num_tokens)
         names = self._saved.names_from(prompt, sequence.running_cache.length, sequence.cache_group)
@@ -183,10 +188,11 @@ class SavedPrefixes:
             # At least one token stays unread, so that there are logits to go on from.
             follows_to = min(self._saved.end_of(shared[-1]), sequence.num_tokens - 1)
             if follows_to > sequence.running_cache.length:
-                sequence.leader, sequence.follows_to = self._claims[shared[-1]], follows_to
+                sequence.follow(self._claims[shared[-1]], follows_to)
         self._claims |= {name: sequence for name in names[len(shared) :] if name not in self._claims}
 
 
-def _reads(sequence: Sequence) -> bool:
-    """Once it decodes, what is not saved of its prompt does not come soon: memory had no room for it."""
-    return sequence.cache is not None and not sequence.is_decoding
+def _read_anew(sequence: Sequence, error: Exception) -> None:
+    """Lets a sequence compute the rows that could not be restored."""
+    log.error("a saved prefix could not be restored; its prompt is read", exc_info=error)
+    sequence.read_on()

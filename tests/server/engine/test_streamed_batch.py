@@ -14,7 +14,7 @@ from server.engine.decode.constraint import Constraint
 from server.engine.decode.sampling import start_sampling
 from server.engine.schedule import sequence
 from server.engine.schedule.passes import Pass
-from server.engine.schedule.scheduler import PassPart
+from server.engine.schedule.sequence import PassPart
 from server.link.messages import Generate
 from streaming.banks import Bank
 from streaming.fills import Fetch, Fill
@@ -118,7 +118,10 @@ def make_decoding(model: Model, prompt: tuple[int, ...]) -> sequence.Sequence:
     hidden = model(mx.array(prompt), [Span(cache, 0, len(prompt))])
     sampler = start_sampling(request.sampling, prompt, 64)
     first = int(model.logits(hidden[-1:]).argmax())
-    return sequence.Sequence(request, sampler, Constraint(request, None), cache=cache, generated=[first])
+    one = sequence.Sequence(request, sampler, Constraint(request, None))
+    one.admit(cache)
+    one.append(first)
+    return one
 
 
 def step(model: Model, parts: list[PassPart]) -> None:
@@ -126,4 +129,4 @@ def step(model: Model, parts: list[PassPart]) -> None:
     while (hidden := one.advance()) is None:
         pass
     for row, part in enumerate(parts):
-        part.sequence.generated.append(int(model.logits(hidden[row : row + 1]).argmax()))
+        part.sequence.append(int(model.logits(hidden[row : row + 1]).argmax()))

@@ -137,7 +137,7 @@ def serve(
 ) -> None:
     """All that arrives in this world, to the end; the books balance then."""
     model = ClockedModel(governed.model, world, on_layer)
-    limits = Limits(is_streaming=True, batch_width=8)
+    limits = Limits(batch_width=8)
     backend = Backend(model, ModelInfo(64, CONTEXT), limits=limits, memory=memory or Ungoverned())
     inbox = cast("SimpleQueue[Command]", world)
     loop = EngineLoop(backend, inbox, world.send, clock=world.clock)

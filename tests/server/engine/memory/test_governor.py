@@ -13,7 +13,7 @@ from server.engine.decode.sampling import start_sampling
 from server.engine.memory.governor import LONGEST_PAUSE_S, PAUSE_S, Governor, Ungoverned
 from server.engine.schedule import sequence
 from server.engine.schedule.passes import Pass
-from server.engine.schedule.scheduler import PassPart
+from server.engine.schedule.sequence import PassPart
 from server.link.messages import (
     Event,
     Failed,

@@ -204,7 +204,7 @@ def test_what_is_adopted_twice_is_cached_once(model: CountedModel) -> None:
         for one in requests(PROMPTS)[:2]
     )
     for _ in range(2):
-        follower.leader, follower.follows_to = leader, 256
+        follower.follow(leader, 256)
         prefixes.note_followed(follower, 0)
     assert follower.num_cached_tokens == 256
 
