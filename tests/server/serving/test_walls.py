@@ -1,5 +1,6 @@
 """Keys are walls: what one key has sent changes no field of what another one is answered."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,12 +73,12 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> KeyRing:
 
 def bodies(path: str, system: str) -> dict[str, Any]:
     turn = [{"role": "user", "content": "hello"}]
-    return {"temperature": 0} | {
+    return {"temperature": 0, "model": "glm"} | {
         PATHS[0]: {"messages": [{"role": "system", "content": system}, *turn], "max_tokens": 4},
         PATHS[1]: {"prompt": system, "max_tokens": 4},
         PATHS[2]: {"system": system, "messages": turn, "max_tokens": 4},
         PATHS[3]: {"instructions": system, "input": "hello", "max_output_tokens": 4},
-    }[path]
+    }[path.removeprefix("/api")]
 
 
 def ask(client: TestClient, key: str, path: str, system: str, **more: Any) -> Any:
@@ -94,6 +95,8 @@ def cached(client: TestClient, key: str, system: str) -> int:
 def without_own(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_own(item) for name, item in value.items() if name not in OWN}
+    if isinstance(value, str):
+        return re.sub(r"gen-\d+-[0-9a-f]+", "", value)
     return [without_own(item) for item in value] if isinstance(value, list) else value
 
 
@@ -107,12 +110,9 @@ def all_that_bob_sees(client: TestClient, system: str) -> list[Any]:
         own = answer.headers.get("x-generation-id", "")
         for page in (f"/v1/generation?id={own}", f"/v1/cache/explain?id={own}", "/v1/credits", "/v1/key"):
             seen.append(without_own(client.get(page, headers=bob).json()))
-    streamed = ask(
-        client, "sk-b", PATHS[0], system + "!", stream=True, stream_options={"include_usage": True}
-    )
-    seen.append([line for line in streamed.text.splitlines() if "usage" in line and "cached" in line][-1:])
-    seen[-1] = [line.partition('"usage"')[2] for line in seen[-1]]
-    return seen
+    streamed = ask(client, "sk-b", "/api" + PATHS[0], system + "!", stream=True)
+    *_, usage, _done = (line for line in streamed.text.splitlines() if line)
+    return [*seen, usage.partition('"usage"')[2]]
 
 
 @pytest.mark.slow
@@ -126,7 +126,9 @@ def test_four_guesses_of_anothers_system_prompt_are_told_apart_by_no_field(
             ask(client, "sk-a", path, SECRETS[2])
         assert cached(client, "sk-a", SECRETS[2]) > 64, "her own is found again"
         after = [all_that_bob_sees(client, guess) for guess in SECRETS]
-    assert after == fresh
+    for told, other in zip(after, fresh, strict=True):
+        for field, expected in zip(told, other, strict=True):
+            assert field == expected
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,9 @@ def test_the_place_of_a_key_without_a_name_is_not_its_identity(tmp_path: Path) -
     file.write_text("sk-new\nsk-f\n")
     after = read_keys(None, file)
     old, new, moved = before.find("sk-f"), after.find("sk-new"), after.find("sk-f")
-    assert old and new and moved
+    assert old
+    assert new
+    assert moved
     assert old.name == new.name == "line 1"
     assert len({old.account, new.account}) == len({old.cache_group, new.cache_group}) == 2
     assert (moved.account, moved.cache_group) == (old.account, old.cache_group)
