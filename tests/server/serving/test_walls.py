@@ -106,7 +106,7 @@ def all_that_bob_sees(client: TestClient, system: str) -> list[Any]:
     for path in PATHS:
         answer = ask(client, "sk-b", path, system)
         headers = {name: text for name, text in answer.headers.items() if name != "x-generation-id"}
-        seen += [without_own(answer.json()), headers]
+        seen += [without_own(answer.json()), without_own(headers)]
         own = answer.headers.get("x-generation-id", "")
         for page in (f"/v1/generation?id={own}", f"/v1/cache/explain?id={own}", "/v1/credits", "/v1/key"):
             seen.append(without_own(client.get(page, headers=bob).json()))
