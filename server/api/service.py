@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from config.errors import ContextOverflow, RequestError
-from server.api.access.receipts import Ledger
+from server.api.access.receipts import Caller, Ledger
 from server.api.answer.answer import WaitingRequests
 from server.api.answer.recent_items import RecentItems
 from server.api.error_bodies import GenerationFailed
@@ -67,7 +67,7 @@ class Service:
         max_tokens: int | None,
         *,
         count: int,
-        agent: str,
+        caller: Caller,
         num_top_logprobs: int,
         thought: Thought | None = None,
         grammar: str = "",
@@ -97,7 +97,8 @@ class Service:
                 score_prompt=score_prompt,
                 thought=thought,
                 grammar=grammar,
-                agent=agent,
+                agent=caller.agent,
+                cache_group=caller.key.cache_group,
                 priority="background" if body.service_tier == "flex" else "interactive",
             )
             for index in range(count)

@@ -49,7 +49,7 @@ class _Completion:
         self._body = body
         self._num_each = body.n or 1
         self._tokenizer = service.dialect.tokenizer
-        self._agent = caller.agent
+        self._caller = caller
         self._current = 0  # whose turn it is
         self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
@@ -65,7 +65,7 @@ class _Completion:
             token_ids,
             body.max_tokens,
             count=self._num_each,
-            agent=self._agent,
+            caller=self._caller,
             num_top_logprobs=body.logprobs or 0,
             score_prompt=bool(body.echo) and body.logprobs is not None,
         )
