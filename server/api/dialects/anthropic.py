@@ -19,6 +19,7 @@ from server.api.answer.named_events import Event, stream_named
 from server.api.answer.sse import comment, encode
 from server.api.dialects.anthropic_schema import CountRequest, MessagesRequest
 from server.api.dialects.chat import Chat, open_chat
+from server.api.dialects.client_words import in_words_of
 from server.api.error_bodies import anthropic_error, describe
 from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
@@ -42,7 +43,9 @@ def messages_router(service: Service) -> APIRouter:
     @router.post("/messages")
     async def create_message(request: Request, body: Body) -> Response:
         caller = Caller.of(request, None, body.user)
-        chat = await open_chat(service, request, body, caller, body.chat, fills_context=True)
+        chat = await open_chat(
+            service, request, body, caller, body.chat, words=body.words(), fills_context=True
+        )
         message = _Message(chat, body.max_tokens)
         headers = {"X-Generation-Id": chat.envelope.id, "request-id": chat.envelope.id}
         if body.stream:
@@ -65,11 +68,14 @@ def messages_router(service: Service) -> APIRouter:
         service.names.check(body.model, [])
         dialect = service.dialect
 
-        def count(wanted: Presence) -> int:
-            check = lambda _: wanted.check()  # noqa: E731
+        def count(presence: Presence) -> int:
+            def check(_: int) -> None:
+                presence.check()
+
             return len(prompt_of(dialect.tokenizer, dialect.template, body.chat(), check))
 
-        num_tokens = await while_connected(request, lease_of(request).run(holder_of(request), count))
+        with in_words_of(body.words()):
+            num_tokens = await while_connected(request, lease_of(request).run(holder_of(request), count))
         return {"input_tokens": num_tokens}
 
     return router

@@ -37,16 +37,17 @@ def responses_router(service: Service) -> APIRouter:
     @router.post("/responses")
     async def create_response(request: Request, body: Body) -> Response:
         caller = Caller.of(request, body.session_id, body.user)
-        find = partial(service.recent_items.find, caller.key or "")
+        find = partial(service.recent_items.find, caller.owner)
         chat = await open_chat(
             service,
             request,
             body,
             caller,
             lambda: body.chat(find),
+            words=body.words(),
             requires_all=body.requires_parameters,
         )
-        response = _Response(service, body, chat, partial(service.recent_items.add, caller.key or ""))
+        response = _Response(service, body, chat, partial(service.recent_items.add, caller.owner))
         if not body.stream:
             return await respond_whole(
                 request, response.result(), chat.envelope.id, service.patience_s, chat.headers

@@ -21,6 +21,14 @@ from server.api.request.workload import SMALL_BYTES, Lease, lease_of
 from server.glm.finite import all_finite
 
 MAX_BODY_BYTES = 8 * 2**20
+# What some clients begin with; the longer marks first, because one begins another.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 # A refused body is read on to here, so that the client gets to see the answer instead of a reset.
 MAX_DRAINED_BYTES = 64 * 2**20
 # The largest body at 28 kB/s. Who sends a byte a minute would otherwise be waited for for ever.
@@ -91,6 +99,10 @@ def _read_if_wanted(schema: type[T], raw: bytes, lease: Lease, wanted: Presence)
 
 
 def _read(schema: type[T], raw: bytes, lease: Lease) -> T:
+    try:
+        raw = _without_mark(raw)
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}") from error
     extent = Extent.of(raw)
     if extent.num_containers > MAX_CONTAINERS or extent.num_strings > MAX_STRINGS:
         # A nesting without end is no JSON, and the parser says so at its start.
@@ -98,7 +110,7 @@ def _read(schema: type[T], raw: bytes, lease: Lease) -> T:
         message = f"the body has more than {MAX_CONTAINERS} objects and arrays, or {MAX_STRINGS} strings"
         raise RequestError(message, status=413, error_type="payload_too_large")
     lease.hold(len(raw) + extent.peak_bytes)
-    value = _parse(raw.removeprefix(codecs.BOM_UTF8))  # some clients begin with a mark
+    value = _parse(raw)
     body = schema.model_validate(value)  # first: it names the field
     if not all_finite(value):  # in fields that are passed on as they came (schemas, tools)
         raise RequestError("the body holds NaN, Infinity or a number beyond 1e308: none of them is JSON")
@@ -124,6 +136,16 @@ def _width(raw: bytes) -> int:
         return 1
     is_astral = b"\\ud" in raw.lower() or any(byte in raw for byte in range(0xF0, 0xF5))
     return 4 if is_astral else 2
+
+
+def _without_mark(raw: bytes) -> bytes:
+    """The body in UTF-8 without its byte order mark; ValueError where it is not in the coding of the mark."""
+    raw = raw.lstrip()
+    for mark, coding in MARKS:
+        if raw.startswith(mark):
+            text = raw.removeprefix(mark)
+            return text if mark == codecs.BOM_UTF8 else text.decode(coding).encode()
+    return raw
 
 
 async def read_body(request: Request) -> bytes:
