@@ -15,7 +15,7 @@ from server.api.answer.sse import stream
 from server.api.request.body import body_of
 from server.api.request.completion_schema import CompletionRequest
 from server.api.request.turns import Presence
-from server.api.request.workload import Lease, lease_of
+from server.api.request.workload import Allowance, lease_of
 from server.api.service import Service
 from server.glm.answer_parser import AnswerParser
 from server.link.messages import TokenScore
@@ -49,7 +49,7 @@ class _Completion:
     """The completions of all prompts of one body, one after the other, `n` for each prompt."""
 
     def __init__(
-        self, service: Service, body: CompletionRequest, caller: Caller, wanted: Presence, lease: Lease
+        self, service: Service, body: CompletionRequest, caller: Caller, wanted: Presence, lease: Allowance
     ) -> None:
         service.model_info()
         self._check = service.check_length(wanted, body.max_tokens)

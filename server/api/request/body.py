@@ -17,7 +17,7 @@ from server.api.access.receipts import holder_of
 from server.api.answer.json_answer import while_connected
 from server.api.error_bodies import ClientGone
 from server.api.request.turns import Presence
-from server.api.request.workload import SMALL_BYTES, Lease, lease_of
+from server.api.request.workload import SMALL_BYTES, Allowance, lease_of
 from server.glm.finite import all_finite
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -93,12 +93,12 @@ def body_of(schema: type[T]) -> Callable[[Request], Awaitable[T]]:
     return parse
 
 
-def _read_if_wanted(schema: type[T], raw: bytes, lease: Lease, wanted: Presence) -> T:
+def _read_if_wanted(schema: type[T], raw: bytes, lease: Allowance, wanted: Presence) -> T:
     wanted.check()
     return _read(schema, raw, lease)
 
 
-def _read(schema: type[T], raw: bytes, lease: Lease) -> T:
+def _read(schema: type[T], raw: bytes, lease: Allowance) -> T:
     try:
         raw = _without_mark(raw)
     except ValueError as error:
@@ -180,7 +180,7 @@ async def read_body(request: Request) -> bytes:
         lease.complete()
 
 
-async def _receive(request: Request, lease: Lease) -> bytes:
+async def _receive(request: Request, lease: Allowance) -> bytes:
     body = bytearray()
     num_bytes = 0
     parts = request.stream()

@@ -1,6 +1,6 @@
 """What requests may have before the engine gets them: bytes, by a line of the memory plan, and threads.
 
-One `Workload` for each service. Each request has a `Lease`, from its first byte to the last of its answer.
+One `Workload` for each service. Each request has a `Allowance`, from its first byte to the last of its answer.
 """
 
 import threading
@@ -37,12 +37,12 @@ class Workload:
         self._clock = clock
         self._lock = threading.Lock()
         self._num_bytes = 0
-        self._incomplete: dict[Lease, float] = {}  # since when; the oldest first
+        self._incomplete: dict[Allowance, float] = {}  # since when; the oldest first
         self._quick, self._slow = Lane(2, "requests"), Lane(1, "large-requests")
 
-    def lease(self) -> "Lease":
+    def lease(self) -> "Allowance":
         """For a new request."""
-        return Lease(self)
+        return Allowance(self)
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +57,7 @@ class Workload:
         """Give memory back to the system, once nothing large is worked on."""
         self._slow.submit(trim_heap)
 
-    def take(self, lease: "Lease", num_bytes: int) -> None:
+    def take(self, lease: "Allowance", num_bytes: int) -> None:
         """Change what a lease has. Raises BusyError where there is no room now, RequestError where never."""
         if num_bytes > max(self.limit(), SMALL_BYTES):
             message = (
@@ -72,7 +72,7 @@ class Workload:
             self._num_bytes += more
             lease.num_bytes = num_bytes
 
-    def receive(self, lease: "Lease", num_bytes: int) -> None:
+    def receive(self, lease: "Allowance", num_bytes: int) -> None:
         """So much of a body has come. Raises BusyError where it is not wanted any more."""
         now = self._clock()
         self._incomplete.setdefault(lease, now)
@@ -85,12 +85,12 @@ class Workload:
             oldest.give_up()
         self.take(lease, num_bytes)
 
-    def complete(self, lease: "Lease") -> None:
+    def complete(self, lease: "Allowance") -> None:
         """The body is complete, or will never be."""
         self._incomplete.pop(lease, None)
 
 
-class Lease:
+class Allowance:
     """What one request has. Belongs to the event loop, but for `hold`."""
 
     def __init__(self, workload: Workload) -> None:
@@ -149,9 +149,9 @@ class Leased:
             lease.release()
 
 
-def lease_of(request: Request) -> Lease:
+def lease_of(request: Request) -> Allowance:
     """The lease of a request."""
-    lease: Lease = request.state.lease
+    lease: Allowance = request.state.lease
     return lease
 
 

@@ -16,7 +16,7 @@ from config.errors import BusyError
 from server.api.app import make_app
 from server.api.request.body import MAX_CONTAINERS, Extent
 from server.api.request.model_names import ModelNames
-from server.api.request.workload import GRACE_S, SMALL_BYTES, Lease, Workload
+from server.api.request.workload import GRACE_S, SMALL_BYTES, Allowance, Workload
 from server.api.service import Dialect, Service
 from tests.server.api.conftest import running_app
 from tests.server.api.scripted import ScriptedEngine
@@ -139,7 +139,7 @@ def test_small_bodies_are_taken_when_large_ones_have_everything() -> None:
 def test_the_account_is_right_whatever_threads_do() -> None:
     workload = Workload()
 
-    def use(lease: Lease) -> None:
+    def use(lease: Allowance) -> None:
         for number in range(2000):
             lease.hold(number % 7 * 1000)
         lease.release()
