@@ -71,9 +71,13 @@ def log_of(server: Server) -> list[str]:
 
 
 def test_a_mirror_with_a_wrong_byte_changes_no_answer_and_no_saved_prompt(
-    server: Server, damaged: Path, tmp_path: Path
+    damaged: Path, tmp_path: Path
 ) -> None:
-    right = [ask(server, question)[0] for question in QUESTIONS]
+    alone = start_server("--stream-experts")
+    try:
+        right = [ask(alone, question)[0] for question in QUESTIONS]
+    finally:
+        stop_server(alone)
     flags = ["--prefix-cache-dir", str(tmp_path / "prefixes"), "--prefix-cache-size", "1G"]
     beside = start_beside(damaged, *flags)
     lines = log_of(beside)
