@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
+from server.launcher import hold_hangups, take_hangups
+
+if __name__ == "__main__":  # before the imports that take half a second
+    hold_hangups()
+
 from config.errors import GaveUp, UsageError
 from config.settings import ENV_PREFIX, Settings, flag_of, load_settings
 from server.version import VERSION
@@ -38,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand that the words name; `serve` may be left out."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and not words[0].startswith("-") else "serve"
+    if name == "serve":
+        hold_hangups()
+    else:
+        take_hangups()
     try:
         if name not in COMMANDS:
             raise UsageError(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}")

@@ -214,6 +214,16 @@ class BlockFiles:
             for entry, start, seen in found
         ]
 
+    def discard(self, chain: Iterable[BlockName]) -> None:
+        """Delete these blocks, pinned or not."""
+        for name in chain:
+            path = self.directory / name.file_name
+            _remove(Path(f"{path}{_PIN}"))
+            _remove(path)
+        files = self.list()
+        self._nbytes = sum(file.nbytes for file in files)
+        self.num_pinned = sum(file.is_pinned for file in files)
+
     def clear(self) -> int:
         """Delete all blocks, pinned ones too; how many there were."""
         files = self.list()
