@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
+from config.defaults import DECODE_SHARE, EXPERT_POLICY, INFLIGHT_PER_AGENT, ExpertPolicy
 
 FinishReason = Literal["stop", "length"]
 
@@ -32,10 +32,10 @@ class EngineConfig:
     ram_budget_bytes: int
     max_context: int | None
     log_level: str
-    decode_share: float = 0.3
-    max_inflight_per_agent: int = 8
+    decode_share: float = DECODE_SHARE
+    max_inflight_per_agent: int = INFLIGHT_PER_AGENT
     batch_width: int | None = None
-    expert_policy: ExpertPolicy = DEFAULT_EXPERT_POLICY
+    expert_policy: ExpertPolicy = EXPERT_POLICY
     mirrors: tuple[Path, ...] = ()
     wires_memory: bool = False
     sweep_tokens: int | None = None  # None: what the plan gives

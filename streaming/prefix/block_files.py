@@ -10,11 +10,13 @@ access time, set by us; its modification time is when it was written.
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import logging
 import os
 import re
+import stat
 import sys
 import threading
 import time
@@ -98,6 +100,8 @@ class BlockFiles:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if not _is_plain(path):
+                return None
             self._count_error(f"{path} cannot be read: {error.strerror}")
             return None
         except DamagedBlock as error:
@@ -121,13 +125,15 @@ class BlockFiles:
 
     def has(self, name: BlockName) -> bool:
         """Whether there is such a file, whole or not."""
-        return (self.directory / name.file_name).exists()
+        return _is_plain(self.directory / name.file_name)
 
     def write(self, block: Block) -> bool:
         """Store a block. False where the disk refused; the service goes on without."""
         if not self.is_writable:
             return False
         path = self.directory / block.name.file_name
+        if path.is_dir() and not path.is_symlink():  # cannot be replaced, and is no fault of the disk
+            return False
         temporary = self.directory / f".{os.getpid()}-{next(self._numbers)}.tmp"
         try:
             self.make_room(block.nbytes)
@@ -197,14 +203,25 @@ class BlockFiles:
                 if entry.name.endswith(_PIN):
                     pins.add(entry.name.removesuffix(_PIN))
                 elif name := BlockName.of_file(entry.name):
-                    with contextlib.suppress(FileNotFoundError):
-                        found.append((entry, name.start, entry.stat()))
+                    with contextlib.suppress(OSError):
+                        if entry.is_file(follow_symlinks=False):  # what else has such a name is not ours
+                            found.append((entry, name.start, entry.stat(follow_symlinks=False)))
         return [
             StoredFile(
-                Path(entry.path), start, stat.st_size, stat.st_atime_ns, stat.st_mtime_ns, entry.name in pins
+                Path(entry.path), start, seen.st_size, seen.st_atime_ns, seen.st_mtime_ns, entry.name in pins
             )
-            for entry, start, stat in found
+            for entry, start, seen in found
         ]
+
+    def discard(self, chain: Iterable[BlockName]) -> None:
+        """Delete these blocks, pinned or not."""
+        for name in chain:
+            path = self.directory / name.file_name
+            _remove(Path(f"{path}{_PIN}"))
+            _remove(path)
+        files = self.list()
+        self._nbytes = sum(file.nbytes for file in files)
+        self.num_pinned = sum(file.is_pinned for file in files)
 
     def clear(self) -> int:
         """Delete all blocks, pinned ones too; how many there were."""
@@ -239,8 +256,11 @@ class BlockFiles:
 
 
 def _read_file(path: Path) -> Bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    # Not waiting, and following no link: whoever may write to the folder may also put a pipe there.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "no plain file")
         size = os.fstat(fd).st_size
         if size > MAX_FILE_BYTES:
             raise DamagedBlock(f"{size} bytes are too many for a block")
@@ -252,6 +272,12 @@ def _read_file(path: Path) -> Bytes:
         return raw[:done]
     finally:
         os.close(fd)
+
+
+def _is_plain(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return stat.S_ISREG(path.lstat().st_mode)
+    return False
 
 
 def _write_file(path: Path, parts: list[bytes | memoryview]) -> None:

@@ -154,6 +154,17 @@ class PrefixCache:
             names = self._names(as_tokens(token_ids), group)
             self._writer.call(partial(self._files.pin, names, is_pinned))
 
+    def discard(self, token_ids: Sequence[int], group: str = "") -> None:
+        """Forget the blocks of a prompt, its last part too, in memory at once and then on disk."""
+        tokens = as_tokens(token_ids)
+        names, root = self._names(tokens, group), self._root(group)
+        end, parent = len(names) * BLOCK_TOKENS, _key_before(names, len(names), root)
+        rest = tokens[end:]
+        names += [BlockName(chain_key(parent, rest[:size]), end) for size in range(1, rest.size + 1)]
+        self._memory.drop(name.key for name in names)
+        if self._files and self._writer:
+            self._writer.call(partial(self._files.discard, names))
+
     def clear(self) -> None:
         """Forget everything, in memory at once and then on disk, pinned or not."""
         self._memory.clear()
