@@ -1,6 +1,6 @@
 """What requests may have before the engine gets them: bytes, by a line of the memory plan, and threads.
 
-One `Workload` for each service. Each request has a `Allowance`, from its first byte to the last of its answer.
+One `Workload` for each service. Each request has an `Allowance`, from its first byte on.
 """
 
 import threading
