@@ -20,8 +20,8 @@ REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 ANCHORS = ("$anchor", "$dynamicAnchor")
 MAX_VARIANTS = 256
 MAX_DEPTH = 64
-# Properties that are put together at most: branches multiply, and a few hundred bytes of references could make
-# them more than any computer's memory.
+# Properties that are put together at most: branches multiply, and a few references could make
+# them more than any computer's memory holds.
 MAX_MERGED = 200_000
 OTHERS = ("additionalProperties", "unevaluatedProperties")
 
