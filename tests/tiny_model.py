@@ -15,7 +15,7 @@ from models.loading.building import as_held, build_model
 from models.loading.tensor_names import trunk_names
 from streaming.files.index import PROJECTIONS
 from streaming.fills import Fetch
-from streaming.layer import Allowance
+from streaming.layer import Lease
 from streaming.store import ExpertStore
 from streaming.sweep import Place, resident_groups
 from tests.tiny_glm import Array
@@ -28,7 +28,7 @@ class MemoryExperts:
 
     def __init__(self, args: ModelArgs, weights: Mapping[str, Array]) -> None:
         self._num_experts = args.n_routed_experts
-        self._leases = {layer: Allowance() for layer in args.moe_layers}
+        self._leases = {layer: Lease() for layer in args.moe_layers}
         self._banks = {layer: self._make_bank(layer, weights) for layer in args.moe_layers}
 
     def _make_bank(self, layer: int, weights: Mapping[str, Array]) -> dict[str, mx.array]:
@@ -39,7 +39,7 @@ class MemoryExperts:
             for p in PROJECTIONS
         }
 
-    def lease(self, layer: int) -> Allowance:
+    def lease(self, layer: int) -> Lease:
         return self._leases[layer]
 
     def slot_table(self, layer: int) -> mx.array | None:

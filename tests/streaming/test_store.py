@@ -15,7 +15,7 @@ from config.errors import CheckpointError, DiskError
 from streaming.files.floats import Bytes
 from streaming.files.headers import read_headers
 from streaming.files.index import ExpertIndex
-from streaming.layer import Allowance
+from streaming.layer import Lease
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import Kinds, as_float32, separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk
@@ -384,7 +384,7 @@ def test_no_expert_moves_while_a_product_reads_the_layers_slots(
             ask(store)
         assert all((in_slot(store, 1, int(slots[0]))[name] == rows).all() for name, rows in expected.items())
         store.acquire(2, [5])  # other layers have leases of their own
-        Allowance.release([store.lease(1)])
+        Lease.release([store.lease(1)])
         assert store.lease(1).is_released
         mx.eval(product)
         store.acquire(1, [5])
