@@ -4,7 +4,8 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from server.api.access.account import account_router
-from server.api.access.keys import Access, Guard
+from server.api.access.guard import Access, Guard
+from server.api.access.quotas import RATE_HEADERS
 from server.api.admin.cache_routes import cache_router
 from server.api.admin.catalogue import health_router, models_router
 from server.api.admin.memory_routes import memory_router
@@ -39,10 +40,10 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(messages_router(service), prefix=base)
         app.include_router(responses_router(service), prefix=base)
         app.include_router(models_router(service), prefix=base)
-        app.include_router(account_router(service, access.keys), prefix=base)
+        app.include_router(account_router(service), prefix=base)
         app.include_router(tokenize_router(service), prefix=base)
-        app.include_router(cache_router(service), prefix=base)
-        app.include_router(memory_router(service), prefix=base)
+        app.include_router(cache_router(service, access), prefix=base)
+        app.include_router(memory_router(service, access), prefix=base)
     app.include_router(health_router(service))
     app.include_router(metrics_router(service.engine, service.ledger, service.parameters))
     install_error_handlers(app)
@@ -57,6 +58,6 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],  # those that are asked for: each SDK has its own
             allow_private_network=True,
-            expose_headers=["X-Generation-Id", "X-Glmserve-Cache", HEADER, "Retry-After"],
+            expose_headers=["X-Generation-Id", "X-Glmserve-Cache", HEADER, "Retry-After", *RATE_HEADERS],
         )
     return app

@@ -17,7 +17,9 @@ from fastapi import FastAPI
 
 from config.errors import UsageError
 from config.settings import Settings
-from server.api.access.keys import LOOPBACK_NAMES, Access, is_loopback, read_keys
+from server.api.access.guard import LOOPBACK_NAMES, Access, is_loopback
+from server.api.access.keys import read_keys
+from server.api.access.receipts import Ledger
 from server.api.app import make_app
 from server.api.connection import HttpConnection
 from server.api.prompt.remembered import Remembered
@@ -174,10 +176,12 @@ class _Serving:
         names = ModelNames(model_id, self.settings.model_policy)
         patience_s = JSON_KEEPALIVE_S if self.settings.json_keepalive else None
         remembered = make_remembered(self.settings, self.checkpoint.directory)
+        ledger = Ledger(prefix_directory(self.settings))
         service = Service(
             engine,
             self.dialect,
             names,
+            ledger,
             remembered=remembered,
             patience_s=patience_s,
             parameters=Parameters(self.settings.strict_parameters),
@@ -194,6 +198,7 @@ class _Serving:
         finally:
             await engine.close()
             await asyncio.to_thread(remembered.close)
+            await asyncio.to_thread(ledger.close_file)
         return self.fault
 
     def _read_keys_again(self) -> None:

@@ -86,7 +86,8 @@ class Generate:
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
     log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
     the end of the `thought`, or from its start where there is none. `agent` is who asks: agents share the
-    engine's time evenly, whatever the number of their requests.
+    engine's time evenly, whatever the number of their requests. Saved prefixes are shared within a
+    `cache_group`; "" is that of a server without keys.
     """
 
     request_id: str
@@ -99,6 +100,7 @@ class Generate:
     thought: Thought | None = None
     grammar: str = ""
     agent: str = ""
+    cache_group: str = ""
     priority: Priority = "interactive"
 
 
@@ -113,11 +115,13 @@ class Cancel:
 class Administer:
     """Change what the prefix cache keeps. Nothing is answered; the counts that are sent next show it.
 
-    `pin` keeps the whole blocks of this prompt that are on disk, whatever else needs their room.
+    `pin` keeps the whole blocks of this prompt that are on disk, whatever else needs their room;
+    `clear` forgets those of all cache groups.
     """
 
     action: Literal["clear", "pin", "unpin"]
     token_ids: tuple[int, ...] = ()
+    cache_group: str = ""
 
 
 @dataclass(frozen=True)

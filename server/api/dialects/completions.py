@@ -50,7 +50,7 @@ class _Completion:
         self._body = body
         self._num_each = body.n or 1
         self._tokenizer = service.dialect.tokenizer
-        self._agent = caller.agent
+        self._caller = caller
         self._current = 0  # whose turn it is
         self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
@@ -63,7 +63,7 @@ class _Completion:
         token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         command = service.command(body, token_ids, body.max_tokens, body.logprobs or 0)
         command = replace(command, score_prompt=bool(body.echo) and body.logprobs is not None)
-        command = replace(command, agent=self._agent)
+        command = replace(command, agent=self._caller.agent, cache_group=self._caller.key.cache_group)
         return [
             Answer(
                 service.engine,

@@ -94,6 +94,11 @@ class Sequence:
         self.is_boarded = False
 
     @property
+    def cache_group(self) -> str:
+        """The group within which what is computed for it may be used for others."""
+        return self.request.cache_group
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Length of the prompt."""
         return len(self.request.token_ids)
