@@ -1,11 +1,12 @@
 """What every route needs, made once per app: the engine, the dialect, and the model's name card."""
 
-import secrets
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from config.errors import ContextOverflow, RequestError
-from server.api.access.receipts import Ledger
+from server.api.access.conversations import Conversations
+from server.api.access.receipts import Caller, Ledger
 from server.api.answer.recent_items import RecentItems
 from server.api.answer.waiting import WaitingRequests
 from server.api.error_bodies import GenerationFailed
@@ -41,6 +42,7 @@ class Service:
     line: WaitingRequests = field(default_factory=WaitingRequests)
     remembered: Remembered = field(default_factory=Remembered)
     explainer: Explainer = field(default_factory=Explainer)
+    conversations: Conversations = field(default_factory=Conversations)
     keepalive_s: float = 5.0
     patience_s: float | None = 10.0
     recent_items: RecentItems = field(default_factory=RecentItems)
@@ -60,8 +62,18 @@ class Service:
             raise GenerationFailed(status.failure, f"the model is not ready: {status.text}{percent}")
         return status.info
 
+    def recognised(self, caller: Caller, pieces: Iterable[str]) -> Caller:
+        """The caller with the conversation that a prompt of these pieces continues."""
+        found = self.conversations.find(caller.group, caller.label, pieces)
+        return replace(caller, conversation=found)
+
     def command(
-        self, body: GenerationRequest, prompt: list[int], max_tokens: int | None, num_top_logprobs: int
+        self,
+        body: GenerationRequest,
+        prompt: list[int],
+        max_tokens: int | None,
+        num_top_logprobs: int,
+        caller: Caller,
     ) -> Generate:
         """The engine's form of a request, checked against the model."""
         info = self.model_info()
@@ -73,12 +85,14 @@ class Service:
         if available < (1 if max_tokens is None else max_tokens):
             raise ContextOverflow(info.context_length, len(prompt), max_tokens or 0)
         return Generate(
-            request_id=f"gen-{int(time.time())}-{secrets.token_hex(10)}",
+            request_id=caller.record.take_id(),
             token_ids=tuple(prompt),
             max_tokens=available if max_tokens is None else max_tokens,
             sampling=self._sampling(body, info),
             stop_token_ids=self.dialect.tokenizer.eos_token_ids,
             num_top_logprobs=num_top_logprobs,
+            agent=caller.agent,
+            cache_group=caller.key.cache_group,
             priority="background" if body.service_tier == "flex" else "interactive",
         )
 

@@ -23,7 +23,7 @@ from server.engine.schedule.boarding import Boarding
 from server.engine.schedule.decode_share import Pace
 from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import Scheduler
-from server.engine.schedule.sequence import PassPart, Sequence
+from server.engine.schedule.sequence import PassPart, Sequence, State
 from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
 from server.link.messages import (
     Administer,
@@ -38,6 +38,8 @@ from server.link.messages import (
     Shutdown,
 )
 
+# How often the progress of a pass is told, at most.
+PROGRESS_S = 0.25
 # While nobody runs, and all who wait do so for their grammars, commands are looked at so often.
 GRAMMAR_WAIT_S = 0.02
 
@@ -73,6 +75,7 @@ class EngineLoop:
         )
         self._boarding = Boarding(self._model, self._scheduler, self._limits)
         self._places: dict[str, int] = {}  # what those who wait were told
+        self._told_s = 0.0  # when the progress of passes was told last
         self._is_stopping = False
 
     def run(self) -> None:
@@ -160,6 +163,8 @@ class EngineLoop:
             # scores need the hidden rows of the whole prompt
             if self._answers.begin(sequence) and not sequence.request.score_prompt:
                 self._prefixes.restore(sequence)
+                if sequence.state is State.RESTORING:
+                    self._answers.tell_progress(sequence)
 
     def _tell_places(self) -> None:
         places = {item.request.request_id: place for place, item in enumerate(self._scheduler.line)}
@@ -171,8 +176,7 @@ class EngineLoop:
     def _settle(self) -> None:
         is_alone = not (self._boarding.passes or self._scheduler.has_decoders)
         for sequence in self._prefixes.settle(self._scheduler.followers, is_alone):
-            if sequence.num_cached_tokens:
-                self._answers.tell_progress(sequence)
+            self._answers.tell_progress(sequence)
 
     # running
 
@@ -190,6 +194,9 @@ class EngineLoop:
         self._scheduler.charge(one.parts, seconds)
         if is_contended:
             self._pace.note_layer(seconds)
+        if hidden is None and started_s + seconds > self._told_s + PROGRESS_S:
+            self._told_s = started_s + seconds
+            self._answers.tell_layers(one)
         if hidden is not None:
             self._boarding.complete(one)
             self._scheduler.note_pass(one.num_rows, one.seconds)

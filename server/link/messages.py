@@ -19,6 +19,9 @@ Priority = Literal["interactive", "background"]
 # Size and digest of files by their names, as `streaming/files/marks.py` makes them.
 Marks = Mapping[str, tuple[int, bytes]]
 
+# How a prompt gets into the cache: from saved blocks, or computed.
+PrefillPhase = Literal["restoring", "reading"]
+
 # Whose fault a failure is. `server/api/error_bodies.py` turns it into a status.
 FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout"]
 
@@ -245,12 +248,16 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """So many of the prompt's tokens have been read."""
+    """So many of the prompt's tokens have been read.
+
+    Tokens that a running pass reads count by the share of its layers that is done.
+    """
 
     request_id: str
     num_prefilled: int
     num_prompt_tokens: int
     num_cached: int = 0  # of them, computed for others, before or in the same pass
+    phase: PrefillPhase = "reading"
 
 
 @dataclass(frozen=True)

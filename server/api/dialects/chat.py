@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
 
+from server.api.access.conversations import pieces_of_chat
 from server.api.access.receipts import Caller, Receipt
 from server.api.answer import shapes
 from server.api.answer.answer import Answer, Delta
@@ -60,14 +61,13 @@ class Chat:
         self._service = service
         self._body = body
         self._tokenizer = service.dialect.tokenizer
-        self._caller = caller
+        self._caller = caller = service.recognised(caller, pieces_of_chat(body.template_messages()))
         renderer = Renderer(self._tokenizer, service.dialect.template, service.remembered, caller.owner)
         self._rendered = rendered = renderer.render(body)
         prompt = rendered.token_ids
         limit = service.within_context(prompt, body.limit) if fills_context else body.limit
-        command = service.command(body, prompt, limit, body.top_logprobs or 0)
+        command = service.command(body, prompt, limit, body.top_logprobs or 0, caller)
         command = replace(command, thought=self._thought(prompt), grammar=grammar_of(service, body))
-        command = replace(command, agent=caller.agent, cache_group=caller.key.cache_group)
         self.answers = [self._answer(service, one) for one in shapes.several(command, body.n or 1)]
         self._heard: list[list[Delta]] = [[] for _ in self.answers]
         self._explain(command)

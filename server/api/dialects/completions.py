@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
 
+from server.api.access.conversations import pieces_of_text
 from server.api.access.receipts import Caller, Receipt
 from server.api.answer import shapes
 from server.api.answer.answer import Answer
@@ -50,20 +51,19 @@ class _Completion:
         self._body = body
         self._num_each = body.n or 1
         self._tokenizer = service.dialect.tokenizer
-        self._caller = caller
+        self._caller = service.recognised(caller, pieces_of_text(body.prompts[0]))
         self._current = 0  # whose turn it is
         self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
-        self._receipt = Receipt(self.envelope.id, service.model_id, caller, bool(body.stream), self._num_each)
+        self._receipt = Receipt(self.envelope.id, service.model_id, self._caller, bool(body.stream), self._num_each)
         service.ledger.open(self._receipt, self._answers, body.max_tokens)
         service.engine.reserve()
 
     def _make_answers(self, service: Service, prompt: str | list[int]) -> list[Answer]:
         body = self._body
         token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        command = service.command(body, token_ids, body.max_tokens, body.logprobs or 0)
+        command = service.command(body, token_ids, body.max_tokens, body.logprobs or 0, self._caller)
         command = replace(command, score_prompt=bool(body.echo) and body.logprobs is not None)
-        command = replace(command, agent=self._caller.agent, cache_group=self._caller.key.cache_group)
         return [
             Answer(
                 service.engine,
