@@ -223,6 +223,14 @@ class Settings(BaseSettings):
     ssl_keyfile: Path | None = _setting(
         None, "Network", "FILE", "private key of --ssl-certfile, unless it is in the same file"
     )
+    metrics_key: str | None = _setting(
+        None,
+        "Network",
+        "KEY",
+        "another key, that only reads /metrics; better in the environment",
+        min_length=1,
+    )
+    metrics_open: bool = _setting(False, "Network", None, "let anybody read /metrics without a key")
     json_keepalive: bool = _setting(
         True, "Network", None, "send a blank every 10 s to clients that wait for an answer in one piece"
     )
@@ -234,6 +242,15 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Logging", "LEVEL", "debug, info, warning or error"
+    )
+    log_format: Literal["text", "json"] = _setting(
+        "text", "Logging", "FORMAT", "text for people, json for programs: a line for each event"
+    )
+    log_file: Path | None = _setting(
+        None,
+        "Logging",
+        "FILE",
+        "write the log to this file as well; at 20 MB it is renamed, and five old ones are kept",
     )
 
     @field_validator("mirror", mode="before")

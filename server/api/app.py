@@ -1,15 +1,22 @@
 """The HTTP application. `make_app` is its only entrance; the command line and the tests call it."""
 
-from fastapi import FastAPI
+import asyncio
+from collections.abc import Mapping
+
+from fastapi import Depends, FastAPI
+from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
 from server.api.access.account import account_router
-from server.api.access.guard import Access, Guard
+from server.api.access.guard import Access, Guard, require_admin
 from server.api.access.quotas import RATE_HEADERS
+from server.api.admin.activity_routes import activity_router
 from server.api.admin.cache_routes import cache_router
 from server.api.admin.catalogue import health_router, models_router
+from server.api.admin.engine_routes import engine_router
 from server.api.admin.memory_routes import memory_router
 from server.api.admin.metrics import metrics_router
+from server.api.admin.page_routes import page_router
 from server.api.dialects.anthropic import messages_router
 from server.api.dialects.chat import chat_router
 from server.api.dialects.completions import completion_router
@@ -21,6 +28,10 @@ from server.api.request.head import HeadAsGet
 from server.api.request.parameters import HEADER, SaysIgnored
 from server.api.service import Service
 from server.api.slashes import TrailingSlash
+from server.api.watch.history import History
+from server.api.watch.request_lines import WINDOW_S, RequestLines
+from server.api.watch.request_metrics import RequestMetrics
+from server.api.watch.watch import Watch, Watched
 from server.version import VERSION
 
 
@@ -33,6 +44,9 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     app = DescribedApp(
         title="glmserve", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False
     )
+    registry, history = CollectorRegistry(), History()
+    lines = RequestLines(later=lambda flush: asyncio.get_running_loop().call_later(WINDOW_S, flush))
+    watch = Watch(lambda: _stats(service), (lines, RequestMetrics(registry), history))
     for base in BASES:
         is_openrouter = base == "/api/v1"
         app.include_router(chat_router(service, is_openrouter), prefix=base)
@@ -44,12 +58,16 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(tokenize_router(service), prefix=base)
         app.include_router(cache_router(service, access), prefix=base)
         app.include_router(memory_router(service, access), prefix=base)
+        app.include_router(engine_router(service), prefix=base, dependencies=[Depends(require_admin(access))])
+        app.include_router(activity_router(service, watch, history), prefix=base)
     app.include_router(health_router(service))
-    app.include_router(metrics_router(service.engine, service.ledger, service.parameters))
+    app.include_router(metrics_router(service, registry))
+    app.include_router(page_router())
     install_error_handlers(app)
     app.add_middleware(SaysIgnored)
     app.add_middleware(HeadAsGet)
     app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
+    app.add_middleware(Watched, watch=watch, paths=lambda: _paths(app))
     app.add_middleware(TrailingSlash)
     if access.cors_origins:  # outermost: a browser's preflight carries no key
         app.add_middleware(
@@ -61,3 +79,12 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
             expose_headers=["X-Generation-Id", "X-Glmserve-Cache", HEADER, "Retry-After", *RATE_HEADERS],
         )
     return app
+
+
+def _stats(service: Service) -> Mapping[str, float]:
+    stats = service.engine.status.stats
+    return stats.values if stats else {}
+
+
+def _paths(app: FastAPI) -> frozenset[str]:
+    return frozenset(getattr(route, "path", "") for route in app.routes)

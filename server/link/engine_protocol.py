@@ -26,6 +26,7 @@ class EngineStatus:
     fraction: float = 0.0
     info: ModelInfo | None = None
     stats: Stats | None = None
+    num_restarts: int = 0
     failure: FailureKind = "died"  # of requests while the state is not "ready"
 
 
@@ -53,6 +54,9 @@ class Engine(Protocol):
 
     def administer(self, command: Administer) -> None:
         """Change what the prefix cache keeps."""
+
+    def start_now(self) -> None:
+        """Start an engine that died and is to be started later; one that runs is left alone."""
 
     async def replan(self, command: Replan) -> Replanned | Failed:
         """Go on with another budget or policy; what is taken outlives a restart of the engine."""

@@ -23,7 +23,7 @@ Marks = Mapping[str, tuple[int, bytes]]
 PrefillPhase = Literal["restoring", "reading"]
 
 # Whose fault a failure is. `server/api/error_bodies.py` turns it into a status.
-FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout"]
+FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class EngineConfig:
     ram_budget_bytes: int
     max_context: int | None
     log_level: str
+    log_format: Literal["text", "json"] = "text"
+    log_file: Path | None = None
     decode_share: float = 0.3
     max_inflight_per_agent: int = 8
     batch_width: int | None = None
@@ -192,11 +194,13 @@ class LoadFailed:
     """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act.
 
     `is_changed`: the checkpoint is not the one that was served before, so it is not served unasked.
+    `is_scarce`: the system had no descriptor, process or memory for it at the moment.
     """
 
     message: str
     is_usage_error: bool
     is_changed: bool = False
+    is_scarce: bool = False
 
 
 @dataclass(frozen=True)

@@ -145,10 +145,11 @@ def _of_the_engine(values: Mapping[str, float]) -> Iterable[Metric]:
 
 def shares(values: Mapping[str, float]) -> dict[str, tuple[float, float, str]]:
     """What was found and what was asked for, of experts and of prompts; 0 asked where nothing streams."""
-    hits, misses = values.get("hits", 0.0), values.get("misses", 0.0)
+    hits = values.get("hits", 0.0)
+    wanted = hits + values.get("ahead_used", 0.0) + values.get("misses", 0.0)
     asked, restored = values.get("prefix_asked_tokens", 0.0), values.get("prefix_restored_tokens", 0.0)
     return {
-        "expert": (hits, hits + misses, "share of the experts asked for that lay in memory, since the start"),
+        "expert": (hits, wanted, "share of the experts asked for that lay in memory, since the start"),
         "prefix": (restored, asked, "share of the prompt tokens that were not computed, since the start"),
     }
 

@@ -76,6 +76,7 @@ class Answer:
         self._line = line or WaitingRequests()
         self._scanner = StopScanner(stops)
         self._thought: list[str] = []
+        self._is_cancelled = False  # by an operator
         self._has_said = False  # something beside the thought
         self._num_tokens = 0
         self._usage: Usage | None = None
@@ -100,12 +101,19 @@ class Answer:
         is_cut = self._reason == "length" and self.parser.num_rejected_calls
         return "tool_calls" if self._reason and self.parser.num_calls and not is_cut else self._reason
 
+    def cancel(self) -> None:
+        """Ends the answer with an error for its client, and the work at the engine. Call in the event loop."""
+        self._is_cancelled = True
+        self._engine.cancel(self.request.request_id)
+
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The answer as it comes. Raises GenerationFailed where the engine gives up."""
         self._line.enter(self.request.request_id)
         try:
             async with aclosing(self._engine.generate(self.request)) as events:
                 async for event in events:
+                    if self._is_cancelled:
+                        raise GenerationFailed("cancelled", "the request was cancelled by an operator")
                     if isinstance(event, Queued):
                         self._line.place(event.request_id, event.num_before)
                         continue

@@ -50,8 +50,9 @@ class History:
         now.dollars += record.cost
         if record.first_s is not None:
             now.first_s, now.firsts = now.first_s + record.first_s, now.firsts + 1
-        hits, misses = self._since(record, "hits"), self._since(record, "misses")
-        now.hits, now.asked = now.hits + hits, now.asked + hits + misses
+        hits = self._since(record, "hits")
+        missed = self._since(record, "misses") + self._since(record, "ahead_used")
+        now.hits, now.asked = now.hits + hits, now.asked + hits + missed
         now.read_bytes += self._since(record, "device_bytes")
 
     def minutes(self, count: int = MINUTES) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ class RequestRecord:
     usage: Usage | None = None  # final
     cost: float = 0.0  # dollars that OpenRouter would have charged
     total_s: float = 0.0  # once it is over
+    cancelled_by: str = ""  # the name of the key that ended it through /activity
     stats_before: Stats = field(default_factory=dict)
     stats_after: Stats = field(default_factory=dict)
     _is_id_taken: bool = False
@@ -50,7 +51,7 @@ class RequestRecord:
     @property
     def is_generation(self) -> bool:
         """Whether it came as far as the engine."""
-        return bool(self.answers)
+        return bool(self.answers) and (self.status < 400 or any(one.has_begun for one in self.answers))
 
     @property
     def tokens(self) -> Usage:
@@ -63,6 +64,11 @@ class RequestRecord:
             sum(one.num_completion_tokens for one in used),
             max((one.num_cached_tokens for one in used), default=0),
         )
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.monotonic() - self.began_s
 
     @property
     def queue_s(self) -> float | None:
@@ -94,8 +100,9 @@ class RequestRecord:
     @property
     def hit_rate(self) -> float | None:
         """Share of the experts found in memory while it ran; steps are shared. None where nothing streams."""
-        hits, misses = self._spent("hits"), self._spent("misses")
-        return hits / (hits + misses) if hits is not None and misses is not None and hits + misses else None
+        hits = self._spent("hits")
+        asked = (hits or 0.0) + (self._spent("misses") or 0.0) + (self._spent("ahead_used") or 0.0)
+        return hits / asked if hits is not None and asked else None
 
     @property
     def read_bytes(self) -> int | None:
@@ -111,6 +118,8 @@ class RequestRecord:
     @property
     def ending(self) -> str:
         """Why it is over, in a word."""
+        if self.cancelled_by:
+            return "cancelled"
         if self.reason or not self.answers:
             return self.reason
         return self.answers[0].reason or "cancelled"
