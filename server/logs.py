@@ -42,7 +42,10 @@ def _for_the_terminal(log_format: LogFormat) -> logging.Handler:
         from rich.logging import RichHandler
 
         rich = RichHandler(
-            console=Console(stderr=True, soft_wrap=True), show_path=False, log_time_format=_DATE, rich_tracebacks=False
+            console=Console(stderr=True, soft_wrap=True),
+            show_path=False,
+            log_time_format=_DATE,
+            rich_tracebacks=False,
         )
         rich.setFormatter(logging.Formatter("%(message)s%(request)s"))
         return rich

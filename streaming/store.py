@@ -114,7 +114,8 @@ class ExpertStore:
     def heat(self) -> dict[int, tuple[int, int, int]]:
         """For each layer: experts asked for that lay there, that did not, and how many lie there now."""
         return {
-            layer: (state.num_hits, state.num_misses, len(state.books)) for layer, state in self._layers.items()
+            layer: (state.num_hits, state.num_misses, len(state.books))
+            for layer, state in self._layers.items()
         }
 
     def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:

@@ -62,7 +62,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(activity_router(service, watch, history), prefix=base)
     app.include_router(health_router(service))
     app.include_router(metrics_router(service, registry))
-    app.include_router(page_router())
+    app.include_router(page_router(access))
     install_error_handlers(app)
     app.add_middleware(SaysIgnored)
     app.add_middleware(HeadAsGet)

@@ -69,8 +69,30 @@ OPERATIONS = {
     "/cache/pin": Operation(declared.Found, ChatRequest, IGNORED),
     "/cache/unpin": Operation(declared.Found, ChatRequest, IGNORED),
     "/engine/start": Operation(declared.Found),
+    "/activity": Operation(declared.FoundMany),
+    "/activity/machine": Operation(declared.Found),
+    "/activity/{request_id}/cancel": Operation(declared.Found),
     "/memory/plan": Operation(declared.Found, PlanRequest),
     "/health": Operation(declared.Health, error=declared.Health),
+}
+
+
+SECURITY: Json = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
+    "x-api-key": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-api-key",
+        "description": "the same key, as Anthropic's clients send it",
+    },
+}
+TAGS = {
+    **dict.fromkeys(("chat", "completions", "messages", "responses"), "Answers"),
+    **dict.fromkeys(("models", "model", "providers"), "Models"),
+    **dict.fromkeys(("key", "auth", "credits", "generation"), "Account"),
+    **dict.fromkeys(("tokenize", "detokenize"), "Tokens"),
+    **dict.fromkeys(("activity", "health", "metrics"), "Watching"),
+    **dict.fromkeys(("cache", "memory", "engine"), "Administration"),
 }
 
 
@@ -87,11 +109,13 @@ class DescribedApp(FastAPI):
 
 def _describe(document: Json) -> None:
     references, schemas = _schemas()
-    document.setdefault("components", {})["schemas"] = schemas
+    document.setdefault("components", {}).update(schemas=schemas, securitySchemes=SECURITY)
+    document["security"] = [{name: []} for name in SECURITY] + [{}]  # without keys anybody may ask
     for path, methods in document["paths"].items():
         base = next(base for base in BASES if path.startswith(base))
         operation = OPERATIONS.get(path.removeprefix(base), Operation(declared.Error))
         for described in methods.values():
+            described["tags"] = [tag_of(path.removeprefix(base))]
             if path.endswith("/models/{model_id}"):  # these two are lists
                 described["parameters"][0]["schema"]["not"] = {"enum": ["user", "count"]}
             described["responses"].pop("422", None)
@@ -109,6 +133,11 @@ def _describe(document: Json) -> None:
                 described["responses"][success]["content"] |= events
             if operation.takes:
                 described["requestBody"] = {"required": True, "content": _json(references[operation.takes])}
+
+
+def tag_of(path: str) -> str:
+    """The group of a route, by the first word of its path."""
+    return TAGS[path.split("/")[1]]
 
 
 def _json(schema: Json) -> Json:

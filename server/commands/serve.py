@@ -31,6 +31,7 @@ from server.api.request.model_names import ModelNames
 from server.api.request.parameters import Parameters
 from server.api.service import Dialect, Service
 from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
+from server.commands.start_lines import tell_start
 from server.glm.files import load_sampling_defaults
 from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
@@ -84,7 +85,13 @@ def make_access(settings: Settings) -> Access:
             "--api-key-file (or --api-key), or --insecure if everybody there may use this server"
         )
     hosts = frozenset([*LOOPBACK_NAMES, settings.host.lower(), *_listed(settings.allowed_hosts.lower())])
-    return Access(keys, None if "*" in hosts else hosts, tuple(_listed(settings.cors_origins)))
+    return Access(
+        keys,
+        None if "*" in hosts else hosts,
+        tuple(_listed(settings.cors_origins)),
+        settings.metrics_key,
+        settings.metrics_open,
+    )
 
 
 def _listed(text: str) -> list[str]:
@@ -235,9 +242,11 @@ class _Serving:
         host, port = self.listener.getsockname()[:2]
         scheme = "https" if self.settings.ssl_certfile else "http"
         log.info("listening on %s://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", scheme, host, port)
+        telling = asyncio.create_task(tell_start(engine, model_id, f"{scheme}://{host}:{port}/"))
         try:
             await self.server.serve(sockets=[self.listener])
         finally:
+            telling.cancel()
             await engine.close()
             await asyncio.to_thread(remembered.close)
             await asyncio.to_thread(ledger.close_file)

@@ -95,7 +95,7 @@ class Answers:
         self.save(sequence)
 
     def tell_progress(self, sequence: Sequence, num_read: int | None = None) -> None:
-        """Sends how much of the prompt has been read, by default what is in the cache, and how it gets there."""
+        """Sends how much of the prompt has been read, by default what is in the cache."""
         num_prompt = sequence.num_prompt_tokens
         if num_read is None:
             num_read = sequence.num_tokens - sequence.num_unread

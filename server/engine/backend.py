@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from config.errors import CheckpointError, DiskError, UsageError
 from config.expert_policy import ExpertPolicy
+from config.forecast import forecast
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
 from config.sizes import format_size
@@ -74,7 +75,8 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     on_plan = _wire if config.wires_memory else _leave
     on_plan(plan)
     lines = tuple(render_plan(plan).splitlines())
-    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
+    expected = _forecast(checkpoint, arithmetic, plan, probe) if probe else ""
+    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines, expected)
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
     provenance = Provenance(fingerprint, lambda: comparison is None or comparison.is_proven)
     prefix = open_prefix_cache(model, provenance, plan, config)
@@ -91,6 +93,11 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         memory.measure,
     )
     return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix, memory)
+
+
+def _forecast(checkpoint: Checkpoint, arithmetic: Arithmetic, plan: MemoryPlan, probe: DiskProbe) -> str:
+    geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
+    return forecast(geometry, plan, probe.bytes_per_s).describe()
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:

@@ -164,6 +164,7 @@ class ModelInfo:
     vocab_size: int
     context_length: int
     memory_lines: tuple[str, ...] = ()
+    forecast: str = ""  # what is expected of it, in one line; nothing where it does not stream
 
 
 @dataclass(frozen=True)

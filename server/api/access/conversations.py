@@ -36,7 +36,7 @@ class Conversations:
         self._told: set[str] = set()
 
     def find(self, group: str, name: str, pieces: Iterable[str]) -> str:
-        """Returns the id of the conversation whose last prompt these pieces repeat or continue, else a new one.
+        """Returns the id of the conversation whose last prompt the pieces repeat or continue, else a new one.
 
         A prompt that departs from a conversation which has gone on is a conversation of its own. Those of
         different groups are never the same. `name` is what the sender calls itself, for the log.
@@ -74,8 +74,8 @@ class Conversations:
             del recent[old]
         if len(recent) >= MANY and group not in self._told and len(self._told) < MAX_NAMES:
             self._told.add(group)
-            log.warning(
-                "%d conversations share the name %s; a session_id (or the header x-session-id) for each agent "
+            log.info(
+                "%d conversations share the name %s; a session_id (or a header x-session-id) for each agent "
                 "tells them apart in the log, and gives each its own share of the engine's time",
                 len(recent),
                 name,

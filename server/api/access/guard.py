@@ -23,7 +23,7 @@ from server.api.error_bodies import error_body, error_object, note_reason
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 # Watchers of a process have no keys.
 # Pages and their document hold nothing that is secret: the page asks for a key before it asks for anything.
-OPEN_PATHS = frozenset(["/health", "/", "/docs", "/openapi.json"])
+OPEN_PATHS = frozenset(["/health", "/", "/docs"])
 METRICS_PATH = "/metrics"
 # What counts against a quota.
 COUNTED_PATHS = ("/completions", "/messages", "/responses")

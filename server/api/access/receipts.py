@@ -21,8 +21,8 @@ from server.api.access.keys import Key, digest, key_of
 from server.api.access.quotas import TABLE, UNSTATED_TOKENS, Accounts, Wanted
 from server.api.answer.answer import Answer
 from server.api.error_bodies import PROVIDER
-from server.api.watch.record import RequestRecord
 from server.api.sqlite_file import SqliteFile
+from server.api.watch.record import RequestRecord
 from server.link.messages import Usage
 
 FILE_NAME = "accounts.sqlite3"
@@ -88,7 +88,9 @@ class Caller:
         """The sender for the log: names only, printable and not long."""
         name = f"{self.name!r}"[:80] if self.name else ""
         is_told_apart = self.conversation and not (self.session_id or self.user)
-        return " ".join(filter(None, [self.key.name, name, f"#{self.conversation[:6]}" if is_told_apart else ""]))
+        return " ".join(
+            filter(None, [self.key.name, name, f"#{self.conversation[:6]}" if is_told_apart else ""])
+        )
 
     def may_see(self, owner: str) -> bool:
         """Whether what belongs to this owner may be told; of another's an admin's look is logged."""

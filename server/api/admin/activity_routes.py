@@ -29,7 +29,14 @@ def activity_router(service: Service, watch: Watch, history: History) -> APIRout
     async def list_activity(request: Request) -> dict[str, Any]:
         key, caller = request.state.key, Caller.of(request)
         mine = [one for one in watch.generations if _may_see(key, caller, one)]
-        return {"data": [_described(one) for one in mine]}
+        status = service.engine.status
+        return {
+            "data": [_described(one) for one in mine],
+            "state": status.state,
+            "reason": status.text,
+            "model": service.model_id,
+            "is_admin": key.is_admin,
+        }
 
     @router.get("/machine")
     async def describe_machine(request: Request) -> dict[str, Any]:
@@ -100,11 +107,18 @@ def _machine(service: Service) -> dict[str, Any]:
         "counts": {name: value for name, value in values.items() if math.isfinite(value) and "." not in name},
         "hit_rates": {name: found / asked for name, (found, asked, _) in shares(values).items() if asked},
         "memory": {
-            kind: {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{kind}.")}
+            kind: {
+                name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{kind}.")
+            }
             for kind in ("planned", "used")
         },
         "layers": [
-            {"layer": layer, "hits": hits, "misses": values.get(f"layer_misses.{layer}", 0.0)}
+            {
+                "layer": layer,
+                "hits": hits,
+                "misses": values.get(f"layer_misses.{layer}", 0.0),
+                "resident": values.get(f"layer_resident.{layer}", 0.0),
+            }
             for layer, hits in sorted(layers.items())
         ],
         "openrouter_dollars": round(service.ledger.openrouter_cost, 6),

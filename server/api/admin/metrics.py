@@ -154,9 +154,7 @@ def shares(values: Mapping[str, float]) -> dict[str, tuple[float, float, str]]:
     }
 
 
-def _labelled(
-    values: Mapping[str, float], prefix: str, name: str, text: str, label: str
-) -> Iterable[Metric]:
+def _labelled(values: Mapping[str, float], prefix: str, name: str, text: str, label: str) -> Iterable[Metric]:
     found = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     if found:
         family = GaugeMetricFamily(name, text, labels=[label])

@@ -1,6 +1,7 @@
 """From engine events to text: one `Answer` for each request, whatever the route makes of it.
 
-Feeds the parser, finds stop strings, keeps counts and times. Closing it early cancels the request at the engine.
+Feeds the parser, finds stop strings, keeps counts and times. Closing it early cancels the request at the
+engine.
 """
 
 import math
@@ -102,7 +103,7 @@ class Answer:
         return "tool_calls" if self._reason and self.parser.num_calls and not is_cut else self._reason
 
     def cancel(self) -> None:
-        """Ends the answer with an error for its client, and the work at the engine. Call in the event loop."""
+        """Ends the answer with an error for its client, and the work at the engine; for the event loop."""
         self._is_cancelled = True
         self._engine.cancel(self.request.request_id)
 
@@ -150,9 +151,9 @@ class Answer:
 
     @property
     def progress(self) -> str:
-        """What its client is told while it waits: `queue=2`, `restoring=0/900`, `prefill=3/900 eta=7s`, `writing=5`.
+        """What its client is told: `queue=2`, `restoring=0/900`, `prefill=3/900 eta=7s`, `writing=5`.
 
-        `queue` counts the requests before it, the others tokens.
+        `queue` counts the requests before it, the others count tokens.
         """
         phase, progress = self.phase, self._progress
         if phase == "queued":
@@ -167,7 +168,7 @@ class Answer:
 
     @property
     def phase(self) -> Phase:
-        """What happens to it now; "waiting": the engine has it, and has not begun with its prompt."""
+        """What happens to it now; "waiting": the engine has not begun with its prompt."""
         if self.num_before is not None:
             return "queued"
         if self.first_s:
@@ -181,7 +182,7 @@ class Answer:
 
     @property
     def num_prefilled(self) -> int:
-        """Tokens of the prompt that have been read; those of a running pass count by the layers it has done."""
+        """Tokens of the prompt that have been read; a running pass counts by the layers that are done."""
         return self._progress.num_prefilled if self._progress else 0
 
     @property

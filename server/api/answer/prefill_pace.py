@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class PrefillPace:
-    """Keeps the first and the last count with their times: between two counts the estimate falls with the clock."""
+    """Keeps the first count and the last. Between two counts the estimate falls with the clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -55,7 +55,9 @@ class _Completion:
         self._current = 0  # whose turn it is
         self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
-        self._receipt = Receipt(self.envelope.id, service.model_id, self._caller, bool(body.stream), self._num_each)
+        self._receipt = Receipt(
+            self.envelope.id, service.model_id, self._caller, bool(body.stream), self._num_each
+        )
         service.ledger.open(self._receipt, self._answers, body.max_tokens)
         service.engine.reserve()
 

@@ -93,7 +93,9 @@ class RequestRecord:
     def decode_rate(self) -> float | None:
         """Tokens written in a second, by all its answers together, after the first."""
         times = [(one.first_s, one.last_s) for one in self.answers if one.first_s and one.last_s]
-        seconds = max((last for _, last in times), default=0.0) - min((first for first, _ in times), default=0.0)
+        seconds = max((last for _, last in times), default=0.0) - min(
+            (first for first, _ in times), default=0.0
+        )
         num_after_first = sum(len(answer.token_gaps) for answer in self.answers)
         return num_after_first / seconds if seconds > 0 and num_after_first else None
 

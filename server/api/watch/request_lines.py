@@ -17,10 +17,12 @@ Kind = tuple[int, str, str]
 
 
 class RequestLines:
-    """A sink of `Watch`. The first refusal of a kind is told at once, others of its second by their number."""
+    """A sink of `Watch`. Tells the first refusal of a kind at once, others of its second by number."""
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, later: Callable[[Callable[[], None]], object] = id
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        later: Callable[[Callable[[], None]], object] = lambda flush: None,
     ) -> None:
         """`later` calls a function when `WINDOW_S` has passed."""
         self._clock, self._later = clock, later

@@ -27,7 +27,9 @@ class RequestMetrics:
         self._cached = counter("cached_tokens", "those of them that were not computed")
         self._generated = counter("generation_tokens", "tokens written")
         self._by_key = counter("key_tokens", "tokens of prompts and answers by the name of the key", "key")
-        self._requests_by_key = counter("key_requests", "requests that are over by the name of the key", "key")
+        self._requests_by_key = counter(
+            "key_requests", "requests that are over by the name of the key", "key"
+        )
         self._by_agent = counter("agent_tokens", "tokens by session, user or title", "agent")
         self._queue = histogram("request_queue_time", "from arrival until the engine takes a request")
         self._first = histogram("time_to_first_token", "from arrival to the first token")

@@ -14,7 +14,13 @@ from server.logs import REQUEST_ID
 
 Sink = Callable[[RequestRecord], None]
 # Reasons of refusals where the answer itself gives none.
-REASONS = {401: "authentication", 403: "permission_denied", 404: "not_found", 405: "not_found", 499: "cancelled"}
+REASONS = {
+    401: "authentication",
+    403: "permission_denied",
+    404: "not_found",
+    405: "not_found",
+    499: "cancelled",
+}
 
 
 class Watch:
@@ -91,5 +97,7 @@ class Watched:
         template = getattr(scope.get("route"), "path", scope["path"])
         record.route = template if template in self._paths() else "other"
         if record.status >= 400 and not record.reason:
-            record.reason = REASONS.get(record.status, "server" if record.status >= 500 else "invalid_request")
+            record.reason = REASONS.get(
+                record.status, "server" if record.status >= 500 else "invalid_request"
+            )
         self._watch.end(record)
