@@ -15,8 +15,9 @@ HIT_EXPONENT = 0.27
 MEMORY_BYTES_PER_S = 490e9
 # One synchronisation of a MoE layer with the GPU, and its launches (gmlx's accounts).
 LAYER_S = 0.001
-# Prompts are computed no faster than this while experts stream (ds4 #651).
-PROMPT_TOKENS_PER_S = 100.0
+# Prompts are computed no faster than this: 94 tokens/s with experts of two bits in memory (ds4 #651), times
+# the bytes that a token needs.
+PROMPT_BYTES_PER_S = 1.1e12
 PROMPT_TOKENS = 1000
 
 
@@ -34,7 +35,7 @@ class Forecast:
         return (
             f"about {self.tokens_per_s:.1f} tokens/s for one agent ({self.hit_rate:.0%} of the experts found "
             f"in memory, {format_size(self.bytes_per_token)} read for a token), "
-            f"{self.first_token_s:.0f} s to the first token of a prompt of {PROMPT_TOKENS}"
+            f"{self.first_token_s:.1f} s to the first token of a prompt of {PROMPT_TOKENS}"
         )
 
 
@@ -47,5 +48,6 @@ def forecast(geometry: Geometry, plan: MemoryPlan, disk_bytes_per_s: float) -> F
     read_bytes = int((1 - hit_rate) * token_bytes)
     computed_s = (geometry.trunk_bytes + token_bytes) / MEMORY_BYTES_PER_S + LAYER_S * num_layers
     swept_bytes = (1 - share) * geometry.num_experts * sum(geometry.expert_bytes)
-    first_s = max(PROMPT_TOKENS / PROMPT_TOKENS_PER_S, swept_bytes / disk_bytes_per_s)
+    computed_prompt_s = PROMPT_TOKENS * (geometry.trunk_bytes + token_bytes) / PROMPT_BYTES_PER_S
+    first_s = max(computed_prompt_s, swept_bytes / disk_bytes_per_s)
     return Forecast(1 / (read_bytes / disk_bytes_per_s + computed_s), first_s, hit_rate, read_bytes)

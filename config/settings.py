@@ -5,9 +5,10 @@ file (`ram_budget`), and has its default here and nowhere else. Flags win over t
 environment over the file. The command line builds its parser from these fields.
 """
 
+import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +28,7 @@ from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
 from config.sizes import format_size, parse_size, physical_memory_bytes
 
 ENV_PREFIX = "GLMSERVE_"
+CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
 
 
 def _parse_size(value: Any) -> Any:
@@ -278,6 +280,8 @@ class Settings(BaseSettings):
 
 def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
     """Settings from flags, environment and file. Raises UsageError with one line that names the fault."""
+    _refuse_unknown_variables(os.environ)
+    config_file = config_file or (Path(named) if (named := os.environ.get(CONFIG_VARIABLE)) else None)
     values = {
         **(_read_toml(config_file) if config_file else {}),
         **EnvSettingsSource(Settings)(),
@@ -287,6 +291,19 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> 
         return Settings(**values)
     except ValidationError as error:
         raise UsageError(_explain(error)) from error
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """A variable that is misspelt would else be as good as none, and nobody told."""
+    known = [CONFIG_VARIABLE, *(ENV_PREFIX + name.upper() for name in Settings.model_fields)]
+    for name in environment:
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
+            raise UsageError(f"unknown variable {name}; {_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else "`glmserve --help` lists them"
 
 
 def flag_of(name: str) -> str:
@@ -307,6 +324,6 @@ def _explain(error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
     name = str(fault["loc"][0]) if fault["loc"] else ""
     if fault["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}; `glmserve --help` lists them"
+        return f"unknown setting {name!r}; {_nearest(name, Settings.model_fields)}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{flag_of(name)} (or {ENV_PREFIX}{name.upper()}): {message}"

@@ -58,7 +58,7 @@ def serve(settings: Settings) -> int:
     """Serve until interrupted. Raises UsageError where a person must act first."""
     _open_log(settings)
     access = make_access(settings)
-    checkpoint = choose_checkpoint(settings.model)
+    checkpoint = choose_checkpoint(settings.model, needs_glm=settings.stream_experts)
     if checkpoint.remark:
         log.info("%s", checkpoint.remark)
     with shared_use(checkpoint.directory), listen(settings.host, settings.port) as listener:

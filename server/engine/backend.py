@@ -174,7 +174,11 @@ def _make_rule(checkpoint: Checkpoint, name: ExpertPolicy) -> Rule:
 
 
 def plan_memory(
-    checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineConfig, reader_threads: int | None = None
+    checkpoint: Checkpoint,
+    arithmetic: Arithmetic,
+    config: EngineConfig,
+    reader_threads: int | None = None,
+    physical_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan that the engine obeys and that `glmserve plan` prints, before the disk's probe has a say.
 
@@ -193,6 +197,7 @@ def plan_memory(
         reader_threads=reader_threads,
         prefix_bytes=config.prefix_memory_bytes,
         sweep_tokens=config.sweep_tokens,
+        physical_bytes=physical_bytes,
     )
     if not config.stream_experts and not plan.is_resident:
         raise UsageError(

@@ -163,7 +163,7 @@ def test_numbers_are_shown_in_light_and_dark_on_a_phone_and_on_a_desk(
         assert visit.page.locator(".bar.over").count() == 1, "what exceeds its plan stands out"
         visit.page.get_by_role("button", name="Last day").click()
         assert visit.page.get_by_role("button", name="Last day").get_attribute("aria-pressed") == "true"
-        if pictures := os.environ.get("GLMSERVE_PICTURES"):
+        if pictures := os.environ.get("PAGE_PICTURES"):
             visit.page.screenshot(path=f"{pictures}/page-{scheme}-{width}.png", full_page=True)
         visit.check(url)
 
