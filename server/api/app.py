@@ -23,7 +23,7 @@ from server.api.dialects.completions import completion_router
 from server.api.dialects.responses import responses_router
 from server.api.dialects.tokenize import tokenize_router
 from server.api.error_bodies import install_error_handlers
-from server.api.openapi import BASES, DescribedApp
+from server.api.openapi import BASES, DescribedApp, route_of
 from server.api.request.head import HeadAsGet
 from server.api.request.parameters import HEADER, SaysIgnored
 from server.api.service import Service
@@ -67,7 +67,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     app.add_middleware(SaysIgnored)
     app.add_middleware(HeadAsGet)
     app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
-    app.add_middleware(Watched, watch=watch, paths=lambda: _paths(app))
+    app.add_middleware(Watched, watch=watch, route_of=route_of)
     app.add_middleware(TrailingSlash)
     if access.cors_origins:  # outermost: a browser's preflight carries no key
         app.add_middleware(
@@ -84,7 +84,3 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
 def _stats(service: Service) -> Mapping[str, float]:
     stats = service.engine.status.stats
     return stats.values if stats else {}
-
-
-def _paths(app: FastAPI) -> frozenset[str]:
-    return frozenset(getattr(route, "path", "") for route in app.routes)

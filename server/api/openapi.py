@@ -3,6 +3,7 @@
 Routes parse bodies themselves (see `body.py`), so FastAPI knows nothing of them; this table does.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,31 @@ TAGS = {
     **dict.fromkeys(("activity", "health", "metrics"), "Watching"),
     **dict.fromkeys(("cache", "memory", "engine"), "Administration"),
 }
+
+
+# Routes that the table leaves out.
+OTHERS = ("/metrics", "/", "/docs", "/openapi.json", *(f"{base}/responses/{{response_id}}" for base in BASES))
+_PARAMETER = re.compile(r"\\{\w+\\}")
+
+
+def _templates() -> list[tuple[re.Pattern[str], str]]:
+    paths = {base + path for base in BASES for path in OPERATIONS if path != "/health"} | {"/health", *OTHERS}
+    found = [(re.compile(_PARAMETER.sub(".+", re.escape(path))), path) for path in paths if "{" in path]
+    return sorted(found, key=lambda one: -len(one[1]))
+
+
+_TEMPLATES = _templates()
+_EXACT = frozenset(
+    {base + path for base in BASES for path in OPERATIONS if "{" not in path and path != "/health"}
+    | {"/health", *(path for path in OTHERS if "{" not in path)}
+)
+
+
+def route_of(path: str) -> str:
+    """The template of the route that a path means; "other" where there is none."""
+    if path in _EXACT:
+        return path
+    return next((template for pattern, template in _TEMPLATES if pattern.fullmatch(path)), "other")
 
 
 class DescribedApp(FastAPI):

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -275,8 +276,14 @@ def prefix_directory(settings: Settings) -> Path | None:
     """Where saved prompts outlive the process; None where they do not."""
     if settings.prefix_cache_size == 0 or settings.prefix_cache_memory == 0:
         return None
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return settings.prefix_cache_dir or cache_home / "glmserve" / "prefix"
+    return settings.prefix_cache_dir or cache_home() / "glmserve" / "prefix"
+
+
+def cache_home(platform: str = sys.platform) -> Path:
+    """Where programs keep what can be made again: on a Mac a folder that Time Machine leaves out."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named)
+    return Path.home() / ("Library/Caches" if platform == "darwin" else ".cache")
 
 
 def make_remembered(settings: Settings, checkpoint: Path) -> Remembered:

@@ -237,6 +237,7 @@ class Ledger:
         caller, key = receipt.caller, receipt.caller.key
         record = caller.record
         record.agent, record.owner, record.title = caller.label, caller.owner, caller.name
+        record.key_name = key.name
         self.accounts.reserve(key.account, key.quota, receipt.id, Wanted(needed, prompts + most))
         record.answers = answers
 

@@ -16,9 +16,9 @@ class PrefillPace:
     def note(self, num_done: int) -> None:
         """So many tokens have been read by now. A count that falls begins anew."""
         now = self._clock(), num_done
-        if self._first is None or num_done < self._first[1]:
-            self._first = now
-        if self._last is None or num_done != self._last[1]:
+        if self._first is None or self._last is None or num_done < self._last[1]:
+            self._first = self._last = now
+        elif num_done > self._last[1]:
             self._last = now
 
     def eta_s(self, num_tokens: int) -> int | None:

@@ -62,9 +62,9 @@ class Watch:
 class Watched:
     """Opens and closes the record of each request; stands before the guard, which refuses some."""
 
-    def __init__(self, app: ASGIApp, watch: Watch, paths: Callable[[], frozenset[str]]) -> None:
-        """`paths` are those of the routes: requests for any other are counted together."""
-        self._app, self._watch, self._paths = app, watch, paths
+    def __init__(self, app: ASGIApp, watch: Watch, route_of: Callable[[str], str]) -> None:
+        """`route_of` gives the route of a path, from a bounded number of them."""
+        self._app, self._watch, self._route_of = app, watch, route_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on and notes what becomes of it."""
@@ -94,8 +94,7 @@ class Watched:
     def _close(self, record: RequestRecord, scope: Scope) -> None:
         key = scope["state"].get("key")
         record.key_name = key.name if isinstance(key, Key) else "none"
-        template = getattr(scope.get("route"), "path", scope["path"])
-        record.route = template if template in self._paths() else "other"
+        record.route = self._route_of(record.path)
         if record.status >= 400 and not record.reason:
             record.reason = REASONS.get(
                 record.status, "server" if record.status >= 500 else "invalid_request"

@@ -36,7 +36,8 @@ def test_the_session_counts_first_then_the_user_each_of_its_key_then_the_convers
     assert (session, user) == (f"{key} session s", f"{key} user u")
     assert title.startswith("title t conversation ")
     assert nobody.startswith("conversation ")
-    assert key.startswith("key ") and conversation
+    assert key.startswith("key ")
+    assert conversation
     assert "Bearer" not in key
 
 

@@ -35,21 +35,34 @@ def until(check: Any) -> Any:
 
 
 class Streaming:
-    """A streamed chat that is read on a thread of its own."""
+    """A streamed chat that is read on a thread of its own, until its end or that of the body."""
 
     def __init__(self, url: str, key: str) -> None:
         self.lines: list[str] = []
-        self._url, self._headers = url, {"Authorization": f"Bearer {key}"}
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
+        self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=30)
+        self._thread = threading.Thread(target=self._read, args=(url,))
 
-    def _read(self) -> None:
-        with httpx.stream("POST", self._url + CHAT, json=BODY, headers=self._headers, timeout=30) as response:
-            self.lines += response.iter_lines()
+    def __enter__(self) -> "Streaming":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop = True
+        self._thread.join(20)
+        self._client.close()
+
+    _stop = False
+
+    def _read(self, url: str) -> None:
+        with self._client.stream("POST", url + CHAT, json=BODY) as response:
+            for line in response.iter_lines():
+                self.lines.append(line)
+                if self._stop:
+                    return
 
     def join(self) -> None:
         self._thread.join(20)
-        assert not self._thread.is_alive()
+        assert not self._thread.is_alive(), "the answer goes on"
 
 
 @contextmanager
@@ -75,15 +88,17 @@ def test_owners_and_admins_see_and_end_a_running_request(service: Service, engin
     engine.script, engine.token_s = engine.script[:3] * 1000, 0.02
     with served(service, engine) as url:
         for who in ("one", "boss"):
-            talk = Streaming(url, "one")
-            [seen] = until(lambda: [one for one in activity(url, "one") if one["phase"] == "writing"])
-            assert seen["key"] == "one" and seen["new_tokens"] > 0
-            assert activity(url, "two") == [], "others' requests are not shown"
-            assert [one["id"] for one in activity(url, "boss")] == [seen["id"]]
-            assert cancel(url, seen["id"], "two") == 404
-            assert cancel(url, seen["id"], who) == 202
-            talk.join()
-            assert '"error"' in talk.lines[-2] and "cancelled" in talk.lines[-2], "its client is told"
+            with Streaming(url, "one") as talk:
+                [seen] = until(lambda: [one for one in activity(url, "one") if one["phase"] == "writing"])
+                assert seen["key"] == "one"
+                assert seen["new_tokens"] > 0
+                assert activity(url, "two") == [], "others' requests are not shown"
+                assert [one["id"] for one in activity(url, "boss")] == [seen["id"]]
+                assert cancel(url, seen["id"], "two") == 404
+                assert cancel(url, seen["id"], who) == 202
+                talk.join()
+            assert '"error"' in talk.lines[-2]
+            assert "cancelled" in talk.lines[-2], "its client is told"
             until(lambda: not activity(url, "boss"))
             assert engine.cancelled[-1] == seen["id"]
         assert cancel(url, "gen-none", "boss") == 404
@@ -91,8 +106,7 @@ def test_owners_and_admins_see_and_end_a_running_request(service: Service, engin
 
 def test_each_phase_is_named_alike_in_comments_and_in_the_activity(service: Service) -> None:
     engine = SteppingEngine(places=(3,))
-    with served(service, engine) as url:
-        talk = Streaming(url, "one")
+    with served(service, engine) as url, Streaming(url, "one") as talk:
         [seen] = until(lambda: activity(url, "boss"))
         name = seen["id"]
 

@@ -108,7 +108,8 @@ def test_many_conversations_with_one_name_are_said_once(
         client.post(CHAT, json={"messages": [say("user", f"task {turn}")]} | name, headers=headers)
     said = [one for one in caplog.records if "conversations share the name" in one.message]
     assert len(said) == 1
-    assert "fleet" in said[0].message and "session_id" in said[0].message
+    assert "fleet" in said[0].message
+    assert "session_id" in said[0].message
 
 
 def test_one_person_with_many_conversations_a_day_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
