@@ -167,7 +167,8 @@ class Settings(BaseSettings):
         "Prefix cache",
         "DIR",
         "where prompts that were read are kept, so that a restart does not lose them; whoever may read this "
-        "folder may read what people wrote (default glmserve/prefix in $XDG_CACHE_HOME, ~/.cache or, on a Mac, ~/Library/Caches)",
+        "folder may read what people wrote (default glmserve/prefix in "
+        "$XDG_CACHE_HOME, ~/.cache or, on a Mac, ~/Library/Caches)",
     )
     prefix_cache_size: SizeOrZero = _setting(
         "50G", "Prefix cache", "SIZE", "most bytes kept in that folder; 0 keeps nothing on disk", ge=0

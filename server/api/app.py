@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Mapping
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
 from server.api.access.account import account_router
-from server.api.access.guard import Access, Guard, require_admin
+from server.api.access.guard import Access, Guard
 from server.api.access.quotas import RATE_HEADERS
 from server.api.admin.activity_routes import activity_router
 from server.api.admin.cache_routes import cache_router
@@ -58,7 +58,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(tokenize_router(service), prefix=base)
         app.include_router(cache_router(service, access), prefix=base)
         app.include_router(memory_router(service, access), prefix=base)
-        app.include_router(engine_router(service), prefix=base, dependencies=[Depends(require_admin(access))])
+        app.include_router(engine_router(service, access), prefix=base)
         app.include_router(activity_router(service, watch, history), prefix=base)
     app.include_router(health_router(service))
     app.include_router(metrics_router(service, registry))

@@ -18,6 +18,7 @@ from server.api.answer.json_answer import respond_whole
 from server.api.answer.named_events import Event, stream_named
 from server.api.answer.sse import comment
 from server.api.dialects.chat import Chat
+from server.api.dialects.client_words import in_words_of
 from server.api.dialects.responses_schema import ResponsesRequest, seal
 from server.api.dialects.responses_tools import custom_input, own_tools
 from server.api.error_bodies import describe
@@ -40,7 +41,8 @@ def responses_router(service: Service) -> APIRouter:
         caller = Caller.of(request, body.session_id, body.user)
         service.parameters.note(request, body, caller, body.requires_parameters)
         find = partial(service.recent_items.find, caller.owner)
-        chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(find), caller))
+        with in_words_of(body.words()):
+            chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(find), caller))
         response = _Response(service, body, chat, partial(service.recent_items.add, caller.owner))
         if not body.stream:
             return await respond_whole(

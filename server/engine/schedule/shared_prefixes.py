@@ -98,7 +98,8 @@ class SavedPrefixes:
         """Begins to fill the cache with saved rows. They are copied in `settle`, some between two steps."""
         with Contained(partial(_read_anew, sequence)):
             tokens = sequence.tokens(0, sequence.num_tokens)
-            sequence.restore(self._saved.restore(tokens, sequence.running_cache, sequence.cache_group))
+            group = sequence.cache_group
+            sequence.restore(self._saved.restore(tokens, sequence.running_cache, group))
 
     def save(self, sequence: Sequence) -> None:
         """Keep whole blocks, and the last part of one where the sequence will not fill it soon."""
