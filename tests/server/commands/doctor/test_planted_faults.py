@@ -81,7 +81,9 @@ def cache_is_a_file(tmp: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def full_disk(tmp: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     usage = shutil.disk_usage(tmp)
-    patch.setattr(machine_checks.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    patch.setattr(
+        "server.commands.doctor.machine_checks.shutil.disk_usage", lambda path: usage._replace(free=10**6)
+    )
     return {"prefix_cache_dir": str(tmp / "new")}
 
 
@@ -101,7 +103,7 @@ def open_network(tmp: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def few_files(tmp: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    patch.setattr(machine_checks.resource, "getrlimit", lambda which: (256, 256))
+    patch.setattr("server.commands.doctor.machine_checks.resource.getrlimit", lambda which: (256, 256))
     return {}
 
 
