@@ -12,6 +12,7 @@ from functools import partial
 import mlx.core as mx
 
 from config.errors import CheckpointChanged, DiskError, EngineError, RequestError
+from models.workspace import SCORED_ROWS
 from server.engine.decode.sampling import SamplerState, draw, score_tokens
 from server.engine.faults import Contained
 from server.engine.model_protocol import EngineModel
@@ -31,9 +32,6 @@ from server.link.messages import (
     Token,
     TokenScore,
 )
-
-# Rows whose logits are held at once while a prompt is scored: 64 x 154,880 x 4 bytes = 40 MB.
-SCORED_ROWS = 64
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from functools import partial
 
 import mlx.core as mx
 
+from config.defaults import ExpertPolicy
 from config.errors import CheckpointError, DiskError, UsageError
-from config.expert_policy import ExpertPolicy
 from config.forecast import forecast
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan

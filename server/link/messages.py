@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
+from config.defaults import DECODE_SHARE, EXPERT_POLICY, INFLIGHT_PER_AGENT, ExpertPolicy
 
 FinishReason = Literal["stop", "length"]
 
@@ -37,10 +37,10 @@ class EngineConfig:
     log_level: str
     log_format: Literal["text", "json"] = "text"
     log_file: Path | None = None
-    decode_share: float = 0.3
-    max_inflight_per_agent: int = 8
+    decode_share: float = DECODE_SHARE
+    max_inflight_per_agent: int = INFLIGHT_PER_AGENT
     batch_width: int | None = None
-    expert_policy: ExpertPolicy = DEFAULT_EXPERT_POLICY
+    expert_policy: ExpertPolicy = EXPERT_POLICY
     mirrors: tuple[Path, ...] = ()
     wires_memory: bool = False
     sweep_tokens: int | None = None  # None: what the plan gives

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from config.errors import DiskError
-from streaming.disk.aligned import read_fully
 from streaming.disk.copies import Mirror
 from streaming.disk.disk import DirectDisk, Disk, aligned_buffer
 from streaming.disk.mirror import MirroredDisk
+from streaming.disk.reads import read_fully
 from streaming.files.headers import FileStamp
 
 PIECE_BYTES = 4 * 2**20

@@ -15,9 +15,9 @@ from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from config.errors import RequestError
+from config.errors import MAX_RETRY_AFTER_S, RequestError
 from server.api.access.keys import Key, KeyRing, digest, key_of
-from server.api.access.quotas import MAX_RETRY_AFTER_S, Accounts, Spent
+from server.api.access.quotas import Accounts, Spent
 from server.api.error_bodies import error_body, error_object, note_reason
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from config.errors import RequestError, UsageError
+from config.errors import MAX_RETRY_AFTER_S, RequestError, UsageError
 from server.api.sqlite_file import SqliteFile
 
 PERIODS_S: Mapping[str, int] = {"minute": 60, "day": 86_400}
@@ -24,8 +24,6 @@ MAX_DIGITS = 18
 UNSTATED_TOKENS = 4096
 # Between setting tokens aside and the start of a response lies no more; a client that left then is forgotten.
 START_S = 5.0
-# Clients that are told to wait longer do not try again at all.
-MAX_RETRY_AFTER_S = 120
 # Two servers may keep their counts in one file, so each adds.
 TABLE = "CREATE TABLE IF NOT EXISTS used (period, turn, name, amount, PRIMARY KEY (period, turn, name))"
 ADD = (

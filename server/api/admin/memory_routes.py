@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 from fastapi import APIRouter, Depends
 from pydantic import model_validator
 
-from config.expert_policy import ExpertPolicy
+from config.defaults import ExpertPolicy
 from config.sizes import parse_size
 from server.api.access.guard import Access, require_admin
 from server.api.error_bodies import GenerationFailed

@@ -11,9 +11,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from server.api.access.conversations import pieces_of_chat
 from server.api.access.receipts import Caller, Receipt
 from server.api.answer import shapes
-from server.api.answer.answer import Answer, Delta
+from server.api.answer.answer import Answer, Delta, merge
 from server.api.answer.json_answer import respond_whole
-from server.api.answer.merge import merge
 from server.api.answer.shapes import Envelope
 from server.api.answer.sse import stream
 from server.api.prompt.constraints import grammar_of
@@ -65,15 +64,22 @@ class Chat:
         renderer = Renderer(self._tokenizer, service.dialect.template, service.remembered, caller.owner)
         self._rendered = rendered = renderer.render(body)
         prompt = rendered.token_ids
-        limit = service.within_context(prompt, body.limit) if fills_context else body.limit
-        command = service.command(body, prompt, limit, body.top_logprobs or 0, caller)
-        command = replace(command, thought=self._thought(prompt), grammar=grammar_of(service, body))
-        self.answers = [self._answer(service, one) for one in shapes.several(command, body.n or 1)]
+        commands = service.commands(
+            body,
+            prompt,
+            service.within_context(prompt, body.limit) if fills_context else body.limit,
+            count=body.n or 1,
+            caller=caller,
+            num_top_logprobs=body.top_logprobs or 0,
+            thought=self._thought(prompt),
+            grammar=grammar_of(service, body),
+        )
+        self.answers = [self._answer(service, one) for one in commands]
         self._heard: list[list[Delta]] = [[] for _ in self.answers]
-        self._explain(command)
-        self.envelope = Envelope(command.request_id, service.model_id)
+        self._explain(commands[0])
+        self.envelope = Envelope(commands[0].request_id, service.model_id)
         self._receipt = Receipt(
-            command.request_id, service.model_id, caller, bool(body.stream), len(self.answers)
+            self.envelope.id, service.model_id, caller, bool(body.stream), len(self.answers)
         )
         service.ledger.open(self._receipt, self.answers, body.limit)
         service.engine.reserve()

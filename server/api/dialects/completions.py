@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -64,8 +63,15 @@ class _Completion:
     def _make_answers(self, service: Service, prompt: str | list[int]) -> list[Answer]:
         body = self._body
         token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        command = service.command(body, token_ids, body.max_tokens, body.logprobs or 0, self._caller)
-        command = replace(command, score_prompt=bool(body.echo) and body.logprobs is not None)
+        commands = service.commands(
+            body,
+            token_ids,
+            body.max_tokens,
+            count=self._num_each,
+            caller=self._caller,
+            num_top_logprobs=body.logprobs or 0,
+            score_prompt=bool(body.echo) and body.logprobs is not None,
+        )
         return [
             Answer(
                 service.engine,
@@ -74,7 +80,7 @@ class _Completion:
                 body.stops,
                 line=service.line,
             )
-            for one in shapes.several(command, self._num_each)
+            for one in commands
         ]
 
     def progress(self) -> str:

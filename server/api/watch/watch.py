@@ -3,15 +3,19 @@
 `Watched` is ASGI middleware: it opens a record for every HTTP request, refused ones too, and closes it.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator
 
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.access.keys import Key
 from server.api.watch.record import RequestRecord, Stats
 from server.logs import REQUEST_ID
 
+_PARAMETER = re.compile(r"\{[^}]*\}")
 Sink = Callable[[RequestRecord], None]
 # Reasons of refusals where the answer itself gives none.
 REASONS = {
@@ -57,6 +61,29 @@ class Watch:
     def find(self, request_id: str) -> RequestRecord | None:
         """A request under way."""
         return self._open.get(request_id)
+
+
+class RouteNames:
+    """The templates of all routes, so that paths are counted under a bounded number of names."""
+
+    def __init__(self) -> None:
+        self._exact: set[str] = set()
+        self._templates: list[tuple[re.Pattern[str], str]] = []
+
+    def add(self, base: str, router: APIRouter) -> None:
+        """Learns the routes that a router has below a base."""
+        for path in {base + route.path for route in router.routes if isinstance(route, APIRoute)}:
+            if "{" in path:
+                self._templates.append((re.compile(_PARAMETER.sub(".+", path)), path.replace(":path", "")))
+            else:
+                self._exact.add(path)
+        self._templates.sort(key=lambda one: -len(one[1]))
+
+    def find(self, path: str) -> str:
+        """The template that a path means; "other" where there is none."""
+        if path in self._exact:
+            return path
+        return next((name for pattern, name in self._templates if pattern.fullmatch(path)), "other")
 
 
 class Watched:
