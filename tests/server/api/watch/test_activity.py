@@ -12,8 +12,8 @@ import pytest
 
 from server.api.access.guard import Access
 from server.api.access.keys import Key, KeyRing
+from server.api.answer.answer import WaitingRequests
 from server.api.answer.prefill_pace import PrefillPace
-from server.api.answer.waiting import WaitingRequests
 from server.api.app import make_app
 from server.api.service import Service
 from server.link.messages import Progress, Queued, Started
