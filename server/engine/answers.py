@@ -104,8 +104,8 @@ class Answers:
     def tell_layers(self, one: Pass) -> None:
         """Sends how far each prompt of a pass has come: its rows count by the share of the layers done."""
         for index, part in enumerate(one.parts):
-            if not part.sequence.generated and not part.sequence.is_cancelled:
-                num_done = part.num_rows * one.num_layers_done // self._model.num_layers
+            num_done = part.num_rows * one.num_layers_done // self._model.num_layers
+            if num_done and not part.sequence.generated and not part.sequence.is_cancelled:
                 self.tell_progress(part.sequence, one.length_before(index) + num_done)
 
     def save(self, sequence: Sequence) -> None:

@@ -38,8 +38,8 @@ from server.link.messages import (
     Shutdown,
 )
 
-# How often the progress of a pass is told, at most.
-PROGRESS_S = 0.25
+# How often the progress of a pass is told, at most; a shorter one is told when it is complete.
+PROGRESS_S = 1.0
 # While nobody runs, and all who wait do so for their grammars, commands are looked at so often.
 GRAMMAR_WAIT_S = 0.02
 
@@ -75,7 +75,6 @@ class EngineLoop:
         )
         self._boarding = Boarding(self._model, self._scheduler, self._limits)
         self._places: dict[str, int] = {}  # what those who wait were told
-        self._told_s = 0.0  # when the progress of passes was told last
         self._is_stopping = False
 
     def run(self) -> None:
@@ -194,8 +193,9 @@ class EngineLoop:
         self._scheduler.charge(one.parts, seconds)
         if is_contended:
             self._pace.note_layer(seconds)
-        if hidden is None and started_s + seconds > self._told_s + PROGRESS_S:
-            self._told_s = started_s + seconds
+        is_amid = hidden is None and one.num_layers_done < self._model.num_layers
+        if is_amid and one.seconds > one.told_s + PROGRESS_S:
+            one.told_s = one.seconds
             self._answers.tell_layers(one)
         if hidden is not None:
             self._boarding.complete(one)
