@@ -12,6 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from server.launcher import hold_hangups, take_hangups
+
+if __name__ == "__main__":  # before the imports that take half a second
+    hold_hangups()
+
 from config.errors import GaveUp, UsageError
 from server.version import VERSION
 
@@ -33,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand that the words name; `serve` may be left out."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and not words[0].startswith("-") else "serve"
+    if name == "serve":
+        hold_hangups()
+    else:
+        take_hangups()
     try:
         if "--version" in words[:1]:
             print(f"glmserve {VERSION}")
@@ -152,7 +161,8 @@ COMMANDS = {
     "convert": Command("make a streamable, quantised copy: glmserve convert SRC DST", _convert),
     "align": Command("make an expert one read instead of nine: glmserve align DIR [DST]", _align),
     "prefixes": Command(
-        "carry saved prompts: glmserve prefixes export FILE [--pinned], or import FILE", _prefixes
+        "carry saved prompts: glmserve prefixes export FILE [--pinned] [--cache-group NAME], or import FILE",
+        _prefixes,
     ),
     "help": Command("this text, or that of a command: glmserve help COMMAND", _help),
 }

@@ -27,6 +27,7 @@ from server.api.dialects.tokenize import tokenize_router
 from server.api.error_bodies import install_error_handlers
 from server.api.openapi import BASES, DescribedApp
 from server.api.request.parameters import HEADER, SaysIgnored
+from server.api.request.workload import Leased
 from server.api.service import Service
 from server.api.watch.history import History
 from server.api.watch.request_lines import WINDOW_S, RequestLines
@@ -95,6 +96,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     install_error_handlers(app)
     app.add_middleware(SaysIgnored)
     app.add_middleware(HeadAsGet)
+    app.add_middleware(Leased, workload=service.workload)
     app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
     app.add_middleware(Watched, watch=watch, route_of=names.find)
     app.add_middleware(TrailingSlash)

@@ -36,6 +36,8 @@ from server.commands.start_lines import tell_start
 from server.glm.files import load_sampling_defaults
 from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
+from server.heap import bound_heap
+from server.launcher import take_hangups
 from server.link.messages import EngineConfig
 from server.link.supervisor import Deadlines, EngineProcess
 from server.logs import set_up_logging
@@ -46,6 +48,8 @@ DRAIN_TIMEOUT_S = 5.0
 # which takes them less than this.
 FAREWELL_S = 2
 JSON_KEEPALIVE_S = 10.0
+# A thread that renders a prompt lets the event loop go on after so long; Python's default is 5 ms.
+SWITCH_S = 0.001
 # Clients that the system holds until they are accepted, and how many are before any of them gets a place.
 MAX_BACKLOG = 1024
 ACCEPTED_AT_ONCE = 32
@@ -58,6 +62,8 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings) -> int:
     """Serve until interrupted. Raises UsageError where a person must act first."""
     _open_log(settings)
+    bound_heap()
+    sys.setswitchinterval(SWITCH_S)
     access = make_access(settings)
     checkpoint = choose_checkpoint(settings.model, needs_glm=settings.stream_experts)
     if checkpoint.remark:
@@ -102,7 +108,10 @@ def _listed(text: str) -> list[str]:
 def load_dialect(checkpoint: Path) -> Dialect:
     """How this checkpoint writes."""
     return Dialect(
-        load_tokenizer(checkpoint), load_chat_template(checkpoint), load_sampling_defaults(checkpoint)
+        load_tokenizer(checkpoint),
+        load_chat_template(checkpoint),
+        load_sampling_defaults(checkpoint),
+        checkpoint,
     )
 
 
@@ -240,6 +249,7 @@ class _Serving:
         self.server = _Server(make_server_config(self.settings, app, doors), engine)
         engine.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
+        take_hangups()
         host, port = self.listener.getsockname()[:2]
         scheme = "https" if self.settings.ssl_certfile else "http"
         log.info("listening on %s://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", scheme, host, port)

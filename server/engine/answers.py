@@ -79,7 +79,18 @@ class Answers:
         self._hand_out(complete, hidden)
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
-        """End one request; its client is told, the others go on."""
+        """End one request; its client is told, the others go on.
+
+        One that went on from saved rows to NaN reads its prompt anew instead, and those rows are forgotten.
+        """
+        if isinstance(error, NotANumber) and sequence.num_restored_tokens and not sequence.is_cancelled:
+            name, num_tokens = sequence.request.request_id, sequence.num_restored_tokens
+            log.error(
+                "%s: with %d saved tokens came NaN: they are thrown away, it reads anew", name, num_tokens
+            )
+            self._prefixes.distrust(sequence)
+            self._scheduler.suspend(sequence)
+            return
         if kind_of(error) != "request":  # a client's fault, in a client's words, is told to the client only
             log.error("request %s failed", sequence.request.request_id, exc_info=error)
         self._scheduler.retire(sequence)
@@ -214,5 +225,9 @@ def _check_finite(scores: list[TokenScore]) -> None:
         raise _not_a_number()
 
 
-def _not_a_number() -> EngineError:
-    return EngineError("the model computed NaN; its weights are damaged or its arithmetic overflowed")
+class NotANumber(EngineError):
+    """The model computed NaN. Told to the client as any fault of the engine is."""
+
+
+def _not_a_number() -> NotANumber:
+    return NotANumber("the model computed NaN; its weights are damaged or its arithmetic overflowed")

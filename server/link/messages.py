@@ -90,9 +90,9 @@ class Generate:
 
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
     log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
-    the end of the `thought`, or from its start where there is none. `agent` is who asks: agents share the
-    engine's time evenly, whatever the number of their requests. Saved prefixes are shared within a
-    `cache_group`; "" is that of a server without keys.
+    the end of the `thought`, or from its start where there is none; compiled it takes `grammar_bytes`.
+    `agent` is who asks: agents share the engine's time evenly, whatever the number of their requests. Saved
+    prefixes are shared within a `cache_group`; "" is that of a server without keys.
     """
 
     request_id: str
@@ -104,6 +104,7 @@ class Generate:
     score_prompt: bool = False
     thought: Thought | None = None
     grammar: str = ""
+    grammar_bytes: int = 0
     agent: str = ""
     cache_group: str = ""
     priority: Priority = "interactive"
@@ -164,6 +165,7 @@ class ModelInfo:
     vocab_size: int
     context_length: int
     memory_lines: tuple[str, ...] = ()
+    request_bytes: int = 0  # the plan's line for the HTTP process
     forecast: str = ""  # what is expected of it, in one line; nothing where it does not stream
 
 
@@ -181,13 +183,6 @@ class Ready:
 
     info: ModelInfo
     marks: Marks = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MirrorDropped:
-    """A mirror differs from the checkpoint, and this engine ends: the next one must not read from it."""
-
-    mirror: Path
 
 
 @dataclass(frozen=True)
@@ -326,5 +321,5 @@ class Replanned:
 
 
 RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed | Replanned
-EngineEvent = Loading | Ready | LoadFailed | MirrorDropped | Heartbeat | Pong | Stats
+EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Pong | Stats
 Event = EngineEvent | RequestEvent
