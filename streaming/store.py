@@ -59,6 +59,7 @@ class ExpertStore:
         self._index = index
         self._is_resident = False
         self._looks_ahead = looks_ahead and maker.is_shared
+        self.fills_in_place = maker.is_shared
         self._after = dict(zip(index.layers, [*index.layers[1:], None], strict=True))
         self._unfinished: Fetch | None = None
         self._turns: Generator[Turn] | None = None
@@ -95,6 +96,14 @@ class ExpertStore:
         """Whether the policy wants the router's scores; not where every expert has a slot of its own."""
         books = self._layers[layer].books
         return books.watches_scores and books.num_slots < self._index.num_experts
+
+    def look_ahead(self, is_on: bool) -> None:
+        """Reads experts that are probably wanted next, or does not; what is under way is used or dropped."""
+        self._looks_ahead = is_on and self.fills_in_place
+
+    def read_straight(self, is_on: bool) -> None:
+        """Reads straight into slots where an expert's bytes lie aligned, or through the reader's buffers."""
+        self._filler.reads_straight = is_on
 
     def looks_ahead(self, layer: int) -> bool:
         """Whether `expect` may lead to reads: there are experts that are not there."""

@@ -74,7 +74,7 @@ class Service:
             raise ContextOverflow(info.context_length, len(prompt), max_tokens or 0)
         return Generate(
             request_id=f"gen-{int(time.time())}-{secrets.token_hex(10)}",
-            token_ids=tuple(prompt),
+            token_ids=prompt,
             max_tokens=available if max_tokens is None else max_tokens,
             sampling=self._sampling(body, info),
             stop_token_ids=self.dialect.tokenizer.eos_token_ids,

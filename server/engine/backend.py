@@ -23,6 +23,7 @@ from server.engine.model_protocol import Backend, EngineModel, ReportProgress
 from server.engine.prefix.lookup import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
 from server.engine.schedule.limits import Limits
 from server.engine.telemetry import measure_all, measure_store
+from server.engine.trials import Habit
 from server.link.messages import EngineConfig, ModelInfo
 from streaming.disk.disk import Disk
 from streaming.disk.open_files import allow_open_files
@@ -35,6 +36,7 @@ from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
 DEFAULT_CONTEXT = 32_768
+FIXED = {"auto": None, "on": True, "off": False}
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     probe = _probe(disk, checkpoint, plan) if config.stream_experts else None
     if probe:
         plan = plan_memory(checkpoint, arithmetic, config, probe.depth)
-    mx.set_cache_limit(plan.cache_limit_bytes)
+    _limit(plan)
     rule = _make_rule(checkpoint, config.expert_policy)
     slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
     store = ExpertStore(
@@ -71,7 +73,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         store,
         lambda done, total: report(0.9 + 0.1 * done / total, f"trunk, file {done} of {total}"),
     )
-    on_plan = _wire if config.wires_memory else _leave
+    on_plan = _limit_and_wire if config.wires_memory else _limit
     on_plan(plan)
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
@@ -90,7 +92,18 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         prefix.statistics if prefix else dict,
         memory.measure,
     )
-    return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix, memory)
+    habits = () if plan.is_resident else _make_habits(store, config)
+    return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix, memory, habits)
+
+
+def _make_habits(store: ExpertStore, config: EngineConfig) -> tuple[Habit, ...]:
+    """What the store may do or not, where its banks are filled in place."""
+    if not store.fills_in_place:
+        return ()
+    return (
+        Habit("lookahead", store.look_ahead, FIXED[config.lookahead]),
+        Habit("straight_reads", store.read_straight, FIXED[config.straight_reads]),
+    )
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
@@ -138,12 +151,15 @@ def open_prefix_cache(
         return PrefixCache(provenance, max_bytes)
 
 
-def _wire(plan: MemoryPlan) -> None:
+def _limit(plan: MemoryPlan) -> None:
+    """MLX keeps buffers for reuse within the plan, and leaves to the system what stays in memory."""
+    mx.set_cache_limit(plan.cache_limit_bytes)
+    mx.set_memory_limit(plan.buffer_bytes)
+
+
+def _limit_and_wire(plan: MemoryPlan) -> None:
+    _limit(plan)
     wire(plan.buffer_bytes)
-
-
-def _leave(plan: MemoryPlan) -> None:
-    """Leaves to the system what stays in memory."""
 
 
 def _make_memory(
@@ -186,6 +202,7 @@ def plan_memory(
         reader_threads=reader_threads,
         prefix_bytes=config.prefix_memory_bytes,
         sweep_tokens=config.sweep_tokens,
+        max_queue=config.max_queue,
     )
     if not config.stream_experts and not plan.is_resident:
         raise UsageError(

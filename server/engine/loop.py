@@ -25,6 +25,7 @@ from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import Scheduler
 from server.engine.schedule.sequence import PassPart, Sequence
 from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
+from server.engine.trials import Trials
 from server.link.messages import (
     Administer,
     Cancel,
@@ -71,6 +72,7 @@ class EngineLoop:
         self._answers = Answers(
             self._model, self._scheduler, self._prefixes, send, max_rows=self._limits.decode_rows
         )
+        self._trials = Trials(backend.habits)
         self._boarding = Boarding(self._model, self._scheduler, self._limits)
         self._places: dict[str, int] = {}  # what those who wait were told
         self._is_stopping = False
@@ -101,6 +103,7 @@ class EngineLoop:
             "kv_tokens": self._scheduler.num_kv_tokens,
             "kv_capacity": self._limits.kv_tokens,
             "batch_width": self._limits.batch_width or self._limits.decode_rows,
+            **self._trials.measure(),
         }
 
     # commands
@@ -192,6 +195,7 @@ class EngineLoop:
             self._pace.note_layer(seconds)
         if hidden is not None:
             self._boarding.complete(one)
+            self._trials.disturb()
             self._scheduler.note_pass(one.num_rows, one.seconds)
             self._answers.hand_out(one, hidden)
 
@@ -206,6 +210,8 @@ class EngineLoop:
         seconds = self._clock() - started_s
         self._scheduler.charge(step.parts, seconds)
         self._pace.note_step(seconds, len(batch), is_disturbed=bool(self._boarding.passes))
+        if not self._boarding.passes:
+            self._trials.note(len(batch), seconds)
 
     def _run_through(self, one: Pass) -> mx.array | None:
         """All layers at a stretch; None where nobody wants the result any more."""

@@ -11,6 +11,7 @@ from models.attention.cache import SequenceCache
 from server.engine.memory.governor import Memory, Ungoverned
 from server.engine.prefix.lookup import PrefixCache
 from server.engine.schedule.limits import Limits
+from server.engine.trials import Habit
 from server.link.messages import EngineConfig, ModelInfo
 
 
@@ -41,6 +42,7 @@ class Backend:
     limits: Limits = field(default_factory=Limits)
     prefix: PrefixCache | None = None
     memory: Memory = field(default_factory=Ungoverned)
+    habits: Sequence[Habit] = ()
 
 
 ReportProgress = Callable[[float, str], None]

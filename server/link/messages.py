@@ -4,14 +4,19 @@ Commands go to the engine, events come back. All of them are small frozen datacl
 values, so that neither side needs the other's libraries to read them. Owns nothing; used on both sides.
 """
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
+from config.plan import MAX_QUEUE
 
 FinishReason = Literal["stop", "length"]
+
+# Whether something is done; auto leaves it to trials on live steps.
+Choice = Literal["auto", "on", "off"]
 
 # Background requests run when nobody else wants to, or when they have waited long.
 Priority = Literal["interactive", "background"]
@@ -35,9 +40,12 @@ class EngineConfig:
     decode_share: float = 0.3
     max_inflight_per_agent: int = 8
     batch_width: int | None = None
+    max_queue: int = MAX_QUEUE
     expert_policy: ExpertPolicy = DEFAULT_EXPERT_POLICY
     mirrors: tuple[Path, ...] = ()
     wires_memory: bool = False
+    lookahead: Choice = "auto"
+    straight_reads: Choice = "auto"
     sweep_tokens: int | None = None  # None: what the plan gives
     prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache
     prefix_directory: Path | None = None  # None: nothing on disk
@@ -83,6 +91,8 @@ class Load:
 class Generate:
     """Continue `token_ids` by up to `max_tokens` tokens; 0 only reads (and scores) the prompt.
 
+    They are kept as an int32 array: as Python's integers 200,000 that wait in line took 8 MB, not 0.8.
+
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
     log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
     the end of the `thought`, or from its start where there is none. `agent` is who asks: agents share the
@@ -90,7 +100,7 @@ class Generate:
     """
 
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()
@@ -100,6 +110,9 @@ class Generate:
     grammar: str = ""
     agent: str = ""
     priority: Priority = "interactive"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", array("i", self.token_ids))
 
 
 @dataclass(frozen=True)
