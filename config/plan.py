@@ -8,6 +8,7 @@ MLX; the geometry is measured by `models/` and `streaming/`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from config.defaults import QUEUE_LENGTH
 from config.errors import BudgetError
 from config.sizes import format_size, physical_memory_bytes
 
@@ -23,7 +24,6 @@ RECENT_ITEMS_BYTES = 3 * 10**6
 # an answer under way is that and its text (tests/server/api/answer/test_memory_of_text.py).
 QUEUED_TOKEN_BYTES = 16
 HEARD_TOKEN_BYTES = 64
-MAX_QUEUE = 64
 # Answers that the HTTP process remembers in memory; older ones are on disk.
 REMEMBERED_BYTES = 8 * 10**6
 # A cache that is full grows by a sixteenth of its rows, so that a row is copied at most 17 times however long
@@ -133,7 +133,7 @@ def make_plan(
     prefix_bytes: int | None = None,
     sweep_tokens: int | None = None,
     physical_bytes: int | None = None,
-    max_queue: int = MAX_QUEUE,
+    max_queue: int = QUEUE_LENGTH,
 ) -> MemoryPlan:
     """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done.
 

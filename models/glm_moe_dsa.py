@@ -1,7 +1,7 @@
 """GLM-5 to GLM-5.3 (`glm_moe_dsa`) in MLX: blocks and the flat forward. Called by the engine.
 
 A forward takes the rows of several sequences at once, ragged, without padding. It knows no threads and no
-files; experts come through an `ExpertSource`.
+files; experts come through an `ExpertStore`.
 """
 
 from collections.abc import Callable, Generator, Sequence

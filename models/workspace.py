@@ -23,7 +23,7 @@ UNPACKED_COPIES = {2: 2, 3: 4, 4: 2, 5: 6, 6: 7, 8: 2}
 FLOAT4_COPIES = 4  # mxfp4, nvfp4
 # Of each score while the best are found by bits: itself, its order, an answer for each bit, its rank.
 COUNTED_BYTES = 64
-SCORED_ROWS = 64  # of a prompt whose tokens' probabilities are asked for, at one time
+SCORED_ROWS = 64  # whose logits are held at once while a prompt is scored: 40 MB for 154,880 tokens
 LOGITS_COPIES = 4  # logits, their exponents, sorted and filtered
 
 

@@ -15,12 +15,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
-from config.errors import BusyError, ContextOverflow, EngineError, RequestError
+from config.errors import RETRY_AFTER_S, BusyError, ContextOverflow, EngineError, RequestError
 from server.api.access.quotas import QuotaError
 from server.link.messages import Failed, FailureKind
 
 PROVIDER = "glmserve"
-RETRY_AFTER_S = 5
 
 # status, OpenRouter's word, whether trying again can help
 _FAILURES: Mapping[FailureKind, tuple[int, str, bool]] = {

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from config.errors import RequestError
 from server.api.dialects.client_words import in_words_of
+from server.api.prompt.replay import BILLING_HEADER
 from server.api.request.chat_parts import read_arguments, text_or_placeholder
 from server.api.request.chat_schema import ChatRequest
 from server.api.request.common_fields import (
@@ -56,8 +57,6 @@ WORDS = {
 }
 # Calls and results of tools that Anthropic carries out, in the history of a client that comes from there.
 _HOSTED = re.compile(r"(server|mcp)_tool_use|\w+_tool_result|fallback")
-# Claude Code's first block of system text names the request's own hash: no two prompts would begin alike.
-VOLATILE_SYSTEM = "x-anthropic-billing-header:"
 
 
 class ContentBlock(Lenient):
@@ -288,7 +287,7 @@ def _system(system: str | list[ContentBlock] | None) -> list[dict[str, Any]]:
     kept = [
         (place, block)
         for place, block in _placed("system", blocks)
-        if not (block.text or "").startswith(VOLATILE_SYSTEM)
+        if not (block.text or "").startswith(BILLING_HEADER)
     ]
     return [{"role": "system", "content": _text_parts(kept)}] if kept else []
 

@@ -34,7 +34,7 @@ from server.api.request.common_fields import (
     fault,
     refusals,
 )
-from server.glm.templates.effort import Effort
+from server.glm.templates.template import Effort
 
 # Of what OpenAI's service does beside answering; nothing is lost without it.
 RESPONSES_IGNORED = frozenset(["access_programs", "client_metadata", "max_tool_calls"])

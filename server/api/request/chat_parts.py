@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from config.errors import RequestError
 from server.api.request.common_fields import Count, Lenient, Listed, Noted, Options, fault
-from server.glm.templates.effort import Effort
+from server.glm.templates.template import Effort
 
 
 class ContentPart(Lenient):

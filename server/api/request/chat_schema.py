@@ -19,7 +19,8 @@ from server.api.request.chat_parts import (
     read_arguments,
 )
 from server.api.request.common_fields import Count, GenerationRequest, Listed, Whole, fault
-from server.glm.templates.effort import Effort
+from server.glm.lexer import THINK_TAGS
+from server.glm.templates.template import Effort
 from server.glm.tools import ToolSet
 
 REFUSED_IN_CHAT = {
@@ -206,9 +207,9 @@ def _parted(message: Message) -> tuple[str | None, str]:
 
     A message that only mentions the tags stays whole.
     """
-    start, text = "<think>", message.text.lstrip()
-    if message.thought is None and text.startswith(start) and "</think>" in text:
-        thought, _, content = text.removeprefix(start).partition("</think>")
+    (start, end), text = THINK_TAGS, message.text.lstrip()
+    if message.thought is None and text.startswith(start) and end in text:
+        thought, _, content = text.removeprefix(start).partition(end)
         return thought, content
     return message.thought, message.text
 
