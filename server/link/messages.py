@@ -132,7 +132,7 @@ class Administer:
     """
 
     action: Literal["clear", "pin", "unpin"]
-    token_ids: tuple[int, ...] = ()
+    token_ids: Sequence[int] = ()
     cache_group: str = ""
 
 

@@ -47,7 +47,7 @@ def test_a_token_that_was_heard_takes_its_text(kind: str, num_top: int) -> None:
             text = f"word {i % 1000} "
             calls = (CallPart(i // 5000, arguments=text),) if kind == "calls" else ()
             texts = {kind: text} if kind != "calls" else {}
-            heard.add(Delta(scores=(score,), calls=calls, **texts))  # type: ignore[arg-type]
+            heard.add(Delta(scores=(score,), calls=calls, **texts))
         return heard
 
     assert held_bytes(listen) < 20_000 * HEARD_TOKEN_BYTES
