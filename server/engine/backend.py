@@ -29,6 +29,7 @@ from streaming.disk.open_files import allow_open_files
 from streaming.disk.probe import DiskProbe, probe_disk
 from streaming.disk.reader import NUM_THREADS
 from streaming.eviction.contest import Rule, make_rule
+from streaming.eviction.hot_set import HotSet
 from streaming.files.layout import advise_aligning
 from streaming.prefix.provenance import Provenance
 from streaming.store import ExpertStore
@@ -90,7 +91,15 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         prefix.statistics if prefix else dict,
         memory.measure,
     )
-    return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix, memory)
+    hot_set = _open_hot_set(store, config, fingerprint.hex())
+    return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix, memory, hot_set)
+
+
+def _open_hot_set(store: ExpertStore, config: EngineConfig, fingerprint: str) -> HotSet | None:
+    """Beside the saved prompts; None where all experts are in memory or nothing is kept on disk."""
+    if store.is_resident or config.prefix_directory is None:
+        return None
+    return HotSet(store, config.prefix_directory / f"experts-{fingerprint[:16]}.json", fingerprint)
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:

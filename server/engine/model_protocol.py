@@ -12,6 +12,7 @@ from server.engine.memory.governor import Memory, Ungoverned
 from server.engine.prefix.lookup import PrefixCache
 from server.engine.schedule.limits import Limits
 from server.link.messages import EngineConfig, ModelInfo
+from streaming.eviction.hot_set import HotSet
 
 
 class EngineModel(Protocol):
@@ -41,6 +42,7 @@ class Backend:
     limits: Limits = field(default_factory=Limits)
     prefix: PrefixCache | None = None
     memory: Memory = field(default_factory=Ungoverned)
+    hot_set: HotSet | None = None
 
 
 ReportProgress = Callable[[float, str], None]
