@@ -21,7 +21,7 @@ from rich.table import Table
 from benchmarks.rig.checkpoint import BENCH, write_checkpoint
 from benchmarks.rig.routing import Routing, load_routing
 from benchmarks.rig.simulated_disk import SimulatedDisk
-from config.expert_policy import ExpertPolicy
+from config.defaults import ExpertPolicy
 from models.loading.loading import open_checkpoint
 from streaming.eviction.contest import make_rule
 from streaming.eviction.hot_set import HotSet
@@ -32,7 +32,8 @@ TRACES = Path(__file__).parent / "traces"
 EXPERTS, TOP, SLOTS, SPARSE = 256, 8, 64, 8
 GEOMETRY = BENCH | {
     "hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 1 + SPARSE,
-    "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * SPARSE, "n_routed_experts": EXPERTS, "vocab_size": 128,
+    "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * SPARSE,
+    "n_routed_experts": EXPERTS, "vocab_size": 128,
 }  # fmt: skip
 READ_S, LAYER_S = 2e-3, 1e-3
 MEASURED = 100
