@@ -74,7 +74,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     on_plan = _wire if config.wires_memory else _leave
     on_plan(plan)
     lines = tuple(render_plan(plan).splitlines())
-    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
+    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines, plan.lines["requests"])
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
     prefix = open_prefix_cache(model, fingerprint, plan, config)
     use = MemoryUse(
