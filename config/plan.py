@@ -26,6 +26,18 @@ QUEUED_TOKEN_BYTES = 16
 HEARD_TOKEN_BYTES = 64
 # Answers that the HTTP process remembers in memory; older ones are on disk.
 REMEMBERED_BYTES = 8 * 10**6
+# Bodies, what is made of them, and connections: in the HTTP process, from the first byte to the end of the
+# answer. A hundredth of a large budget is more than a fleet's prompts take; the least holds one body of any
+# kind that is taken (2 million ids: 112 MB).
+MIN_REQUEST_BYTES = 128 * 10**6
+MAX_REQUEST_BYTES = 10**9
+REQUEST_DIVISOR = 200
+# Grammars: two processes that try them (measured: 30 MB each with 4,096 tokens), what one attempt of each may
+# take beside that, and the compiled ones in the engine: small ones of all requests, and some large ones.
+GRAMMAR_TRIAL_BYTES = 32 * 10**6
+SMALL_GRAMMAR_BYTES = 5 * 10**5
+LARGE_GRAMMARS_BYTES = 48 * 10**6
+GRAMMAR_BYTES = 2 * (32 * 10**6 + GRAMMAR_TRIAL_BYTES) + 96 * SMALL_GRAMMAR_BYTES + LARGE_GRAMMARS_BYTES
 # A cache that is full grows by a sixteenth of its rows, so that a row is copied at most 17 times however long
 # the sequence becomes, and in whole steps. The steps are small because each running sequence may hold most of
 # one for nothing.
@@ -57,7 +69,15 @@ RING_SHARE = 0.02
 # blocks.
 PREFIX_DIVISOR = 25
 # Lines of memory that is not MLX's: threads' buffers, saved blocks as bytes, and the libraries.
-NOT_MLX = ("reader buffers", "prefix cache", "recent items", "texts", "Python and libraries")
+NOT_MLX = (
+    "reader buffers",
+    "prefix cache",
+    "recent items",
+    "requests",
+    "texts",
+    "grammars",
+    "Python and libraries",
+)
 PREFIX_CONTEXTS = 4
 MIN_PREFIX_TOKENS = 2048
 
@@ -158,7 +178,8 @@ def make_plan(
     ring_slots = 0 if is_resident else _ring_slots(geometry, spare)
     lines = fixed | {
         "reader buffers": reader_buffers(threads) * geometry.reader_buffer_bytes,
-        "prefix cache": max(least, min(most, budget_bytes // PREFIX_DIVISOR, least + int(spare * 0.9))),
+        "prefix cache": max(least, min(most, budget_bytes // PREFIX_DIVISOR, least + int(spare * 0.8))),
+        "requests": _request_bytes(budget_bytes, spare),
         "sweep rows": tokens * geometry.sweep_row_bytes,
         "sweep ring": ring_slots * geometry.ring_slot_bytes,
     }
@@ -191,6 +212,11 @@ def _fixed_point(needed: Callable[[int], int]) -> int:
 def _more_tokens(geometry: Geometry, spare: int, most: int) -> int:
     """Rows of a sweep beyond the least."""
     return min(most, int(spare * SWEEP_SHARE) // geometry.sweep_row_bytes) if geometry.sweep_row_bytes else 0
+
+
+def _request_bytes(budget: int, spare: int) -> int:
+    wanted = min(MAX_REQUEST_BYTES, budget // REQUEST_DIVISOR)
+    return max(MIN_REQUEST_BYTES, min(wanted, MIN_REQUEST_BYTES + spare // 20))
 
 
 def _ring_slots(geometry: Geometry, spare: int) -> int:
@@ -227,6 +253,8 @@ def _fixed_lines(geometry: Geometry, max_context: int, max_queue: int) -> dict[s
         "MLX buffer cache": cache,
         "recent items": RECENT_ITEMS_BYTES,
         "texts": text_bytes(max_context, max_queue),
+        "requests": MIN_REQUEST_BYTES,
+        "grammars": GRAMMAR_BYTES + 2 * VOCABULARY_BYTES_PER_TOKEN * geometry.vocab_size,
         "Python and libraries": RUNTIME_BYTES + VOCABULARY_BYTES_PER_TOKEN * geometry.vocab_size,
     }
 

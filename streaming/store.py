@@ -133,6 +133,22 @@ class ExpertStore:
             on_progress(number, len(self._layers))
         self._is_resident = True
 
+    def bring_back(self, layer: int, experts: Sequence[int]) -> int:
+        """Reads these experts, the most worth last, into slots that are free. Returns how many were read.
+
+        For a time when nobody asks for any: counts neither hits nor misses. Raises as `acquire` does.
+        """
+        self._abandon_unfinished()
+        wanted = [expert for expert in experts if 0 <= expert < self._index.num_experts]
+        return self._layers[layer].bring_back(list(dict.fromkeys(wanted)))
+
+    def least_worth_first(self) -> dict[int, list[int]]:
+        """The resident experts of each layer, as its policy would give them up."""
+        return {
+            layer: state.books.least_worth_first(state.books.residents)
+            for layer, state in self._layers.items()
+        }
+
     def num_slots(self, layer: int) -> int:
         return self._layers[layer].books.num_slots
 

@@ -30,6 +30,7 @@ from streaming.disk.open_files import allow_open_files
 from streaming.disk.probe import DiskProbe, probe_disk
 from streaming.disk.reader import NUM_THREADS
 from streaming.eviction.contest import Rule, make_rule
+from streaming.eviction.hot_set import HotSet
 from streaming.files.layout import advise_aligning
 from streaming.store import ExpertStore
 
@@ -75,7 +76,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     on_plan = _limit_and_wire if config.wires_memory else _limit
     on_plan(plan)
     lines = tuple(render_plan(plan).splitlines())
-    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
+    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines, plan.lines["requests"])
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
     prefix = open_prefix_cache(model, fingerprint, plan, config)
     use = MemoryUse(
@@ -91,7 +92,9 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         lambda: {"mirror_compared": comparison.share} if comparison is not None else {},
     )
     habits = () if plan.is_resident else _make_habits(store, config)
-    return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix, memory, habits)
+    hot_set = _open_hot_set(store, config, fingerprint.hex())
+    limits = _make_limits(plan, arithmetic, config)
+    return Backend(model, info, measure, limits, prefix, memory, habits, hot_set)
 
 
 def _make_habits(store: ExpertStore, config: EngineConfig) -> tuple[Habit, ...]:
@@ -102,6 +105,13 @@ def _make_habits(store: ExpertStore, config: EngineConfig) -> tuple[Habit, ...]:
         Habit("lookahead", store.look_ahead, FIXED[config.lookahead]),
         Habit("straight_reads", store.read_straight, FIXED[config.straight_reads]),
     )
+
+
+def _open_hot_set(store: ExpertStore, config: EngineConfig, fingerprint: str) -> HotSet | None:
+    """Beside the saved prompts; None where all experts are in memory or nothing is kept on disk."""
+    if store.is_resident or config.prefix_directory is None:
+        return None
+    return HotSet(store, config.prefix_directory / f"experts-{fingerprint[:16]}.json", fingerprint)
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:

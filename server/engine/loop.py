@@ -64,6 +64,7 @@ class EngineLoop:
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._model, self._limits, self._memory = backend.model, backend.limits, backend.memory
+        self._hot_set = backend.hot_set
         self._inbox, self._send, self._beat, self._clock = inbox, send, beat, clock
         self._prefixes = prefixes or NoPrefixes()
         self._scheduler = Scheduler(self._limits, clock)
@@ -79,15 +80,17 @@ class EngineLoop:
 
     def run(self) -> None:
         """Step until told to stop."""
-        self._take_commands(wait=True)
+        self._take_commands(wait=not self._brings_back())
         while not self._is_stopping:
             while self._memory.govern():
                 self._beat(False)
             self._step()
             self._beat(self._scheduler.is_idle)
-            self._take_commands(wait=self._scheduler.is_resting)
+            self._take_commands(wait=self._scheduler.is_resting and not self._brings_back())
         for one in self._boarding.passes:
             one.abandon()
+        if self._hot_set:
+            self._hot_set.save()
 
     def check_integrity(self) -> None:
         """Checks that the books of sequences and passes balance."""
@@ -133,6 +136,10 @@ class EngineLoop:
                 self._is_stopping = True
             case _:
                 raise AssertionError(f"the loop was sent {command!r}")
+
+    def _brings_back(self) -> bool:
+        """Where nothing else is to be done: some of the experts that were in memory before a restart."""
+        return self._hot_set is not None and self._scheduler.is_idle and self._hot_set.advance()
 
     # choosing
 
@@ -207,6 +214,8 @@ class EngineLoop:
         if attempt.failed or hidden is None:
             return
         self._answers.hand_out(step, hidden)
+        if self._hot_set:
+            self._hot_set.save_when_due()
         seconds = self._clock() - started_s
         self._scheduler.charge(step.parts, seconds)
         self._pace.note_step(seconds, len(batch), is_disturbed=bool(self._boarding.passes))

@@ -13,6 +13,7 @@ from server.engine.prefix.lookup import PrefixCache
 from server.engine.schedule.limits import Limits
 from server.engine.trials import Habit
 from server.link.messages import EngineConfig, ModelInfo
+from streaming.eviction.hot_set import HotSet
 
 
 class EngineModel(Protocol):
@@ -43,6 +44,7 @@ class Backend:
     prefix: PrefixCache | None = None
     memory: Memory = field(default_factory=Ungoverned)
     habits: Sequence[Habit] = ()
+    hot_set: HotSet | None = None
 
 
 ReportProgress = Callable[[float, str], None]

@@ -94,9 +94,9 @@ class Generate:
 
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
     log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
-    the end of the `thought`, or from its start where there is none. `agent` is who asks: agents share the
-    engine's time evenly, whatever the number of their requests. Saved prefixes are shared within a
-    `cache_group`; "" is that of a server without keys.
+    the end of the `thought`, or from its start where there is none; compiled it takes `grammar_bytes`.
+    `agent` is who asks: agents share the engine's time evenly, whatever the number of their requests. Saved
+    prefixes are shared within a `cache_group`; "" is that of a server without keys.
     """
 
     request_id: str
@@ -108,6 +108,7 @@ class Generate:
     score_prompt: bool = False
     thought: Thought | None = None
     grammar: str = ""
+    grammar_bytes: int = 0
     agent: str = ""
     cache_group: str = ""
     priority: Priority = "interactive"
@@ -171,6 +172,7 @@ class ModelInfo:
     vocab_size: int
     context_length: int
     memory_lines: tuple[str, ...] = ()
+    request_bytes: int = 0  # the plan's line for the HTTP process
 
 
 @dataclass(frozen=True)
