@@ -316,6 +316,7 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         decode_share=settings.decode_share,
         max_inflight_per_agent=settings.max_inflight_per_agent,
         batch_width=settings.batch_width,
+        max_queue=settings.max_queue,
         mirrors=tuple(Path(os.path.expanduser(mirror)).absolute() for mirror in settings.mirror),
         prefix_memory_bytes=settings.prefix_cache_memory,
         prefix_directory=prefix_directory(settings),
@@ -323,4 +324,6 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         prefix_writes_per_day=settings.prefix_cache_writes,
         sweep_tokens=settings.sweep_tokens,
         wires_memory=settings.wire,
+        lookahead=settings.lookahead,
+        straight_reads=settings.straight_reads,
     )
