@@ -5,19 +5,18 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from contextvars import ContextVar
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler, WatchedFileHandler
 from pathlib import Path
 from typing import Any, Literal
+
+from config.request_id import REQUEST_ID
 
 LEVELS = ("debug", "info", "warning", "error")
 LogFormat = Literal["text", "json"]
 MAX_FILE_BYTES = 20_000_000
 NUM_OLD_FILES = 5
 TEXT = "%(asctime)s %(levelname)s %(message)s%(request)s"
-# The id of the request that is being answered: a warning on its way carries it.
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
 
 def set_up_logging(

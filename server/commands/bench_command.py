@@ -27,7 +27,7 @@ PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
-class Turn:
+class MeasuredTurn:
     """What an agent saw of one request; seconds, and tokens as the server counted them."""
 
     agent: int
@@ -93,7 +93,7 @@ def _numbers(text: str) -> list[int]:
     return [_whole(part) for part in text.split(",")]
 
 
-async def _run(given: Namespace) -> tuple[list[Turn], float]:
+async def _run(given: Namespace) -> tuple[list[MeasuredTurn], float]:
     headers = {"Authorization": f"Bearer {given.api_key}"}
     limits = httpx.Limits(max_connections=None)
     try:
@@ -103,14 +103,14 @@ async def _run(given: Namespace) -> tuple[list[Turn], float]:
             models = await client.get("/v1/models")
             models.raise_for_status()
             model, started_s = models.json()["data"][0]["id"], time.monotonic()
-            agents = [_Agent(client, model, number, given) for number in range(given.agents)]
+            agents = [_Talker(client, model, number, given) for number in range(given.agents)]
             found = await asyncio.gather(*(agent.talk() for agent in agents))
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UsageError(f"{given.url} does not answer: {error or type(error).__name__}") from error
     return [turn for turns in found for turn in turns], time.monotonic() - started_s
 
 
-class _Agent:
+class _Talker:
     """One conversation; each turn adds the answer and a question."""
 
     def __init__(self, client: httpx.AsyncClient, model: str, number: int, given: Namespace) -> None:
@@ -120,11 +120,11 @@ class _Agent:
         question = f"Agent {number} of run {time.time_ns()}. {text} What comes next?"
         self._messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
 
-    async def talk(self) -> list[Turn]:
+    async def talk(self) -> list[MeasuredTurn]:
         """All turns, one after the other."""
         return [await self._turn(number) for number in range(self._given.turns)]
 
-    async def _turn(self, number: int) -> Turn:
+    async def _turn(self, number: int) -> MeasuredTurn:
         body = {
             "model": self._model, "messages": self._messages, "max_tokens": self._given.max_tokens,
             "stream": True, "stream_options": {"include_usage": True}, "user": f"bench-{self._number}",
@@ -150,13 +150,13 @@ class _Agent:
         total_s = time.monotonic() - started_s
         self._messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Go on."}]
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
-        return Turn(
+        return MeasuredTurn(
             self._number, number, self._num_words, first_s or total_s, total_s,
             usage.get("prompt_tokens", 0), cached, usage.get("completion_tokens", 0),
         )  # fmt: skip
 
 
-def summary(turns: Sequence[Turn], seconds: float) -> dict[str, float]:
+def summary(turns: Sequence[MeasuredTurn], seconds: float) -> dict[str, float]:
     """Percentiles of what agents saw, and what all of them got together."""
     found: dict[str, float] = {"requests": len(turns), "seconds": round(seconds, 3)}
     for name, values in {

@@ -11,9 +11,9 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from config.request_id import REQUEST_ID
 from server.api.access.keys import Key
 from server.api.watch.record import RequestRecord, Stats
-from server.logs import REQUEST_ID
 
 _PARAMETER = re.compile(r"\{[^}]*\}")
 Sink = Callable[[RequestRecord], None]
