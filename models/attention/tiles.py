@@ -75,6 +75,8 @@ def select_tiles(
             scores = index_scores(queries[start:stop], weights[start:stop], keys[:seen], arithmetic)
         chosen = arithmetic.best_positions(scores, k) if gathers and scores is not None else None
         if chosen is None:
+            chosen = None if scores is None or gathers else arithmetic.best_mask(scores, k)
+        if chosen is None:
             chosen = causal_mask(seen - (stop - start), stop - start, seen)
             chosen = chosen if scores is None else select(scores, chosen, k)
             chosen = selected_positions(chosen, k) if gathers else chosen
