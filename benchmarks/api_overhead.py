@@ -80,6 +80,9 @@ class WrittenEngine:
     def cancel(self, request_id: str) -> None:
         """Nothing runs on."""
 
+    def start_now(self) -> None:
+        """It runs."""
+
     async def replan(self, command: Replan) -> Failed:
         """There is no plan."""
         return Failed(command.request_id, "request", "there is no plan here")

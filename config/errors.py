@@ -4,6 +4,7 @@
     ├── UsageError            start-up cannot go on; the command line prints one line and exits with 2
     │   ├── CheckpointError   the files of the model are missing, damaged, or of another kind
     │   └── BudgetError       the memory budget does not fit; the message names the one that would
+    ├── GaveUp                the engine dies again and again; a service unit is to start the server anew
     ├── RequestError          one client asked for something wrong; becomes a 4xx
     │   └── ContextOverflow   prompt and answer do not fit the context; each dialect has its own words for it
     └── EngineError           the server failed a request; becomes a 5xx
@@ -30,6 +31,10 @@ class CheckpointError(UsageError):
 
 class BudgetError(UsageError):
     """The memory budget does not fit this checkpoint or this machine."""
+
+
+class GaveUp(GlmserveError):
+    """The engine could not be started; the process ends with exit code 75 (EX_TEMPFAIL)."""
 
 
 class RequestError(GlmserveError):

@@ -6,13 +6,14 @@ get wrong ends here as one line on standard error and exit code 2.
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
-from config.errors import UsageError
+from config.errors import GaveUp, UsageError
 from config.settings import ENV_PREFIX, Settings, flag_of, load_settings
 from server.version import VERSION
 
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"glmserve: {error}", file=sys.stderr)
         return 2
+    except GaveUp as error:
+        print(f"glmserve: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:  # of a conversion, which goes on when it is asked for again
         print("glmserve: interrupted", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ from server.api.access.account import account_router
 from server.api.access.keys import Access, Guard
 from server.api.admin.cache_routes import cache_router
 from server.api.admin.catalogue import health_router, models_router
+from server.api.admin.engine_routes import engine_router
 from server.api.admin.memory_routes import memory_router
 from server.api.admin.metrics import metrics_router
 from server.api.dialects.anthropic import messages_router
@@ -43,6 +44,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(tokenize_router(service), prefix=base)
         app.include_router(cache_router(service), prefix=base)
         app.include_router(memory_router(service), prefix=base)
+        app.include_router(engine_router(service), prefix=base)
     app.include_router(health_router(service))
     app.include_router(metrics_router(service.engine, service.ledger, service.parameters))
     install_error_handlers(app)

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.api.doors import Doors
 from server.api.error_bodies import error_object
 
 MAX_HEAD_BYTES = 64 * 2**10
@@ -16,6 +18,9 @@ REQUEST_TIMEOUT_S = 30.0
 # A refused client may still be sending, and a reset would reach it before the refusal.
 LINGER_S = 1.0
 MAX_LINGER_BYTES = 2**20
+# What monitors ask for: it is answered when all other places are taken.
+MONITORED = b"/health"
+RETRY_AFTER_S = 5
 # What an offer to change the protocol consists of.
 OFFER = frozenset([b"upgrade", b"http2-settings"])
 
@@ -27,8 +32,9 @@ class HttpConnection(HttpToolsProtocol):
     other protocol, so the request is parsed again without the offer.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, doors: Doors | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._doors = doors or Doors()
         self._in_head = True  # or in a trailer, which consists of the same lines
         self._num_head_bytes = 0
         self._num_line_bytes = 0
@@ -38,22 +44,40 @@ class HttpConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client is there; asyncio calls this."""
         super().connection_made(transport)  # type: ignore[arg-type]
-        self._await_request()
+        self._doors.enter(self)
+        self._wait_for_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone; asyncio calls this."""
         self._stop_waiting()
+        self._doors.leave(self)
         super().connection_lost(exc)
+
+    def give_way(self) -> None:
+        """Closes, because another client needs the place; a client that has sent a head is told so."""
+        if self._num_discarded is not None or not self._owes_answer:
+            self.transport.close()
+            return
+        self.cycle.disconnected = True  # what its route answers from now on is not sent
+        self.cycle.message_event.set()
+        self._refuse(_no_place())
+
+    @property
+    def _owes_answer(self) -> bool:
+        """Whether a request has begun, and its answer has not."""
+        return self.cycle is not None and not self.cycle.response_started
 
     def on_response_complete(self) -> None:
         """An answer is complete; uvicorn calls this."""
         super().on_response_complete()
-        self._await_request()
+        self._wait_for_request()
 
-    def _await_request(self) -> None:
+    def _wait_for_request(self) -> None:
         """Closes the connection if no request comes, or its head never ends."""
         self._stop_waiting()
         if self.cycle is None or self.cycle.response_complete:
+            if not self.transport.is_closing():
+                self._doors.await_request(self)
             self._patience = self.loop.call_later(REQUEST_TIMEOUT_S, self.transport.close)
 
     def _stop_waiting(self) -> None:
@@ -68,10 +92,11 @@ class HttpConnection(HttpToolsProtocol):
             self._discard(data)
             return
         start = 0
-        while start < len(data) and not self.transport.is_closing():
+        while start < len(data) and self._num_discarded is None and not self.transport.is_closing():
             end = (data.find(b"\n", start) + 1 if self._in_head else 0) or len(data)
             if self._in_head and not self._has_room_for(data[start:end]):
-                self._refuse_head()
+                is_busy = self.cycle is not None and not self.cycle.response_complete
+                self._refuse(b"" if is_busy else _head_too_large())
                 return
             try:
                 self.parser.feed_data(data[start:end])
@@ -91,7 +116,10 @@ class HttpConnection(HttpToolsProtocol):
         self._in_head = False
         if not self._is_offer():
             self._stop_waiting()
-            super().on_headers_complete()
+            if self._doors.admit(self, is_monitor=self.url.partition(b"?")[0] == MONITORED):
+                super().on_headers_complete()
+            else:
+                self._refuse(_no_place())
 
     def on_chunk_header(self) -> None:
         """A part of the body begins, or the trailer; httptools calls this."""
@@ -100,12 +128,14 @@ class HttpConnection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of the body; httptools calls this."""
         self._in_head, self._num_head_bytes = False, 0
-        super().on_body(body)
+        if self._num_discarded is None:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A request is complete; httptools calls this."""
         self._in_head, self._num_head_bytes = True, 0
-        if not self._is_offer():
+        if not self._is_offer() and self._num_discarded is None:
+            self._doors.complete(self)
             super().on_message_complete()
 
     def _is_offer(self) -> bool:
@@ -137,11 +167,11 @@ class HttpConnection(HttpToolsProtocol):
             self._num_line_bytes = 0
         return has_room
 
-    def _refuse_head(self) -> None:
-        """Answers 431, unless an answer is under way, and closes the connection."""
+    def _refuse(self, answer: bytes) -> None:
+        """Sends an answer, if there is one, and closes the connection."""
         self._num_discarded = 0
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.write(_head_too_large())
+        self._doors.await_request(self)
+        self.transport.write(answer)
         if self.transport.can_write_eof():
             self.transport.write_eof()  # it has the whole answer, and need not wait
         self.loop.call_later(LINGER_S, self.transport.close)
@@ -157,8 +187,19 @@ def _head_too_large() -> bytes:
     message = (
         f"the request's headers are too large: at most {MAX_HEAD_BYTES} bytes, {MAX_LINE_BYTES} in a line"
     )
-    body = json.dumps({"error": error_object(431, message, "invalid_request")}).encode()
+    return _answer(b"431 Request Header Fields Too Large", message, "invalid_request", {})
+
+
+def _no_place() -> bytes:
+    message = f"all connections of this server are taken; try again in {RETRY_AFTER_S} s"
+    headers = {"Retry-After": str(RETRY_AFTER_S), "x-should-retry": "true"}
+    return _answer(b"503 Service Unavailable", message, "provider_overloaded", headers)
+
+
+def _answer(status: bytes, message: str, error_type: str, headers: Mapping[str, str]) -> bytes:
+    body = json.dumps({"error": error_object(int(status[:3]), message, error_type)}).encode()
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
     return (
-        b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        b"HTTP/1.1 %b\r\ncontent-type: application/json\r\n%bcontent-length: %d\r\nconnection: close\r\n\r\n"
+        % (status, lines, len(body))
     ) + body

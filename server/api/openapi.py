@@ -68,6 +68,7 @@ OPERATIONS = {
     "/cache/clear": Operation(declared.Found),
     "/cache/pin": Operation(declared.Found, ChatRequest, IGNORED),
     "/cache/unpin": Operation(declared.Found, ChatRequest, IGNORED),
+    "/engine/start": Operation(declared.Found),
     "/memory/plan": Operation(declared.Found, PlanRequest),
     "/health": Operation(declared.Health, error=declared.Health),
 }

@@ -1,25 +1,29 @@
 """`glmserve serve`: checks what can be checked at once, then runs HTTP here and the engine beside it."""
 
 import asyncio
+import errno
 import hashlib
 import logging
+import math
 import os
 import signal
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from config.errors import UsageError
+from config.errors import GaveUp, GlmserveError, UsageError
 from config.settings import Settings
 from server.api.access.keys import LOOPBACK_NAMES, Access, is_loopback, read_keys
 from server.api.app import make_app
 from server.api.connection import HttpConnection
+from server.api.doors import Doors, make_doors, raise_descriptor_limit
 from server.api.prompt.remembered import Remembered
 from server.api.request.model_names import ModelNames
 from server.api.request.parameters import Parameters
@@ -38,6 +42,11 @@ DRAIN_TIMEOUT_S = 5.0
 # which takes them less than this.
 FAREWELL_S = 2
 JSON_KEEPALIVE_S = 10.0
+# Clients that the system holds until they are accepted, and how many are before any of them gets a place.
+MAX_BACKLOG = 1024
+ACCEPTED_AT_ONCE = 32
+# How often the log says that no client can be accepted.
+COMPLAINT_S = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +62,7 @@ def serve(settings: Settings) -> int:
         dialect = load_dialect(checkpoint.directory)
         fault = asyncio.run(_Serving(settings, access, checkpoint, dialect, listener).run())
     if fault:
-        raise UsageError(fault)
+        raise fault
     return 0
 
 
@@ -80,13 +89,14 @@ def load_dialect(checkpoint: Path) -> Dialect:
     )
 
 
-def make_server_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+def make_server_config(settings: Settings, app: FastAPI, doors: Doors | None = None) -> uvicorn.Config:
     """How uvicorn serves the app. Raises UsageError for a certificate that cannot be used."""
     if settings.ssl_keyfile and not settings.ssl_certfile:
         raise UsageError("--ssl-keyfile needs --ssl-certfile")
     config = uvicorn.Config(
         app,
-        http=HttpConnection,
+        http=partial(HttpConnection, doors=doors or Doors()),  # type: ignore[arg-type]
+        backlog=ACCEPTED_AT_ONCE,
         ws="none",
         log_config=None,
         access_log=False,
@@ -118,7 +128,7 @@ def _bound(listener: socket.socket, address: Any) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(1024)
+        listener.listen(MAX_BACKLOG)
     except OSError:
         listener.close()
         raise
@@ -143,11 +153,33 @@ class _Server(uvicorn.Server):
             finally:
                 self._captured_signals.clear()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; uvicorn's has asyncio make the system's line as short as its own."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(MAX_BACKLOG)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the answers under way; those that take too long get an error."""
         timer = asyncio.get_running_loop().call_later(DRAIN_TIMEOUT_S, self._engine.dismiss_all)
         await super().shutdown(sockets)
         timer.cancel()
+
+
+class _Complaints:
+    """Logs errors of the event loop, and now and then that no client can be accepted."""
+
+    def __init__(self) -> None:
+        self._said_at = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log one; asyncio calls this."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._said_at > COMPLAINT_S:
+            self._said_at = loop.time()
+            log.error("%s: %s", context.get("message"), error.strerror)
 
 
 @dataclass
@@ -159,14 +191,15 @@ class _Serving:
     checkpoint: FoundCheckpoint
     dialect: Dialect
     listener: socket.socket
-    fault: str | None = None
+    fault: GlmserveError | None = None
     server: uvicorn.Server | None = field(default=None, init=False)
 
-    async def run(self) -> str | None:
+    async def run(self) -> GlmserveError | None:
         settings = self.settings
         engine = EngineProcess(
             make_engine_config(settings, self.checkpoint.directory),
-            on_usage_error=self._give_up,
+            on_usage_error=lambda message: self._stop(UsageError(message)),
+            on_given_up=(lambda message: self._stop(GaveUp(message))) if is_service() else None,
             deadlines=Deadlines(settings.queue_timeout, settings.request_timeout, settings.step_timeout),
             max_queue=settings.max_queue,
         )
@@ -183,7 +216,9 @@ class _Serving:
             parameters=Parameters(self.settings.strict_parameters),
         )
         app = make_app(service, self.access)
-        self.server = _Server(make_server_config(self.settings, app), engine)
+        asyncio.get_running_loop().set_exception_handler(_Complaints())
+        doors = make_doors(raise_descriptor_limit())
+        self.server = _Server(make_server_config(self.settings, app, doors), engine)
         engine.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
         host, port = self.listener.getsockname()[:2]
@@ -203,10 +238,16 @@ class _Serving:
         except UsageError as error:
             log.error("the keys stay as they are: %s", error)
 
-    def _give_up(self, message: str) -> None:
+    def _stop(self, fault: GlmserveError) -> None:
         assert self.server, "the engine is started after the server is made"
-        self.fault = message
+        self.fault = fault
         self.server.should_exit = True
+
+
+def is_service() -> bool:
+    """Whether systemd or launchd has started this process, and starts it again when it fails."""
+    by_launchd = os.environ.get("XPC_SERVICE_NAME", "0")  # "0" in a terminal; of an app, application.NAME
+    return "INVOCATION_ID" in os.environ or not by_launchd.startswith(("0", "application."))
 
 
 def prefix_directory(settings: Settings) -> Path | None:

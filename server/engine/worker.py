@@ -5,6 +5,7 @@ ends, because the HTTP process stopped or died in any way, it ends this process 
 main thread is doing: the memory of a model must not be orphaned.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -37,6 +38,8 @@ from server.link.messages import (
 from server.logs import set_up_logging
 from streaming.files.marks import mark_checkpoint, refuse_changed
 
+# What the system has none of at the moment.
+SCARCITY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 # Less than the HTTP side waits before it insists.
 CLOSE_TIMEOUT_S = 3.0
 
@@ -98,7 +101,9 @@ def _open(
         send(LoadFailed(str(error), is_usage_error=True))
     except Exception as error:  # the process ends here, and the HTTP side says why
         log.exception("the model could not be opened")
-        send(LoadFailed(f"{type(error).__name__}: {error}", is_usage_error=False))
+        is_scarce = isinstance(error, OSError) and error.errno in SCARCITY
+        message = f"{type(error).__name__}: {error}"
+        send(LoadFailed(message, is_usage_error=False, is_scarce=is_scarce))
     return None
 
 

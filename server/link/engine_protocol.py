@@ -54,5 +54,8 @@ class Engine(Protocol):
     def administer(self, command: Administer) -> None:
         """Change what the prefix cache keeps."""
 
+    def start_now(self) -> None:
+        """Start an engine that died and is to be started later; one that runs is left alone."""
+
     async def replan(self, command: Replan) -> Replanned | Failed:
         """Go on with another budget or policy; what is taken outlives a restart of the engine."""

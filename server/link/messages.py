@@ -185,11 +185,13 @@ class LoadFailed:
     """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act.
 
     `is_changed`: the checkpoint is not the one that was served before, so it is not served unasked.
+    `is_scarce`: the system had no descriptor, process or memory for it at the moment.
     """
 
     message: str
     is_usage_error: bool
     is_changed: bool = False
+    is_scarce: bool = False
 
 
 @dataclass(frozen=True)

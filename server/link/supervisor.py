@@ -38,6 +38,10 @@ from server.link.messages import (
 
 MAX_STARTS_IN_A_ROW = 5
 FIRST_RESTART_DELAY_S = 0.5
+# After that many starts in a row the engine is started so often, unless somebody asks for it.
+GIVEN_UP_DELAY_S = 180.0
+# How long to wait for descriptors, memory or a process of the system; having none is no death of the engine.
+SCARCITY_DELAY_S = 2.0
 # An engine that was ready for so long, or has completed a request, did not die of its start.
 STABLE_S = 60.0
 # An engine that has been silent for this part of the time that a step may take is not called ready any more.
@@ -69,12 +73,14 @@ class EngineProcess:
         config: EngineConfig,
         worker: str = "server.engine.worker",
         on_usage_error: Callable[[str], None] | None = None,
+        on_given_up: Callable[[str], None] | None = None,
         deadlines: Deadlines | None = None,
         max_queue: int = 64,
     ) -> None:
         self._config = config
         self._worker = worker
         self._on_usage_error = on_usage_error or log.error
+        self._on_given_up = on_given_up  # called in place of further starts
         self._deadlines = deadlines or Deadlines()
         self._line = AdmissionLine(max_queue)
         self._status = EngineStatus("down", "the engine has not been started")
@@ -86,6 +92,7 @@ class EngineProcess:
         )
         self._ready_since: float | None = None
         self._num_deaths = 0  # in a row, without a completed request in between
+        self._is_scarce = False  # the child ends because the system has no descriptor or memory for it
         self._is_closed = False
         self._change = ""  # what a request said that failed because the checkpoint is another one
 
@@ -115,8 +122,8 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         try:
             self._child = child = Child(self._worker)
-        except OSError as error:  # no process or descriptor is to be had at the moment
-            self._start_again(f"the engine process could not be started ({error.strerror})")
+        except OSError as error:
+            self._start_later(f"the engine process could not be started ({error.strerror})", SCARCITY_DELAY_S)
             return
         child.send(Load(self._config))
         child.read_events(
@@ -124,6 +131,14 @@ class EngineProcess:
             lambda code: loop.call_soon_threadsafe(self._on_death, child, code),
         )
         self._look_after(child)
+
+    def start_now(self) -> None:
+        """Start an engine that is to be started later. One that runs is left alone."""
+        if self._child is None and not self._is_closed:
+            if self._timer:
+                self._timer.cancel()
+            self._num_deaths = 0
+            self.start()
 
     async def close(self) -> None:
         """End the child, gently first."""
@@ -256,6 +271,8 @@ class EngineProcess:
                 self._status = EngineStatus("down", message, failure="changed")
                 self._is_closed = True  # it is not started again: a person must act
                 log.error("%s", message)
+            case LoadFailed(message, is_scarce=True):
+                self._status, self._is_scarce = EngineStatus("down", message), True
             case LoadFailed(message, is_usage_error):
                 self._status = EngineStatus("down", message)
                 if is_usage_error:
@@ -316,23 +333,32 @@ class EngineProcess:
         self._fail_all(reason)
         if self._timer:
             self._timer.cancel()
-        if not self._is_closed:
+        if self._is_closed:
+            return
+        if self._is_scarce:
+            self._is_scarce = False
+            self._start_later(reason, SCARCITY_DELAY_S)
+        else:
             self._start_again(reason)
 
     def _start_again(self, reason: str) -> None:
-        """In a while, unless that was tried too often."""
-        log.error(reason)
+        """In a while; after many times not so soon, or not in this process."""
         if self._ready_since and time.monotonic() - self._ready_since > STABLE_S:
             self._num_deaths = 0
         self._ready_since = None
         self._num_deaths += 1
-        if self._num_deaths >= MAX_STARTS_IN_A_ROW:
-            text = f"{reason}; given up after {MAX_STARTS_IN_A_ROW} starts"
-            self._status = EngineStatus("down", text)
-            log.error(text)
-            return
-        delay_s = FIRST_RESTART_DELAY_S * 2 ** (self._num_deaths - 1)
-        self._status = EngineStatus("down", f"{reason}; it is started again in {delay_s:g} s")
+        if self._num_deaths < MAX_STARTS_IN_A_ROW:
+            self._start_later(reason, FIRST_RESTART_DELAY_S * 2 ** (self._num_deaths - 1))
+        elif self._on_given_up:
+            self._status = EngineStatus("down", reason)
+            self._on_given_up(f"{reason}; given up after {self._num_deaths} starts")
+        else:
+            self._start_later(f"{reason}; given up after {self._num_deaths} starts", GIVEN_UP_DELAY_S)
+
+    def _start_later(self, reason: str, delay_s: float) -> None:
+        text = f"{reason}; it is started again in {delay_s:g} s"
+        self._status = EngineStatus("down", text)
+        log.error("%s", text)
         self._timer = asyncio.get_running_loop().call_later(delay_s, self.start)
 
 

@@ -59,6 +59,9 @@ class LoopEngine:
     def administer(self, command: Administer) -> None:
         self.inbox.put(command)
 
+    def start_now(self) -> None:
+        """It runs."""
+
     async def replan(self, command: Replan) -> Replanned | Failed:
         return Failed(command.request_id, "request", "there is no plan here")
 

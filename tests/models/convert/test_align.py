@@ -15,7 +15,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model
 
 from config.errors import CheckpointError, UsageError
 from models.arithmetic import Quantization
@@ -184,6 +183,8 @@ def test_the_result_loads_in_mlx_lm(tmp_path: Path) -> None:
         config = json.loads((directory / "config.json").read_text())
         needed = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
         (directory / "config.json").write_text(json.dumps(config | needed))
+        from mlx_lm.utils import load_model  # seconds, so not where tests are collected
+
         model: Any = load_model(directory, lazy=True)[0]
         return {
             name: np.array(mx.array(array).astype(mx.float32))

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import uvicorn
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 
 from server.api.app import make_app
 from server.api.connection import HttpConnection
+from server.api.doors import Doors
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.files import SamplingDefaults
@@ -78,10 +80,11 @@ def running_server(service: Service) -> Iterator[str]:
 
 
 @contextmanager
-def running_app(app: FastAPI) -> Iterator[str]:
+def running_app(app: FastAPI, doors: Doors | None = None) -> Iterator[str]:
     """The same for an app that is made already."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, http=HttpConnection, log_config=None, lifespan="off"))
+    connection = partial(HttpConnection, doors=doors or Doors())
+    server = uvicorn.Server(uvicorn.Config(app, http=connection, log_config=None, lifespan="off"))  # type: ignore[arg-type]
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

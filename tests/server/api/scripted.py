@@ -62,6 +62,9 @@ class ScriptedEngine:
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
 
+    def start_now(self) -> None:
+        self.ready = True
+
     async def replan(self, command: Replan) -> Replanned | Failed:
         """Takes everything, or what is written down."""
         self.replanned.append(command)

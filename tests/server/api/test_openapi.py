@@ -50,7 +50,7 @@ def test_every_route_is_described(app: FastAPI) -> None:
     assert paths.keys() == described | undescribed
     for path, methods in paths.items():
         for described_method in methods.values():
-            has_body = "post" in methods and not path.endswith("/cache/clear")
+            has_body = "post" in methods and not path.endswith(("/cache/clear", "/engine/start"))
             assert has_body == ("requestBody" in described_method), path
 
 
@@ -96,7 +96,7 @@ def _fuzz_one(operation: Any, mode: GenerationMode, num_cases: int, statuses: di
 
 
 @pytest.mark.parametrize(
-    "num_cases", [pytest.param(60, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.long)]
+    "num_cases", [pytest.param(20, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.long)]
 )
 def test_no_case_of_schemathesis_finds_a_fault(app: FastAPI, num_cases: int) -> None:
     statuses = fuzz(app, num_cases)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from config.errors import CheckpointError, RequestError
 from server.glm.templates.template import ChatTemplate, load_chat_template
@@ -45,6 +44,8 @@ def write(folder: Path, files: Mapping[str, Any]) -> Path:
 def test_a_template_renders_as_transformers_renders_it(
     tokenizer_folder: Path, tmp_path: Path, source: str
 ) -> None:
+    from transformers import PreTrainedTokenizerFast  # seconds, so not where tests are collected
+
     theirs = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_folder / "tokenizer.json"), bos_token="<b>", eos_token="<e>"
     )

@@ -47,14 +47,34 @@ class LyingMirror(Ungoverned):
         return False
 
 
+def fail_first_starts(name: str) -> None:
+    """Raise at the first starts, counted in a file: `fragile`, or `scarce` and a number of errno."""
+    kind, _, number = name.partition(" ")
+    if kind not in ("fragile", "scarce"):
+        return
+    starts = Path(os.environ["STARTS"])
+    starts.write_text(starts.read_text() + "x")
+    if kind == "fragile" and len(starts.read_text()) <= 5:
+        raise RuntimeError("out of luck")
+    if kind == "scarce" and len(starts.read_text()) <= 7:
+        raise OSError(int(number), os.strerror(int(number)))
+
+
 def open_fake(config: EngineConfig, report: ReportProgress) -> Backend:
     """What the path asks for."""
     report(0.5, "half of it")
+    fail_first_starts(config.model_path.name)
     match config.model_path.name:
         case "unusable":
             raise CheckpointError("this checkpoint is of no use")
         case "broken":
             raise RuntimeError("out of memory")
+        case name if name.startswith("scarce"):  # the system has none of what the error says, at first
+            number, starts = int(name.removeprefix("scarce ")), Path(os.environ["STARTS"])
+            starts.write_text(starts.read_text() + "x")
+            if len(starts.read_text()) < 8:
+                raise OSError(number, os.strerror(number))
+            return make_backend()
         case "busy":
             return make_backend(CountingModel(layer_s=30))
         case "slow":

@@ -1,6 +1,7 @@
 """An engine that hangs, or dies again and again, and lines that are too long: everybody is told."""
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -229,9 +230,68 @@ def test_an_engine_that_gets_ready_and_dies_again_and_again_is_given_up(
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN])
+def test_an_engine_that_finds_no_descriptor_or_memory_has_not_died(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("server.link.supervisor.SCARCITY_DELAY_S", 0.01)
+    monkeypatch.setattr("server.link.supervisor.FIRST_RESTART_DELAY_S", 0.01)
+    (starts := tmp_path / "starts").touch()
+    monkeypatch.setenv("STARTS", str(starts))
+
+    async def scenario() -> None:
+        async with engine_of(f"scarce {number}") as engine:
+            await until(lambda: engine.status.state == "ready", 60)
+            assert isinstance((await collect(engine, Generate("a", (1,), 3, GREEDY)))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("way", ["time", "asked", "asked twice"])
+def test_an_engine_that_was_given_up_is_tried_again(
+    way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("server.link.supervisor.FIRST_RESTART_DELAY_S", 0.01)
+    monkeypatch.setattr("server.link.supervisor.GIVEN_UP_DELAY_S", 0.5 if way == "time" else 600)
+    (starts := tmp_path / "starts").touch()
+    monkeypatch.setenv("STARTS", str(starts))
+
+    async def scenario() -> None:
+        async with engine_of("fragile") as engine:
+            await until(lambda: "given up" in engine.status.text, 30)
+            for _ in range({"time": 0, "asked": 1, "asked twice": 2}[way]):
+                engine.start_now()
+            await until(lambda: engine.status.state == "ready", 30)
+            pid = engine.pid
+            engine.start_now()
+            await asyncio.sleep(0.1)
+            assert engine.pid == pid, "one that runs is left alone"
+            assert isinstance((await collect(engine, Generate("a", (1,), 3, GREEDY)))[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def test_where_a_service_starts_it_again_the_server_is_told_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.link.supervisor.FIRST_RESTART_DELAY_S", 0.01)
+    monkeypatch.setattr("server.link.supervisor.GIVEN_UP_DELAY_S", 0.01)
+    told: list[str] = []
+
+    async def scenario() -> None:
+        async with engine_of("broken", on_given_up=told.append) as engine:
+            await until(lambda: told, 30)
+            await asyncio.sleep(0.2)
+            assert engine.pid is None
+
+    asyncio.run(scenario())
+    assert len(told) == 1
+    assert told[0] == f"RuntimeError: out of memory; given up after {MAX_STARTS_IN_A_ROW} starts"
+
+
 def test_an_engine_for_which_there_is_no_process_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.link.supervisor.FIRST_RESTART_DELAY_S", 0.01)
-    failures = [OSError(11, "Resource temporarily unavailable"), OSError(24, "Too many open files")]
+    monkeypatch.setattr("server.link.supervisor.SCARCITY_DELAY_S", 0.01)
+    errors = [errno.EAGAIN, errno.ENOMEM, errno.ENFILE, *[errno.EMFILE] * 9]
+    failures = [OSError(number, os.strerror(number)) for number in errors]
 
     def make(worker: str) -> Child:
         if failures:

@@ -205,7 +205,7 @@ def test_a_forced_call_holds_to_thousands_of_values(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "num_prompts", [pytest.param(15, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)]
+    "num_prompts", [pytest.param(5, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)]
 )
 def test_both_hold_on_random_prompts(client: TestClient, num_prompts: int) -> None:
     for seed in range(100, 100 + num_prompts):
