@@ -76,6 +76,7 @@ class Arithmetic:
     on its company. None: not even two.
     `max_gathered_rows`: up to this many rows each (row, expert) pair is computed by itself; above, each
     expert with all the rows that want it, `experts_at_once` of them between two evaluations.
+    `max_gathered_bytes`: and of more rows, while the experts of all pairs come to no more than this together.
     `gather_from`: with more keys than this for each selected one, a prompt's rows gather the selected keys;
     with fewer they attend to all keys under a mask.
     `tile_elements`: of the largest intermediate of attention and indexer, within the bounds of
@@ -94,6 +95,7 @@ class Arithmetic:
     max_packed_rows: int | None
     max_alone_rows: int | None = None
     max_gathered_rows: int = 32
+    max_gathered_bytes: int = 0
     min_pairs: int = 1
     experts_at_once: int = 4
     gather_from: int = 6
@@ -424,6 +426,7 @@ CUDA = Arithmetic(
     "cuda",
     mx.bfloat16,
     max_packed_rows=32,
+    max_gathered_bytes=2**29,
     min_pairs=8,
     experts_at_once=16,
     max_grouped_rows=512,

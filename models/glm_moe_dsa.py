@@ -98,7 +98,8 @@ class MoeMlp(nn.Module):
 
     def anticipate_sweep(self, rows: int) -> None:
         """Starts to read this layer's experts, where so many rows are sure to want nearly all."""
-        if rows * self._top_k >= SURE_USES * self._num_experts:
+        num_pairs = rows * self._top_k
+        if num_pairs >= SURE_USES * self._num_experts and not self._experts.are_small_for(num_pairs):
             self._experts.anticipate_sweep()
 
     def settle(self) -> None:

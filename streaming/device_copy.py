@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -64,7 +64,9 @@ _MLX_DTYPES = {
 
 @cache
 def _fetch_kernel() -> Callable[..., list[mx.array]]:
-    return mx.fast.cuda_kernel("fetch_row", ["addresses"], ["out"], _FETCH)  # type: ignore[no-any-return]
+    return cast(
+        Callable[..., list[mx.array]], mx.fast.cuda_kernel("fetch_row", ["addresses"], ["out"], _FETCH)
+    )
 
 
 def _pin(memory: npt.NDArray[np.uint8]) -> bool:

@@ -1,6 +1,6 @@
 """Ours against stock mlx-lm on one checkpoint: `python -m benchmarks.gpu.against_mlx_lm FOLDER [--rounds 3]`.
 
-Each side is a process of its own; rounds alternate, and the first is left out. Every layer of the checkpoint
+Each side is a process of its own; they warm up together, then take turns. Every layer of the checkpoint
 has an indexer, or mlx-lm does not load it. `--only ours` measures one side where two do not fit.
 """
 
@@ -18,6 +18,7 @@ import mlx.core as mx
 
 SIDES = ("ours", "mlx-lm")
 MLX_LM_CHUNK = 2048  # rows of a prompt that mlx-lm takes at once
+CACHE_BYTES = 4 * 2**30  # of freed buffers that a side keeps: both share the card
 Run = Callable[[int], tuple[Any, int]]  # a prompt of so many tokens -> its cache, the likeliest next token
 Step = Callable[[Any, int], int]
 
@@ -70,8 +71,8 @@ def open_theirs(folder: Path) -> tuple[Run, Step]:
 
 def serve(side: str, options: argparse.Namespace) -> None:
     """One side: a line of figures for each line that comes in."""
+    mx.set_cache_limit(CACHE_BYTES)
     run, step = {"ours": open_ours, "mlx-lm": open_theirs}[side](options.folder)
-    step(*run(4))
     print("ready", flush=True)
     for _ in sys.stdin:
         found = {}
@@ -87,36 +88,42 @@ def serve(side: str, options: argparse.Namespace) -> None:
             for _ in range(options.decode):
                 token = step(cache, token)
             found[f"decode at {count}, tokens/s"] = options.decode / (time.perf_counter() - started)
+            del cache
         found["peak memory, GB"] = mx.get_peak_memory() / 1e9
         print(json.dumps(found), flush=True)
 
 
 def compare(options: argparse.Namespace) -> None:
+    """Both sides start and warm up at once; then they take turns."""
     sides = [options.only] if options.only else list(SIDES)
     workers = {}
     for side in sides:
         command = [sys.executable, "-m", "benchmarks.gpu.against_mlx_lm", *sys.argv[1:], "--side", side]
         workers[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        started = time.monotonic()
-        _line(workers[side])
-        print(f"{side}: ready after {time.monotonic() - started:.0f} s", flush=True)
+    for worker in workers.values():
+        _send(worker)
+    for side, worker in workers.items():
+        _line(worker)
+        print(f"{side}: warm, {_line(worker)}", flush=True)
     seen: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(options.rounds + 1):
+    for _ in range(options.rounds):
         for side, worker in workers.items():
-            assert worker.stdin is not None, "a worker was opened with pipes"
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
+            _send(worker)
             seen[side].append(json.loads(_line(worker)))
+            print(side, {name: round(value, 1) for name, value in seen[side][-1].items()}, flush=True)
     for worker in workers.values():
         worker.communicate()
     for name in seen[sides[0]][0]:
-        columns = [[found[name] for found in seen[side][1:]] for side in sides]
-        cells = [
-            f"{side} {statistics.median(c):.1f} ({min(c):.1f} to {max(c):.1f})"
-            for side, c in zip(sides, columns, strict=True)
-        ]
+        columns = [[found[name] for found in seen[side]] for side in sides]
+        cells = [f"{statistics.median(c):.1f} ({min(c):.1f} to {max(c):.1f})" for c in columns]
         ratio = statistics.median(columns[0]) / statistics.median(columns[-1])
-        print(f"{name:26} {'  '.join(cells)}  ratio {ratio:.2f}")
+        print(f"{name:26} {'  '.join(map(' '.join, zip(sides, cells, strict=True)))}  ratio {ratio:.2f}")
+
+
+def _send(worker: "subprocess.Popen[str]") -> None:
+    assert worker.stdin is not None, "a worker was opened with pipes"
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
 
 
 def _line(worker: "subprocess.Popen[str]") -> str:
@@ -126,13 +133,16 @@ def _line(worker: "subprocess.Popen[str]") -> str:
     return line
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    numbers: Callable[[str], list[int]] = lambda text: [int(part) for part in text.split(",") if part]  # noqa: E731
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompts", type=numbers, default=[512, 2048, 8192])
-    parser.add_argument("--contexts", type=numbers, default=[16, 4096, 16384])
+    parser.add_argument("--prompts", type=_numbers, default=[512, 2048, 8192])
+    parser.add_argument("--contexts", type=_numbers, default=[16, 4096, 16384])
     parser.add_argument("--decode", type=int, default=64, help="tokens decoded at each context")
     parser.add_argument("--only", choices=SIDES)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)

@@ -55,7 +55,7 @@ def divergence(exact: mx.array, other: mx.array) -> float:
 def compare(sides: Sequence[Model], ids: Sequence[int], length: int) -> list[str]:
     caches = [model.make_cache() for model in sides]
     for model, cache in zip(sides, caches, strict=True):
-        mx.eval(model(mx.array(ids[:length]), [Span(cache, 0, length)]))
+        mx.eval(model(mx.array(list(ids[:length])), [Span(cache, 0, length)]))
     overlaps, apart, same = [], [], 0
     for token in ids[length : length + STEPS]:
         (exact, wanted), (other, found) = (

@@ -130,13 +130,13 @@ def write_layer(writer: Writer, layer: int, is_dense: bool, holes: bool, mode: s
     for name in ("input_layernorm", "post_attention_layernorm"):
         tensors[f"{prefix}.{name}.weight"] = norm(hidden)
     if is_dense:
-        writer.save(f"trunk-{layer:03d}.safetensors", tensors | mlp(f"{prefix}.mlp", 12288))
+        writer.save(f"model-trunk-{layer:03d}.safetensors", tensors | mlp(f"{prefix}.mlp", 12288))
         return
     tensors |= mlp(f"{prefix}.mlp.shared_experts", 2048)
     tensors[f"{prefix}.mlp.gate.weight"] = mx.random.normal((256, hidden)).astype(mx.bfloat16) * hidden**-0.5
     tensors[f"{prefix}.mlp.gate.e_score_correction_bias"] = 0.02 * mx.random.normal((256,))
-    writer.save(f"trunk-{layer:03d}.safetensors", tensors)
-    experts, name = f"{prefix}.mlp.switch_mlp", f"experts-{layer:03d}.safetensors"
+    writer.save(f"model-trunk-{layer:03d}.safetensors", tensors)
+    experts, name = f"{prefix}.mlp.switch_mlp", f"model-experts-{layer:03d}.safetensors"
     if holes:
         writer.save_holes(name, list(expert_holes(experts, mode)))
         if mode != "affine":
@@ -170,7 +170,7 @@ def main() -> None:
     writer = Writer(options.folder, options.layers, options.dense, options.share)
     vocab, hidden = CONFIG["vocab_size"], CONFIG["hidden_size"]
     ends = packed("model.embed_tokens", (vocab, hidden), 1.0) | packed("lm_head", (vocab, hidden))
-    writer.save("trunk-ends.safetensors", ends | {"model.norm.weight": norm(hidden)})
+    writer.save("model-trunk-ends.safetensors", ends | {"model.norm.weight": norm(hidden)})
     for layer in range(options.layers):
         write_layer(writer, layer, layer < options.dense, options.holes, options.mode)
     writer.finish()

@@ -72,6 +72,11 @@ class Experts:
         """Whether a call for so many rows depends on its arrays alone."""
         return self._source.is_resident and self._arithmetic.gathers(rows)
 
+    def are_small_for(self, num_pairs: int) -> bool:
+        """Whether many rows are computed pair by pair too, each reading its expert."""
+        arrays = self._source.bank(self._layer).values()
+        return sum(a.nbytes // a.shape[0] for a in arrays) * num_pairs <= self._arithmetic.max_gathered_bytes
+
     def precede(self, following: "Experts") -> None:
         """The layer whose experts are guessed in this one."""
         self._next = following
@@ -257,6 +262,9 @@ class Experts:
         """
         if scores is not None:
             scores = None if self._source.is_resident else scores[-OBSERVED_ROWS:]
+        if self.are_small_for(ids.size):
+            pairs = self._all_pairs(take(mx.arange(ids.shape[0])), ids, scores, None, ())
+            return self._sum_of(pairs, weights, ()).astype(mx.float32)
         wanted, _ = self._synchronise(ids, scores, None)
         rows_of = rows_by_expert(wanted)
         counts = {expert: len(rows) for expert, (rows, _) in rows_of.items()}
@@ -326,7 +334,7 @@ class Experts:
         bank = self._source.bank(self._layer)
         return (
             self._compiled(x, slots, dict(bank))
-            if self._arithmetic.compiles
+            if self._arithmetic.compiles and self._arithmetic.gathers(x.shape[0])
             else self._pairs_of(x, slots, bank)
         )
 
