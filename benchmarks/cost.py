@@ -27,10 +27,10 @@ from benchmarks.rig.checkpoint import BENCH, write_checkpoint
 from models.arithmetic import CPU
 from models.attention.attention import Span
 from models.loading.loading import Checkpoint, load_model, open_checkpoint
-from streaming.disk.aligned import buffer_bytes
 from streaming.disk.disk import DirectDisk, aligned_buffer
 from streaming.disk.probe import Rate, opened, read_bare
 from streaming.disk.reader import NUM_THREADS
+from streaming.disk.reads import buffer_bytes
 from streaming.eviction.policy import LeastNearlyChosen
 from streaming.files.floats import Bytes
 from streaming.files.index import PROJECTIONS, ExpertIndex

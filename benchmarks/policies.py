@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rig.routing import Routing, load_routing, make_routing
-from config.expert_policy import ExpertPolicy
+from config.defaults import ExpertPolicy
 from streaming.eviction.contest import COUNTED_STEPS, PAUSE_STEPS, WARM_STEPS, Contest, make_rule
 from streaming.eviction.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores
 

@@ -16,6 +16,11 @@ Each message says what is wrong and what would have been right. The mapping to w
 `server/api/error_bodies.py`, and only there.
 """
 
+# Seconds after which clients are told to try again, where nothing better is known, and at most: clients give
+# up instead of waiting longer (openai-python: 120 s).
+RETRY_AFTER_S = 5
+MAX_RETRY_AFTER_S = 120
+
 
 class GlmserveError(Exception):
     """Root of all errors raised on purpose."""

@@ -1,8 +1,8 @@
 """What a run is: one frozen `Settings`, read once at start-up.
 
 Each field is a flag (`--ram-budget`), an environment variable (`GLMSERVE_RAM_BUDGET`) and a key of the TOML
-file (`ram_budget`), and has its default here and nowhere else. Flags win over the environment, the
-environment over the file. The command line builds its parser from these fields.
+file (`ram_budget`). Its default stands here, or in `config/defaults.py` if others need it, and nowhere else.
+Flags win over the environment, the environment over the file. The command line builds its parser from them.
 """
 
 import os
@@ -22,8 +22,9 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
+from config import defaults
+from config.defaults import ExpertPolicy
 from config.errors import BudgetError, UsageError
-from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
 from config.sizes import format_size, parse_size, physical_memory_bytes
 
 ENV_PREFIX = "GLMSERVE_"
@@ -111,7 +112,7 @@ class Settings(BaseSettings):
         ge=1,
     )
     expert_policy: ExpertPolicy = _setting(
-        DEFAULT_EXPERT_POLICY,
+        defaults.EXPERT_POLICY,
         "Memory",
         "NAME",
         "which expert gives up its place: lru (the one used longest ago), nearness (the one with the lowest "
@@ -119,7 +120,7 @@ class Settings(BaseSettings):
         "with lru and changes to whichever is measured to hit more)",
     )
     decode_share: float = _setting(
-        0.3,
+        defaults.DECODE_SHARE,
         "Scheduling",
         "SHARE",
         "share of the time that answers under way get while a prompt is read, 0.05 to 0.95",
@@ -127,7 +128,7 @@ class Settings(BaseSettings):
         le=0.95,
     )
     max_inflight_per_agent: int = _setting(
-        8,
+        defaults.INFLIGHT_PER_AGENT,
         "Scheduling",
         "REQUESTS",
         "requests of one agent that are worked on at once; the others wait in line",
@@ -141,20 +142,28 @@ class Settings(BaseSettings):
         ge=1,
     )
     max_queue: int = _setting(
-        64,
+        defaults.QUEUE_LENGTH,
         "Scheduling",
         "REQUESTS",
         "requests that may wait in line; more are refused with 503 and the time to come back",
         ge=1,
     )
     queue_timeout: float = _setting(
-        600.0, "Scheduling", "SECONDS", "a request that has not started by then is refused with 503", gt=0
+        defaults.QUEUE_TIMEOUT_S,
+        "Scheduling",
+        "SECONDS",
+        "a request that has not started by then is refused with 503",
+        gt=0,
     )
     request_timeout: float = _setting(
-        7200.0, "Scheduling", "SECONDS", "a request that is not complete by then is ended with an error", gt=0
+        defaults.REQUEST_TIMEOUT_S,
+        "Scheduling",
+        "SECONDS",
+        "a request that is not complete by then is ended with an error",
+        gt=0,
     )
     step_timeout: float = _setting(
-        120.0,
+        defaults.STEP_TIMEOUT_S,
         "Scheduling",
         "SECONDS",
         "the engine is ended and started again when a layer or a step takes so long",

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from models.attention.selection import kth_by_bits, kth_by_numpy, kth_by_partition
 from models.cuda import choices, few_rows, products, sums
 from models.cuda.fused_attention import AttentionLayer, FusedAttention
 from models.cuda.products import parts_of
@@ -81,6 +82,9 @@ class Arithmetic:
     with fewer they attend to all keys under a mask.
     `tile_elements`: of the largest intermediate of attention and indexer, within the bounds of
     `models.attention.tiles`.
+    `pieces_in_flight`: so many of a prompt's tiles are computed or described at one time; with 1 each is
+    evaluated before the next is described.
+    `selects_by_bits`: the k-th best of many scores is found by counting, not by a partition that is a sort.
     `uses_numpy`: products of many rows, and attention and indexer scores where they are some work, are
     NumPy's, evaluated at once, in float32.
     `max_grouped_rows`: experts with up to so many of a prompt's rows are multiplied several in one product.
@@ -100,6 +104,8 @@ class Arithmetic:
     experts_at_once: int = 4
     gather_from: int = 6
     tile_elements: int = 2**24
+    pieces_in_flight: int = 3
+    selects_by_bits: bool = False
     uses_numpy: bool = False
     max_grouped_rows: int = 0
     slots_on_device: bool = True
@@ -233,6 +239,12 @@ class Arithmetic:
     ) -> list[mx.array]:
         """As `choices.route`, where `can_route` says so."""
         return choices.route(logits, bias, k, is_normed, factor)
+
+    def kth_best(self, scores: mx.array, k: int) -> mx.array:
+        """The k-th best score of each row, float32 [N, T] -> [N, 1], the fastest way; any gives the same."""
+        if self.uses_numpy:
+            return kth_by_numpy(scores, k)
+        return kth_by_bits(scores, k) if self.selects_by_bits else kth_by_partition(scores, k)
 
     def best_positions(self, scores: mx.array, k: int) -> mx.array | None:
         """As `choices.best_positions`; None where that is not the fastest way."""
@@ -414,11 +426,12 @@ CPU = Arithmetic(
     experts_at_once=1,
     gather_from=2,
     tile_elements=2**20,
+    pieces_in_flight=1,
     uses_numpy=True,
     slots_on_device=False,
 )
-# The defaults; not measured on Metal.
-METAL = Arithmetic("metal", mx.bfloat16, max_packed_rows=None)
+# The defaults; not measured on Metal. There `mx.partition` is a full sort in several blocks, by MLX's source.
+METAL = Arithmetic("metal", mx.bfloat16, max_packed_rows=None, selects_by_bits=True)
 # On one H100 gathering selected keys won from 12,288 keys for 2,048, unpacked weights from about 32 rows. MLX
 # 0.32 multiplies fewer than eight gathered pairs by another kernel than eight and more; one kernel for all
 # gives streamed experts the bits of resident ones. Eight pairs in one call are also faster than in two.

@@ -1,7 +1,7 @@
 """GLM-5 to GLM-5.3 (`glm_moe_dsa`) in MLX: blocks and the flat forward. Called by the engine.
 
 A forward takes the rows of several sequences at once, ragged, without padding. It knows no threads and no
-files; experts come through an `ExpertSource`.
+files; experts come through an `ExpertStore`.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -20,7 +20,9 @@ from models.attention.cache import SequenceCache
 from models.attention.tiles import EAGER_ROWS
 from models.experts.experts import Experts, run_through
 from models.experts.router import Router
+from models.in_flight import InFlight
 from models.linear import Linear
+from streaming.eviction.policy import OBSERVED_ROWS
 
 # A prompt that uses each expert so many times in the mean wants nearly every one.
 SURE_USES = 8
@@ -51,7 +53,7 @@ class MoeMlp(nn.Module):
         if args.n_shared_experts:
             width = args.moe_intermediate_size * args.n_shared_experts
             self.shared_experts = DenseMlp(args.hidden_size, width, arithmetic)
-        self._compiles = arithmetic.compiles
+        self._compiles, self._pieces_in_flight = arithmetic.compiles, arithmetic.pieces_in_flight
 
     def __call__(self, x: mx.array, onto: mx.array, guess: mx.array | None = None) -> mx.array:
         """What x [N, H] comes to, on top of `onto`, [N, H].
@@ -81,20 +83,39 @@ class MoeMlp(nn.Module):
         """The routing, as `Router` gives it, and what is added to the routed experts' outputs."""
         return self.gate(x), [self.shared_experts(x)] if "shared_experts" in self else []
 
-    def sweep(self, x: mx.array, norm: nn.RMSNorm, parts: Sequence[RowPart]) -> Generator[None, None, None]:
-        """Adds what it makes of norm(x) to x [N, H], for many rows, with pauses.
+    def sweep(
+        self, pieces: list[mx.array], norm: nn.RMSNorm, parts: Sequence[RowPart]
+    ) -> Generator[None, None, None]:
+        """Adds what it makes of norm(x) to x, for many rows, with pauses; `pieces` are x by parts, [n, H].
 
-        As long as the prompt are x, the experts' sum and the routing; all else is made part by part.
+        As long as the prompt are x, twice at the end, the experts' sum, and ids and weights of the routing.
+        All else is made part by part.
         """
-        routing = [self.gate(norm(x[part.rows])) for part in parts]
-        ids, weights, choice = (mx.concatenate(list(column)) for column in zip(*routing, strict=True))
-        mx.eval(ids, weights, choice)
+        ids, weights, choice = self._route(pieces, norm)
+        x = joined(pieces)
+        pieces.clear()  # or x would lie in memory twice while experts are read
         routed = yield from self._experts.sweep(lambda rows: norm(x[rows]), ids, weights, choice)
         for part in parts:
+            rows = x[part.rows]
             added = routed[part.rows].astype(x.dtype)
             if "shared_experts" in self:
-                added = added + self.shared_experts(norm(x[part.rows]))
-            replace_rows(x, part, x[part.rows] + added)
+                added = added + self.shared_experts(norm(rows))
+            pieces.append(rows + added)
+            mx.eval(pieces[-1])
+
+    def _route(self, pieces: Sequence[mx.array], norm: nn.RMSNorm) -> tuple[mx.array, mx.array, mx.array]:
+        """Ids and weights of all rows, and by what they were chosen, of the last ones that are observed."""
+        in_flight = InFlight(self._pieces_in_flight)
+        routing = []
+        num_unobserved = sum(piece.shape[0] for piece in pieces) - OBSERVED_ROWS
+        for piece in pieces:
+            ids, weights, choice = self.gate(norm(piece))
+            routing.append((ids, weights, choice[max(0, min(num_unobserved, piece.shape[0])) :]))
+            in_flight.launch(*routing[-1])
+            num_unobserved -= piece.shape[0]
+        ids, weights, choice = (joined(list(column)) for column in zip(*routing, strict=True))
+        mx.eval(ids, weights, choice)
+        return ids, weights, choice
 
     def anticipate_sweep(self, rows: int) -> None:
         """Starts to read this layer's experts, where so many rows are sure to want nearly all."""
@@ -156,28 +177,31 @@ class DecoderLayer(nn.Module):
             self._first_sparse().anticipate(lambda: guess(h), h.shape[0])
         return self.mlp(normed, h) if isinstance(self.mlp, MoeMlp) else h + self.mlp(normed)
 
-    def piece_by_piece(self, x: mx.array, parts: Sequence[RowPart]) -> Generator[None, None, None]:
-        """The same for many rows, part by part and in x itself, pausing when nothing is pending."""
-        for part in parts:
-            replace_rows(x, part, self._attended(x[part.rows], part))
+    def piece_by_piece(self, pieces: list[mx.array], parts: Sequence[RowPart]) -> Generator[None, None, None]:
+        """The same for many rows, a list of parts [n, H] that are replaced; pauses when nothing is pending.
+
+        None is written into: MLX copies all of an array that anything else still holds, as a command buffer
+        of Metal's may.
+        """
+        for i, part in enumerate(parts):
+            pieces[i] = self._attended(pieces[i], part)
+            mx.eval(pieces[i])
             yield
         if isinstance(self.mlp, MoeMlp):
-            yield from self.mlp.sweep(x, self.post_attention_layernorm, parts)
+            yield from self.mlp.sweep(pieces, self.post_attention_layernorm, parts)
             return
-        for part in parts:
-            rows = x[part.rows]
-            replace_rows(x, part, rows + self.mlp(self.post_attention_layernorm(rows)))
+        for i, rows in enumerate(pieces):
+            pieces[i] = rows + self.mlp(self.post_attention_layernorm(rows))
+            mx.eval(pieces[i])
             yield
 
     def _attended(self, x: mx.array, part: RowPart) -> mx.array:
         return self.self_attn(self.input_layernorm(x), part, x)
 
 
-def replace_rows(x: mx.array, part: RowPart, rows: mx.array) -> None:
-    """Writes a part's rows into x, in place: MLX copies all of x if anything else still refers to it."""
-    mx.eval(rows)
-    x[part.rows] = rows
-    mx.eval(x)
+def joined(pieces: Sequence[mx.array]) -> mx.array:
+    """Arrays [n, ...] one behind the other; a single one itself."""
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(list(pieces))
 
 
 class Trunk(nn.Module):
@@ -250,16 +274,21 @@ class Model(nn.Module):
             span.cache.expect(span.position + span.rows - span.cache.length)
         if tokens.shape[0] > EAGER_ROWS and (sparse := self._first_sparse) is not None:
             sparse.anticipate_sweep(tokens.shape[0])
-        x = self.model.embed_tokens(tokens).astype(self.arithmetic.dtype)
+        pieces = [self._embed(tokens[part.rows]) for part in parts]
         for i, layer in enumerate(self.model.layers):
             if tokens.shape[0] <= EAGER_ROWS:
-                x = layer(x, parts)
-                self.arithmetic.launch(x)
+                [x] = pieces
+                pieces = [layer(x, parts)]
+                self.arithmetic.launch(*pieces)
             else:
-                yield from layer.piece_by_piece(x, parts)
-                mx.eval(x, *(state for span in spans for state in span.cache.states(i)))
+                yield from layer.piece_by_piece(pieces, parts)
+                mx.eval(*pieces, *(state for span in spans for state in span.cache.states(i)))
             yield i
-        return self.model.norm(x)
+        return self.model.norm(joined(pieces))
+
+    def _embed(self, tokens: mx.array) -> mx.array:
+        """tokens int32 [n] -> [n, H]."""
+        return self.model.embed_tokens(tokens).astype(self.arithmetic.dtype)
 
     def __call__(self, tokens: mx.array, spans: Sequence[Span]) -> mx.array:
         """The hidden state [N, H] after all layers and the last norm, without pauses."""

@@ -10,8 +10,9 @@ from math import prod
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.attention.attention import PART_ROWS
-from models.attention.tiles import tile_rows
+from models.attention.tiles import gathered_rows, tile_rows
 from models.loading.building import is_held_as_stored
+from streaming.eviction.policy import OBSERVED_ROWS
 from streaming.files.headers import TensorEntry
 from streaming.files.index import PROJECTIONS, ExpertIndex
 
@@ -20,7 +21,9 @@ Size = tuple[int, int]  # bytes of unpacked weights, and what lies beside them w
 # What MLX 0.32 takes on the CPU to unpack a weight, in sizes of the unpacked weight, by bits.
 UNPACKED_COPIES = {2: 2, 3: 4, 4: 2, 5: 6, 6: 7, 8: 2}
 FLOAT4_COPIES = 4  # mxfp4, nvfp4
-SCORED_ROWS = 64  # of a prompt whose tokens' probabilities are asked for, at one time
+# Of each score while the best are found by bits: itself, its order, an answer for each bit, its rank.
+COUNTED_BYTES = 64
+SCORED_ROWS = 64  # whose logits are held at once while a prompt is scored: 40 MB for 154,880 tokens
 LOGITS_COPIES = 4  # logits, their exponents, sorted and filtered
 
 
@@ -42,6 +45,7 @@ def workspace_bytes(
     unpacked = _Unpacked(args, arithmetic, trunk, index)
     return row_bytes * 4 * args.hidden_size + max(
         _attention_bytes(args, arithmetic, rows, max_context) + sum(unpacked.attention()),
+        _routing_bytes(args, arithmetic, rows),
         _experts_bytes(args, row_bytes, arithmetic.experts_at_once, unpacked),
         _mlp_bytes(max(args.intermediate_size, _shared_size(args)), row_bytes, unpacked),
         scored + sum(unpacked.head()),
@@ -60,8 +64,18 @@ def loading_bytes(trunk: Mapping[str, TensorEntry], arithmetic: Arithmetic) -> i
 
 def _attention_bytes(args: ModelArgs, arithmetic: Arithmetic, rows: int, max_context: int) -> int:
     widths = 2 * args.latent_dim + args.kv_lora_rank + args.qk_head_dim + args.v_head_dim
-    tiles = 3 * _tile_elements(args, arithmetic, rows, max_context) * 4
+    tiles = _tiles_bytes(args, arithmetic, rows, max_context)
     return rows * arithmetic.dtype.size * args.num_attention_heads * widths + tiles
+
+
+def _routing_bytes(args: ModelArgs, arithmetic: Arithmetic, rows: int) -> int:
+    """Parts on their way through the router: normed, in float32, and four arrays of all experts' scores.
+
+    Beside them lie the scores of the rows that are observed, by parts and put together.
+    """
+    scores = 4 * args.n_routed_experts
+    per_row = args.hidden_size * (arithmetic.dtype.size + 4) + 4 * scores
+    return arithmetic.pieces_in_flight * rows * per_row + 2 * OBSERVED_ROWS * scores
 
 
 def _experts_bytes(args: ModelArgs, row_bytes: int, at_once: int, unpacked: "_Unpacked") -> int:
@@ -81,12 +95,14 @@ def _mlp_bytes(width: int, row_bytes: int, unpacked: "_Unpacked") -> int:
 def sweep_row_bytes(args: ModelArgs, arithmetic: Arithmetic, max_context: int) -> int:
     """What each row of a sweep takes beside its cache, from layer to layer.
 
-    The hidden state, the experts' float32 sum, the routing (scores and choice of all experts while they are
-    put together, twice), and the selection that shared layers reuse: a mask over the keys seen or, beyond
-    `gather_from` times as many as are selected, positions; none while all keys are attended to.
+    The hidden state, before and after the experts where there are several parts; their float32 sum; ids and
+    weights of the routing, twice, and for each of its pairs the places in NumPy; and the selection that
+    shared layers reuse: a mask over the keys seen or, beyond `gather_from` times as many as are selected,
+    positions; none while all keys are attended to.
     """
-    hidden = args.hidden_size * (arithmetic.dtype.size + 4)
-    routing = 4 * 4 * args.n_routed_experts + 16 * args.num_experts_per_tok
+    copies = 1 if max_context <= PART_ROWS else 2
+    hidden = args.hidden_size * (copies * arithmetic.dtype.size + 4)
+    routing = (16 + 48) * args.num_experts_per_tok
     if max_context <= args.index_topk:
         return hidden + routing
     mask = min(max_context, arithmetic.gather_from * args.index_topk)
@@ -97,13 +113,24 @@ def _shared_size(args: ModelArgs) -> int:
     return args.moe_intermediate_size * args.n_shared_experts
 
 
-def _tile_elements(args: ModelArgs, arithmetic: Arithmetic, num_rows: int, max_context: int) -> int:
-    """Of a tile's intermediates, at most: scores of attention, and those of the indexer beside its choice."""
-    limit = arithmetic.tile_elements
-    scores = args.num_attention_heads * min(max_context, arithmetic.gather_from * args.index_topk)
-    attention = scores * min(num_rows, tile_rows(scores, limit))
-    selection = max_context * min(num_rows, tile_rows(max_context, limit))
-    return max(attention, limit + selection if max_context > args.index_topk else 0)
+def _tiles_bytes(args: ModelArgs, arithmetic: Arithmetic, num_rows: int, max_context: int) -> int:
+    """What tiles in flight take: three copies of attention's scores, or the indexer's scores and the choice.
+
+    Where several are in flight, a few are the indexer's pieces and one or two choose, in smaller tiles.
+    """
+    limit, itemsize = arithmetic.tile_elements, arithmetic.dtype.size
+    depth, heads, k = arithmetic.pieces_in_flight, args.num_attention_heads, args.index_topk
+    scores = heads * min(max_context, arithmetic.gather_from * k)
+    attention = depth * 3 * itemsize * scores * min(num_rows, tile_rows(scores, limit))
+    if max_context <= k:
+        return attention
+    height = min(num_rows, gathered_rows(k * args.latent_dim, limit))
+    gathered = depth * itemsize * height * k * (args.latent_dim + 3 * heads)
+    selection = 3 * 4 * (limit + max_context * min(num_rows, tile_rows(max_context, limit)))
+    if arithmetic.selects_by_bits:
+        height = min(num_rows, tile_rows(max(scores, max_context), limit))
+        selection = max(selection, 2 * 4 * limit + COUNTED_BYTES * max_context * height)
+    return max(attention, gathered, selection)
 
 
 def _gated_size(sizes: Sequence[Size], one_by_one: bool) -> Size:

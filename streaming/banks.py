@@ -18,15 +18,15 @@ import numpy.typing as npt
 
 from streaming.device_copy import HostRows
 from streaming.disk.reads import Target
-from streaming.files.floats import CARRIERS, FLOATS, Bytes, commit
+from streaming.files.floats import CARRIERS, FLOATS, MLX_TYPES, Bytes, commit
 from streaming.files.headers import ITEM_BYTES
 from streaming.files.index import Part
 
 # Experts that are staged together; bounds the staging memory.
 STAGED_ROWS = 16
 
-_MLX_CARRIERS = {"BF16": mx.uint16, "F16": mx.float16, "F32": mx.float32, "U8": mx.uint8, "U32": mx.uint32}
-_FLOAT_NAMES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
+_MLX_CARRIERS = MLX_TYPES | {"BF16": mx.uint16}
+_FLOAT_NAMES = {MLX_TYPES[name]: name for name in FLOATS}
 
 
 class Bank(Protocol):

@@ -1,9 +1,10 @@
-"""Experts on their way from disk into a slot.
+"""Experts on their way from disk into a slot, and the tickets under which they come.
 
 `Filler` owns the reader and the tickets and is called on the store's thread; the reader's threads deliver
 bytes, under a ticket. It keeps no books: which slots are free is the caller's business.
 """
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -22,7 +23,75 @@ from streaming.disk.reads import Batch, Read, ReadClass, ReadDropped, ReadStatis
 from streaming.files.floats import Bytes
 from streaming.files.index import ExpertIndex
 from streaming.files.read_plan import Run, Segment, largest_run_bytes, plan_runs, plan_shared_runs
-from streaming.tickets import Ticket, TicketOffice
+
+Slot = tuple[Hashable, int]  # the bank, by its layer or another name of its own, and the slot's number
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """The right to fill one slot of one bank, until the slot's generation moves on."""
+
+    bank: Hashable
+    slot: int
+    generation: int
+
+
+class TicketOffice:
+    """All slots' generations. Any thread may call it; no call waits.
+
+    A reader's thread writes only between `enter` and `leave`, and `enter` refuses a ticket that is no longer
+    valid. A thread whose read hangs stays inside, and its slot goes to no other expert while `is_written`.
+    """
+
+    def __init__(self) -> None:
+        self._generations: defaultdict[Slot, int] = defaultdict(int)
+        self._writers: defaultdict[Slot, int] = defaultdict(int)
+        self._renewed: dict[Slot, int] = {}  # the generation since which a slot is other memory
+        self._lock = threading.Lock()
+
+    def issue(self, bank: Hashable, slot: int) -> Ticket:
+        """A new ticket, for a slot that nobody writes into; earlier ones are void."""
+        assert not self.is_written(bank, slot), "a slot was issued that a late read may write into"
+        return Ticket(bank, slot, self.revoke(bank, slot))
+
+    def revoke(self, bank: Hashable, slot: int) -> int:
+        """Ends the validity of the slot's ticket; returns the new generation."""
+        with self._lock:
+            self._generations[bank, slot] += 1
+            return self._generations[bank, slot]
+
+    def renew(self, bank: Hashable) -> None:
+        """The bank's slots are other memory now: whoever is still inside writes into none of them."""
+        with self._lock:
+            for slot, count in self._writers.items():
+                if slot[0] == bank and count:
+                    self._generations[slot] += 1
+                    self._renewed[slot] = self._generations[slot]
+                    self._writers[slot] = 0
+
+    def is_written(self, bank: Hashable, slot: int) -> bool:
+        """Whether anybody is inside, under whichever ticket."""
+        return self._writers.get((bank, slot), 0) > 0
+
+    def enter(self, ticket: Ticket) -> bool:
+        """Whether the ticket still holds; if so, the caller may write until it calls `leave`."""
+        slot = ticket.bank, ticket.slot
+        with self._lock:
+            if self._generations[slot] != ticket.generation:
+                return False
+            self._writers[slot] += 1
+            return True
+
+    def leave(self, ticket: Ticket) -> None:
+        slot = ticket.bank, ticket.slot
+        with self._lock:
+            if ticket.generation >= self._renewed.get(slot, 0):
+                self._writers[slot] -= 1
+
+    def num_writers(self) -> int:
+        """Writers inside any slot; 0 whenever no read is outstanding."""
+        with self._lock:
+            return sum(self._writers.values())
 
 
 @dataclass(eq=False)

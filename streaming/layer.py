@@ -4,7 +4,7 @@ Made and called by the store, on its thread. Some reads are waited for; others r
 and give way to those.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 
 import mlx.core as mx
 
@@ -12,13 +12,79 @@ from config.errors import DiskError
 from streaming.banks import Bank
 from streaming.disk.reads import ReadClass
 from streaming.fills import Fill, Filler, raise_failure
-from streaming.lookahead import Gate
 from streaming.residency import Residency
 from streaming.statistics import StoreStatistics
+
+# A read of which half are wanted moves as many wasted bytes as useful ones. Published: precision of the first
+# rank 95 %, of the seventh 42 %, of the ninth 22 %.
+THRESHOLD = 0.5
+# About the last fifty predictions of a rank count.
+DECAY = 0.98
+# Until it has been judged a rank is given the benefit of the doubt.
+FIRST_GUESS = 0.7
+
+
+class Gate:
+    """Judges which predicted experts of one layer are worth reading ahead, from one distance.
+
+    A prediction comes in ranks, the likeliest first. A rank is read as long as, lately, enough of its experts
+    that were not resident were then wanted. It is judged also while it is not read, so it can open again.
+    """
+
+    def __init__(self) -> None:
+        self._precision: list[float] = []
+        self._open_question: list[tuple[int, int]] = []  # rank, expert
+
+    def choose(self, ranks: Sequence[Sequence[int]], resident: Container[int]) -> list[int]:
+        """The experts to read, likeliest first, out of `ranks[rank][row]`; notes all for `judge`."""
+        self._precision += [FIRST_GUESS] * (len(ranks) - len(self._precision))
+        seen: set[int] = set()
+        self._open_question = []
+        for rank, experts in enumerate(ranks):
+            for expert in experts:
+                if expert not in seen and expert not in resident:
+                    seen.add(expert)
+                    self._open_question.append((rank, expert))
+        return [expert for rank, expert in self._open_question if self._precision[rank] >= THRESHOLD]
+
+    def judge(self, wanted: Collection[int]) -> None:
+        """What the layer then asked for."""
+        for rank, expert in self._open_question:
+            hit = float(expert in wanted)
+            self._precision[rank] += (1 - DECAY) * (hit - self._precision[rank])
+        self._open_question = []
+
 
 # On the simulated disk, with eight rows, 256 experts and 64 slots, 4, 8, 16 and 28 guesses a layer made a
 # step 5, 6, 7 and 1 % faster; with 58 slots, 7 guesses 4 %.
 LEAST_GUESSED = 4
+
+
+class Lease:
+    """A layer's slots while lazy products that read them are not evaluated yet.
+
+    A lazy product reads a slot when it is evaluated, so the store moves experts only under a released lease.
+    """
+
+    def __init__(self) -> None:
+        self._product: mx.array | None = None
+
+    @property
+    def is_released(self) -> bool:
+        """Whether no product is pending."""
+        return self._product is None
+
+    def hold(self, product: mx.array) -> mx.array:
+        """Holds the slots until `product` is evaluated; returns it."""
+        self._product = product
+        return product
+
+    @staticmethod
+    def release(leases: "Sequence[Lease]", *beside: mx.array | None) -> None:
+        """Evaluates what these leases hold, and `beside` in the same synchronisation."""
+        mx.eval(*(a for a in (*beside, *(lease._product for lease in leases)) if a is not None))
+        for lease in leases:
+            lease._product = None
 
 
 class StoreLayer:
@@ -34,6 +100,7 @@ class StoreLayer:
         counts: StoreStatistics,
     ) -> None:
         self.number, self.bank, self.books = number, bank, books
+        self.lease = Lease()
         self.ahead: dict[int, Fill] = {}  # under way before anybody asked
         self._filler, self._expert_bytes, self._counts = filler, expert_bytes, counts
         self._gates: dict[int, Gate] = {}  # by how many layers before it was guessed

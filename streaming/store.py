@@ -3,9 +3,8 @@
 Owns the layers, each with its bank and books, and the reader. Made and called on one thread, the engine's;
 MLX arrays are bound to the thread that makes them. The reader's threads touch bytes only, under a ticket.
 
-The caller promises that every gather that names a slot of a layer was evaluated before it calls `begin`,
-`acquire`, `expect` or `resize` for that layer again: a lazy gather reads the slot as it is when it is
-evaluated, and keeps the bank of its time in memory until then.
+A caller that computes lazily with a layer's slots holds the layer's `Lease`, and releases it before it asks
+for other experts of that layer.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -24,12 +23,12 @@ from streaming.disk.reader import NUM_THREADS, TIMEOUT_S
 from streaming.eviction.policy import LeastRecentlyUsed, Policy
 from streaming.files.index import ExpertIndex
 from streaming.fills import Fetch, Filler
-from streaming.layer import StoreLayer
+from streaming.layer import Lease, StoreLayer
 from streaming.overflow import Turn, take_turns
 from streaming.residency import Residency
 from streaming.ring import Ring
 from streaming.statistics import StoreStatistics
-from streaming.sweep import LayerBank, Place, Sweeper, resident_groups
+from streaming.sweep import Place, Sweeper, resident_groups
 
 # Experts that `load_all` asks for in one go: enough to keep every reader busy.
 LOADED_AT_ONCE = 32
@@ -100,11 +99,12 @@ class ExpertStore:
         """Whether `expect` may lead to reads: there are experts that are not there."""
         return self._looks_ahead and len(self._layers[layer].books) < self._index.num_experts
 
-    def slot_table(self, layer: int) -> mx.array | None:
-        """Each expert's slot, int32 [experts], where all of the layer have one; else None.
+    def lease(self, layer: int) -> Lease:
+        """What a caller holds while lazy products name slots of the layer."""
+        return self._layers[layer].lease
 
-        The caller promises for products with these slots what it does for those of `begin`.
-        """
+    def slot_table(self, layer: int) -> mx.array | None:
+        """Each expert's slot, int32 [experts], where all of the layer have one; else None."""
         return self._layers[layer].slot_table(self._index.num_experts)
 
     def count_hits(self, num_pairs: int) -> None:
@@ -170,7 +170,7 @@ class ExpertStore:
 
         Where a bank is filled by scatter, everything is here when this returns.
         """
-        state = self._layers[layer]
+        state = self._released(layer)
         assert len(experts) <= state.books.num_slots, "more experts were asked for than the layer has slots"
         self._abandon_unfinished()
         fills = state.begin(experts)
@@ -192,34 +192,30 @@ class ExpertStore:
     def take_turns(self, layer: int, experts: Sequence[int]) -> Iterator[Turn]:
         """More experts (unique, ascending) than the layer has slots, some at a time, with their slots.
 
-        Asking for the next says that every product with the last ones is evaluated. Raises as `acquire` does.
+        Every product with the last ones is evaluated before the next are asked for. Raises as `acquire` does.
         """
         self._abandon_unfinished()
-        self._turns = take_turns(self._layers[layer], experts)
+        self._turns = take_turns(self._released(layer), experts)
         return self._turns
 
     def sweep(self, layer: int, rows_of: Mapping[int, int], at_once: int) -> Iterator[Sequence[Place]]:
         """All experts that a prompt wants, in ascending id, in groups of at most `at_once`, each read once.
 
-        `rows_of`: how many rows want each. Asking for the next group says that every product with the last
-        one is evaluated. Raises as `acquire` does.
+        `rows_of`: how many rows want each. Every product with a group is evaluated before the next is asked
+        for. Raises as `acquire` does.
         """
         self._abandon_unfinished()
-        state = self._layers[layer]
+        state = self._released(layer)
         if self._is_resident:
             return resident_groups(state.bank.arrays, rows_of, at_once)
         state.wait(list(state.join_ahead(tuple(rows_of)).values()))
         after = self._after[layer]
-        following = None if after is None else self._layer_bank(after)
-        return self._sweeper.sweep(self._layer_bank(layer), following, rows_of, at_once)
+        following = None if after is None else self._layers[after]
+        return self._sweeper.sweep(state, following, rows_of, at_once)
 
     def anticipate_sweep(self, layer: int) -> None:
         """A sweep will want all experts of the layer: the ring reads what it can hold, if it is free."""
-        self._sweeper.anticipate(self._layer_bank(layer))
-
-    def _layer_bank(self, layer: int) -> LayerBank:
-        state = self._layers[layer]
-        return LayerBank(layer, state.bank, state.books, state.ahead)
+        self._sweeper.anticipate(self._layers[layer])
 
     def observe(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
         """By what the router chose among all experts, `[tokens, experts]`."""
@@ -232,7 +228,7 @@ class ExpertStore:
         Starts reads that give way to those somebody waits for. Errors are nobody's: who really needs the
         expert reads it again.
         """
-        self._layers[layer].expect(ranks, distance)
+        self._released(layer).expect(ranks, distance)
 
     def resize(self, layer: int, num_slots: int) -> None:
         """Moves a layer into a bank of so many slots; between passes, or between two layers of one.
@@ -244,7 +240,7 @@ class ExpertStore:
         assert not self._is_resident, "where expert i lies in slot i there is nothing to resize"
         self._abandon_unfinished()
         try:
-            self._layers[layer].resize(min(num_slots, self._index.num_experts))
+            self._released(layer).resize(min(num_slots, self._index.num_experts))
         finally:
             mx.clear_cache()
 
@@ -278,6 +274,11 @@ class ExpertStore:
 
     def close(self) -> None:
         self._filler.close()
+
+    def _released(self, layer: int) -> StoreLayer:
+        state = self._layers[layer]
+        assert state.lease.is_released, "products that read slots of the layer are not evaluated yet"
+        return state
 
     def _abandon_unfinished(self) -> None:
         """What was computed with a fetch, or with a turn, failed: slots on their way are taken back."""

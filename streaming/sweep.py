@@ -6,14 +6,14 @@ layer where that is sure to want them. The hottest stay in the layer's bank. A s
 it wants nearly every expert, so it says nothing about which one decode wants next.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from streaming.banks import Bank
 from streaming.files.index import ExpertIndex
 from streaming.fills import raise_failure
+from streaming.layer import StoreLayer
 from streaming.residency import Residency
 from streaming.ring import Ring
 from streaming.statistics import StoreStatistics
@@ -33,16 +33,6 @@ class Place:
     slot: int
 
 
-@dataclass(frozen=True)
-class LayerBank:
-    """A layer with its bank, the bank's books, and what is on its way into it."""
-
-    layer: int
-    bank: Bank
-    books: Residency
-    coming: Container[int]
-
-
 class Sweeper:
     """Brings the experts of one layer after the other, group by group."""
 
@@ -50,7 +40,7 @@ class Sweeper:
         self._index, self._ring, self._counts = index, ring, counts
 
     def sweep(
-        self, here: LayerBank, following: LayerBank | None, rows_of: Mapping[int, int], at_once: int
+        self, here: StoreLayer, following: StoreLayer | None, rows_of: Mapping[int, int], at_once: int
     ) -> Iterator[Sequence[Place]]:
         """Groups of at most `at_once` places, in ascending expert id.
 
@@ -60,7 +50,7 @@ class Sweeper:
         """
         experts = sorted(rows_of)
         missing = [expert for expert in experts if expert not in here.books]
-        self._ring.begin(self._order(here.layer, missing, following, len(experts)))
+        self._ring.begin(self._order(here.number, missing, following, len(experts)))
         hottest = _hottest(here.books, rows_of, missing)
         at_once = min(at_once, max(1, self._ring.num_slots // 2))
         try:
@@ -68,44 +58,44 @@ class Sweeper:
                 group = experts[first : first + at_once]
                 left = [expert for expert in experts[first:] if expert not in here.books]
                 if left != missing:  # decode steps ran meanwhile, and changed what is there
-                    self._ring.begin(self._order(here.layer, left, following, len(experts)))
+                    self._ring.begin(self._order(here.number, left, following, len(experts)))
                 read = [expert for expert in group if expert in left]
                 missing = left[len(read) :]
                 yield self._bring(here, group, read)
                 for expert in hottest.intersection(read):
                     self._admit(here, rows_of, expert)
-                self._ring.release(here.layer, read)
+                self._ring.release(here.number, read)
         except BaseException:  # the one who computes gave up, or a read failed: nobody asks for the rest
             self._ring.clear()
             raise
 
-    def anticipate(self, here: LayerBank) -> None:
+    def anticipate(self, here: StoreLayer) -> None:
         """Reads ahead for a sweep that will want all experts; not while the ring serves another."""
         if self._ring.is_idle:
             experts = range(self._index.num_experts)
-            self._ring.begin([(here.layer, expert) for expert in experts if expert not in here.books])
+            self._ring.begin([(here.number, expert) for expert in experts if expert not in here.books])
 
     def _order(
-        self, layer: int, missing: Sequence[int], following: LayerBank | None, num_wanted: int
+        self, layer: int, missing: Sequence[int], following: StoreLayer | None, num_wanted: int
     ) -> list[tuple[int, int]]:
         """What is read: this layer's missing experts, then the next one's where all are sure to be wanted."""
         order = [(layer, expert) for expert in missing]
         if following is not None and num_wanted >= WHOLE_SHARE * self._index.num_experts:
             experts = range(self._index.num_experts)
-            order += [(following.layer, e) for e in experts if e not in following.books]
+            order += [(following.number, e) for e in experts if e not in following.books]
         return order
 
-    def _bring(self, here: LayerBank, group: Sequence[int], read: Sequence[int]) -> list[Place]:
-        fills, waited_s = self._ring.bring(here.layer, read) if read else ([], 0.0)
+    def _bring(self, here: StoreLayer, group: Sequence[int], read: Sequence[int]) -> list[Place]:
+        fills, waited_s = self._ring.bring(here.number, read) if read else ([], 0.0)
         self._counts.stall_s += waited_s
         if failed := [fill for fill in fills if fill.error is not None]:
             self._counts.failures += len(failed)
-            raise_failure(here.layer, failed)
+            raise_failure(here.number, failed)
         self._counts.sweep_hits += len(group) - len(read)
         self._counts.sweep_reads += len(read)
-        self._counts.payload_bytes += len(read) * self._index.expert_bytes(here.layer)
+        self._counts.payload_bytes += len(read) * self._index.expert_bytes(here.number)
         in_ring = {fill.expert: fill.slot for fill in fills}
-        ring_arrays = self._ring.bank(here.layer).arrays
+        ring_arrays = self._ring.bank(here.number).arrays
         return [
             Place(e, ring_arrays, in_ring[e])
             if e in in_ring
@@ -113,15 +103,15 @@ class Sweeper:
             for e in group
         ]
 
-    def _admit(self, here: LayerBank, rows_of: Mapping[int, int], expert: int) -> None:
+    def _admit(self, here: StoreLayer, rows_of: Mapping[int, int], expert: int) -> None:
         """Copies a hot expert out of the ring, over one that is colder and was computed with already."""
-        slot_of_ring = self._ring.slot(here.layer, expert)
+        slot_of_ring = self._ring.slot(here.number, expert)
         books = here.books
         keep = {e for e, rows in rows_of.items() if e in books and (e > expert or rows >= rows_of[expert])}
-        if expert in books or expert in here.coming or books.num_free(keep) == 0:
+        if expert in books or expert in here.ahead or books.num_free(keep) == 0:
             return
         slot = books.take(keep)
-        here.bank.copy(slot, self._ring.bank(here.layer), slot_of_ring)
+        here.bank.copy(slot, self._ring.bank(here.number), slot_of_ring)
         books.hold(expert, slot)
 
 

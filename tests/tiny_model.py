@@ -1,7 +1,7 @@
 """The tiny checkpoints of tests/tiny_glm.py as models in memory, without files."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -10,22 +10,25 @@ from models.args import ModelArgs
 from models.arithmetic import CPU, Arithmetic
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
-from models.experts.experts import PROJECTIONS
 from models.glm_moe_dsa import Model
 from models.loading.building import as_held, build_model
 from models.loading.tensor_names import trunk_names
+from streaming.files.index import PROJECTIONS
 from streaming.fills import Fetch
+from streaming.layer import Lease
+from streaming.store import ExpertStore
 from streaming.sweep import Place, resident_groups
 from tests.tiny_glm import Array
 
 
 class MemoryExperts:
-    """All experts of all layers, resident: the smallest ExpertSource."""
+    """All experts of all layers, resident: the smallest store."""
 
     is_resident = True
 
     def __init__(self, args: ModelArgs, weights: Mapping[str, Array]) -> None:
         self._num_experts = args.n_routed_experts
+        self._leases = {layer: Lease() for layer in args.moe_layers}
         self._banks = {layer: self._make_bank(layer, weights) for layer in args.moe_layers}
 
     def _make_bank(self, layer: int, weights: Mapping[str, Array]) -> dict[str, mx.array]:
@@ -35,6 +38,9 @@ class MemoryExperts:
             f"{p}.weight": mx.array(np.stack([weights[f"{prefix}{e}.{p}.weight"] for e in experts]))
             for p in PROJECTIONS
         }
+
+    def lease(self, layer: int) -> Lease:
+        return self._leases[layer]
 
     def slot_table(self, layer: int) -> mx.array | None:
         return None
@@ -81,7 +87,8 @@ def make_model(
 ) -> Model:
     args = ModelArgs.from_config(config)
     tensors = {name: mx.array(weights[name]) for name in trunk_names(weights, args)}
-    return build_model(args, arithmetic, MemoryExperts(args, weights), as_held(tensors, args, arithmetic))
+    source = cast(ExpertStore, MemoryExperts(args, weights))
+    return build_model(args, arithmetic, source, as_held(tensors, args, arithmetic))
 
 
 def logits(model: Model, ids: Sequence[int], chunk: int | None = None) -> Array:

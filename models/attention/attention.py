@@ -18,7 +18,8 @@ from models.arithmetic import Arithmetic
 from models.attention.cache import RowCache, SequenceCache
 from models.attention.indexer import Indexer
 from models.attention.rope import Rope
-from models.attention.tiles import EAGER_ROWS, Tile, causal_tiles, select_tiles, tile_rows
+from models.attention.tiles import EAGER_ROWS, Tile, causal_tiles, gathered_rows, select_tiles, tile_rows
+from models.in_flight import InFlight
 from models.linear import Linear
 
 if TYPE_CHECKING:
@@ -134,10 +135,11 @@ class Attention(nn.Module):
         project, finish = self._compiled if is_compiled else (self._project, self._finish)
         q_residual, queries, rows, *new_keys = project(x, part.positions)
         keys = [span.append(lambda cache: cache.latents[self._layer], rows) for span in part.spans]
+        in_flight = InFlight(self._arithmetic.pieces_in_flight) if part.is_large else None
         if "indexer" in self:
-            self._update_selection(x, q_residual, new_keys[0], part)
+            self._update_selection(x, q_residual, new_keys[0], part, in_flight)
         outs = [
-            self._attend(queries[:, span.start : span.stop], span_keys, selected)
+            self._attend(queries[:, span.start : span.stop], span_keys, selected, in_flight)
             for span, span_keys, selected in zip(part.spans, keys, part.selected, strict=True)
         ]
         return onto + finish(mx.concatenate(outs, axis=1))
@@ -200,7 +202,14 @@ class Attention(nn.Module):
         rotary = self._rope(rotary[:, None, :], positions)[:, 0, :]
         return mx.concatenate([self.kv_a_layernorm(latent), rotary], axis=-1)
 
-    def _update_selection(self, x: mx.array, q_residual: mx.array, new_keys: mx.array, part: RowPart) -> None:
+    def _update_selection(
+        self,
+        x: mx.array,
+        q_residual: mx.array,
+        new_keys: mx.array,
+        part: RowPart,
+        in_flight: InFlight | None,
+    ) -> None:
         """Write the index keys of all spans, then score where there are more keys than may be selected."""
         k = self._args.index_topk
         for span in part.spans:
@@ -217,10 +226,12 @@ class Attention(nn.Module):
                 keys = store.rows(0, store.length)
                 part.selected[i] = select_tiles(
                     queries[rows], weights[rows], keys, k,
-                    heads=self._args.num_attention_heads, arithmetic=self._arithmetic,
+                    heads=self._args.num_attention_heads, arithmetic=self._arithmetic, in_flight=in_flight,
                 )  # fmt: skip
 
-    def _attend(self, queries: mx.array, keys: mx.array, selected: list[Tile] | None) -> mx.array:
+    def _attend(
+        self, queries: mx.array, keys: mx.array, selected: list[Tile] | None, in_flight: InFlight | None
+    ) -> mx.array:
         """queries [heads, n, latent], keys [T, latent] -> [heads, n, kv_lora]."""
         heads, rows, _ = queries.shape
         height = tile_rows(heads * keys.shape[0], self._arithmetic.tile_elements)
@@ -229,10 +240,10 @@ class Attention(nn.Module):
             q, seen = queries[:, tile.start : tile.stop], keys[: tile.num_keys]
             if tile.keys is None or tile.keys.dtype == mx.bool_:
                 outs.append(self._attend_masked(q, seen, tile.keys))
+                if in_flight:
+                    in_flight.launch(outs[-1])
             else:
-                outs.append(self._attend_gathered(q, seen, tile.keys))
-            if rows > EAGER_ROWS:
-                mx.eval(outs[-1])
+                outs += self._attend_gathered(q, seen, tile.keys, in_flight)
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
     def _attend_masked(self, q: mx.array, keys: mx.array, visible: mx.array | None) -> mx.array:
@@ -240,17 +251,19 @@ class Attention(nn.Module):
         values = keys[:, : self._args.kv_lora_rank]
         return self._arithmetic.attended(q * self._args.qk_head_dim**-0.5, keys, values, visible)
 
-    def _attend_gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
-        """Only the selected keys, positions [n, k]; a position of T stands for nothing."""
+    def _attend_gathered(
+        self, q: mx.array, keys: mx.array, positions: mx.array, in_flight: InFlight | None
+    ) -> list[mx.array]:
+        """Only the selected keys, positions [n, k]; a position of T stands for nothing. In pieces."""
         rows, k = positions.shape
-        height = max(1, self._arithmetic.tile_elements // (k * keys.shape[1]))
+        height = gathered_rows(k * keys.shape[1], self._arithmetic.tile_elements)
         outs = []
         for first in range(0, rows, height):
             piece = slice(first, first + height)
             outs.append(self._gathered(q[:, piece], keys, positions[piece]))
-            if rows > height:
-                mx.eval(outs[-1])
-        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
+            if in_flight:
+                in_flight.launch(outs[-1])
+        return outs
 
     def _gathered(self, q: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
         num_keys = keys.shape[0]

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.attention.rope import Rope
+from models.in_flight import InFlight
 from models.linear import Linear
 
 
@@ -40,15 +41,22 @@ class Indexer(nn.Module):
         return self.weights_proj(x.astype(mx.float32)).astype(mx.float32) * self.num_heads**-0.5
 
 
-def index_scores(queries: mx.array, weights: mx.array, keys: mx.array, arithmetic: Arithmetic) -> mx.array:
+def index_scores(
+    queries: mx.array,
+    weights: mx.array,
+    keys: mx.array,
+    arithmetic: Arithmetic,
+    in_flight: InFlight | None = None,
+) -> mx.array:
     """sum over heads of w_h relu(q_h . k / sqrt(D)): [N, heads, D], [N, heads], [T, D] -> float32 [N, T].
 
-    Heads are kept apart for `tile_elements` at most: so many keys are scored at a time.
+    Heads are kept apart for `tile_elements` at most: so many keys are scored at a time, each time as a piece.
     """
     rows, heads, width = queries.shape
     queries, num_keys = queries * width**-0.5, max(1, arithmetic.tile_elements // (rows * heads))
-    scores = [
-        arithmetic.index_scores(queries, weights, keys[first : first + num_keys])
-        for first in range(0, keys.shape[0], num_keys)
-    ]
+    scores = []
+    for first in range(0, keys.shape[0], num_keys):
+        scores.append(arithmetic.index_scores(queries, weights, keys[first : first + num_keys]))
+        if in_flight:
+            in_flight.launch(scores[-1])
     return scores[0] if len(scores) == 1 else mx.concatenate(scores, axis=1)

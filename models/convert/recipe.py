@@ -16,9 +16,8 @@ from models.args import ModelArgs
 from models.arithmetic import AFFINE_BITS, AFFINE_GROUPS, Quantization
 from models.convert.shards import TensorSpec
 from models.convert.source import Source
-from models.experts.experts import PROJECTIONS
 from models.loading.tensor_names import is_unused, split_kv_b
-from streaming.files.index import NUMBER
+from streaming.files.index import NUMBER, PROJECTIONS
 
 # Values in one block: bounds the converter's memory, 16 MiB in float32.
 BLOCK_VALUES = 4 * 2**20

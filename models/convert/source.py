@@ -10,9 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from config.errors import CheckpointError
+from streaming.files.floats import FLOATS
 from streaming.files.headers import FP8, ITEM_BYTES, TensorEntry
-
-_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
 class Source:
@@ -33,7 +32,7 @@ class Source:
         dtype = self.entries[name].dtype
         if dtype == FP8:
             return "BF16"
-        if dtype not in _DTYPES:
+        if dtype not in FLOATS:
             raise CheckpointError(
                 f"{self.entries[name].path}: {name} is {dtype}; only BF16, F16, F32 and FP8 convert"
             )
@@ -62,9 +61,9 @@ def _check_scale(weight: TensorEntry, scale: TensorEntry | None, block_shape: tu
     """From the headers: a conversion takes hours, and should not end at a scale that does not fit."""
     if scale is None:
         raise CheckpointError(f"{weight.path}: {weight.name} is FP8 and {scale_name(weight.name)} is missing")
-    if scale.dtype not in _DTYPES:
+    if scale.dtype not in FLOATS:
         raise CheckpointError(
-            f"{scale.path}: {scale.name} is {scale.dtype}; scales of FP8 are {', '.join(_DTYPES)}"
+            f"{scale.path}: {scale.name} is {scale.dtype}; scales of FP8 are {', '.join(FLOATS)}"
         )
     expected = tuple(-(-size // block) for size, block in zip(weight.shape, block_shape, strict=False))
     if len(weight.shape) != 2 or scale.shape != expected:

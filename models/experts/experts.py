@@ -4,7 +4,7 @@ With few rows the layer synchronises once, to learn which experts to ask for. In
 guess at the next layer's experts, to be read while this layer computes, and the proof that no product still
 reads a slot. What does not depend on the missing experts is computed while they are read.
 
-Whether the experts are resident or streamed is the business of the `ExpertSource`; no other code of the
+Whether the experts are resident or streamed is the business of the `ExpertStore`; no other code of the
 model knows. Outputs of a row's experts are added in ascending expert id in every mode, and a row's product
 with an expert does not depend on the slot that holds it, so any budget gives the same bits.
 """
@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.arithmetic import Arithmetic, Quantization
-from models.experts.expert_source import ExpertSource
 from models.experts.grouping import Indices, cut_pieces, cut_runs, lay_out, ranks_of, rows_by_expert
 from streaming.eviction.policy import OBSERVED_ROWS
+from streaming.files.index import PROJECTIONS
 from streaming.fills import Fetch
+from streaming.layer import Lease
+from streaming.store import ExpertStore
 from streaming.sweep import Place
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Rows of one expert that are computed together: bounds what its hidden rows take.
 EXPERT_ROWS = 2048
 # More rows together drive out what is guessed, or what was there, unless all that they may want has a slot.
@@ -54,19 +55,23 @@ class BankWeight:
 
 
 class Experts:
-    """Routed experts of one layer. Owns nothing but the last output, kept until it is evaluated."""
+    """Routed experts of one layer, wherever they lie."""
 
     def __init__(
         self,
         layer: int,
-        source: ExpertSource,
+        source: ExpertStore,
         quantizations: Mapping[str, Quantization | None],
         arithmetic: Arithmetic,
     ) -> None:
         self._layer, self._source, self._arithmetic = layer, source, arithmetic
         self._quantizations = quantizations
-        self._pending: mx.array | None = None
         self._next: Experts | None = None
+
+    @cached_property
+    def _lease(self) -> Lease:
+        """Held while the layer's last output is not evaluated."""
+        return self._source.lease(self._layer)
 
     def are_resident_for(self, rows: int) -> bool:
         """Whether a call for so many rows depends on its arrays alone."""
@@ -93,14 +98,11 @@ class Experts:
 
     def settle(self) -> None:
         """Evaluates whatever may still read a slot of this layer's bank."""
-        if self._pending is not None:
-            mx.eval(self._pending)
-            self._pending = None
+        Lease.release([self._lease])
 
     def anticipate(self, guess: mx.array) -> None:
         """Starts to read what is guessed, int32 [N, k]: for the first sparse layer, which none precedes."""
-        mx.eval(*(array for array in (guess, self._pending) if array is not None))
-        self._pending = None
+        Lease.release([self._lease], guess)
         self._source.expect(self._layer, np.array(guess).T.tolist())
 
     def __call__(
@@ -187,14 +189,10 @@ class Experts:
         if scores is not None and not self._source.watches_scores(self._layer):
             scores = None
         owners = [self] if guess is None or self._next is None else [self, self._next]
-        pending = [owner._pending for owner in owners]
-        awaited = [array for array in (*readable, scores, guess, *pending) if array is not None]
         if beside:
-            mx.async_eval(*awaited)
+            mx.async_eval(*(array for array in (*readable, scores, guess) if array is not None))
             mx.async_eval(*beside)
-        mx.eval(*awaited)
-        for owner in owners:
-            owner._pending = None
+        Lease.release([owner._lease for owner in owners], *readable, scores, guess)
         if scores is not None:
             self._source.observe(self._layer, np.array(scores))
         wanted = np.concatenate([np.array(rows) for rows in readable]).astype(np.int32)
@@ -346,10 +344,7 @@ class Experts:
         return self._arithmetic.pairs(x, *self._weights(arrays), slots=slots)
 
     def _remember(self, out: mx.array) -> mx.array:
-        """A lazy product reads its slots when it is evaluated: keep it until then."""
-        if not self._source.is_resident:
-            self._pending = out
-        return out
+        return out if self._source.is_resident else self._lease.hold(out)
 
 
 def run_through(steps: Generator[object, None, mx.array]) -> mx.array:

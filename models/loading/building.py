@@ -12,24 +12,21 @@ from mlx.utils import tree_flatten
 from config.errors import CheckpointError
 from models.args import ModelArgs
 from models.arithmetic import AFFINE_BITS, AFFINE_GROUPS, CPU, Arithmetic, Quantization
-from models.experts.expert_source import ExpertSource
-from models.experts.experts import PROJECTIONS, Experts
+from models.experts.experts import Experts
 from models.glm_moe_dsa import DenseMlp, Model
 from models.linear import Linear
 from models.loading.tensor_names import to_model_names
+from streaming.files.floats import MLX_TYPES
 from streaming.files.headers import TensorEntry
-from streaming.files.index import ExpertIndex, Part
+from streaming.files.index import PROJECTIONS, ExpertIndex, Part
+from streaming.store import ExpertStore
 
 # Control paths stay in float32 whatever the activations are (reference, section 0, point 4).
 _FLOAT32 = (".gate.weight", ".e_score_correction_bias", ".k_norm.weight", ".k_norm.bias")
 
-_DTYPES = {
-    "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U8": mx.uint8, "U32": mx.uint32,
-}  # fmt: skip
-
 
 def build_model(
-    args: ModelArgs, arithmetic: Arithmetic, source: ExpertSource, tensors: Mapping[str, mx.array]
+    args: ModelArgs, arithmetic: Arithmetic, source: ExpertStore, tensors: Mapping[str, mx.array]
 ) -> Model:
     """A model whose trunk holds `tensors`, made by `as_held`, and whose experts come from `source`.
 
@@ -143,7 +140,7 @@ def infer_quantization(
 
 def _without_experts(args: ModelArgs) -> Model:
     """A model of placeholders, lazy: it takes no memory, whatever sizes config.json claims."""
-    nowhere = cast(ExpertSource, None)
+    nowhere = cast(ExpertStore, None)
     try:
         return Model(args, CPU, lambda layer: Experts(layer, nowhere, {}, CPU))
     except OverflowError as error:
@@ -152,10 +149,10 @@ def _without_experts(args: ModelArgs) -> Model:
 
 def _placeholder(where: str, tensor: Part | TensorEntry) -> mx.array:
     """An array of zeros, lazy, in the place of a tensor that only its header is known of."""
-    if tensor.dtype not in _DTYPES:
-        raise CheckpointError(f"{where} is stored as {tensor.dtype}; weights are {', '.join(_DTYPES)}")
+    if tensor.dtype not in MLX_TYPES:
+        raise CheckpointError(f"{where} is stored as {tensor.dtype}; weights are {', '.join(MLX_TYPES)}")
     try:
-        return mx.zeros(tensor.shape, _DTYPES[tensor.dtype])
+        return mx.zeros(tensor.shape, MLX_TYPES[tensor.dtype])
     except OverflowError as error:
         raise CheckpointError(f"{where} is {tensor.shape}, which MLX cannot hold") from error
 
@@ -165,12 +162,12 @@ def held_bytes(entry: TensorEntry, arithmetic: Arithmetic) -> int:
 
     GLM-5.2's routers, 118 million weights, are published in bfloat16 and held in float32.
     """
-    return prod(entry.shape) * held_dtype(entry.name, _DTYPES[entry.dtype], arithmetic).size
+    return prod(entry.shape) * held_dtype(entry.name, MLX_TYPES[entry.dtype], arithmetic).size
 
 
 def is_held_as_stored(entry: TensorEntry, arithmetic: Arithmetic) -> bool:
     """Whether a tensor of the trunk is held in the type in which it lies on disk."""
-    stored = _DTYPES[entry.dtype]
+    stored = MLX_TYPES[entry.dtype]
     return held_dtype(entry.name, stored, arithmetic) == stored
 
 

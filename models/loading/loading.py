@@ -24,7 +24,7 @@ from models.loading.tensor_names import trunk_names
 from models.loading.vendor_formats import refuse_vendor_format
 from models.workspace import loading_bytes, sweep_row_bytes, workspace_bytes
 from streaming.banks import slot_bytes
-from streaming.disk.aligned import buffer_bytes
+from streaming.disk.reads import buffer_bytes
 from streaming.files.headers import FileStamp, TensorEntry
 from streaming.files.index import ExpertIndex
 from streaming.files.read_plan import largest_run_bytes

@@ -1,10 +1,14 @@
 """The HTTP application. `make_app` is its only entrance; the command line and the tests call it."""
 
+import re
+
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.access.account import account_router
-from server.api.access.keys import Access, Guard
+from server.api.access.guard import Access, Guard
+from server.api.access.quotas import RATE_HEADERS
 from server.api.admin.cache_routes import cache_router
 from server.api.admin.catalogue import health_router, models_router
 from server.api.admin.engine_routes import engine_router
@@ -17,11 +21,47 @@ from server.api.dialects.responses import responses_router
 from server.api.dialects.tokenize import tokenize_router
 from server.api.error_bodies import install_error_handlers
 from server.api.openapi import BASES, DescribedApp
-from server.api.request.head import HeadAsGet
 from server.api.request.parameters import HEADER, SaysIgnored
 from server.api.service import Service
-from server.api.slashes import TrailingSlash
 from server.version import VERSION
+
+SLASHES = re.compile("/{2,}")
+
+
+class TrailingSlash:
+    """Serves `/v1/models/` as `/v1/models`, and `//v1/models`, which a base URL with a slash leads to.
+
+    A redirect in its place would name the scheme and the host as this server sees them, which behind a proxy
+    are not the client's.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, by its path without slashes that mean nothing."""
+        if scope["type"] == "http" and (path := SLASHES.sub("/", scope["path"]).rstrip("/")):
+            scope = dict(scope) | {"path": path, "raw_path": scope.get("raw_path", b"").rstrip(b"/")}
+        await self._app(scope, receive, send)
+
+
+class HeadAsGet:
+    """ASGI middleware that answers HEAD, which probes send, as GET without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def send_no_body(message: Message) -> None:
+            is_body = message["type"] == "http.response.body"
+            await send({**message, "body": b""} if is_body else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self._app({**scope, "method": "GET"}, receive, send_no_body)
+        else:
+            await self._app(scope, receive, send)
 
 
 def make_app(service: Service, access: Access | None = None) -> FastAPI:
@@ -40,11 +80,11 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
         app.include_router(messages_router(service), prefix=base)
         app.include_router(responses_router(service), prefix=base)
         app.include_router(models_router(service), prefix=base)
-        app.include_router(account_router(service, access.keys), prefix=base)
+        app.include_router(account_router(service), prefix=base)
         app.include_router(tokenize_router(service), prefix=base)
-        app.include_router(cache_router(service), prefix=base)
-        app.include_router(memory_router(service), prefix=base)
-        app.include_router(engine_router(service), prefix=base)
+        app.include_router(cache_router(service, access), prefix=base)
+        app.include_router(memory_router(service, access), prefix=base)
+        app.include_router(engine_router(service, access), prefix=base)
     app.include_router(health_router(service))
     app.include_router(metrics_router(service.engine, service.ledger, service.parameters))
     install_error_handlers(app)
@@ -59,6 +99,6 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],  # those that are asked for: each SDK has its own
             allow_private_network=True,
-            expose_headers=["X-Generation-Id", "X-Glmserve-Cache", HEADER, "Retry-After"],
+            expose_headers=["X-Generation-Id", "X-Glmserve-Cache", HEADER, "Retry-After", *RATE_HEADERS],
         )
     return app

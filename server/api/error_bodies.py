@@ -15,12 +15,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
-from config.errors import BusyError, ContextOverflow, EngineError, RequestError
+from config.errors import RETRY_AFTER_S, BusyError, ContextOverflow, EngineError, RequestError
 from server.api.access.quotas import QuotaError
 from server.link.messages import Failed, FailureKind
 
 PROVIDER = "glmserve"
-RETRY_AFTER_S = 5
 
 # status, OpenRouter's word, whether trying again can help
 _FAILURES: Mapping[FailureKind, tuple[int, str, bool]] = {
@@ -114,7 +113,7 @@ def describe(error: Exception) -> dict[str, Any]:
         case BusyError():
             return error_object(503, str(error), "provider_overloaded")
         case ValidationError():
-            message, param = _first_fault(error)
+            message, param = first_fault(error)
             return error_object(400, message, "invalid_request", param)
         case ClientGone():
             return error_object(499, "the client closed the connection", "unmapped")
@@ -176,7 +175,7 @@ def _headers(error: Exception) -> dict[str, str]:
     return {}
 
 
-def _first_fault(error: ValidationError) -> tuple[str, str | None]:
+def first_fault(error: ValidationError) -> tuple[str, str | None]:
     """The first of those that lie deepest: of the kinds that a value may have it came nearest to that one."""
     faults = [(_steps(fault), fault) for fault in error.errors(include_url=False, include_input=False)]
     steps, fault = max(faults, key=lambda one: len(one[0]))

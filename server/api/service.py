@@ -5,9 +5,9 @@ import time
 from dataclasses import dataclass, field
 
 from config.errors import ContextOverflow, RequestError
-from server.api.access.receipts import Ledger
+from server.api.access.receipts import Caller, Ledger
+from server.api.answer.answer import WaitingRequests
 from server.api.answer.recent_items import RecentItems
-from server.api.answer.waiting import WaitingRequests
 from server.api.error_bodies import GenerationFailed
 from server.api.prompt.explain import Explainer
 from server.api.prompt.remembered import Remembered
@@ -18,7 +18,7 @@ from server.glm.files import SamplingDefaults
 from server.glm.templates.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
 from server.link.engine_protocol import Engine
-from server.link.messages import Generate, ModelInfo, Sampling
+from server.link.messages import Generate, ModelInfo, Sampling, Thought
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,23 @@ class Service:
             raise GenerationFailed(status.failure, f"the model is not ready: {status.text}{percent}")
         return status.info
 
-    def command(
-        self, body: GenerationRequest, prompt: list[int], max_tokens: int | None, num_top_logprobs: int
-    ) -> Generate:
-        """The engine's form of a request, checked against the model."""
+    def commands(
+        self,
+        body: GenerationRequest,
+        prompt: list[int],
+        max_tokens: int | None,
+        *,
+        count: int,
+        caller: Caller,
+        num_top_logprobs: int,
+        thought: Thought | None = None,
+        grammar: str = "",
+        score_prompt: bool = False,
+    ) -> list[Generate]:
+        """The engine's form of a request, checked against the model: one for each of `count` answers.
+
+        Their seeds differ. A `max_tokens` of None is all that the context has room for.
+        """
         info = self.model_info()
         self.names.check(body.model, body.models or [])
         _check_prompt(prompt, info)
@@ -72,26 +85,36 @@ class Service:
         available = info.context_length - len(prompt)
         if available < (1 if max_tokens is None else max_tokens):
             raise ContextOverflow(info.context_length, len(prompt), max_tokens or 0)
-        return Generate(
-            request_id=f"gen-{int(time.time())}-{secrets.token_hex(10)}",
-            token_ids=tuple(prompt),
-            max_tokens=available if max_tokens is None else max_tokens,
-            sampling=self._sampling(body, info),
-            stop_token_ids=self.dialect.tokenizer.eos_token_ids,
-            num_top_logprobs=num_top_logprobs,
-            priority="background" if body.service_tier == "flex" else "interactive",
-        )
+        request_id = f"gen-{int(time.time())}-{secrets.token_hex(10)}"
+        return [
+            Generate(
+                request_id=f"{request_id}-{index}" if index else request_id,
+                token_ids=tuple(prompt),
+                max_tokens=available if max_tokens is None else max_tokens,
+                sampling=self._sampling(body, info, index),
+                stop_token_ids=self.dialect.tokenizer.eos_token_ids,
+                num_top_logprobs=num_top_logprobs,
+                score_prompt=score_prompt,
+                thought=thought,
+                grammar=grammar,
+                agent=caller.agent,
+                cache_group=caller.key.cache_group,
+                priority="background" if body.service_tier == "flex" else "interactive",
+            )
+            for index in range(count)
+        ]
 
     def within_context(self, prompt: list[int], max_tokens: int | None) -> int | None:
         """The limit, or what the context has room for where that is less."""
         available = self.model_info().context_length - len(prompt)
         return max_tokens if max_tokens is None else max(min(max_tokens, available), 1)
 
-    def _sampling(self, body: GenerationRequest, info: ModelInfo) -> Sampling:
+    def _sampling(self, body: GenerationRequest, info: ModelInfo, index: int) -> Sampling:
         defaults = self.dialect.defaults
         values = {name: getattr(defaults, name) for name in SamplingDefaults.__dataclass_fields__}
         values |= body.given("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        values |= body.given("presence_penalty", "frequency_penalty", "seed")
+        values |= body.given("presence_penalty", "frequency_penalty")
+        values["seed"] = None if body.seed is None else body.seed + index
         return Sampling(**values, logit_bias=_logit_bias(body.logit_bias or {}, info.vocab_size))
 
 

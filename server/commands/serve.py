@@ -20,7 +20,9 @@ from fastapi import FastAPI
 
 from config.errors import GaveUp, GlmserveError, UsageError
 from config.settings import Settings
-from server.api.access.keys import LOOPBACK_NAMES, Access, is_loopback, read_keys
+from server.api.access.guard import LOOPBACK_NAMES, Access, is_loopback
+from server.api.access.keys import read_keys
+from server.api.access.receipts import Ledger
 from server.api.app import make_app
 from server.api.connection import HttpConnection
 from server.api.doors import Doors, make_doors, raise_descriptor_limit
@@ -32,6 +34,7 @@ from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
 from server.glm.files import load_sampling_defaults
 from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
+from server.launcher import take_hangups
 from server.link.messages import EngineConfig
 from server.link.supervisor import Deadlines, EngineProcess
 from server.logs import set_up_logging
@@ -207,10 +210,12 @@ class _Serving:
         names = ModelNames(model_id, self.settings.model_policy)
         patience_s = JSON_KEEPALIVE_S if self.settings.json_keepalive else None
         remembered = make_remembered(self.settings, self.checkpoint.directory)
+        ledger = Ledger(prefix_directory(self.settings))
         service = Service(
             engine,
             self.dialect,
             names,
+            ledger,
             remembered=remembered,
             patience_s=patience_s,
             parameters=Parameters(self.settings.strict_parameters),
@@ -221,6 +226,7 @@ class _Serving:
         self.server = _Server(make_server_config(self.settings, app, doors), engine)
         engine.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
+        take_hangups()
         host, port = self.listener.getsockname()[:2]
         scheme = "https" if self.settings.ssl_certfile else "http"
         log.info("listening on %s://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", scheme, host, port)
@@ -229,6 +235,7 @@ class _Serving:
         finally:
             await engine.close()
             await asyncio.to_thread(remembered.close)
+            await asyncio.to_thread(ledger.close_file)
         return self.fault
 
     def _read_keys_again(self) -> None:

@@ -110,6 +110,8 @@ class AnswerParser:
             case Tag("</tool_call>") if self._is_skipping:
                 self._end_call()
                 return AnswerPiece()
+            case Tag() if self.num_incomplete_calls and self._part == "content":
+                return AnswerPiece()  # the rest of a malformed call, which had such tags in a value
             case Tag(text):
                 return self._on_text(text)
             case text:

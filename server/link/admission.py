@@ -9,13 +9,10 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
-from config.errors import BusyError
+from config.errors import MAX_RETRY_AFTER_S, RETRY_AFTER_S, BusyError
 
 # Between asking for a place and entering the line lies the start of a response, no more.
 RESERVATION_S = 5.0
-# Clients give up instead of waiting longer (openai-python: 120 s).
-MAX_RETRY_AFTER_S = 120
-FIRST_RETRY_AFTER_S = 5
 # Weight of the last wait between two starts in their running mean.
 FRESHNESS = 0.2
 
@@ -89,6 +86,6 @@ class AdmissionLine:
 
     def _retry_after_s(self) -> int:
         if self._interval_s is None or self._moved_s is None:
-            return FIRST_RETRY_AFTER_S
+            return RETRY_AFTER_S
         interval_s = max(self._interval_s, self._clock() - self._moved_s if self._waiting else 0.0)
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(interval_s * (len(self._waiting) + 1))))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from config.expert_policy import DEFAULT_EXPERT_POLICY, ExpertPolicy
+from config.defaults import DECODE_SHARE, EXPERT_POLICY, INFLIGHT_PER_AGENT, ExpertPolicy
 
 FinishReason = Literal["stop", "length"]
 
@@ -32,10 +32,10 @@ class EngineConfig:
     ram_budget_bytes: int
     max_context: int | None
     log_level: str
-    decode_share: float = 0.3
-    max_inflight_per_agent: int = 8
+    decode_share: float = DECODE_SHARE
+    max_inflight_per_agent: int = INFLIGHT_PER_AGENT
     batch_width: int | None = None
-    expert_policy: ExpertPolicy = DEFAULT_EXPERT_POLICY
+    expert_policy: ExpertPolicy = EXPERT_POLICY
     mirrors: tuple[Path, ...] = ()
     wires_memory: bool = False
     sweep_tokens: int | None = None  # None: what the plan gives
@@ -86,7 +86,8 @@ class Generate:
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
     log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
     the end of the `thought`, or from its start where there is none. `agent` is who asks: agents share the
-    engine's time evenly, whatever the number of their requests.
+    engine's time evenly, whatever the number of their requests. Saved prefixes are shared within a
+    `cache_group`; "" is that of a server without keys.
     """
 
     request_id: str
@@ -99,6 +100,7 @@ class Generate:
     thought: Thought | None = None
     grammar: str = ""
     agent: str = ""
+    cache_group: str = ""
     priority: Priority = "interactive"
 
 
@@ -113,11 +115,13 @@ class Cancel:
 class Administer:
     """Change what the prefix cache keeps. Nothing is answered; the counts that are sent next show it.
 
-    `pin` keeps the whole blocks of this prompt that are on disk, whatever else needs their room.
+    `pin` keeps the whole blocks of this prompt that are on disk, whatever else needs their room;
+    `clear` forgets those of all cache groups.
     """
 
     action: Literal["clear", "pin", "unpin"]
     token_ids: tuple[int, ...] = ()
+    cache_group: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,13 +175,6 @@ class Ready:
 
     info: ModelInfo
     marks: Marks = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MirrorDropped:
-    """A mirror differs from the checkpoint, and this engine ends: the next one must not read from it."""
-
-    mirror: Path
 
 
 @dataclass(frozen=True)
@@ -312,5 +309,5 @@ class Replanned:
 
 
 RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed | Replanned
-EngineEvent = Loading | Ready | LoadFailed | MirrorDropped | Heartbeat | Pong | Stats
+EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Pong | Stats
 Event = EngineEvent | RequestEvent

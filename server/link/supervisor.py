@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
+from config.defaults import QUEUE_LENGTH, QUEUE_TIMEOUT_S, REQUEST_TIMEOUT_S, STEP_TIMEOUT_S
 from server.link.admission import AdmissionLine
 from server.link.child import Child
 from server.link.engine_protocol import EngineStatus
@@ -25,7 +26,6 @@ from server.link.messages import (
     Load,
     LoadFailed,
     Loading,
-    MirrorDropped,
     Ping,
     Pong,
     Ready,
@@ -59,9 +59,9 @@ class Deadlines:
     an engine that has work or was asked something, `load_s` between two while it opens the model.
     """
 
-    queue_s: float = 600.0
-    request_s: float = 7200.0
-    step_s: float = 120.0
+    queue_s: float = QUEUE_TIMEOUT_S
+    request_s: float = REQUEST_TIMEOUT_S
+    step_s: float = STEP_TIMEOUT_S
     load_s: float = 600.0
 
 
@@ -75,7 +75,7 @@ class EngineProcess:
         on_usage_error: Callable[[str], None] | None = None,
         on_given_up: Callable[[str], None] | None = None,
         deadlines: Deadlines | None = None,
-        max_queue: int = 64,
+        max_queue: int = QUEUE_LENGTH,
     ) -> None:
         self._config = config
         self._worker = worker
@@ -280,9 +280,6 @@ class EngineProcess:
                     self._on_usage_error(message)
             case Pong():
                 self._asked_at = None
-            case MirrorDropped(mirror):
-                left = tuple(one for one in self._config.mirrors if one != mirror)
-                self._config = replace(self._config, mirrors=left)
             case Heartbeat():
                 pass  # the child was heard: that is all it says
             case _:

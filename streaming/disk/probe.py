@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from config.errors import DiskError
-from streaming.disk.aligned import aligned_range, buffer_bytes
 from streaming.disk.disk import MAX_ALIGNMENT, Disk, DiskFile, aligned_buffer
 from streaming.disk.reader import TIMEOUT_S
+from streaming.disk.reads import aligned_range, buffer_bytes
 from streaming.files.floats import Bytes
 from streaming.files.index import ExpertIndex
 from streaming.files.read_plan import Run, largest_run_bytes, plan_runs

@@ -22,10 +22,19 @@ from pathlib import Path
 
 from config.errors import DiskError
 from config.plan import reader_buffers
-from streaming.disk.aligned import aligned_range, buffer_bytes, perform
 from streaming.disk.disk import Disk, DiskFile, aligned_buffer
-from streaming.disk.priority import Precedence
-from streaming.disk.reads import Batch, Read, ReadClass, ReadDropped, ReadStatistics, Task
+from streaming.disk.reads import (
+    Batch,
+    Precedence,
+    Read,
+    ReadClass,
+    ReadDropped,
+    ReadStatistics,
+    Task,
+    aligned_range,
+    buffer_bytes,
+    perform,
+)
 from streaming.files.headers import FileStamp
 
 NUM_THREADS = 8

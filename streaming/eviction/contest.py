@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Protocol
 
-from config.expert_policy import ExpertPolicy
+from config.defaults import ExpertPolicy
 from streaming.eviction.policy import LeastNearlyChosen, LeastRecentlyUsed, Policy, Scores
 
 # Steps of a trial: the first are not counted, because nearness has to learn and the books have to part.

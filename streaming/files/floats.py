@@ -1,15 +1,18 @@
-"""Float formats of disk and memory, as NumPy sees them (it has no bfloat16). Called when bytes are committed.
+"""Types of weights on disk and in memory, for MLX and for NumPy, which has no bfloat16.
 
 Readers' threads run this code: it touches bytes only and leaves the interpreter lock to others while it
 copies.
 """
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
 FLOATS = ("BF16", "F16", "F32")
+# By the names of safetensors: what weights may be.
+MLX_TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U8": mx.uint8, "U32": mx.uint32}
 # The NumPy type that carries the values of a safetensors dtype; bfloat16 travels as its 16 bits.
 CARRIERS: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(np.uint16),

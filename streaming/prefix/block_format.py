@@ -74,9 +74,9 @@ class Block:
         return HEADER_BYTES + self.tokens.nbytes + self.payload.nbytes
 
 
-def root_key(fingerprint: bytes) -> bytes:
-    """The parent of first blocks."""
-    return hashlib.sha256(b"root" + fingerprint).digest()
+def root_key(fingerprint: bytes, group: str = "") -> bytes:
+    """The parent of first blocks, in each cache group another one; "" is that of servers without keys."""
+    return hashlib.sha256(b"root" + fingerprint + group.encode()).digest()
 
 
 def chain_key(parent: bytes, tokens: Tokens) -> bytes:

@@ -13,7 +13,6 @@ import pytest
 
 import models.experts.router
 from models.args import ModelArgs
-from models.arithmetic import Arithmetic
 from models.attention.attention import Attention, RowPart
 from models.attention.indexer import Indexer
 from models.attention.rope import Rope
@@ -53,8 +52,8 @@ def _patch_indexer_rope(patch: pytest.MonkeyPatch, call: Callable[..., mx.array]
 def shared_layers_are_dense(patch: pytest.MonkeyPatch) -> None:
     right = Attention._attend
 
-    def attend(self: Attention, q: mx.array, keys: mx.array, selected: Any) -> mx.array:
-        return right(self, q, keys, selected if "indexer" in self else None)
+    def attend(self: Attention, q: mx.array, keys: mx.array, selected: Any, in_flight: Any) -> mx.array:
+        return right(self, q, keys, selected if "indexer" in self else None, in_flight)
 
     patch.setattr(Attention, "_attend", attend)
 
@@ -77,7 +76,7 @@ def shared_layers_use_the_previous_group(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_relu(patch: pytest.MonkeyPatch) -> None:
-    def scores(queries: mx.array, weights: mx.array, keys: mx.array, _: Arithmetic) -> mx.array:
+    def scores(queries: mx.array, weights: mx.array, keys: mx.array, *_: Any) -> mx.array:
         return (weights[:, None, :] @ (queries @ keys.T))[:, 0, :]
 
     patch.setattr("models.attention.tiles.index_scores", scores)
@@ -132,23 +131,26 @@ def head_dim_as_rotary_width(patch: pytest.MonkeyPatch, head_dim: int = SHARED["
 
 
 def forced_sinks(patch: pytest.MonkeyPatch) -> None:
-    def with_sinks(scores: mx.array, visible: mx.array, k: int) -> mx.array:
+    def with_sinks(scores: mx.array, visible: mx.array, k: int, kth_best: Any) -> mx.array:
         first = mx.arange(scores.shape[-1]) < 2
-        return select(mx.where(first, mx.inf, scores), visible, k)
+        return select(mx.where(first, mx.inf, scores), visible, k, kth_best)
 
     patch.setattr("models.attention.tiles.select", with_sinks)
 
 
 def forced_window(patch: pytest.MonkeyPatch) -> None:
-    def with_window(scores: mx.array, visible: mx.array, k: int) -> mx.array:
+    def with_window(scores: mx.array, visible: mx.array, k: int, kth_best: Any) -> mx.array:
         age = visible.sum(axis=-1, keepdims=True) - 1 - mx.arange(scores.shape[-1])
-        return select(mx.where(age < 3, mx.inf, scores), visible, k)
+        return select(mx.where(age < 3, mx.inf, scores), visible, k, kth_best)
 
     patch.setattr("models.attention.tiles.select", with_window)
 
 
 def one_key_too_many(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("models.attention.tiles.select", lambda scores, visible, k: select(scores, visible, k + 1))
+    def one_more(scores: mx.array, visible: mx.array, k: int, kth_best: Any) -> mx.array:
+        return select(scores, visible, k + 1, kth_best)
+
+    patch.setattr("models.attention.tiles.select", one_more)
 
 
 def unnormed_latent(patch: pytest.MonkeyPatch) -> None:

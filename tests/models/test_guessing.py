@@ -5,8 +5,8 @@ from typing import cast
 import pytest
 
 from models.arithmetic import CPU
-from models.experts.expert_source import ExpertSource
 from models.experts.experts import Experts
+from streaming.store import ExpertStore
 
 
 class Slots:
@@ -29,5 +29,5 @@ class Slots:
 def test_many_rows_guess_only_where_all_that_they_may_want_has_a_slot(
     rows: int, slots: int, is_guessed: bool
 ) -> None:
-    experts = Experts(1, cast(ExpertSource, Slots(slots)), {}, CPU)
+    experts = Experts(1, cast(ExpertStore, Slots(slots)), {}, CPU)
     assert experts.can_be_guessed(rows, 8) == is_guessed

@@ -1,5 +1,7 @@
 """What loading or a prompt takes beside trunk, experts and caches: within its lines, and most of them."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -8,7 +10,7 @@ import pytest
 
 from models import workspace
 from models.arithmetic import CPU, METAL, Arithmetic, Quantization
-from models.attention.attention import Span
+from models.attention.attention import Span, make_parts
 from models.loading.loading import load_model, make_geometry, open_checkpoint
 from models.workspace import loading_bytes
 from streaming.store import ExpertStore
@@ -98,3 +100,47 @@ def test_loading_takes_a_tensor_more_than_what_it_loads(
     assert make_geometry(checkpoint, arithmetic, 1).workspace_bytes >= beside
     store.close()
     del model
+
+
+# A router so wide that the scores of a whole prompt are more than all else.
+MANY = TINY | {
+    "n_routed_experts": 512, "num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 3 + ["sparse"],
+}  # fmt: skip
+SMALL_TILES = [replace(CPU, tile_elements=2**12), replace(METAL, tile_elements=2**16)]
+
+
+@pytest.fixture(scope="module")
+def many_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_packed(tmp_path_factory.mktemp("many"), MANY, make_weights(MANY, SEED), lambda path: None)
+
+
+@pytest.mark.parametrize(("length", "part_rows"), [(150, 100), (600, 60), (700, 64)])
+@pytest.mark.parametrize("arithmetic", SMALL_TILES, ids=lambda a: a.name)
+def test_a_prompt_of_several_parts_stays_within_its_lines(
+    arithmetic: Arithmetic, length: int, part_rows: int, many_experts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault of once: the routing of all rows was evaluated at once."""
+    monkeypatch.setattr("models.glm_moe_dsa.make_parts", partial(make_parts, num_rows=part_rows))
+    monkeypatch.setattr(workspace, "PART_ROWS", part_rows)
+    opened = open_model(many_experts, arithmetic=arithmetic)
+    cache, ids = opened.model.make_cache(), tokens(MANY, length)
+    peak = peak_of(lambda: mx.eval(opened.model(mx.array(ids), [Span(cache, 0, length)])))
+    geometry = make_geometry(opened.checkpoint, arithmetic, length)
+    assert peak - cache.nbytes <= geometry.workspace_bytes + length * geometry.sweep_row_bytes
+
+
+@pytest.mark.parametrize("part_rows", [33, 40, 48])
+def test_no_part_is_written_into_what_others_may_hold(
+    part_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX copies an array that is written into while anything refers to it: x lay in memory twice."""
+    rows, config = 700, TINY | {
+        "hidden_size": 1024, "num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 3 + ["sparse"],
+    }  # fmt: skip
+    model = open_model(save_packed(tmp_path, config, make_weights(config, SEED), lambda path: None)).model
+    monkeypatch.setattr("models.glm_moe_dsa.make_parts", partial(make_parts, num_rows=part_rows))
+    before = start_measuring()
+    steps = model.forward(mx.array(tokens(config, rows)), [Span(model.make_cache(), 0, rows)])
+    while next(steps) != model.num_layers - 2:  # all dense ones
+        pass
+    assert mx.get_peak_memory() - before < 1.9 * rows * config["hidden_size"] * 4

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import CheckpointError, DiskError
-from streaming.disk.aligned import scatter
 from streaming.disk.copies import find_copies
 from streaming.disk.disk import DirectDisk, Disk, DiskFile, aligned_buffer
 from streaming.disk.mirror import MirroredDisk
-from streaming.disk.reads import Target
+from streaming.disk.reads import Target, scatter
 from streaming.files.floats import Bytes
 from streaming.files.headers import FileStamp, read_headers
 from streaming.files.index import ExpertIndex

@@ -14,7 +14,7 @@ from config.errors import DiskError
 from streaming.files.floats import Bytes
 from streaming.files.headers import read_headers
 from streaming.files.index import ExpertIndex
-from streaming.lookahead import Gate
+from streaming.layer import Gate
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk

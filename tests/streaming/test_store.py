@@ -1,6 +1,6 @@
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from config.errors import CheckpointError, DiskError
 from streaming.files.floats import Bytes
 from streaming.files.headers import read_headers
 from streaming.files.index import ExpertIndex
+from streaming.layer import Lease
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import Kinds, as_float32, separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk
@@ -358,3 +359,32 @@ def test_reads_that_go_on_count_as_time_already(index: ExpertIndex) -> None:
         assert 0 < first < second
         release.set()
         store.finish(fetch)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda store: store.acquire(1, [5]),
+        lambda store: store.begin(1, [5]),
+        lambda store: store.expect(1, [[5]]),
+        lambda store: store.resize(1, 2),
+        lambda store: next(iter(store.take_turns(1, range(NUM_EXPERTS)))),
+        lambda store: next(iter(store.sweep(1, {5: 1}, 1))),
+    ],
+    ids=["acquire", "begin", "expect", "resize", "turns", "sweep"],
+)
+def test_no_expert_moves_while_a_product_reads_the_layers_slots(
+    index: ExpertIndex, ask: Callable[[ExpertStore], object]
+) -> None:
+    with opened(index, 4) as store:
+        slots = store.acquire(1, [0, 1, 2, 3])
+        expected = in_slot(store, 1, int(slots[0]))
+        product = store.lease(1).hold(store.bank(1)["gate_proj.scales"].sum())
+        with pytest.raises(AssertionError, match="not evaluated yet"):
+            ask(store)
+        assert all((in_slot(store, 1, int(slots[0]))[name] == rows).all() for name, rows in expected.items())
+        store.acquire(2, [5])  # other layers have leases of their own
+        Lease.release([store.lease(1)])
+        assert store.lease(1).is_released
+        mx.eval(product)
+        store.acquire(1, [5])

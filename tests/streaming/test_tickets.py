@@ -1,6 +1,6 @@
 import pytest
 
-from streaming.tickets import TicketOffice
+from streaming.fills import TicketOffice
 
 
 def test_a_ticket_is_void_once_its_slot_is_issued_again_or_revoked() -> None:

@@ -10,38 +10,38 @@ from fastapi import APIRouter, Request
 
 from config.errors import RequestError
 from config.prices import PRICES_OF
-from server.api.access.keys import KeyRing
+from server.api.access.receipts import Caller
 from server.api.error_bodies import PROVIDER
 from server.api.service import Service
 
 PERIODS = ("", "_daily", "_weekly", "_monthly")
 
 
-def account_router(service: Service, keys: KeyRing) -> APIRouter:
-    """Read-only."""
+def account_router(service: Service) -> APIRouter:
+    """Read-only. An admin is told of all accounts, everybody else of their own."""
     router = APIRouter()
 
     @router.get("/key")
     @router.get("/auth/key")
     async def get_key(request: Request) -> dict[str, Any]:
-        name = getattr(request.state, "key_name", "local")
-        accounts = service.ledger.accounts
+        key, accounts = request.state.key, service.ledger.accounts
         quota = {
-            limit: {"limit": amount, "used": accounts.used(name, limit)}
-            for limit, amount in keys.quota_of(name).limits.items()
+            limit: {"limit": amount, "used": accounts.used(key.account, limit)}
+            for limit, amount in key.quota.limits.items()
         }
-        return {"data": _key_card(name) | {"quota": quota}}
+        return {"data": _key_card(key.name) | {"quota": quota}}
 
     @router.get("/credits")
-    async def get_credits() -> dict[str, Any]:
-        cost = round(service.ledger.openrouter_cost, 6)
-        saved = {"openrouter_cost": cost, "prices_of": PRICES_OF}
+    async def get_credits(request: Request) -> dict[str, Any]:
+        key, ledger = request.state.key, service.ledger
+        cost = ledger.openrouter_cost if key.is_admin else ledger.cost_of(key.account)
+        saved = {"openrouter_cost": round(cost, 6), "prices_of": PRICES_OF}
         return {"data": {"total_credits": 0, "total_usage": 0} | saved}
 
     @router.get("/generation")
-    async def get_generation(id: str = "") -> dict[str, Any]:
-        found = service.ledger.find(id)
-        if found is None:
+    async def get_generation(request: Request, id: str = "") -> dict[str, Any]:
+        owner, found = service.ledger.find(id) or ("", None)
+        if found is None or not Caller.of(request).may_see(owner):
             message = f"there is no finished generation {id[:100]!r}; the last few thousand are kept"
             raise RequestError(message, status=404, error_type="not_found", param="id")
         return {"data": found}

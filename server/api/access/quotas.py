@@ -1,9 +1,9 @@
 """How much each key may use in a minute and in a day, and how much it has used.
 
-`Quota` is what the key file says; `Accounts` counts, by the name of the key, so that reading the file again
-forgets nothing. Windows are those of the clock (UTC): a minute from :00 to :59, a day from midnight. Tokens
-are set aside when a request is accepted, and counted when it is over: requests that come together share what
-is left.
+`Quota` is what the key file says; `Accounts` counts, by account, so that reading the file again forgets
+nothing, and keeps the counts in a file where there is one. Windows are those of the clock (UTC): a minute
+from :00 to :59, a day from midnight. Tokens are set aside when a request is accepted, and counted when it is
+over: requests that come together share what is left.
 """
 
 import math
@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from config.errors import RequestError, UsageError
+from config.errors import MAX_RETRY_AFTER_S, RequestError, UsageError
+from server.api.sqlite_file import SqliteFile
 
 PERIODS_S: Mapping[str, int] = {"minute": 60, "day": 86_400}
 UNITS = ("requests", "tokens")
@@ -23,9 +24,17 @@ MAX_DIGITS = 18
 UNSTATED_TOKENS = 4096
 # Between setting tokens aside and the start of a response lies no more; a client that left then is forgotten.
 START_S = 5.0
-# Clients that are told to wait longer do not try again at all.
-MAX_RETRY_AFTER_S = 120
+# Two servers may keep their counts in one file, so each adds.
+TABLE = "CREATE TABLE IF NOT EXISTS used (period, turn, name, amount, PRIMARY KEY (period, turn, name))"
+ADD = (
+    "INSERT INTO used VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET amount = MAX(0, amount + excluded.amount)"
+)
 LIMITS = tuple(f"{unit}/{period}" for unit in UNITS for period in PERIODS_S)
+
+
+RATE_HEADERS = tuple(
+    f"x-ratelimit-{what}-{unit}" for unit in UNITS for what in ("limit", "remaining", "reset")
+)
 
 
 @dataclass(frozen=True)
@@ -76,21 +85,28 @@ def parse_quota(words: Iterable[str]) -> Quota:
         is_number = amount.isascii() and amount.isdigit() and len(amount) <= MAX_DIGITS
         if name not in LIMITS or not (is_number and int(amount)):
             raise UsageError(
-                f"{word[:60]!r} is no limit; one is NAME=NUMBER, of the names {', '.join(LIMITS)}"
+                f"{word[:60]!r} is no limit; one is NAME=NUMBER, of the names {', '.join(LIMITS)}; beside "
+                "limits there are admin and cache_group=NAME"
             )
         limits[name] = int(amount)
     return Quota(limits)
 
 
 class Accounts:
-    """What each name has used in the current windows."""
+    """What each account has used in the current windows."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time, file: SqliteFile | None = None) -> None:
+        """Goes on from the counts in `file`, whose table is `TABLE`."""
         self._clock = clock
         self._windows: dict[str, int] = {}
         self._used: dict[str, Counter[str]] = {period: Counter() for period in PERIODS_S}
         self._reserved: dict[str, _Reserved] = {}
         self._lock = threading.RLock()
+        self._file = file
+        self._turn()
+        for period, window, name, amount in file.rows("SELECT * FROM used") if file else ():
+            if self._windows.get(period) == window:
+                self._used[period][name] = amount
 
     def admit(self, name: str, quota: Quota) -> Spent | None:
         """Count a request, or say which limit is used up."""
@@ -108,7 +124,7 @@ class Accounts:
             for other in [key for key, one in self._reserved.items() if one.ends_at < now]:
                 del self._reserved[other]
             limits = {limit: most for limit, most in quota.limits.items() if limit.startswith("tokens/")}
-            left = [most - self.used(name, limit) - self.reserved(name) for limit, most in limits.items()]
+            left = [most - self._taken(name, limit) for limit, most in limits.items()]
             for (limit, most), rest in zip(limits.items(), left, strict=True):
                 if wanted.needed > rest:
                     self._add(name, "requests", -1)
@@ -143,18 +159,39 @@ class Accounts:
     def _too_few(self, name: str, limit: str, most: int, needed: int) -> QuotaError:
         asked = f"the request may take {needed} tokens, prompt and stated limit of the answer together"
         if needed > most:
-            message = f"{asked}, and the key of {name!r} has {most} {limit}: state a lower limit"
+            message = f"{asked}, and the key has {most} {limit}: state a lower limit"
             return QuotaError(message, None)
         wait_s = self._wait_s(limit)
         if needed <= most - self.used(name, limit):  # others under way may take less than they stated
             wait_s = min(wait_s, math.ceil(START_S))
-        message = f"{asked}, and the key of {name!r} has fewer left of its {most} {limit}"
+        message = f"{asked}, and the key has fewer left of its {most} {limit}"
         return QuotaError(f"{message}; there may be more in {wait_s} s", wait_s)
+
+    def headers(self, name: str, quota: Quota) -> dict[str, str]:
+        """`x-ratelimit-*` as OpenAI's clients read them: of each unit the limit of which least is left."""
+        told = {}
+        with self._lock:
+            for unit in UNITS:
+                limits = [limit for limit in quota.limits if limit.startswith(unit)]
+                left = {limit: max(0, quota.limits[limit] - self._taken(name, limit)) for limit in limits}
+                if limits:
+                    limit = min(limits, key=left.__getitem__)
+                    told[f"x-ratelimit-limit-{unit}"] = str(quota.limits[limit])
+                    told[f"x-ratelimit-remaining-{unit}"] = str(left[limit])
+                    told[f"x-ratelimit-reset-{unit}"] = f"{self._wait_s(limit)}s"
+        return told
+
+    def _taken(self, name: str, limit: str) -> int:
+        """What is used of a limit, and what is set aside."""
+        return self.used(name, limit) + (self.reserved(name) if limit.startswith("tokens/") else 0)
 
     def _add(self, name: str, unit: str, amount: int) -> None:
         self._turn()
-        for used in self._used.values():
-            used[f"{unit} {name}"] = max(0, used[f"{unit} {name}"] + amount)
+        for period, used in self._used.items():
+            counted = f"{unit} {name}"
+            used[counted] = max(0, used[counted] + amount)
+            if self._file:
+                self._file.write(ADD, period, self._windows[period], counted, amount)
 
     def _turn(self) -> None:
         """Begin new windows where the clock says so."""
@@ -163,6 +200,8 @@ class Accounts:
             if self._windows.get(period) != window:
                 self._windows[period] = window
                 self._used[period].clear()
+                if self._file:
+                    self._file.write("DELETE FROM used WHERE period = ? AND turn < ?", period, window)
 
     def _wait_s(self, limit: str) -> int:
         seconds = PERIODS_S[limit.partition("/")[2]]

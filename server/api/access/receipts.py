@@ -1,27 +1,37 @@
 """What became of requests: the last few thousand receipts, and counts since the start, some by key.
 
 Owned by the service; written by the routes when an answer ends, read by /generation and by whoever watches.
+Where there is a file beside the prefix cache, receipts, quotas and what was saved survive a restart.
 """
 
-import hashlib
+import json
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 
 from config.prices import PRICES, PRICES_OF
-from server.api.access.keys import key_of
-from server.api.access.quotas import UNSTATED_TOKENS, Accounts, Quota, Wanted
+from server.api.access.keys import Key, digest, key_of
+from server.api.access.quotas import TABLE, UNSTATED_TOKENS, Accounts, Wanted
 from server.api.answer.answer import Answer
 from server.api.error_bodies import PROVIDER
+from server.api.sqlite_file import SqliteFile
 from server.link.messages import Usage
 
+FILE_NAME = "accounts.sqlite3"
 MAX_RECEIPTS = 10_000
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS receipts (number INTEGER PRIMARY KEY, id TEXT UNIQUE, owner TEXT, body TEXT)",
+    "CREATE TABLE IF NOT EXISTS costs (account TEXT PRIMARY KEY, cost REAL)",
+)
+FORGET = "DELETE FROM receipts WHERE number <= (SELECT MAX(number) FROM receipts) - ?"
+ADD_COST = "INSERT INTO costs VALUES (?, ?) ON CONFLICT DO UPDATE SET cost = cost + excluded.cost"
 MAX_HEADER = 256
 # Receipts and the engine's books keep names, so these have an end; real ones are a few hundred characters.
 MAX_USER = 1024
@@ -31,16 +41,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Caller:
-    """What a request says of its sender, and the name of the key that it came with."""
+    """What a request says of its sender, and the key that it came with.
 
-    key_name: str = "local"
+    `owner` tells senders apart and is never shown: the key's account or, while there are no keys, whatever
+    token was sent.
+    """
+
+    key: Key = field(default_factory=Key)
+    owner: str = ""
     session_id: str | None = None
     user: str | None = None
     user_agent: str | None = None
     referer: str | None = None
-    key: str | None = None
     title: str | None = None
-    quota: Quota = field(default_factory=Quota)
 
     @property
     def agent(self) -> str:
@@ -48,7 +61,7 @@ class Caller:
 
         What one key calls its sessions is no other's: it would wait for them, and be shown their prompts.
         """
-        key = f"key {self.key}" if self.key else ""
+        key = f"key {self.owner}" if self.owner else ""
         named = {"session": self.session_id, "user": self.user, "title": "" if key else self.title}
         name = next((f"{kind} {name}" for kind, name in named.items() if name), "")
         return " ".join(filter(None, [key, name]))
@@ -57,21 +70,29 @@ class Caller:
     def label(self) -> str:
         """The sender for the log: names only, printable and not long."""
         name = self.session_id or self.user or self.title
-        return f"{self.key_name} {name!r}"[:100] if name else self.key_name
+        return f"{self.key.name} {name!r}"[:100] if name else self.key.name
+
+    def may_see(self, owner: str) -> bool:
+        """Whether what belongs to this owner may be told; of another's an admin's look is logged."""
+        if owner == self.owner:
+            return True
+        if self.key.is_admin and self.key.account:
+            log.info("admin: key %r looks at what belongs to another one", self.key.name)
+        return self.key.is_admin
 
     @classmethod
-    def of(cls, request: Request, session_id: str | None, user: str | None) -> "Caller":
+    def of(cls, request: Request, session_id: str | None = None, user: str | None = None) -> "Caller":
         """The sender by the headers and the body; the body wins."""
-        headers = request.headers
+        headers, key = request.headers, request.state.key
+        token = key_of(headers)
         return cls(
-            key_name=getattr(request.state, "key_name", "local"),
+            key=key,
+            owner=key.account or (f"token {digest(token).hex()}" if token else ""),
             session_id=session_id or _header(headers, "x-session-id"),
             user=user[:MAX_USER] if user else None,
             user_agent=_header(headers, "user-agent"),
             referer=_header(headers, "http-referer"),
-            key=_digest(key_of(headers)),
             title=_header(headers, "x-openrouter-title") or _header(headers, "x-title"),
-            quota=getattr(request.state, "quota", Quota()),
         )
 
 
@@ -165,22 +186,35 @@ ABSENT = (
 
 
 class Ledger:
-    """Finished requests by their id, the oldest forgotten first."""
+    """Finished requests by their id, the oldest forgotten first, and what each account saved."""
 
-    def __init__(self, capacity: int = MAX_RECEIPTS) -> None:
+    def __init__(self, directory: Path | None = None, capacity: int = MAX_RECEIPTS) -> None:
+        """Goes on from what the file in `directory` holds."""
         self._capacity = capacity
-        self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._finished: OrderedDict[str, tuple[str, dict[str, Any]]] = OrderedDict()
+        self._file = None
+        if directory:
+            self._file = SqliteFile(directory / FILE_NAME, "receipts and quotas are kept", TABLE, *TABLES)
         self.num_rejected_calls = 0
-        self.openrouter_cost = 0.0
-        self.accounts = Accounts()
+        self._costs: dict[str, float] = dict(self._file.rows("SELECT * FROM costs") if self._file else ())
+        self.accounts = Accounts(file=self._file)
+
+    @property
+    def openrouter_cost(self) -> float:
+        """US dollars that OpenRouter would have charged for all requests."""
+        return sum(self._costs.values())
+
+    def cost_of(self, account: str) -> float:
+        """The same for the requests of one account."""
+        return self._costs.get(account, 0.0)
 
     def open(self, receipt: Receipt, answers: list[Answer], limit: int | None) -> None:
         """Set aside what a request may take; `limit` is that stated for each answer. Raises QuotaError."""
         prompts = sum(len(answer.request.token_ids) for answer in answers[:: receipt.answers_per_prompt])
         most = sum(min(limit or UNSTATED_TOKENS, answer.request.max_tokens) for answer in answers)
         needed = prompts + (min(len(answers), most) if limit is None else most)
-        caller = receipt.caller
-        self.accounts.reserve(caller.key_name, caller.quota, receipt.id, Wanted(needed, prompts + most))
+        key = receipt.caller.key
+        self.accounts.reserve(key.account, key.quota, receipt.id, Wanted(needed, prompts + most))
 
     def start(self, receipt: Receipt) -> None:
         """The response to a request has begun; `close` will be called."""
@@ -190,27 +224,39 @@ class Ledger:
         """Keep a request that is over, however it ended."""
         self.num_rejected_calls += sum(answer.parser.num_rejected_calls for answer in answers)
         usage = receipt.usage(answers)
-        cost = receipt.openrouter_cost(usage)
-        self.openrouter_cost += cost
+        cost, caller = receipt.openrouter_cost(usage), receipt.caller
         num_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
-        self.accounts.charge(receipt.caller.key_name, num_tokens, receipt.id)
+        self.accounts.charge(caller.key.account, num_tokens, receipt.id)
         if cost:
             text = "%s of %s: %d tokens, $%.6f at OpenRouter by its prices of %s"
-            log.info(text, receipt.id, receipt.caller.key_name, num_tokens, cost, PRICES_OF)
-        self._finished[receipt.id] = receipt.describe(answers)
+            log.info(text, receipt.id, caller.key.name, num_tokens, cost, PRICES_OF)
+            self._costs[caller.key.account] = self.cost_of(caller.key.account) + cost
+        self._keep(receipt.id, caller, receipt.describe(answers), cost)
+
+    def _keep(self, request_id: str, caller: Caller, described: dict[str, Any], cost: float) -> None:
+        self._finished[request_id] = caller.owner, described
         if len(self._finished) > self._capacity:
             self._finished.popitem(last=False)
+        if self._file:
+            row = request_id, caller.owner, json.dumps(described)
+            self._file.write("INSERT OR REPLACE INTO receipts (id, owner, body) VALUES (?, ?, ?)", *row)
+            self._file.write(FORGET, self._capacity)
+            if cost:
+                self._file.write(ADD_COST, caller.key.account, cost)
 
-    def find(self, generation_id: str) -> dict[str, Any] | None:
-        """A finished request."""
-        return self._finished.get(generation_id)
+    def find(self, generation_id: str) -> tuple[str, dict[str, Any]] | None:
+        """A finished request, behind its owner."""
+        if (found := self._finished.get(generation_id)) or self._file is None:
+            return found
+        rows = self._file.rows("SELECT owner, body FROM receipts WHERE id = ?", generation_id)
+        return (rows[0][0], json.loads(rows[0][1])) if rows else None
+
+    def close_file(self) -> None:
+        """Write what waits."""
+        if self._file:
+            self._file.close()
 
 
 def _header(headers: Mapping[str, str], name: str) -> str | None:
     value = headers.get(name)
     return value[:MAX_HEADER] if value else None
-
-
-def _digest(key: str) -> str | None:
-    """Tells keys apart without keeping them."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16] if key else None

@@ -4,12 +4,14 @@ Changes are passed on to the engine, which answers nothing: the counts that come
 next request show them.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Request
 
 from config.errors import RequestError
+from server.api.access.guard import Access, require_admin
+from server.api.access.keys import Key
 from server.api.access.receipts import Caller
 from server.api.prompt.explain import MAX_EXPLANATIONS
 from server.api.prompt.replay import prompt_of
@@ -19,48 +21,54 @@ from server.api.service import Service
 from server.link.messages import Administer
 
 
-def cache_router(service: Service) -> APIRouter:
-    """For everybody with a key: a fleet trusts its members."""
+def cache_router(service: Service, access: Access) -> APIRouter:
+    """For admins, but for /explain: that tells everybody of their own prompts."""
     router = APIRouter(prefix="/cache")
     Body = Annotated[ChatRequest, Depends(body_of(ChatRequest))]
+    admin = [Depends(require_admin(access))]
 
     @router.get("/explain")
-    async def explain(id: str = "") -> dict[str, Any]:
+    async def explain(request: Request, id: str = "") -> dict[str, Any]:
         found = service.explainer.find(id)
-        if found is None:
+        if found is None or not Caller.of(request).may_see(found.caller.owner):
             message = f"there is no prompt {id[:100]!r} among the last {MAX_EXPLANATIONS} chats"
             raise RequestError(message, status=404, error_type="not_found", param="id")
         return {"data": found.describe()}
 
-    @router.get("/stats")
+    @router.get("/stats", dependencies=admin)
     async def stats() -> dict[str, Any]:
         told = service.engine.status.stats
         values = told.values if told else {}
         return {"data": {name: value for name, value in values.items() if name.startswith("prefix_")}}
 
-    @router.post("/clear", status_code=202)
+    @router.post("/clear", status_code=202, dependencies=admin)
     async def clear() -> dict[str, Any]:
         service.model_info()  # where there is no engine nobody clears the disk
         service.remembered.clear()
         service.engine.administer(Administer("clear"))
         return {"data": {"status": "accepted"}}
 
-    @router.post("/pin", status_code=202)
+    @router.post("/pin", status_code=202, dependencies=admin)
     async def pin(request: Request, body: Body) -> dict[str, Any]:
         service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
-        return await anyio.to_thread.run_sync(_administer, service, body, True)
+        return await anyio.to_thread.run_sync(_administer, service, body, request.state.key, "pin")
 
-    @router.post("/unpin", status_code=202)
+    @router.post("/unpin", status_code=202, dependencies=admin)
     async def unpin(request: Request, body: Body) -> dict[str, Any]:
         service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
-        return await anyio.to_thread.run_sync(_administer, service, body, False)
+        return await anyio.to_thread.run_sync(_administer, service, body, request.state.key, "unpin")
 
     return router
 
 
-def _administer(service: Service, body: ChatRequest, is_pinned: bool) -> dict[str, Any]:
-    """Pin what a chat with this body begins with: its tools and messages, in whole blocks."""
+def _administer(
+    service: Service, body: ChatRequest, key: Key, action: Literal["pin", "unpin"]
+) -> dict[str, Any]:
+    """Pin what a chat with this body begins with: its tools and messages, in whole blocks.
+
+    Blocks are those of the key's cache group.
+    """
     service.model_info()
     prompt = prompt_of(service.dialect.tokenizer, service.dialect.template, body)
-    service.engine.administer(Administer("pin" if is_pinned else "unpin", tuple(prompt)))
+    service.engine.administer(Administer(action, tuple(prompt), key.cache_group))
     return {"data": {"status": "accepted", "prompt_tokens": len(prompt)}}

@@ -1,4 +1,4 @@
-"""GET /models: one answer for OpenAI's, OpenRouter's and LM Studio's clients; GET /health."""
+"""GET /models: one answer for OpenAI's, Anthropic's and OpenRouter's clients; GET /health."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -6,35 +6,17 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Response
 from fastapi.responses import JSONResponse
 
-from config.errors import RequestError
+from config.errors import RETRY_AFTER_S, RequestError
 from server.api.error_bodies import PROVIDER
 from server.api.service import Service
 
 FREE = dict.fromkeys(("prompt", "completion", "request", "image", "web_search", "internal_reasoning"), "0")
 PARAMETERS = [
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "stop",
-    "max_tokens",
-    "max_completion_tokens",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "logprobs",
-    "top_logprobs",
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "response_format",
-    "structured_outputs",
-    "reasoning",
-    "reasoning_effort",
-    "include_reasoning",
-]
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "max_tokens", "max_completion_tokens",
+    "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "logprobs", "top_logprobs",
+    "tools", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs", "reasoning",
+    "reasoning_effort", "include_reasoning",
+]  # fmt: skip
 # Asked of something that is not there they are a 404, as a GET is.
 CHANGES = ["POST", "PUT", "PATCH", "DELETE"]
 ARCHITECTURE = {
@@ -55,13 +37,8 @@ def models_router(service: Service) -> APIRouter:
     async def list_models() -> dict[str, Any]:
         card = model_card(service)
         length = card["context_length"]
-        loaded = [{"config": {"context_length": length}}]
-        local = {
-            "key": card["id"],
-            "id": card["id"],
-            "max_context_length": length,
-            "loaded_instances": loaded,
-        }
+        local = {"key": card["id"], "id": card["id"], "max_context_length": length}
+        local["loaded_instances"] = [{"config": {"context_length": length}}]
         return {
             "object": "list",
             "total_count": 1,
@@ -70,7 +47,7 @@ def models_router(service: Service) -> APIRouter:
             "first_id": card["id"],
             "last_id": card["id"],
             "data": [card],
-            "models": [local],
+            "models": [local],  # LM Studio's form
         }
 
     @router.get("/models/count")
@@ -118,7 +95,7 @@ def health_router(service: Service) -> APIRouter:
         if status.info:
             return JSONResponse(body | {"context_length": status.info.context_length})
         body |= {"reason": status.text, "progress": round(status.fraction, 3)}
-        return JSONResponse(body, 503, {"Retry-After": "5"})
+        return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
     return router
 

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
+from server.api.access.guard import Access, require_admin
 from server.api.service import Service
 
 
-def engine_router(service: Service) -> APIRouter:
-    """For everybody with a key, as the other routes of administration are."""
-    router = APIRouter(prefix="/engine")
+def engine_router(service: Service, access: Access) -> APIRouter:
+    """For admins."""
+    router = APIRouter(prefix="/engine", dependencies=[Depends(require_admin(access))])
 
     @router.post("/start", status_code=202)
     async def start() -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Self
 from fastapi import APIRouter, Depends
 from pydantic import model_validator
 
-from config.expert_policy import ExpertPolicy
+from config.defaults import ExpertPolicy
 from config.sizes import parse_size
+from server.api.access.guard import Access, require_admin
 from server.api.error_bodies import GenerationFailed
 from server.api.request.body import body_of
 from server.api.request.common_fields import Exact, fault
@@ -35,9 +36,9 @@ class PlanRequest(Exact):
         return self
 
 
-def memory_router(service: Service) -> APIRouter:
-    """For everybody with a key, as the prefix cache is."""
-    router = APIRouter(prefix="/memory")
+def memory_router(service: Service, access: Access) -> APIRouter:
+    """For admins."""
+    router = APIRouter(prefix="/memory", dependencies=[Depends(require_admin(access))])
     Body = Annotated[PlanRequest, Depends(body_of(PlanRequest))]
 
     @router.post("/plan", status_code=202)

@@ -4,15 +4,16 @@ Feeds the parser, finds stop strings, keeps the count, and writes the request's 
 early cancels the request at the engine.
 """
 
+import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from server.api.answer.stops import StopScanner
-from server.api.answer.waiting import WaitingRequests
 from server.api.error_bodies import GenerationFailed
 from server.glm.answer_parser import AnswerParser, AnswerPiece
 from server.glm.tools import CallPart
@@ -29,6 +30,36 @@ from server.link.messages import (
     TokenScore,
     Usage,
 )
+
+
+class WaitingRequests:
+    """The requests that wait, each with its place where the engine has said one."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, int | None] = {}
+
+    def enter(self, request_id: str) -> None:
+        """Wait at the end."""
+        self._waiting[request_id] = None
+
+    def place(self, request_id: str, num_before: int) -> None:
+        """Wait there: the engine's order is not that of arrival."""
+        self._waiting[request_id] = num_before
+
+    def leave(self, request_id: str) -> None:
+        """Wait no more, if it did."""
+        self._waiting.pop(request_id, None)
+
+    def num_before(self, request_id: str) -> int | None:
+        """How many others are served first; None for a request that does not wait.
+
+        An engine in the middle of a step has not seen the latest yet: those stand behind all earlier ones.
+        """
+        if request_id not in self._waiting:
+            return None
+        place = self._waiting[request_id]
+        return list(self._waiting).index(request_id) if place is None else place
+
 
 log = logging.getLogger(__name__)
 
@@ -198,3 +229,49 @@ class Answer:
             seconds,
             usage.num_completion_tokens / max(seconds, 1e-9),
         )
+
+
+T = TypeVar("T")
+
+
+class _End:
+    """The last entry of a stream, with the error that ended it."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """Items of all streams as they come, each with its stream's index; the first error ends all."""
+    if len(streams) == 1:  # a queue and a task would cost more than all the rest of a token
+        async with aclosing(streams[0]) as only:
+            async for only_item in only:
+                yield 0, only_item
+        return
+    queue: asyncio.Queue[tuple[int, T | _End]] = asyncio.Queue()
+
+    async def pump(index: int, stream: AsyncGenerator[T, None]) -> None:
+        end = _End(None)
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait((index, item))
+        except Exception as error:  # raised where the items are read
+            end = _End(error)
+        queue.put_nowait((index, end))
+
+    tasks = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            index, item = await queue.get()
+            if not isinstance(item, _End):
+                yield index, item
+            elif item.error:
+                raise item.error
+            else:
+                num_open -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,14 +6,14 @@ Chunks carry no nulls but `finish_reason` and its companions: some clients refus
 import codecs
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from server.api.answer.answer import Answer, Delta
 from server.api.error_bodies import PROVIDER
 from server.glm.tokenizer import Tokenizer
 from server.glm.tools import CallPart
-from server.link.messages import Generate, TokenScore, Usage
+from server.link.messages import TokenScore, Usage
 from server.version import VERSION
 
 FINGERPRINT = f"glmserve-{VERSION}"
@@ -38,15 +38,6 @@ class Envelope:
             "system_fingerprint": FINGERPRINT,
             **rest,
         }
-
-
-def several(command: Generate, count: int) -> list[Generate]:
-    """The same command for each of `count` answers, with seeds that differ."""
-    seed, commands = command.sampling.seed, [command]
-    for index in range(1, count):
-        sampling = replace(command.sampling, seed=None if seed is None else seed + index)
-        commands.append(replace(command, request_id=f"{command.request_id}-{index}", sampling=sampling))
-    return commands
 
 
 def usage(answers: Sequence[Answer], used: Usage) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from server.api.answer.named_events import Event, stream_named
 from server.api.answer.sse import comment, encode
 from server.api.dialects.anthropic_schema import CountRequest, MessagesRequest
 from server.api.dialects.chat import Chat
+from server.api.dialects.client_words import in_words_of
 from server.api.error_bodies import anthropic_error, describe
 from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
@@ -42,7 +43,10 @@ def messages_router(service: Service) -> APIRouter:
     async def create_message(request: Request, body: Body) -> Response:
         caller = Caller.of(request, None, body.user)
         service.parameters.note(request, body, caller)
-        chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(), caller, fills_context=True))
+        with in_words_of(body.words()):
+            chat = await anyio.to_thread.run_sync(
+                lambda: Chat(service, body.chat(), caller, fills_context=True)
+            )
         message = _Message(chat, body.max_tokens)
         headers = {"X-Generation-Id": chat.envelope.id, "request-id": chat.envelope.id}
         if body.stream:
@@ -64,9 +68,10 @@ def messages_router(service: Service) -> APIRouter:
         service.parameters.note(request, body, Caller.of(request, None, None))
         service.names.check(body.model, [])
         dialect = service.dialect
-        token_ids = await anyio.to_thread.run_sync(
-            lambda: prompt_of(dialect.tokenizer, dialect.template, body.chat())
-        )
+        with in_words_of(body.words()):
+            token_ids = await anyio.to_thread.run_sync(
+                lambda: prompt_of(dialect.tokenizer, dialect.template, body.chat())
+            )
         return {"input_tokens": len(token_ids)}
 
     return router

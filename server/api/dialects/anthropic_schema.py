@@ -3,24 +3,28 @@
 Every dialect becomes a `ChatRequest`, so that the same conversation is the same tokens in all of them.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from config.errors import RequestError
-from server.api.request.chat_parts import text_or_placeholder
+from server.api.dialects.client_words import in_words_of
+from server.api.prompt.replay import BILLING_HEADER
+from server.api.request.chat_parts import read_arguments, text_or_placeholder
 from server.api.request.chat_schema import ChatRequest
 from server.api.request.common_fields import (
-    FORMS,
     Count,
     Finite,
     Lenient,
     Listed,
     Options,
     Stop,
+    TextRequest,
     Whole,
     fault,
+    refusals,
 )
 
 # Billing, placement and caching of Anthropic's service; here they have no meaning.
@@ -38,13 +42,21 @@ MESSAGES_IGNORED = frozenset(
         "betas",
     ]
 )
+FORM = "give the form of the answer in 'output_config.format'"
 MESSAGES_REFUSED: Mapping[str, str] = {
-    **dict.fromkeys((*FORMS, "response_format"), "give the form of the answer in 'output_config.format'"),
+    **refusals(FORM),
+    "response_format": FORM,
     "container": "nothing runs here but the model",
-    "mcp_servers": "nothing runs here but the model: offer the tools of those servers in 'tools'",
 }
-# Claude Code's first block of system text names the request's own hash: no two prompts would begin alike.
-VOLATILE_SYSTEM = "x-anthropic-billing-header:"
+WORDS = {
+    "response_format.json_schema.schema": "output_config.format.schema",
+    "response_format": "output_config.format",
+    "reasoning.max_tokens": "thinking.budget_tokens",
+    "reasoning.effort": "output_config.effort",
+    "stop": "stop_sequences",
+}
+# Calls and results of tools that Anthropic carries out, in the history of a client that comes from there.
+_HOSTED = re.compile(r"(server|mcp)_tool_use|\w+_tool_result|fallback")
 
 
 class ContentBlock(Lenient):
@@ -60,12 +72,29 @@ class ContentBlock(Lenient):
     content: "str | Listed[ContentBlock] | None" = None
     tool_name: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_hosted(cls, value: Any) -> Any:
+        """A block of a hosted tool has fields of its own, which are nobody's here."""
+        kind = value.get("type") if isinstance(value, dict) else None
+        return {"type": kind} if isinstance(kind, str) and _HOSTED.fullmatch(kind) else value
+
+    @property
+    def is_hosted(self) -> bool:
+        """Whether it tells of a tool that Anthropic carried out."""
+        return bool(_HOSTED.fullmatch(self.type))
+
     def overlooked(self) -> Iterator[str]:
-        """What a tool gave that is no text: a client cannot help that, so a placeholder stands for it."""
+        """A hosted tool's block, or what a tool gave that is no text: a placeholder stands for that."""
+        if self.is_hosted:
+            yield self.type
         if self.type == "tool_result" and isinstance(self.content, list):
             for index, block in enumerate(self.content):
                 if block.type != "text":
                     yield f"content[{index}].{block.type}"
+
+
+Placed = tuple[str, ContentBlock]  # with the path that leads to it
 
 
 class Turn(Lenient):
@@ -138,7 +167,7 @@ class OutputConfig(Options):
     format: OutputFormat | None = None
 
 
-class CountRequest(Options):
+class CountRequest(TextRequest):
     """The body of POST /messages/count_tokens: what makes a prompt."""
 
     ignored: ClassVar[frozenset[str]] = MESSAGES_IGNORED
@@ -151,6 +180,15 @@ class CountRequest(Options):
     tool_choice: ToolChoice | None = None
     thinking: ThinkingChoice | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # where it was before it moved into `output_config`
+    mcp_servers: Any = None
+
+    @model_validator(mode="after")
+    def _names_no_servers(self) -> Self:
+        if self.mcp_servers:
+            reason = "nothing runs here but the model: offer the tools of those servers in 'tools'"
+            raise fault("mcp_servers", f"'mcp_servers' is not supported: {reason}")
+        return self
 
     @model_validator(mode="after")
     def _ends_with_the_user(self) -> Self:
@@ -165,7 +203,7 @@ class CountRequest(Options):
         thinking, output = self.thinking, self.output_config or OutputConfig()
         fields: dict[str, Any] = {
             "model": self.model,
-            "messages": [*_system(self.system), *_messages(self.messages)],
+            "messages": [message for _, message in self._placed_messages()],
             "tools": [_tool(tool) for tool in self.tools or [] if not tool.is_hosted] or None,
             "tool_choice": _tool_choice(self.tool_choice),
             "parallel_tool_calls": False if self._wants_one_call else None,
@@ -176,8 +214,8 @@ class CountRequest(Options):
                 "effort": output.effort,
             },
         }
-        if output.format:
-            schema = {"schema": output.format.json_schema}
+        if form := output.format or self.output_format:
+            schema = {"schema": form.json_schema}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
         return fields
 
@@ -188,7 +226,31 @@ class CountRequest(Options):
     def chat(self) -> ChatRequest:
         """The same request as a chat completion. Raises ValidationError, or RequestError."""
         fields = {name: value for name, value in self.fields().items() if value is not None}
-        return ChatRequest.model_validate(fields)
+        places = {f"messages[{index}]": path for index, (path, _) in enumerate(self._placed_messages())}
+        with in_words_of(self.words() | places):
+            return ChatRequest.model_validate(fields)
+
+    def words(self) -> dict[str, str]:
+        """What the parts of the chat request are called here, but for single messages."""
+        own = [index for index, tool in enumerate(self.tools or []) if not tool.is_hosted]
+        words = dict(WORDS)
+        for index, place in enumerate(own):
+            words |= {
+                f"tools[{index}].function": f"tools[{place}]",
+                f"tools[{index}].function.parameters": f"tools[{place}].input_schema",
+            }
+        return words
+
+    def _placed_messages(self) -> list[tuple[str, dict[str, Any]]]:
+        """The messages of chat, each with the path of what it is made of."""
+        return [
+            *(("system", message) for message in _system(self.system)),
+            *(
+                (path, message)
+                for path, turn in ((f"messages[{index}]", turn) for index, turn in enumerate(self.messages))
+                for message in _of_turn(path, turn)
+            ),
+        ]
 
 
 class MessagesRequest(CountRequest):
@@ -222,12 +284,12 @@ class MessagesRequest(CountRequest):
 
 def _system(system: str | list[ContentBlock] | None) -> list[dict[str, Any]]:
     blocks = [ContentBlock(type="text", text=system)] if isinstance(system, str) else system or []
-    kept = [block for block in blocks if not (block.text or "").startswith(VOLATILE_SYSTEM)]
-    return [{"role": "system", "content": _text_parts("system", kept)}] if kept else []
-
-
-def _messages(turns: list[Turn]) -> list[dict[str, Any]]:
-    return [message for index, turn in enumerate(turns) for message in _of_turn(f"messages[{index}]", turn)]
+    kept = [
+        (place, block)
+        for place, block in _placed("system", blocks)
+        if not (block.text or "").startswith(BILLING_HEADER)
+    ]
+    return [{"role": "system", "content": _text_parts(kept)}] if kept else []
 
 
 def _of_turn(path: str, turn: Turn) -> Iterator[dict[str, Any]]:
@@ -235,30 +297,36 @@ def _of_turn(path: str, turn: Turn) -> Iterator[dict[str, Any]]:
     if isinstance(turn.content, str):
         yield {"role": turn.role, "content": turn.content}
     elif turn.role == "assistant":
-        yield _assistant(path, turn.content)
+        yield _assistant(_placed(f"{path}.content", turn.content))
     else:
-        texts: list[ContentBlock] = []
-        for block in turn.content:
+        texts: list[Placed] = []
+        for place, block in _placed(f"{path}.content", turn.content):
             if block.type != "tool_result":
-                texts.append(block)
+                texts.append((place, block))
                 continue
             if texts:
-                yield {"role": turn.role, "content": _text_parts(f"{path}.content", texts)}
+                yield {"role": turn.role, "content": _text_parts(texts)}
                 texts = []
             yield _tool_result(block)
         if texts or not turn.content:
-            yield {"role": turn.role, "content": _text_parts(f"{path}.content", texts)}
+            yield {"role": turn.role, "content": _text_parts(texts)}
 
 
-def _assistant(path: str, blocks: list[ContentBlock]) -> dict[str, Any]:
+def _placed(path: str, blocks: list[ContentBlock]) -> list[Placed]:
+    """The blocks and where they stand, without those of hosted tools."""
+    return [(f"{path}[{index}]", block) for index, block in enumerate(blocks) if not block.is_hosted]
+
+
+def _assistant(blocks: list[Placed]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant"}
-    thought = "".join(block.thinking or "" for block in blocks if block.type == "thinking")
-    texts = [block for block in blocks if block.type not in ("thinking", "redacted_thinking", "tool_use")]
-    calls = [_call(f"{path}.content", block) for block in blocks if block.type == "tool_use"]
+    thought = "".join(block.thinking or "" for _, block in blocks if block.type == "thinking")
+    others = ("thinking", "redacted_thinking", "tool_use")
+    texts = [(place, block) for place, block in blocks if block.type not in others]
+    calls = [_call(place, block) for place, block in blocks if block.type == "tool_use"]
     if thought:
         message["reasoning"] = thought
     if texts:
-        message["content"] = _text_parts(f"{path}.content", texts)
+        message["content"] = _text_parts(texts)
     if calls:
         message["tool_calls"] = calls
     return message
@@ -266,7 +334,8 @@ def _assistant(path: str, blocks: list[ContentBlock]) -> dict[str, Any]:
 
 def _call(path: str, block: ContentBlock) -> dict[str, Any]:
     if not block.name:
-        raise RequestError(f"{path}: a block of type 'tool_use' needs 'name'", param=path)
+        raise RequestError(f"{path}: a block of type 'tool_use' needs 'name'", param=f"{path}.name")
+    read_arguments(block.input, f"{path}.input")
     function = {"name": block.name, "arguments": block.input}
     return {"id": block.id, "type": "function", "function": function}
 
@@ -278,12 +347,14 @@ def _tool_result(block: ContentBlock) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
 
 
-def _text_parts(path: str, blocks: list[ContentBlock]) -> list[dict[str, Any]]:
-    for position, block in enumerate(blocks):
-        if block.type != "text" or block.text is None:
+def _text_parts(blocks: list[Placed]) -> list[dict[str, Any]]:
+    for path, block in blocks:
+        if block.type != "text":
             message = f"{path}: blocks of type {block.type[:40]!r} are not supported, this model reads text"
-            raise RequestError(message, param=f"{path}[{position}]")
-    return [{"type": "text", "text": block.text} for block in blocks]
+            raise RequestError(message, param=path)
+        if block.text is None:
+            raise RequestError(f"{path}: a block of type 'text' needs 'text'", param=f"{path}.text")
+    return [{"type": "text", "text": block.text} for _, block in blocks]
 
 
 def _tool(tool: ToolDefinition) -> dict[str, Any]:

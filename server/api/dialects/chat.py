@@ -10,9 +10,8 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from server.api.access.receipts import Caller, Receipt
 from server.api.answer import shapes
-from server.api.answer.answer import Answer, Delta
+from server.api.answer.answer import Answer, Delta, merge
 from server.api.answer.json_answer import respond_whole
-from server.api.answer.merge import merge
 from server.api.answer.shapes import Envelope
 from server.api.answer.sse import stream
 from server.api.prompt.constraints import grammar_of
@@ -61,19 +60,25 @@ class Chat:
         self._body = body
         self._tokenizer = service.dialect.tokenizer
         self._caller = caller
-        renderer = Renderer(self._tokenizer, service.dialect.template, service.remembered, caller.key or "")
+        renderer = Renderer(self._tokenizer, service.dialect.template, service.remembered, caller.owner)
         self._rendered = rendered = renderer.render(body)
         prompt = rendered.token_ids
-        limit = service.within_context(prompt, body.limit) if fills_context else body.limit
-        command = service.command(body, prompt, limit, body.top_logprobs or 0)
-        command = replace(command, thought=self._thought(prompt), grammar=grammar_of(service, body))
-        command = replace(command, agent=caller.agent)
-        self.answers = [self._answer(service, one) for one in shapes.several(command, body.n or 1)]
+        commands = service.commands(
+            body,
+            prompt,
+            service.within_context(prompt, body.limit) if fills_context else body.limit,
+            count=body.n or 1,
+            caller=caller,
+            num_top_logprobs=body.top_logprobs or 0,
+            thought=self._thought(prompt),
+            grammar=grammar_of(service, body),
+        )
+        self.answers = [self._answer(service, one) for one in commands]
         self._heard: list[list[Delta]] = [[] for _ in self.answers]
-        self._explain(command)
-        self.envelope = Envelope(command.request_id, service.model_id)
+        self._explain(commands[0])
+        self.envelope = Envelope(commands[0].request_id, service.model_id)
         self._receipt = Receipt(
-            command.request_id, service.model_id, caller, bool(body.stream), len(self.answers)
+            self.envelope.id, service.model_id, caller, bool(body.stream), len(self.answers)
         )
         service.ledger.open(self._receipt, self.answers, body.limit)
         service.engine.reserve()
@@ -81,7 +86,7 @@ class Chat:
     def _explain(self, command: Generate) -> None:
         found = self._service.explainer.begin(
             command.request_id,
-            self._caller.agent,
+            self._caller,
             self._tokenizer,
             command.token_ids,
             self._body.template_messages(),
@@ -166,7 +171,7 @@ class Chat:
             has_roles = any(map(self._tokenizer.is_special, answer.token_ids))
             if answer.is_whole_turn and not has_roles:
                 said = said_of(heard, answer.token_ids, is_thinking=answer.request.thought is not None)
-                self._service.remembered.add(self._caller.key or "", self._rendered.answered, said)
+                self._service.remembered.add(self._caller.owner, self._rendered.answered, said)
         first = self.answers[0]
         self._service.explainer.end(first.request.request_id, first.usage.num_cached_tokens, first.token_ids)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -50,7 +49,7 @@ class _Completion:
         self._body = body
         self._num_each = body.n or 1
         self._tokenizer = service.dialect.tokenizer
-        self._agent = caller.agent
+        self._caller = caller
         self._current = 0  # whose turn it is
         self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
@@ -61,9 +60,15 @@ class _Completion:
     def _make_answers(self, service: Service, prompt: str | list[int]) -> list[Answer]:
         body = self._body
         token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        command = service.command(body, token_ids, body.max_tokens, body.logprobs or 0)
-        command = replace(command, score_prompt=bool(body.echo) and body.logprobs is not None)
-        command = replace(command, agent=self._agent)
+        commands = service.commands(
+            body,
+            token_ids,
+            body.max_tokens,
+            count=self._num_each,
+            caller=self._caller,
+            num_top_logprobs=body.logprobs or 0,
+            score_prompt=bool(body.echo) and body.logprobs is not None,
+        )
         return [
             Answer(
                 service.engine,
@@ -72,7 +77,7 @@ class _Completion:
                 body.stops,
                 line=service.line,
             )
-            for one in shapes.several(command, self._num_each)
+            for one in commands
         ]
 
     def progress(self) -> str:

@@ -18,6 +18,7 @@ from server.api.answer.json_answer import respond_whole
 from server.api.answer.named_events import Event, stream_named
 from server.api.answer.sse import comment
 from server.api.dialects.chat import Chat
+from server.api.dialects.client_words import in_words_of
 from server.api.dialects.responses_schema import ResponsesRequest, seal
 from server.api.dialects.responses_tools import custom_input, own_tools
 from server.api.error_bodies import describe
@@ -39,9 +40,10 @@ def responses_router(service: Service) -> APIRouter:
     async def create_response(request: Request, body: Body) -> Response:
         caller = Caller.of(request, body.session_id, body.user)
         service.parameters.note(request, body, caller, body.requires_parameters)
-        find = partial(service.recent_items.find, caller.key or "")
-        chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(find), caller))
-        response = _Response(service, body, chat, partial(service.recent_items.add, caller.key or ""))
+        find = partial(service.recent_items.find, caller.owner)
+        with in_words_of(body.words()):
+            chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(find), caller))
+        response = _Response(service, body, chat, partial(service.recent_items.add, caller.owner))
         if not body.stream:
             return await respond_whole(
                 request, response.result(), chat.envelope.id, service.patience_s, chat.headers

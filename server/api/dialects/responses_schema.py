@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from config.errors import RequestError
+from server.api.dialects.client_words import in_words_of
 from server.api.dialects.responses_tools import (
     ResponsesTool,
     ToolChoice,
@@ -24,7 +25,6 @@ from server.api.request.chat_parts import JsonSchema, read_arguments, text_or_pl
 from server.api.request.chat_schema import ChatRequest
 from server.api.request.common_fields import (
     IGNORED,
-    REFUSED,
     Count,
     GenerationRequest,
     Lenient,
@@ -32,13 +32,24 @@ from server.api.request.common_fields import (
     Options,
     Whole,
     fault,
+    refusals,
 )
-from server.glm.templates.effort import Effort
+from server.glm.templates.template import Effort
 
 # Of what OpenAI's service does beside answering; nothing is lost without it.
 RESPONSES_IGNORED = frozenset(["access_programs", "client_metadata", "max_tool_calls"])
 NEEDS_STORE = ("previous_response_id", "conversation", "prompt", "background")
 Find = Callable[[str], dict[str, Any] | None]
+Placed = tuple[str, dict[str, Any]]  # a message, with the path of the item that it begins with
+WORDS = {
+    "messages": "input",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "max_completion_tokens": "max_output_tokens",
+    "tool_choice.function": "tool_choice",
+}
+FORM = "give the form of the answer in 'text.format'"
 ENCRYPTED = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
 
@@ -53,6 +64,7 @@ class ItemPart(Lenient):
 
 OWN_CALLS = ("function_call", "custom_tool_call", "local_shell_call")
 RESULTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output")
+_URL_SAFE = re.compile("[-_]")
 _HOSTED = re.compile(r"(_call|_call_output|^tool_search_output|^ghost_snapshot)$|^mcp_")
 
 
@@ -94,10 +106,25 @@ class InputItem(Lenient):
         """Whether it only names an item of an earlier response."""
         return self.type == "item_reference" or (self.type is None and self.role is None and bool(self.id))
 
+    @model_validator(mode="after")
+    def _can_be_read(self) -> Self:
+        try:
+            _unseal(self.encrypted_content or "")
+        except ValueError as error:
+            raise fault("encrypted_content", f"this encrypted_content is damaged: {error}") from error
+        return self
+
+    @property
+    def thought(self) -> str | None:
+        """The thought that this server sealed; None where there is none, or another server did."""
+        return _unseal(self.encrypted_content) if self.encrypted_content else None
+
     def overlooked(self) -> Iterator[str]:
-        """The item itself, or what a tool gave that is no text: a placeholder stands for that."""
+        """The item itself, a thought that another server sealed, or what a tool gave that is no text."""
         if self.is_hosted:
             yield self.type or ""
+        if self.type == "reasoning" and self.encrypted_content and self.thought is None:
+            yield "encrypted_content"
         for index, part in enumerate(self.output if isinstance(self.output, list) else ()):
             if not part.type.endswith("text"):
                 yield f"output[{index}].{part.type}"
@@ -118,6 +145,12 @@ class TextFormat(JsonSchema):
 
     type: Literal["text", "json_object", "json_schema"]
 
+    @model_validator(mode="after")
+    def _says_what(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise fault("schema", "a format of type 'json_schema' needs 'schema'")
+        return self
+
 
 class TextConfig(Options):
     """Format; verbosity has no counterpart in this model."""
@@ -130,9 +163,7 @@ class ResponsesRequest(GenerationRequest):
     """The body of POST /responses, with the sampling fields that chat completions have, too."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED | RESPONSES_IGNORED
-    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        (*REFUSED, "response_format"), "give the form of the answer in 'text.format'"
-    )
+    refused: ClassVar[Mapping[str, str]] = {**refusals(FORM), "response_format": FORM}
 
     input: str | Listed[InputItem]
     instructions: str | None = None
@@ -191,7 +222,8 @@ class ResponsesRequest(GenerationRequest):
         shared = GenerationRequest.model_fields
         fields = self.given(*(name for name in shared if name not in ("n", "stream_options")))
         items = self.input if isinstance(self.input, str) else _resolved(self.input, find)
-        fields["messages"] = [*self._instructions(), *_messages(items)]
+        placed = [*self._instructions(), *_messages(items)]
+        fields["messages"] = [message for _, message in placed]
         optional = {
             "max_completion_tokens": self.max_output_tokens,
             "tools": [tool.function() for tool in own_tools(self.tools)] or None,
@@ -203,10 +235,19 @@ class ResponsesRequest(GenerationRequest):
             "top_logprobs": self.top_logprobs if self.wants_logprobs else None,
         }
         fields |= {name: value for name, value in optional.items() if value is not None}
-        return ChatRequest.model_validate(fields)
+        names = {f"messages[{index}]": path for index, (path, _) in enumerate(placed)}
+        with in_words_of(self.words() | names):
+            return ChatRequest.model_validate(fields)
 
-    def _instructions(self) -> list[dict[str, Any]]:
-        return [{"role": "system", "content": self.instructions}] if self.instructions is not None else []
+    def words(self) -> dict[str, str]:
+        """What the parts of the chat request are called here, but for single messages."""
+        tools = {f"tools[{index}].function": tool.path for index, tool in enumerate(own_tools(self.tools))}
+        return WORDS | tools
+
+    def _instructions(self) -> list[Placed]:
+        if self.instructions is None:
+            return []
+        return [("instructions", {"role": "system", "content": self.instructions})]
 
     def _tool_choice(self) -> Any:
         if isinstance(self.tool_choice, ToolToCall):
@@ -226,20 +267,23 @@ def seal(thought: str) -> str:
     return base64.b64encode(thought.encode()).decode()
 
 
-def _unseal(path: str, sealed: str) -> str:
+def _unseal(sealed: str) -> str | None:
+    """The thought; None where another server sealed it. ValueError for what no server can have sent."""
+    alphabet = b"-_" if _URL_SAFE.search(sealed) else b"+/"
+    raw = base64.b64decode(sealed + "=" * (-len(sealed) % 4), altchars=alphabet, validate=True)
     try:
-        return base64.b64decode(sealed, validate=True).decode()
-    except ValueError as error:
-        raise RequestError(f"{path}.encrypted_content is not of this server", param=path) from error
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
 
 
-def _resolved(items: list[InputItem], find: Find) -> list[InputItem]:
-    """The items, with those that are referred to in their places, and without those of hosted tools."""
-    return [
-        _referred(f"input[{index}]", item, find) if item.is_reference else item
-        for index, item in enumerate(items)
-        if not item.is_hosted
-    ]
+def _resolved(items: list[InputItem], find: Find) -> list[tuple[str, InputItem]]:
+    """The items and where they stand, without those of hosted tools.
+
+    What is referred to stands in the place of the reference.
+    """
+    placed = [(f"input[{index}]", item) for index, item in enumerate(items) if not item.is_hosted]
+    return [(path, _referred(path, item, find) if item.is_reference else item) for path, item in placed]
 
 
 def _referred(path: str, item: InputItem, find: Find) -> InputItem:
@@ -253,27 +297,28 @@ def _referred(path: str, item: InputItem, find: Find) -> InputItem:
     return InputItem.model_validate(found)
 
 
-def _messages(items: str | list[InputItem]) -> Iterator[dict[str, Any]]:
+def _messages(items: str | list[tuple[str, InputItem]]) -> Iterator[Placed]:
     """Messages of chat. What a turn of the assistant consists of lies side by side in the input."""
     if isinstance(items, str) or not items:
-        yield {"role": "user", "content": items or ""}
+        yield "input", {"role": "user", "content": items or ""}
         return
     turn: dict[str, Any] | None = None
-    for index, item in enumerate(items):
-        path = f"input[{index}]"
+    begin = ""
+    for path, item in items:
         part = _assistant_part(path, item)
         if part is None:
             if turn:
-                yield turn
+                yield begin, turn
             turn = None
-            yield _other_message(path, item)
+            yield path, _other_message(path, item)
             continue
         if turn and not ("tool_calls" in part or turn.keys() == {"role", "reasoning"}):
-            yield turn
+            yield begin, turn
             turn = None
+        begin = begin if turn else path
         turn = _merged(turn or {"role": "assistant"}, part)
     if turn:
-        yield turn
+        yield begin, turn
 
 
 def _merged(turn: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +332,7 @@ def _assistant_part(path: str, item: InputItem) -> dict[str, Any] | None:
     """What an item adds to a turn of the assistant; None where it is somebody else's."""
     match item.type:
         case "reasoning":
-            return {"reasoning": _thought(path, item)}
+            return {"reasoning": _thought(item)}
         case "function_call" | "custom_tool_call" | "local_shell_call":
             function = _function(path, item)
             call_id = item.call_id or item.id
@@ -309,9 +354,9 @@ def _function(path: str, item: InputItem) -> dict[str, Any]:
     return {"name": name, "arguments": item.arguments}
 
 
-def _thought(path: str, item: InputItem) -> str:
-    if item.encrypted_content:
-        return _unseal(path, item.encrypted_content)
+def _thought(item: InputItem) -> str:
+    if item.thought is not None:
+        return item.thought
     parts = item.content if isinstance(item.content, list) and item.content else item.summary or []
     return "".join(part.text or "" for part in parts)
 

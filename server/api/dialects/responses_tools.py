@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic_core
 from pydantic import BeforeValidator, model_validator
 
+from server.api.request.chat_parts import plain_choice
 from server.api.request.common_fields import Lenient, Listed, fault
 
 OWN = ("function", "custom")
@@ -72,6 +73,7 @@ class ToolToCall(Lenient):
 
 
 def _is_own(choice: Any) -> Any:
+    choice = plain_choice(choice)
     kind = choice.get("type") if isinstance(choice, dict) else OWN[0]
     if kind not in OWN:
         raise fault("", f"a choice of type {str(kind)[:40]!r} is not supported, only a function by its name")
@@ -83,9 +85,10 @@ ToolChoice = Annotated[Literal["none", "auto", "required"] | ToolToCall, BeforeV
 
 @dataclass(frozen=True)
 class OwnTool:
-    """A tool of the client's: `flat_name` is what the model calls it."""
+    """A tool of the client's: `flat_name` is what the model calls it, `path` where the body has it."""
 
     tool: ResponsesTool
+    path: str
     namespace: str | None = None
 
     @property
@@ -113,13 +116,16 @@ class OwnTool:
         return "\n\n".join(filter(None, [self.tool.description, rule]))
 
 
-def own_tools(tools: list[ResponsesTool] | None, namespace: str | None = None) -> Iterator[OwnTool]:
+def own_tools(
+    tools: list[ResponsesTool] | None, namespace: str | None = None, path: str = ""
+) -> Iterator[OwnTool]:
     """The client's own tools, those in namespaces, too."""
-    for tool in tools or []:
+    for index, tool in enumerate(tools or []):
+        place = f"{path}tools[{index}]"
         if tool.type == "namespace":
-            yield from own_tools(tool.tools, flat_name(namespace, tool.name or ""))
+            yield from own_tools(tool.tools, flat_name(namespace, tool.name or ""), f"{place}.")
         elif not tool.is_hosted:
-            yield OwnTool(tool, namespace)
+            yield OwnTool(tool, place, namespace)
 
 
 def flat_name(namespace: str | None, name: str) -> str:

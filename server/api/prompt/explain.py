@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from server.api.access.receipts import Caller
 from server.glm.tokenizer import Tokenizer
 
 MAX_EXPLANATIONS = 1000
@@ -47,7 +48,7 @@ class Explanation:
     """What became of one prompt. `num_shared` tokens are those of an earlier prompt of the agent, `other`."""
 
     id: str
-    agent: str
+    caller: Caller
     num_prompt_tokens: int
     num_shared: int
     num_replayed: int
@@ -62,7 +63,7 @@ class Explanation:
         """The answer of /v1/cache/explain."""
         return {
             "id": self.id,
-            "agent": self.agent,
+            "agent": self.caller.label,
             "prompt_tokens": self.num_prompt_tokens,
             "cached_tokens": self.num_cached,
             "shared_tokens": self.num_shared,
@@ -110,7 +111,7 @@ class Explainer:
     def begin(
         self,
         request_id: str,
-        agent: str,
+        caller: Caller,
         tokenizer: Tokenizer,
         token_ids: Sequence[int],
         messages: Sequence[dict[str, Any]],
@@ -123,9 +124,9 @@ class Explainer:
         """
         tokens = np.array(token_ids, dtype=np.int32)
         with self._lock:
-            earlier = list(self._agents.get(agent, _Agent()).conversations)
+            earlier = list(self._agents.get(caller.agent, _Agent()).conversations)
         nearest, num_shared = _nearest(earlier, tokens)
-        found = Explanation(request_id, agent, tokens.size, num_shared, num_replayed)
+        found = Explanation(request_id, caller, tokens.size, num_shared, num_replayed)
         goes_on = False
         if nearest:
             found = replace(found, other=nearest.id)
@@ -135,8 +136,8 @@ class Explainer:
             else:
                 goes_on = num_shared >= nearest.num_prompt
         with self._lock:
-            known = self._agents.setdefault(agent, _Agent())
-            self._agents.move_to_end(agent)
+            known = self._agents.setdefault(caller.agent, _Agent())
+            self._agents.move_to_end(caller.agent)
             self._note(known, found)
             if goes_on:
                 known.conversations = [one for one in known.conversations if one.id != found.other]
@@ -153,7 +154,7 @@ class Explainer:
                 return None
             found = replace(found, num_cached=num_cached)
             self._keep(found)
-            conversations = self._agents.get(found.agent, _Agent()).conversations
+            conversations = self._agents.get(found.caller.agent, _Agent()).conversations
             for index, one in enumerate(conversations):
                 if one.id == request_id:
                     tokens = np.concatenate([one.tokens, np.array(generated, dtype=np.int32)])
@@ -193,9 +194,9 @@ class Explainer:
         agent.place = place
         if agent.num_times >= WARN_AT and agent.num_times % WARN_AT == 0:
             log.warning(
-                "agent %r: the %d prompts before this one differed at %s (now %r, before %r), so all that "
+                "agent %s: the %d prompts before this one differed at %s (now %r, before %r), so all that "
                 "follows is read anew each time; what changes belongs at the end of a prompt",
-                found.agent, agent.num_times, place, found.here, found.there,
+                found.caller.label, agent.num_times, place, found.here, found.there,
             )  # fmt: skip
 
 

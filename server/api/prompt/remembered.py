@@ -7,17 +7,17 @@ loop and written by a thread. A file that cannot be used costs nothing but what 
 
 import hashlib
 import json
-import logging
 import sqlite3
 import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+from server.api.sqlite_file import SqliteFile
 
 FILE_NAME = "answers.sqlite3"
 MAX_RECENT = 256
@@ -26,8 +26,10 @@ MAX_STORED_BYTES = 128 * 10**6
 MAX_TOKENS = 200_000
 # Stored answers are counted each time that so many have been added.
 TRIM_EVERY = 64
-
-log = logging.getLogger(__name__)
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, record BLOB, used REAL) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS by_use ON answers (used)",
+)
 
 Call = tuple[str, str, str]  # id, name, arguments as JSON
 
@@ -50,8 +52,10 @@ class Remembered:
         """`scope` tells apart what must not be mixed: the tokenizers of different models."""
         self._scope = scope
         self._recent: OrderedDict[bytes, Said] = OrderedDict()
-        self._database = _Database(directory / FILE_NAME) if directory else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="remembered")
+        self._file = (
+            SqliteFile(directory / FILE_NAME, "answers are remembered", *TABLES) if directory else None
+        )
+        self._num_stored = 0
         self._lock = threading.Lock()
 
     def add(self, caller: str, answered: str, said: Said) -> None:
@@ -64,113 +68,50 @@ class Remembered:
             self._recent.move_to_end(key)
             if len(self._recent) > MAX_RECENT:
                 self._recent.popitem(last=False)
-        if self._database:
-            self._thread.submit(self._database.put, key, said)
+        if self._file:
+            self._num_stored += 1
+            self._file.later(partial(_put, key=key, said=said, trims=self._num_stored % TRIM_EVERY == 0))
 
     def find(self, caller: str, call_id: str | None, answered: str, content: str) -> Said | None:
         """The turn that this caller was given, by the id of its first call, else by its text."""
         key = self._key(caller, call_id, answered, content.strip())
         with self._lock:
             said = self._recent.get(key)
-        if said is None and self._database:
-            said = self._database.get(key)
+        if said is None and self._file:
+            rows = self._file.rows("SELECT record FROM answers WHERE key = ?", key)
+            said = _decode(key, rows[0][0]) if rows else None
         return said
 
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
             self._recent.clear()
-        if self._database:
-            self._thread.submit(self._database.clear)
+        if self._file:
+            self._file.write("DELETE FROM answers")
 
     def close(self) -> None:
         """Write what waits."""
-        self._thread.shutdown()
-        if self._database:
-            self._database.close()
+        if self._file:
+            self._file.close()
 
     def _key(self, caller: str, call_id: str | None, answered: str, content: str) -> bytes:
         what = ["call", call_id] if call_id else ["text", answered, content]
         return hashlib.sha256(json.dumps([self._scope, caller, *what]).encode()).digest()
 
 
-class _Database:
-    """The file. After its first fault it is left alone."""
+def _put(connection: sqlite3.Connection, key: bytes, said: Said, trims: bool) -> None:
+    connection.execute(
+        "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, _encode(key, said), time.time())
+    )
+    while trims and _is_too_much(connection):
+        count = connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+        oldest = "SELECT key FROM answers ORDER BY used LIMIT ?"
+        connection.execute(f"DELETE FROM answers WHERE key IN ({oldest})", (max(1, count // 8),))
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
-        self._num_added = 0
-        self._try(self._open)
 
-    def get(self, key: bytes) -> Said | None:
-        said: Said | None = self._try(lambda: self._get(key))
-        return said
-
-    def put(self, key: bytes, said: Said) -> None:
-        self._try(lambda: self._put(key, said))
-
-    def clear(self) -> None:
-        self._try(lambda: self._connection and self._connection.execute("DELETE FROM answers"))
-
-    def close(self) -> None:
-        with self._lock:
-            if self._connection:
-                self._connection.close()
-            self._connection = None
-
-    def _try(self, work: Callable[[], Any]) -> Any:
-        with self._lock:
-            if self._connection is None and work != self._open:
-                return None
-            try:
-                return work()
-            except (sqlite3.Error, OSError) as error:
-                log.error(
-                    "%s cannot be used (%s): answers are remembered until the server stops; a damaged file "
-                    "may be deleted", self._path, error,
-                )  # fmt: skip
-                if self._connection:
-                    self._connection.close()
-                self._connection = None
-                return None
-
-    def _open(self) -> None:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._path.touch(mode=0o600)
-        connection = sqlite3.connect(self._path, timeout=2, isolation_level=None, check_same_thread=False)
-        self._connection = connection
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = OFF")  # a lost answer is a miss, a damaged one is noticed
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, record BLOB, used REAL) WITHOUT ROWID"
-        )
-        connection.execute("CREATE INDEX IF NOT EXISTS by_use ON answers (used)")
-
-    def _get(self, key: bytes) -> Said | None:
-        assert self._connection, "a fault ends all use"
-        row = self._connection.execute("SELECT record FROM answers WHERE key = ?", (key,)).fetchone()
-        return _decode(key, row[0]) if row else None
-
-    def _put(self, key: bytes, said: Said) -> None:
-        assert self._connection, "a fault ends all use"
-        row = (key, _encode(key, said), time.time())
-        self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
-        self._num_added += 1
-        if self._num_added % TRIM_EVERY == 0:
-            self._trim(self._connection)
-
-    def _trim(self, connection: sqlite3.Connection) -> None:
-        """Delete the oldest eighth as long as there are too many, or they are too large."""
-        while True:
-            count, nbytes = connection.execute("SELECT COUNT(*), SUM(LENGTH(record)) FROM answers").fetchone()
-            if count <= MAX_STORED and (nbytes or 0) <= MAX_STORED_BYTES:
-                return
-            connection.execute(
-                "DELETE FROM answers WHERE key IN (SELECT key FROM answers ORDER BY used LIMIT ?)",
-                (max(1, count // 8),),
-            )
+def _is_too_much(connection: sqlite3.Connection) -> bool:
+    count, nbytes = connection.execute("SELECT COUNT(*), SUM(LENGTH(record)) FROM answers").fetchone()
+    return count > MAX_STORED or (nbytes or 0) > MAX_STORED_BYTES
 
 
 def _encode(key: bytes, said: Said) -> bytes:

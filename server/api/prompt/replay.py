@@ -7,17 +7,34 @@ the chat route, in the thread that renders.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from config.errors import RequestError
-from server.api.prompt.billing_header import without_volatile_lines
 from server.api.prompt.remembered import Remembered, Said
 from server.api.request.chat_schema import ChatRequest
-from server.glm.templates.effort import template_options
-from server.glm.templates.template import ChatTemplate
+from server.glm.lexer import THINK_TAGS
+from server.glm.templates.template import ChatTemplate, template_options
 from server.glm.tokenizer import Tokenizer
+
+THINK, END_THINK = THINK_TAGS
+# Claude Code puts such a line, with a checksum of the request, at the top of the system prompt. Left in, it
+# would make every prompt a new one from its first line on.
+BILLING_HEADER = "x-anthropic-billing-header:"
+_BILLING = re.compile(rf"\s*{BILLING_HEADER}(?:[ \t]*[\w.-]+=[^;\s]*(?:;|(?=\s|$)))*[ \t]*\n?")
+
+
+def without_volatile_lines(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, without a billing header at the top of system messages."""
+    return [
+        {**message, "content": _BILLING.sub("", message["content"], count=1)}
+        if message["role"] == "system" and _BILLING.match(message["content"])
+        else message
+        for message in messages
+    ]
+
 
 Message = dict[str, Any]
 
@@ -113,11 +130,11 @@ class _Mark:
     @property
     def _generated(self) -> str:
         """The marks as they stand where the model began to write: behind the prompt's last tag."""
-        return (f"{self._thought}</think>" if self.is_thinking else "") + self._content
+        return (f"{self._thought}{END_THINK}" if self.is_thinking else "") + self._content
 
     @property
     def _tag(self) -> str:
-        return "<think>" if self.is_thinking else "</think>"
+        return THINK if self.is_thinking else END_THINK
 
     def is_in(self, text: str) -> bool:
         """Whether the turn stands between the tags between which it was generated."""

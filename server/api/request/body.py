@@ -15,6 +15,14 @@ from server.api.error_bodies import ClientGone
 from server.glm.finite import all_finite
 
 MAX_BODY_BYTES = 8 * 2**20
+# What some clients begin with; the longer marks first, because one begins another.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 # A refused body is read on to here, so that the client gets to see the answer instead of a reset.
 MAX_DRAINED_BYTES = 64 * 2**20
 # The largest body at 28 kB/s. Who sends a byte a minute would otherwise be waited for for ever.
@@ -43,9 +51,19 @@ def _parse(raw: bytes) -> Any:
     that are not UTF-8, where Python's would crash, or let them through to crash later.
     """
     try:
-        return pydantic_core.from_json(raw.removeprefix(codecs.BOM_UTF8))  # some clients begin with a mark
+        return pydantic_core.from_json(_without_mark(raw))
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from error
+
+
+def _without_mark(raw: bytes) -> bytes:
+    """The body in UTF-8 without its byte order mark; ValueError where it is not in the coding of the mark."""
+    raw = raw.lstrip()
+    for mark, coding in MARKS:
+        if raw.startswith(mark):
+            text = raw.removeprefix(mark)
+            return text if mark == codecs.BOM_UTF8 else text.decode(coding).encode()
+    return raw
 
 
 async def read_body(request: Request) -> bytes:

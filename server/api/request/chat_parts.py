@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from config.errors import RequestError
 from server.api.request.common_fields import Count, Lenient, Listed, Noted, Options, fault
-from server.glm.templates.effort import Effort
+from server.glm.templates.template import Effort
 
 
 class ContentPart(Lenient):
@@ -17,8 +17,16 @@ class ContentPart(Lenient):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
+
+    @property
+    def said(self) -> str | None:
+        """The text of the part."""
+        return self.refusal if self.type == "refusal" else self.text
 
 
+# Parts that hold text, by the names that they have in this dialect and in the others.
+TEXTS = ("text", "input_text", "output_text", "refusal")
 # What is no text, by words in the names of its parts in all dialects.
 _MEDIA = ("image", "file", "document", "audio", "video")
 
@@ -28,7 +36,7 @@ def text_or_placeholder(kind: str, text: str | None, name: str | None = None) ->
 
     `name` is that of the tool which a reference names.
     """
-    if kind in ("text", "input_text", "output_text"):
+    if kind in TEXTS:
         return text or ""
     if name is not None:
         return f"[tool: {name}]"
@@ -107,17 +115,20 @@ class Message(Lenient):
         None  # the old form of a call: whoever still sends one must know that it is not read
     )
     audio: None = None
+    images: Any = None  # Ollama's place for them
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
         if self.content is None and self.role not in ("assistant", "tool"):
             raise fault("content", f"a message of role {self.role!r} needs content")
+        if self.images:
+            raise fault("images", "a message can only hold text: this model reads no images")
         for index, part in enumerate(self._parts if self.role != "tool" else ()):
-            if part.type != "text":
+            if part.type not in TEXTS:
                 message = f"a part can only be of type 'text', not {part.type[:40]!r}: this model reads text"
                 raise fault(f"content[{index}].type", message)
-            if part.text is None:
-                raise fault(f"content[{index}].text", "a part of type 'text' needs 'text'")
+            if part.said is None:
+                raise fault(f"content[{index}].text", f"a part of type {part.type!r} needs 'text'")
         return self
 
     @property
@@ -128,13 +139,13 @@ class Message(Lenient):
     def text(self) -> str:
         """The content as one string."""
         if isinstance(self.content, list):
-            return "".join(text_or_placeholder(part.type, part.text) for part in self.content)
+            return "".join(text_or_placeholder(part.type, part.said) for part in self.content)
         return self.content or ""
 
     def overlooked(self) -> Iterator[str]:
         """What a tool gave that is no text: a client cannot help that, so a placeholder stands for it."""
         for index, part in enumerate(self._parts):
-            if part.type != "text":
+            if part.type not in TEXTS:
                 yield f"content[{index}].{part.type}"
 
     @property
@@ -158,7 +169,7 @@ class Tool(Noted):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    type: str
+    type: str = "function"
     function: Function | None = None
 
     @model_validator(mode="after")
@@ -230,13 +241,24 @@ class NamedFunction(Lenient):
 class NamedTool(Lenient):
     """The one tool that must be called."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: NamedFunction
+
+
+# Words for whether a tool is called, alone or as the type of an object, and what they mean here.
+_WORDS = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
+
+
+def plain_choice(choice: Any) -> Any:
+    """The word of a choice that names no tool, whatever form it has; any other choice as it is."""
+    word = choice.get("type") if isinstance(choice, dict) else choice
+    return _WORDS.get(word, choice) if isinstance(word, str) else choice
 
 
 def not_hosted(choice: Any) -> Any:
     """The choice, unless it is of a tool that is hosted elsewhere: nobody here could carry it out."""
-    kind = choice.get("type") if isinstance(choice, dict) else "function"
+    choice = plain_choice(choice)
+    kind = choice.get("type", "function") if isinstance(choice, dict) else "function"
     if kind != "function":
         raise fault("", f"a choice of type {str(kind)[:40]!r} is not supported, only a function by its name")
     return choice

@@ -18,22 +18,21 @@ from server.api.request.chat_parts import (
     ToolChoice,
     read_arguments,
 )
-from server.api.request.common_fields import REFUSED, Count, GenerationRequest, Listed, Whole, fault
-from server.glm.templates.effort import Effort
+from server.api.request.common_fields import Count, GenerationRequest, Listed, Whole, fault
+from server.glm.lexer import THINK_TAGS
+from server.glm.templates.template import Effort
 from server.glm.tools import ToolSet
 
 REFUSED_IN_CHAT = {
     "functions": "it is the old form of 'tools'",
     "function_call": "it is the old form of 'tool_choice'",
-    "audio": "this model writes text",
-    "web_search_options": "this server does not read the web",
 }
 
 
 class ChatRequest(GenerationRequest):
     """The body of POST /chat/completions."""
 
-    refused: ClassVar[Mapping[str, str]] = {**REFUSED, **REFUSED_IN_CHAT}
+    refused: ClassVar[Mapping[str, str]] = {**GenerationRequest.refused, **REFUSED_IN_CHAT}
 
     messages: Annotated[Listed[Message], Field(min_length=1)]
     max_tokens: Count | None = None
@@ -80,9 +79,13 @@ class ChatRequest(GenerationRequest):
         return self
 
     @property
+    def _own_tools(self) -> list[Tool]:
+        return [tool for tool in self.tools or [] if tool.type == "function"]
+
+    @property
     def functions(self) -> list[Function]:
         """The client's own tools: those that are hosted elsewhere are left out."""
-        return [tool.function for tool in self.tools or [] if tool.function]
+        return [tool.function for tool in self._own_tools if tool.function]
 
     @property
     def limit(self) -> int | None:
@@ -138,7 +141,7 @@ class ChatRequest(GenerationRequest):
         """Tools as the template takes them."""
         return [
             {"type": tool.type, **_of_the_tool(tool), "function": _in_order(tool.function)}
-            for tool in self.tools or []
+            for tool in self._own_tools
             if tool.function
         ] or None
 
@@ -204,9 +207,9 @@ def _parted(message: Message) -> tuple[str | None, str]:
 
     A message that only mentions the tags stays whole.
     """
-    start, text = "<think>", message.text.lstrip()
-    if message.thought is None and text.startswith(start) and "</think>" in text:
-        thought, _, content = text.removeprefix(start).partition("</think>")
+    (start, end), text = THINK_TAGS, message.text.lstrip()
+    if message.thought is None and text.startswith(start) and end in text:
+        thought, _, content = text.removeprefix(start).partition(end)
         return thought, content
     return message.thought, message.text
 

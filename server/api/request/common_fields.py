@@ -55,10 +55,29 @@ FORMS = (
     "regex",
     "ebnf",
     "structural_tag",
+    "guided_json_object",
+    "json_object",
+    "json_mode",
+    "response_schema",
+    "output_schema",
+    "format",
 )
-REFUSED: Mapping[str, str] = dict.fromkeys(FORMS, "give the form of the answer in 'response_format'")
+# Names for searching the web, of several services, and of what is no text.
+_WEB = ("web_search_options", "web_search", "search_parameters", "enable_search")
+_NOT_HERE: Mapping[str, str] = {
+    "audio": "this model writes text",
+    **dict.fromkeys(("images", "image"), "this model reads text"),
+    **dict.fromkeys(_WEB, "this server does not read the web"),
+}
 # OpenRouter's plugins that read the web.
 WEB_PLUGINS = frozenset(["web", "web-search", "web-fetch"])
+_MODALITIES = ("modalities", "response_modalities", "output_modalities")
+
+
+def refusals(form: str) -> Mapping[str, str]:
+    """Fields that every dialect refuses, with reasons; `form` says where the answer's form belongs."""
+    return {**dict.fromkeys(FORMS, form), **_NOT_HERE}
+
 
 # Answers to one prompt; each holds a cache of its own.
 MAX_ANSWERS = 16
@@ -138,14 +157,14 @@ class Options(Noted):
     def _refuse(self) -> Self:
         extra = self.model_extra or {}
         for name, reason in self.refused.items():
-            if extra.get(name) is not None:
+            if not _is_off(extra.get(name)):
                 raise fault(name, f"{name!r} is not supported: {reason}")
         return self
 
     def overlooked(self) -> Iterator[str]:
-        """The unknown fields that have a value."""
+        """The unknown fields that have a value. One of those that are refused asks for nothing here."""
         for name, value in (self.model_extra or {}).items():
-            if value is not None and name not in self.ignored:
+            if value is not None and name not in self.ignored and name not in self.refused:
                 yield name
 
 
@@ -157,11 +176,27 @@ class StreamOptions(Options):
     include_usage: bool | None = None
 
 
-class GenerationRequest(Options):
+class TextRequest(Options):
+    """A request in any dialect. What it asks for beside text is refused."""
+
+    @model_validator(mode="after")
+    def _asks_for_text_only(self) -> Self:
+        extra = self.model_extra or {}
+        for name in _MODALITIES:
+            for kind in _listed(extra.get(name)):
+                if not isinstance(kind, dict) and str(kind).lower() != "text":
+                    raise fault(name, f'{name!r} can only be ["text"], not {str(kind)[:40]!r}')
+        for plugin in _listed(extra.get("plugins")):
+            if _reads_the_web(plugin):
+                raise fault("plugins", f"'plugins' has {_id_of(plugin)!r}: this server does not read the web")
+        return self
+
+
+class GenerationRequest(TextRequest):
     """Fields of both kinds of completion. A field that is null counts as absent."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED
-    refused: ClassVar[Mapping[str, str]] = REFUSED
+    refused: ClassVar[Mapping[str, str]] = refusals("give the form of the answer in 'response_format'")
 
     model: str | None = None
     models: Annotated[Listed[str], Field(max_length=64)] | None = None
@@ -182,18 +217,6 @@ class GenerationRequest(Options):
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
     structured_outputs: bool | None = None  # they are there, asked for or not
-
-    @model_validator(mode="after")
-    def _asks_for_text_only(self) -> Self:
-        extra = self.model_extra or {}
-        modalities, plugins = extra.get("modalities"), extra.get("plugins")
-        for kind in modalities if isinstance(modalities, list) else ():
-            if kind != "text":
-                raise fault("modalities", f"'modalities' can only be [\"text\"], not {str(kind)[:40]!r}")
-        for plugin in plugins if isinstance(plugins, list) else ():
-            if _reads_the_web(plugin):
-                raise fault("plugins", f"'plugins' has {plugin['id']!r}: this server does not read the web")
-        return self
 
     @property
     def stops(self) -> list[str]:
@@ -216,6 +239,22 @@ class GenerationRequest(Options):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
+def _is_off(value: Any) -> bool:
+    """Whether a field asks for nothing: as good as absent."""
+    if isinstance(value, dict):
+        return value.get("mode") == "off" or False in (value.get("enabled"), value.get("enable"))
+    return value in (None, False, "")
+
+
+def _listed(value: Any) -> list[Any]:
+    """The values of a field that is a list, or one of them where it stands alone."""
+    return value if isinstance(value, list) else [value] if isinstance(value, str | dict) else []
+
+
+def _id_of(plugin: Any) -> str:
+    name = plugin.get("id") if isinstance(plugin, dict) else plugin
+    return name if isinstance(name, str) else ""
+
+
 def _reads_the_web(plugin: Any) -> bool:
-    is_plugin = isinstance(plugin, dict) and isinstance(plugin.get("id"), str)
-    return is_plugin and plugin["id"] in WEB_PLUGINS and plugin.get("enabled") is not False
+    return _id_of(plugin).lower() in WEB_PLUGINS and not _is_off(plugin)

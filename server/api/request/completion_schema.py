@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from server.api.request.common_fields import REFUSED, GenerationRequest, Listed, Whole, fault, whole
+from server.api.request.common_fields import GenerationRequest, Listed, Whole, fault, refusals, whole
 
 MAX_PROMPTS = 1024
 
@@ -26,7 +26,7 @@ def whole_ids(value: Any) -> Any:
 class CompletionRequest(GenerationRequest):
     """The body of POST /completions. `max_tokens` 0 with `echo` and `logprobs` scores a prompt."""
 
-    refused: ClassVar[Mapping[str, str]] = dict.fromkeys((*REFUSED, "response_format"), NO_FORM)
+    refused: ClassVar[Mapping[str, str]] = {**refusals(NO_FORM), "response_format": NO_FORM}
 
     prompt: Annotated[
         str | Listed[str] | Listed[TokenId] | Listed[Listed[TokenId]], BeforeValidator(whole_ids)

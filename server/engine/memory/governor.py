@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Protocol
 
+from config.defaults import ExpertPolicy
 from config.errors import BudgetError
-from config.expert_policy import ExpertPolicy
 from config.plan import Geometry, MemoryPlan
 from config.plan_report import as_dict, render_plan
 from config.replan import replan

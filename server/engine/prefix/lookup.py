@@ -31,7 +31,6 @@ from streaming.prefix.block_format import (
 )
 from streaming.prefix.block_memory import BlockMemory
 from streaming.prefix.block_writer import BlockWriter
-from streaming.prefix.provenance import Provenance
 
 # A divergence costs at most this many tokens that were known. 6.1 MB of GLM-5.2: large enough for an SSD.
 BLOCK_TOKENS = 64
@@ -52,11 +51,10 @@ class DiskTier:
 class PrefixCache:
     """Saved KV of one model."""
 
-    def __init__(self, fingerprint: bytes | Provenance, max_bytes: int, disk: DiskTier | None = None) -> None:
+    def __init__(self, fingerprint: bytes, max_bytes: int, disk: DiskTier | None = None) -> None:
         """At most `max_bytes` of memory. Raises OSError where the directory cannot be made or read."""
-        provenance = fingerprint if isinstance(fingerprint, Provenance) else Provenance(fingerprint)
-        self._root = root_key(provenance.exact)
-        self._files = BlockFiles(disk.directory, provenance, disk.max_bytes) if disk else None
+        self._fingerprint = fingerprint
+        self._files = BlockFiles(disk.directory, fingerprint, disk.max_bytes) if disk else None
         self._memory = BlockMemory(max_bytes)
         self._writer = (
             BlockWriter(self._files, self._memory, disk.bytes_per_day) if disk and self._files else None
@@ -67,16 +65,17 @@ class PrefixCache:
         self._unanswered: Future[Block | None] | None = None  # a read that was waited for long enough
         self.num_asked_tokens = self.num_restored_tokens = self.num_saved_tokens = 0
 
-    def restore(self, token_ids: Sequence[int], cache: SequenceCache) -> Restoring:
+    def restore(self, token_ids: Sequence[int], cache: SequenceCache, group: str = "") -> Restoring:
         """Begin to fill the cache with the longest saved beginning of a prompt; `note_restored` at its end.
 
-        The last token is never among them: somebody has to compute what follows it.
+        The last token is never among them: somebody has to compute what follows it. Only what was saved in
+        the same `group` is found.
         """
         tokens = as_tokens(token_ids)
-        names = self._names(tokens)
+        names, root = self._names(tokens, group), self._root(group)
 
         def find_tail(num_whole: int) -> "Future[Block | None]":
-            where = num_whole * BLOCK_TOKENS, self._key_before(names, num_whole)
+            where = num_whole * BLOCK_TOKENS, _key_before(names, num_whole, root)
             if self._disk_answers:
                 return self._tail_reader.submit(self._find_tail, tokens, *where, True)
             return _known(self._find_tail(tokens, *where, False))
@@ -84,14 +83,21 @@ class PrefixCache:
         most = len(token_ids) - 1
         return Restoring(cache, names, BLOCK_TOKENS, most, self._look_up, find_tail, self._note_stuck)
 
-    def note_restored(self, token_ids: Sequence[int], length_before: int, length: int) -> None:
+    def note_restored(
+        self, token_ids: Sequence[int], length_before: int, length: int, group: str = ""
+    ) -> None:
         """So many tokens of a prompt are in a cache now, and so many were before: count, and mark as used."""
-        self._use(self._names(as_tokens(token_ids[:length])))
+        self._use(self._names(as_tokens(token_ids[:length]), group))
         self.num_asked_tokens += len(token_ids) - length_before
         self.num_restored_tokens += length - length_before
 
     def save(
-        self, token_ids: Sequence[int], cache: SequenceCache, start: int = 0, keeps_tail: bool = False
+        self,
+        token_ids: Sequence[int],
+        cache: SequenceCache,
+        start: int = 0,
+        keeps_tail: bool = False,
+        group: str = "",
     ) -> int:
         """Keep what the cache holds of these tokens from `start` on, where all before is saved already.
 
@@ -99,16 +105,16 @@ class PrefixCache:
         which is not the end where memory cannot take all of it now.
         """
         tokens = as_tokens(token_ids)[: cache.length]
-        names = self._names(tokens)
+        names, root = self._names(tokens, group), self._root(group)
         first = start // BLOCK_TOKENS
         stop = min(len(names), max(first, self._room_after(first, block_bytes(cache))))
         fresh: list[BlockName] = []
-        for group in range(first, stop, GROUP):
-            fresh += self._keep(tokens, names, cache, group, min(group + GROUP, stop))
+        for some in range(first, stop, GROUP):
+            fresh += self._keep(tokens, names, root, cache, some, min(some + GROUP, stop))
         end = stop * BLOCK_TOKENS
         if keeps_tail and stop == len(names) and end < tokens.size:
             tail = Block(
-                self._key_before(names, len(names)),
+                _key_before(names, len(names), root),
                 end,
                 tokens[end:].copy(),
                 read_blocks(cache, end, [tokens.size - end])[0],
@@ -121,31 +127,43 @@ class PrefixCache:
             self._use(names[:stop], fresh)
         return end
 
-    def names_from(self, token_ids: Sequence[int], start: int) -> list[BlockName]:
+    def names_from(self, token_ids: Sequence[int], start: int, group: str = "") -> list[BlockName]:
         """The whole blocks of a prompt that end behind its token `start`."""
-        return self._names(as_tokens(token_ids))[start // BLOCK_TOKENS :]
+        return self._names(as_tokens(token_ids), group)[start // BLOCK_TOKENS :]
 
     @staticmethod
     def end_of(name: BlockName) -> int:
         """Where a whole block ends."""
         return name.start + BLOCK_TOKENS
 
-    def count_saved(self, token_ids: Sequence[int]) -> int:
+    def count_saved(self, token_ids: Sequence[int], group: str = "") -> int:
         """Tokens of this prompt that lie in memory, in whole blocks; the disk is not asked."""
         count = 0
-        for name in self._names(as_tokens(token_ids)):
+        for name in self._names(as_tokens(token_ids), group):
             if self._memory.get(name.key) is None:
                 break
             count += BLOCK_TOKENS
         return count
 
-    def pin(self, token_ids: Sequence[int], is_pinned: bool = True) -> None:
+    def pin(self, token_ids: Sequence[int], is_pinned: bool = True, group: str = "") -> None:
         """Keep the blocks of a prompt on disk, or no longer, whatever else wants their room.
 
         It happens behind what waits to be written; blocks that are not there then are not pinned.
         """
         if self._files and self._writer:
-            self._writer.call(partial(self._files.pin, self._names(as_tokens(token_ids)), is_pinned))
+            names = self._names(as_tokens(token_ids), group)
+            self._writer.call(partial(self._files.pin, names, is_pinned))
+
+    def discard(self, token_ids: Sequence[int], group: str = "") -> None:
+        """Forget the blocks of a prompt, its last part too, in memory at once and then on disk."""
+        tokens = as_tokens(token_ids)
+        names, root = self._names(tokens, group), self._root(group)
+        end, parent = len(names) * BLOCK_TOKENS, _key_before(names, len(names), root)
+        rest = tokens[end:]
+        names += [BlockName(chain_key(parent, rest[:size]), end) for size in range(1, rest.size + 1)]
+        self._memory.drop(name.key for name in names)
+        if self._files and self._writer:
+            self._writer.call(partial(self._files.discard, names))
 
     def clear(self) -> None:
         """Forget everything, in memory at once and then on disk, pinned or not."""
@@ -196,16 +214,17 @@ class PrefixCache:
             }
         return values
 
-    def _names(self, tokens: Tokens) -> list[BlockName]:
+    def _root(self, group: str) -> bytes:
+        """The parent of a group's first blocks: no block of one group is named as one of another."""
+        return root_key(self._fingerprint, group)
+
+    def _names(self, tokens: Tokens, group: str) -> list[BlockName]:
         """The names of all whole blocks."""
-        names, key = [], self._root
+        names, key = [], self._root(group)
         for start in range(0, tokens.size - BLOCK_TOKENS + 1, BLOCK_TOKENS):
             key = chain_key(key, tokens[start : start + BLOCK_TOKENS])
             names.append(BlockName(key, start))
         return names
-
-    def _key_before(self, names: Sequence[BlockName], index: int) -> bytes:
-        return names[index - 1].key if index else self._root
 
     @property
     def _disk_answers(self) -> bool:
@@ -238,7 +257,13 @@ class PrefixCache:
         return block
 
     def _keep(
-        self, tokens: Tokens, names: Sequence[BlockName], cache: SequenceCache, first: int, stop: int
+        self,
+        tokens: Tokens,
+        names: Sequence[BlockName],
+        root: bytes,
+        cache: SequenceCache,
+        first: int,
+        stop: int,
     ) -> list[BlockName]:
         """Put those of the blocks `first` to `stop` into memory that are not there; which they were."""
         if all(self._memory.get(name.key) for name in names[first:stop]):
@@ -247,7 +272,7 @@ class PrefixCache:
         for index, payload in enumerate(payloads, start=first):
             start = index * BLOCK_TOKENS
             ids = tokens[start : start + BLOCK_TOKENS].copy()  # else it holds those of the whole conversation
-            self._put(Block(self._key_before(names, index), start, ids, payload))
+            self._put(Block(_key_before(names, index, root), start, ids, payload))
         return list(names[first:stop])
 
     def _room_after(self, first: int, nbytes: int) -> int:
@@ -266,6 +291,10 @@ class PrefixCache:
         self._memory.use(name.key for name in chain)
         if self._writer and chain:
             self._writer.write(fresh, chain)
+
+
+def _key_before(names: Sequence[BlockName], index: int, root: bytes) -> bytes:
+    return names[index - 1].key if index else root
 
 
 def _known(block: Block | None) -> "Future[Block | None]":

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from config.defaults import DECODE_SHARE, INFLIGHT_PER_AGENT
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -14,6 +16,6 @@ class Limits:
     pass_rows: int = 2048
     decode_rows: int = 8
     kv_tokens: int = 32_768
-    agent_inflight: int = 8
-    decode_share: float = 0.3
+    agent_inflight: int = INFLIGHT_PER_AGENT
+    decode_share: float = DECODE_SHARE
     batch_width: int | None = None

@@ -50,6 +50,9 @@ class Prefixes(Protocol):
         that are restored now are returned: their `num_cached_tokens` are known.
         """
 
+    def distrust(self, sequence: Sequence) -> None:
+        """With what was restored of it the model computed NaN: forget that, and restore no more of it."""
+
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
         """It has read on behind its leader, in the same pass, where its cache had held so many tokens."""
 
@@ -71,6 +74,9 @@ class NoPrefixes:
     def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
         """Nobody waits for another."""
         return []
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Nothing was restored."""
 
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
         """Nobody follows another."""
@@ -96,16 +102,27 @@ class SavedPrefixes:
 
     def restore(self, sequence: Sequence) -> None:
         """Begins to fill the cache with saved rows. They are copied in `settle`, some between two steps."""
+        if not sequence.trusts_saved:
+            return
         with Contained(partial(_read_anew, sequence)):
             tokens = sequence.tokens(0, sequence.num_tokens)
-            sequence.restore(self._saved.restore(tokens, sequence.running_cache))
+            group = sequence.cache_group
+            sequence.restore(self._saved.restore(tokens, sequence.running_cache, group))
 
     def save(self, sequence: Sequence) -> None:
         """Keep whole blocks, and the last part of one where the sequence will not fill it soon."""
         cache = sequence.running_cache
         is_pausing = sequence.is_cancelled or sequence.num_unread <= 1
         tokens = sequence.tokens(0, cache.length)
-        sequence.num_saved_tokens = self._saved.save(tokens, cache, sequence.num_saved_tokens, is_pausing)
+        start, group = sequence.num_saved_tokens, sequence.cache_group
+        sequence.num_saved_tokens = self._saved.save(tokens, cache, start, is_pausing, group)
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Forgets the blocks that were restored of it, and the one of which they may be a part."""
+        tokens = sequence.tokens(0, sequence.num_restored_tokens + 1)
+        self._saved.discard(tokens, sequence.cache_group)
+        sequence.trusts_saved = False
+        sequence.num_restored_tokens = sequence.num_saved_tokens = sequence.num_cached_tokens = 0
 
     def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
         """Look again for those whose leader is done with what they share; then restore, by admission.
@@ -144,9 +161,9 @@ class SavedPrefixes:
             case "clear":
                 self._saved.clear()
             case "pin":
-                self._saved.pin(command.token_ids)
+                self._saved.pin(command.token_ids, group=command.cache_group)
             case "unpin":
-                self._saved.pin(command.token_ids, is_pinned=False)
+                self._saved.pin(command.token_ids, False, command.cache_group)
 
     def _complete(self, sequence: Sequence, length_before: int) -> None:
         """Follow whoever reads on from where what was saved ends, and claim what nobody has."""
@@ -154,17 +171,20 @@ class SavedPrefixes:
         after = sequence.running_cache.length
         self._note_cached(sequence, length_before, after)
         sequence.num_saved_tokens = after
+        sequence.num_restored_tokens = after if after > length_before else 0
         self._claim(sequence)
 
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
         """As far as the leader's part was saved, what is adopted need not be: memory may have had no room."""
         assert sequence.leader, "only those have followed that have a leader"
         self._note_cached(sequence, length_before, sequence.follows_to)
+        sequence.num_restored_tokens = sequence.follows_to
         saved = min(sequence.leader.num_saved_tokens, sequence.follows_to)
         sequence.num_saved_tokens = max(sequence.num_saved_tokens, saved)
 
     def _note_cached(self, sequence: Sequence, before: int, after: int) -> None:
-        self._saved.note_restored(sequence.tokens(0, sequence.num_tokens), before, after)
+        tokens = sequence.tokens(0, sequence.num_tokens)
+        self._saved.note_restored(tokens, before, after, sequence.cache_group)
         is_first_time = not sequence.generated and before >= sequence.num_saved_tokens
         if is_first_time:  # or nearly: what followed and was not saved may be adopted once more
             sequence.num_cached_tokens = min(sequence.num_cached_tokens + after - before, after)
@@ -179,7 +199,7 @@ class SavedPrefixes:
             and self._saved.end_of(name) > owner.num_saved_tokens
         }
         prompt = sequence.tokens(0, sequence.num_tokens)
-        names = self._saved.names_from(prompt, sequence.running_cache.length)
+        names = self._saved.names_from(prompt, sequence.running_cache.length, sequence.cache_group)
         shared = list(takewhile(self._claims.__contains__, names))
         if shared:
             # At least one token stays unread, so that there are logits to go on from.

@@ -1,6 +1,9 @@
 """The indexer against transformers' GlmMoeDsaIndexer, and choosing keys by our own rule for ties."""
 
 import importlib.util
+import io
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.arithmetic import CPU
+from models.arithmetic import CPU, METAL, Arithmetic
 from models.attention.indexer import index_scores
-from models.attention.selection import causal_mask, select, selected_positions
+from models.attention.selection import (
+    causal_mask,
+    kth_by_bits,
+    kth_by_numpy,
+    kth_by_partition,
+    select,
+    selected_positions,
+)
 from tests.models.make_golden import SEED, reference_model
 from tests.tiny_glm import SHARED, make_weights
 from tests.tiny_model import make_model
@@ -68,11 +78,43 @@ def test_selection_takes_the_best_and_among_equals_the_first(
 ) -> None:
     k, visible = min(k, len(scores)), data.draw(st.integers(1, len(scores)))
     mask = mx.arange(len(scores))[None, :] < visible
-    chosen = select(mx.array([scores]), mask, k)
-    assert set(np.flatnonzero(np.array(chosen)[0]).tolist()) == best_by_hand(scores, visible, k)
+    for kth_best in (kth_by_partition, kth_by_bits, kth_by_numpy):
+        chosen = select(mx.array([scores]), mask, k, kth_best)
+        assert set(np.flatnonzero(np.array(chosen)[0]).tolist()) == best_by_hand(scores, visible, k)
     positions = np.array(selected_positions(chosen, k))[0].tolist()
     assert positions == sorted(positions)
     assert {p for p in positions if p < len(scores)} == best_by_hand(scores, visible, k)
+
+
+@pytest.mark.parametrize("kth_best", [kth_by_bits, kth_by_numpy])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.0, -0.0, 0.0],
+        [1e-45, 0.0, -1e-45],
+        [3e38, -3e38, math.inf],
+        [-math.inf, -1.0, -1.0],
+        [0.1, 0.1, 0.1],
+    ],
+)
+def test_every_way_to_the_kth_best_score_gives_the_same_selection(
+    kth_best: Callable[[mx.array, int], mx.array], values: list[float]
+) -> None:
+    """Also of scores that only their bits tell apart, and where bits differ and the order does not."""
+    scores = mx.array(np.random.default_rng(0).choice(values, (20, 40)).astype(np.float32))
+    visible = causal_mask(20, 20, 40)
+    for k in (1, 7, 20, 39):
+        assert mx.array_equal(select(scores, visible, k, kth_best), select(scores, visible, k))
+
+
+def test_metal_sorts_no_scores() -> None:
+    def selected(arithmetic: Arithmetic) -> str:
+        ops = io.StringIO()
+        mx.export_to_dot(ops, arithmetic.kth_best(mx.random.normal((4, 64)), 8))
+        return ops.getvalue()
+
+    assert "Partition" in selected(replace(METAL, selects_by_bits=False))
+    assert "Partition" not in selected(METAL)
 
 
 def test_the_selection_of_a_row_does_not_depend_on_how_rows_are_cut_into_parts() -> None:

@@ -51,7 +51,7 @@ def service(served_engine: ScriptedEngine, dialect: Dialect) -> Service:
 
 @pytest.fixture(scope="module")
 def module_client(service: Service) -> TestClient:
-    return TestClient(make_app(service))
+    return local_client(make_app(service))
 
 
 @pytest.fixture
@@ -70,6 +70,11 @@ def module_url(service: Service) -> Iterator[str]:
 def base_url(module_url: str, engine: ScriptedEngine) -> str:
     """The same, with a new script."""
     return module_url
+
+
+def local_client(app: FastAPI, headers: dict[str, str] | None = None) -> TestClient:
+    """A client on the server's own machine, who is an admin where there are no keys."""
+    return TestClient(app, "http://localhost", headers=headers, client=("127.0.0.1", 50000))
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import httpx
 import openai
 import pytest
 
-from server.api.access.keys import Access, KeyRing
+from server.api.access.guard import Access
+from server.api.access.keys import KeyRing
 from server.api.access.quotas import parse_quota
 from server.api.app import make_app
 from server.api.service import Service

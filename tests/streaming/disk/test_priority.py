@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from streaming.disk.priority import RECENT_S, Precedence
 from streaming.disk.reader import Reader
-from streaming.disk.reads import Read, ReadClass
+from streaming.disk.reads import RECENT_S, Precedence, Read, ReadClass
 from streaming.files.floats import Bytes
 from streaming.files.headers import FileStamp
 from tests.streaming.faulty_disk import FaultyDisk

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from config.errors import DiskError
-from streaming.disk.aligned import buffer_bytes
 from streaming.disk.disk import aligned_buffer
 from streaming.disk.probe import choose_depth, opened, probe_disk, read_bare
+from streaming.disk.reads import buffer_bytes
 from streaming.files.floats import Bytes
 from streaming.files.headers import read_headers
 from streaming.files.index import ExpertIndex

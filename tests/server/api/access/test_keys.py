@@ -7,10 +7,12 @@ from starlette.testclient import TestClient
 
 from config.errors import UsageError
 from config.settings import load_settings
-from server.api.access.keys import Access, KeyRing, read_keys
+from server.api.access.guard import Access
+from server.api.access.keys import KeyRing, read_keys
 from server.api.app import make_app
 from server.api.service import Service
 from server.commands.serve import make_access
+from tests.server.api.conftest import local_client
 from tests.server.api.scripted import ScriptedEngine
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
@@ -143,10 +145,10 @@ def test_a_page_that_does_not_ask_first_is_refused(
     service: Service, engine: ScriptedEngine, origin: str, status: int
 ) -> None:
     flags = {"allowed_hosts": "mac.local", "cors_origins": "https://ui.example"}
-    headers = {"Host": "192.168.1.5:8080", "Content-Type": "text/plain"} | (
+    headers = {"Host": "192.168.1.5:8080", "Content-Type": "application/json"} | (
         {"Origin": origin} if origin else {}
     )
-    client = make_client(service, make_access(load_settings(flags)))
+    client = local_client(make_app(service, make_access(load_settings(flags))))
     assert client.post("/v1/cache/clear", headers=headers).status_code == status
     assert len(engine.administered) == (status == 202)
 

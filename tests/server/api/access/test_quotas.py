@@ -13,7 +13,8 @@ from starlette.testclient import TestClient
 
 from config.errors import UsageError
 from config.prices import PRICES, PRICES_OF
-from server.api.access.keys import Access, KeyRing, read_keys
+from server.api.access.guard import Access
+from server.api.access.keys import KeyRing, read_keys
 from server.api.access.quotas import START_S, Accounts, Quota, QuotaError, Wanted, parse_quota
 from server.api.access.receipts import Ledger
 from server.api.app import make_app

@@ -11,6 +11,7 @@ from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.link.engine_protocol import EngineStatus
 from server.link.messages import Administer, Stats
+from tests.server.api.conftest import local_client
 from tests.server.api.scripted import ScriptedEngine
 
 CHAT = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]}
@@ -30,7 +31,7 @@ def test_clearing_forgets_what_was_said_too(engine: ScriptedEngine, dialect: Dia
     remembered = Remembered(tmp_path)
     remembered.add("", "hello", Said((1,), "", "Hi", (), True))
     service = Service(engine, dialect, ModelNames("z-ai/glm-5.2"), remembered=remembered)
-    assert TestClient(make_app(service)).post("/v1/cache/clear").status_code == 202
+    assert local_client(make_app(service)).post("/v1/cache/clear", json={}).status_code == 202
     assert engine.administered == [Administer("clear")]
     remembered.close()
     again = Remembered(tmp_path)
@@ -60,5 +61,5 @@ class _Counted(ScriptedEngine):
 
 def test_the_counts_are_told(dialect: Dialect) -> None:
     service = Service(_Counted([1]), dialect, ModelNames("z-ai/glm-5.2"))
-    data = TestClient(make_app(service)).get("/v1/cache/stats").json()["data"]
+    data = local_client(make_app(service)).get("/v1/cache/stats").json()["data"]
     assert data == {"prefix_saved_tokens": 640.0}

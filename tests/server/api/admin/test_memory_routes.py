@@ -3,7 +3,8 @@
 import pytest
 from starlette.testclient import TestClient
 
-from server.api.access.keys import Access, KeyRing
+from server.api.access.guard import Access
+from server.api.access.keys import Key, KeyRing
 from server.api.app import make_app
 from server.api.service import Service
 from server.link.messages import Failed
@@ -72,8 +73,9 @@ def test_without_an_engine_the_answer_is_to_come_back(client: TestClient, engine
     assert client.post("/v1/memory/plan", json={"ram_budget": "1G"}).status_code == 503
 
 
-def test_it_takes_a_key_where_there_are_keys(service: Service, engine: ScriptedEngine) -> None:
-    client = TestClient(make_app(service, Access(KeyRing([("a", "secret")]))))
+def test_it_takes_an_admins_key_where_there_are_keys(service: Service, engine: ScriptedEngine) -> None:
+    ring = KeyRing.of({"secret": Key("a", is_admin=True)})
+    client = TestClient(make_app(service, Access(ring)))
     body = {"ram_budget": "1G"}
     assert client.post("/v1/memory/plan", json=body).status_code == 401
     headers = {"Authorization": "Bearer secret"}

@@ -154,6 +154,26 @@ def test_a_malformed_call_comes_once_and_leaves_no_gap(
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        BERGEN,
+        "<arg_value>Oslo</arg_value></tool_call>",
+        BERGEN + BERGEN,
+        "see <arg_value>x</arg_value><arg_key>k</arg_key><arg_value>v</arg_value></tool_call>",
+    ],
+)
+def test_no_markup_is_left_of_a_call_that_quotes_a_call(
+    client: TestClient, says: Callable[..., None], quoted: str
+) -> None:
+    value = f"<arg_key>city</arg_key><arg_value>{quoted}</arg_value>"
+    says(*[f"hm</think>I see.<tool_call>weather{value}</tool_call><|observation|>"] * 2)
+    [choice] = ask(client, tools=TOOLS)["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "I see.")
+    chunks = stream(client, tools=TOOLS)
+    assert joined(chunks, "content") == "I see."
+
+
 @pytest.mark.parametrize("thought", ["It is 4.", "  four \n", "Is <tool_call> a tag? é", 'So {"a": 1}'])
 def test_an_answer_that_ends_inside_its_thought_is_that_thought(
     client: TestClient, says: Callable[..., None], tokenizer: Tokenizer, thought: str

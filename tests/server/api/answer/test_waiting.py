@@ -9,8 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.answer.answer import Answer
-from server.api.answer.waiting import WaitingRequests
+from server.api.answer.answer import Answer, WaitingRequests
 from server.api.service import Service
 from server.glm.answer_parser import AnswerParser
 from server.glm.tokenizer import Tokenizer

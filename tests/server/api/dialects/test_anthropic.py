@@ -10,7 +10,8 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from server.api.access.keys import Access, KeyRing
+from server.api.access.guard import Access
+from server.api.access.keys import KeyRing
 from server.api.app import make_app
 from server.api.service import Service
 from server.glm.tokenizer import Tokenizer

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from server.api.access.receipts import Caller
 from server.api.prompt.explain import MAX_CONVERSATIONS, Explainer, locate
 from server.glm.tokenizer import Tokenizer
 from server.link.messages import Generate
@@ -121,7 +122,8 @@ def test_little_is_kept(tokenizer: Tokenizer) -> None:
     explainer = Explainer()
     for number in range(2 * MAX_CONVERSATIONS):
         request = Generate(f"r{number}", tuple(range(number, number + 50)), 1)
-        explainer.begin(request.request_id, f"agent {number % 7}", tokenizer, request.token_ids, [], [])
+        caller = Caller(user=f"{number % 7}")
+        explainer.begin(request.request_id, caller, tokenizer, request.token_ids, [], [])
         explainer.end(request.request_id, 0, [1, 2])
     kept = [one for agent in explainer._agents.values() for one in agent.conversations]
     assert len(kept) <= MAX_CONVERSATIONS
@@ -136,12 +138,12 @@ def test_a_long_prompt_that_is_explained_keeps_nobody_waiting(
     def while_others_come(self: Tokenizer, token_ids: Sequence[int]) -> str:
         nonlocal num_met
         others.submit(explainer.end, "r1", 0, [4]).result(timeout=3)
-        others.submit(explainer.begin, "r2", "b", tokenizer, [1, 2], [], []).result(timeout=3)
+        others.submit(explainer.begin, "r2", Caller(user="b"), tokenizer, [1, 2], [], []).result(timeout=3)
         num_met += 1
         return decode(self, token_ids)
 
-    explainer.begin("r1", "a", tokenizer, [1, 2, 3, 4], [], [])
+    explainer.begin("r1", Caller(user="a"), tokenizer, [1, 2, 3, 4], [], [])
     monkeypatch.setattr(Tokenizer, "decode", while_others_come)
-    found = explainer.begin("r3", "a", tokenizer, [1, 2, 5, 6], [], [])
+    found = explainer.begin("r3", Caller(user="a"), tokenizer, [1, 2, 5, 6], [], [])
     assert num_met
     assert (found.num_shared, found.other) == (2, "r1")

@@ -12,8 +12,8 @@ from starlette.testclient import TestClient
 
 from server.api.app import make_app
 from server.api.prompt import remembered
-from server.api.prompt.billing_header import without_volatile_lines
 from server.api.prompt.remembered import FILE_NAME, Remembered, Said
+from server.api.prompt.replay import without_volatile_lines
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.templates.template import ChatTemplate

@@ -61,6 +61,26 @@ def test_a_body_may_begin_with_a_mark(client: TestClient, path: str) -> None:
     assert client.post(f"/v1{path}", content=body).status_code == 200
 
 
+@pytest.mark.parametrize("coding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-be"])
+def test_a_mark_says_the_coding_of_the_body(client: TestClient, coding: str) -> None:
+    mark = b"" if coding in ("utf-16", "utf-32") else "\ufeff".encode(coding)
+    body = mark + json.dumps(CHAT_BODY).encode(coding)
+    assert client.post(CHAT, content=body).status_code == 200
+    assert client.post(CHAT, content=body[:-1]).status_code == 400
+
+
+def test_blanks_may_stand_before_a_mark(client: TestClient) -> None:
+    body = json.dumps(CHAT_BODY).encode("utf-8-sig")
+    assert client.post(CHAT, content=b" \r\n" + body + b"\n").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["//v1/models", "/v1//models//", "//api/v1/models/user", "///health"])
+def test_slashes_in_a_row_are_one(base_url: str, path: str) -> None:
+    response = httpx.get(base_url + path, follow_redirects=False)
+    assert response.status_code == 200
+    assert "location" not in response.headers
+
+
 @pytest.mark.parametrize("mark", [b"\xef\xbb\xbf\xef\xbb\xbf", b"\xef\xbb", b"\xff\xfe", b"\x00"])
 def test_other_marks_are_no_json(client: TestClient, mark: bytes) -> None:
     assert client.post(CHAT, content=mark + json.dumps(CHAT_BODY).encode()).status_code == 400
@@ -199,3 +219,68 @@ def test_anthropics_newer_keys_are_there(base_url: str, client: TestClient) -> N
             assert model.display_name == "z-ai/glm-5.2 (local)"
             assert model.created_at.year >= 2025
         assert not sdk.models.list().has_more
+
+
+@pytest.mark.parametrize(
+    ("role", "part", "said"),
+    [
+        ("assistant", {"type": "refusal", "refusal": "No."}, "No."),
+        ("assistant", {"type": "output_text", "text": "No.", "annotations": []}, "No."),
+        ("user", {"type": "input_text", "text": "Why?"}, "Why?"),
+        ("tool", {"type": "output_text", "text": "4 C"}, "4 C"),
+    ],
+)
+def test_text_is_text_by_its_names_in_other_dialects(
+    client: TestClient, engine: ScriptedEngine, tokenizer: Tokenizer,
+    role: str, part: dict[str, Any], said: str,
+) -> None:  # fmt: skip
+    messages = [USER, {"role": role, "content": [part], "tool_call_id": "c"}, USER]
+    response = client.post(CHAT, json={"messages": messages})
+    assert response.status_code == 200, response.text
+    assert said in tokenizer.decode(engine.requests[-1].token_ids)
+    assert "x-glmserve-ignored" not in response.headers
+
+
+def test_images_beside_the_content_are_refused(client: TestClient) -> None:
+    response = client.post(CHAT, json={"messages": [USER | {"images": ["aGVsbG8="]}]})
+    assert response.json()["error"]["param"] == "messages[0].images"
+    assert client.post(CHAT, json={"messages": [USER | {"images": []}]}).status_code == 200
+
+
+HOSTED_BLOCKS: list[dict[str, Any]] = [
+    {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
+    {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"type": "web_search_result"}]},
+    {"type": "web_fetch_tool_result", "tool_use_id": "s", "content": {"type": "web_fetch_result"}},
+    {"type": "bash_code_execution_tool_result", "tool_use_id": "s", "content": {"stdout": "x"}},
+    {"type": "mcp_tool_use", "id": "m", "name": "n", "input": {}, "server_name": "s"},
+    {"type": "mcp_tool_result", "tool_use_id": "m", "content": [{"type": "text", "text": "x"}]},
+]
+
+
+@pytest.mark.parametrize("block", HOSTED_BLOCKS, ids=lambda block: str(block["type"]))
+def test_anthropics_own_tools_in_the_history_are_ignored_and_said(
+    client: TestClient, engine: ScriptedEngine, block: dict[str, Any]
+) -> None:
+    text = {"type": "text", "text": "Found."}
+    for blocks in ([block, text], [text]):
+        talk = [USER, {"role": "assistant", "content": blocks}, USER]
+        response = client.post("/v1/messages", json=BODIES["/messages"] | {"messages": talk})
+        assert response.status_code == 200, response.text
+        said = f"messages[1].content[0].{block['type']}" if len(blocks) == 2 else None
+        assert response.headers.get("x-glmserve-ignored") == said
+    assert engine.requests[-1].token_ids == engine.requests[-2].token_ids
+
+
+@pytest.mark.parametrize("sealed", ["gAAAAABo_-z9", "gAAAAABo/+z9", "_w", "gP-A"])
+def test_a_thought_that_another_server_sealed_is_ignored_and_said(
+    client: TestClient, engine: ScriptedEngine, sealed: str
+) -> None:
+    item: dict[str, Any] = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": sealed}
+    answer: dict[str, Any] = {"role": "assistant", "content": "Hi"}
+    for items in ([item, answer], [item | {"encrypted_content": None}, answer]):
+        body = {"input": [{"role": "user", "content": "hello"}, *items, {"role": "user", "content": "And?"}]}
+        response = client.post("/v1/responses", json=body)
+        assert response.status_code == 200, response.text
+        said = None if items[0]["encrypted_content"] is None else "input[1].encrypted_content"
+        assert response.headers.get("x-glmserve-ignored") == said
+    assert engine.requests[-1].token_ids == engine.requests[-2].token_ids

@@ -176,6 +176,24 @@ def test_hosted_tools_are_ignored_and_said_and_cannot_be_chosen(
         ("/chat/completions", "top_logprobs", 3),
         ("/chat/completions", "tool_choice", "required"),
         ("/messages", "tool_choice", {"type": "any"}),
+        ("/messages", "audio", {"voice": "alloy"}),
+        ("/messages", "modalities", ["audio"]),
+        ("/messages", "web_search_options", {}),
+        ("/messages", "plugins", [{"id": "web"}]),
+        ("/responses", "web_search_options", {}),
+        ("/responses", "audio", {"voice": "alloy"}),
+        ("/completions", "web_search", True),
+        ("/chat/completions", "enable_search", True),
+        ("/chat/completions", "search_parameters", {"mode": "on"}),
+        ("/chat/completions", "modalities", "audio"),
+        ("/chat/completions", "response_modalities", ["TEXT", "IMAGE"]),
+        ("/chat/completions", "plugins", {"id": "web"}),
+        ("/chat/completions", "plugins", ["WEB"]),
+        ("/chat/completions", "images", ["aGVsbG8="]),
+        ("/chat/completions", "format", "json"),
+        ("/responses", "response_schema", {"type": "object"}),
+        ("/chat/completions", "json_mode", True),
+        ("/messages", "tool_choice", {"type": "tool", "name": "f"}),
     ],
 )
 def test_what_changes_the_answer_is_refused_in_param(
@@ -194,12 +212,71 @@ def test_what_changes_the_answer_is_refused_in_param(
         ("structured_outputs", True),
         ("models", ["z-ai/glm-5.2:online", "z-ai/glm-5.2"]),
         ("web_search_options", None),
+        ("enable_search", False),
+        ("search_parameters", {"mode": "off"}),
+        ("web_search", {"enable": False}),
+        ("json_mode", False),
+        ("format", ""),
     ],
 )
 def test_what_asks_for_no_more_than_text_is_answered(client: TestClient, field: str, value: Any) -> None:
     response = client.post("/api/v1/chat/completions", json=BODIES["/chat/completions"] | {field: value})
     assert response.status_code == 200, response.text
     assert "x-glmserve-ignored" not in response.headers
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "builtin_function", "function": {"name": "$web_search"}},
+        {"type": "web_search", "function": {"name": "f2"}, "web_search": {"enable": True}},
+        {"type": "retrieval", "function": {"name": "f"}},
+    ],
+)
+def test_a_hosted_tool_with_a_function_in_it_is_not_offered(
+    client: TestClient, engine: ScriptedEngine, tool: dict[str, Any]
+) -> None:
+    body = BODIES["/chat/completions"]
+    for tools in ([FUNCTION, tool], [FUNCTION]):
+        response = client.post("/v1/chat/completions", json=body | {"tools": tools})
+        assert response.status_code == 200, response.text
+    assert engine.requests[-1].token_ids == engine.requests[-2].token_ids
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/responses"])
+@pytest.mark.parametrize(
+    ("choice", "word"),
+    [
+        ({"type": "auto"}, "auto"), ({"type": "none"}, "none"), ({"type": "required"}, "required"),
+        ({"type": "any"}, "required"), ("any", "required"), ({"type": "auto", "disable_parallel": 1}, "auto"),
+    ],
+)  # fmt: skip
+def test_a_choice_of_no_tool_may_be_an_object(
+    client: TestClient, engine: ScriptedEngine, path: str, choice: Any, word: str
+) -> None:
+    for given in (choice, word):
+        body = BODIES[path] | {"tools": [CLIENT_TOOL[path]], "tool_choice": given}
+        response = client.post(f"/v1{path}", json=body)
+        assert response.status_code == 200, response.text
+    assert engine.requests[-1].grammar == engine.requests[-2].grammar
+
+
+def test_a_tool_without_a_type_is_a_function(client: TestClient, engine: ScriptedEngine) -> None:
+    for tool in (FUNCTION, {"function": FUNCTION["function"]}):
+        body = BODIES["/chat/completions"] | {"tools": [tool], "tool_choice": "required"}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert engine.requests[-1].token_ids == engine.requests[-2].token_ids
+
+
+def test_anthropics_older_name_of_a_form_is_honoured(client: TestClient, engine: ScriptedEngine) -> None:
+    form = {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    bodies: list[dict[str, Any]] = [
+        {"output_format": form}, {"output_config": {"format": form}}, {"mcp_servers": []},
+    ]  # fmt: skip
+    for fields in bodies:
+        assert client.post("/v1/messages", json=BODIES["/messages"] | fields).status_code == 200
+    older, newer, none = (request.grammar for request in engine.requests[-3:])
+    assert older == newer != none
 
 
 def test_openrouters_require_parameters_refuses_unknown_ones(client: TestClient) -> None:

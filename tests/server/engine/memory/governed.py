@@ -8,7 +8,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from config.expert_policy import ExpertPolicy
+from config.defaults import ExpertPolicy
 from config.plan import Geometry, MemoryPlan, make_plan
 from models.arithmetic import CPU
 from models.attention.attention import Span
