@@ -1,6 +1,6 @@
 """A host row's way into a discrete GPU's memory. Called by the banks, on the store's thread.
 
-Rows in pinned memory are read by a kernel over the bus, 37 GB/s on an H200. Where memory cannot be pinned,
+Rows in pinned memory are read by a kernel over the bus, 40 GB/s on an H200. Where memory cannot be pinned,
 `mx.load`, which reads from anything that behaves like a file, makes the driver copy them, 4 to 5 GB/s;
 `mx.array` makes managed memory, whose pages a GPU fetches one fault at a time, 2 GB/s.
 """
