@@ -1,15 +1,17 @@
 """POST /chat/completions: renders, generates, and writes the answer whole or in chunks."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from array import array
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from server.api.access.conversations import pieces_of_chat
 from server.api.access.receipts import Caller, Receipt, holder_of
 from server.api.answer import shapes
-from server.api.answer.answer import Answer, Delta, merge
+from server.api.answer.answer import Answer, Delta, Heard, merge
 from server.api.answer.json_answer import respond_whole, while_connected
 from server.api.answer.shapes import Envelope
 from server.api.answer.sse import stream
@@ -112,7 +114,7 @@ class Chat:
         self._service = service
         self._body = body
         self._tokenizer = service.dialect.tokenizer
-        self._caller = caller
+        self._caller = caller = service.recognised(caller, pieces_of_chat(body.template_messages()))
         renderer = Renderer(self._tokenizer, service.dialect.template, service.remembered, caller.owner)
         self._rendered = rendered = renderer.render(
             body, service.check_length(wanted, 1 if fills_context and body.limit else body.limit)
@@ -129,7 +131,7 @@ class Chat:
             written=written,
         )
         self.answers = [self._answer(service, one) for one in commands]
-        self._heard: list[list[Delta]] = [[] for _ in self.answers]
+        self._heard = [Heard() for _ in self.answers]
         self._explain(commands[0])
         self.envelope = Envelope(commands[0].request_id, service.model_id)
         self._receipt = Receipt(
@@ -218,7 +220,7 @@ class Chat:
         try:
             async with aclosing(merge([answer.deltas() for answer in self.answers])) as merged:
                 async for index, delta in merged:
-                    self._heard[index].append(delta)
+                    self._heard[index].add(delta)
                     yield index, replace(delta, reasoning="") if self._body.hides_reasoning else delta
         finally:
             self._remember()
@@ -230,7 +232,7 @@ class Chat:
             # A client's bias or grammar can force a role into an answer: it must not come back as one.
             has_roles = any(map(self._tokenizer.is_special, answer.token_ids))
             if answer.is_whole_turn and not has_roles:
-                said = said_of(heard, answer.token_ids, is_thinking=answer.request.thought is not None)
+                said = said_of(heard.deltas, answer.token_ids, is_thinking=answer.request.thought is not None)
                 self._service.remembered.add(self._caller.owner, self._rendered.answered, said)
         first = self.answers[0]
         self._service.explainer.end(first.request.request_id, first.usage.num_cached_tokens, first.token_ids)
@@ -239,7 +241,7 @@ class Chat:
         return shapes.usage(self.answers, self._receipt.usage(self.answers))
 
 
-def said_of(heard: list[Delta], token_ids: list[int], *, is_thinking: bool) -> Said:
+def said_of(heard: list[Delta], token_ids: Iterable[int], *, is_thinking: bool) -> Said:
     """A turn as its client has it."""
     message = shapes.chat_message(heard)
     calls = [
@@ -248,4 +250,4 @@ def said_of(heard: list[Delta], token_ids: list[int], *, is_thinking: bool) -> S
     ]
     reasoning = "".join(delta.reasoning for delta in heard)
     content = (message["content"] or "").strip()
-    return Said(tuple(token_ids), reasoning, content, tuple(calls), is_thinking)
+    return Said(array("i", token_ids), reasoning, content, tuple(calls), is_thinking)
