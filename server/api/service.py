@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,7 +113,7 @@ class Service:
         available = info.context_length - len(prompt)
         if available < (1 if max_tokens is None else max_tokens):
             raise ContextOverflow(info.context_length, len(prompt), max_tokens or 0)
-        token_ids = tuple(prompt)
+        token_ids = array("i", prompt)
         request_id = f"gen-{int(time.time())}-{secrets.token_hex(10)}"
         return [
             Generate(

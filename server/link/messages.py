@@ -114,7 +114,8 @@ class Generate:
     priority: Priority = "interactive"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token_ids", array("i", self.token_ids))
+        if not isinstance(self.token_ids, array):
+            object.__setattr__(self, "token_ids", array("i", self.token_ids))
 
 
 @dataclass(frozen=True)
