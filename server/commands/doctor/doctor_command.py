@@ -1,4 +1,4 @@
-"""The command `glmserve doctor [--parity] [flags of serve]`: runs checks, prints findings, writes the report.
+"""The command `glmserve doctor [--parity | --json]`: runs checks, prints findings, writes the report.
 
 A check that raises is a fault of that check alone. With `--parity` the checks run in a process of their own,
 and each finding becomes a line of one JSON-lines file at once: a crash in a driver leaves the check's name.
@@ -22,7 +22,7 @@ PARITY = "server.commands.doctor.parity.parity_process"
 Record = Callable[[dict[str, object]], None]
 
 
-def doctor(settings: Settings, *, parity: bool, directory: Path | None = None) -> int:
+def doctor(settings: Settings, *, parity: bool, is_json: bool = False, directory: Path | None = None) -> int:
     """Runs the ordinary checks, or those of `--parity`; returns 1 if any finding is a fault.
 
     The report of `--parity` is written to `directory`, by default the current one; UsageError if it cannot.
@@ -30,7 +30,11 @@ def doctor(settings: Settings, *, parity: bool, directory: Path | None = None) -
     if not parity:
         from server.commands.doctor.ordinary import CHECKS
 
-        return run_checks(CHECKS, settings, lambda line: None)
+        findings: list[dict[str, object]] = []
+        code = run_checks(CHECKS, settings, findings.append, is_quiet=is_json)
+        if is_json:
+            print(json.dumps([line for line in findings if "verdict" in line], indent=2))
+        return code
     path = (directory or Path.cwd()) / REPORT
     try:
         path.write_text("", encoding="utf-8")
@@ -55,7 +59,7 @@ def run_parity(path: Path, module: str = PARITY) -> int:
     return 1
 
 
-def run_checks(checks: Sequence[Check], settings: Settings, record: Record) -> int:
+def run_checks(checks: Sequence[Check], settings: Settings, record: Record, *, is_quiet: bool = False) -> int:
     """Runs the checks in order, prints each finding and hands it to `record`; returns the exit code."""
     num_faults = 0
     for check in checks:
@@ -63,7 +67,8 @@ def run_checks(checks: Sequence[Check], settings: Settings, record: Record) -> i
         begun = time.perf_counter()
         for finding in _findings(check, settings):
             num_faults += finding.verdict == Verdict.FAULT
-            print(f"{finding.verdict:5}  {check.title}: {finding.text}", flush=True)
+            if not is_quiet:
+                print(f"{finding.verdict:5}  {check.title}: {finding.text}", flush=True)
             record({"check": check.title, **asdict(finding)})
         record({"check": check.title, "seconds": round(time.perf_counter() - begun, 2)})
     return 1 if num_faults else 0
