@@ -91,14 +91,14 @@ def check_layer(settings: Settings) -> Iterator[Finding]:
     }
     gate, up, down = (BankWeight(parts, name, PACKED) for name in PROJECTIONS)
     first = [BankWeight(parts, name, PACKED, 0) for name in PROJECTIONS]
-    one, many = (mx.random.normal((rows, HIDDEN)).astype(arithmetic.dtype) for rows in (1, 64))
+    one, many = (mx.random.normal((rows, HIDDEN)).astype(arithmetic.dtype) for rows in (1, 48))
     slots = mx.arange(EXPERTS, dtype=mx.int32)[None]
     yield compare(
         "a token's experts", "",
         {f"{EXPERTS} experts": lambda: mx.eval(arithmetic.pairs(one, gate, up, down, slots))},
     )  # fmt: skip
     rows_ms = {"one expert": lambda: mx.eval(arithmetic.mlp(many, *first))}
-    yield compare("64 rows of a sweep", "", rows_ms)
+    yield compare("48 rows of a sweep", "", rows_ms)
     packed = arithmetic.max_packed_rows is None
     other = replace(arithmetic, max_packed_rows=8 if packed else None, uses_numpy=False)
     if arithmetic.uses_numpy:  # MLX's CPU kernels take a hundred times as long
@@ -115,7 +115,7 @@ def check_layer(settings: Settings) -> Iterator[Finding]:
 def check_attention(settings: Settings) -> Iterator[Finding]:
     """Tiles, gathering, pieces in flight and the selection of keys, at the widths of GLM-5.2."""
     arithmetic, dtype = choose_arithmetic(), choose_arithmetic().dtype
-    num_keys, rows = arithmetic.gather_from * TOPK, 8
+    num_keys, rows = arithmetic.gather_from * TOPK, 4 if arithmetic.uses_numpy else 16
     keys = mx.random.normal((num_keys, LATENT)).astype(dtype)
     queries = mx.random.normal((HEADS, rows, LATENT)).astype(dtype)
     seen = mx.arange(num_keys)[None] < mx.arange(num_keys - rows, num_keys)[:, None]
@@ -143,7 +143,7 @@ def check_attention(settings: Settings) -> Iterator[Finding]:
     )  # fmt: skip
     yield compare(
         "tiles of rows", "tile_elements in models/arithmetic.py",
-        {"8": lambda: pieces(8, 1), "4": lambda: pieces(4, 1), "2": lambda: pieces(2, 1)},
+        {str(height): lambda height=height: pieces(height, 1) for height in (rows, rows // 2, rows // 4)},
     )  # fmt: skip
     depth = arithmetic.pieces_in_flight
     sides = {
