@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -143,7 +144,7 @@ def check_attention(settings: Settings) -> Iterator[Finding]:
     )  # fmt: skip
     yield compare(
         "tiles of rows", "tile_elements in models/arithmetic.py",
-        {str(height): lambda height=height: pieces(height, 1) for height in (rows, rows // 2, rows // 4)},
+        {str(height): partial(pieces, height, 1) for height in (rows, rows // 2, rows // 4)},
     )  # fmt: skip
     depth = arithmetic.pieces_in_flight
     sides = {
