@@ -268,7 +268,7 @@ def slots_bytes(geometry: Geometry, slots: Sequence[int]) -> int:
 
 
 def _slots(sizes: Sequence[int], room: int, most: int) -> tuple[int, ...]:
-    """The same number of slots for each size, at most `most`; the remainder goes to the first that it fits."""
+    """The same number of slots for each size, at most `most`; the rest goes to the first that it fits."""
     per_slot = sum(sizes)
     even = min(room // per_slot, most) if per_slot else most
     left = room - even * per_slot

@@ -94,7 +94,7 @@ class Residency:
         self.num_slots = num_slots
 
     def follow(self, policy: Policy) -> None:
-        """Hands over to another policy, which learns the resident experts in the old one's order of eviction."""
+        """Hands over to another policy, which learns what is resident in the old one's order of eviction."""
         for expert in self.least_worth_first(self._slot_of):
             policy.use((expert,))
         self._policy = policy

@@ -50,7 +50,7 @@ class Answers:
         self._max_rows = max_rows
 
     def begin(self, sequence: Sequence) -> bool:
-        """Say that it waits no more; False where its grammar cannot be followed, which ends it."""
+        """Tells the client that its sequence runs. Returns False if its grammar fails, which ends it."""
         with Contained(partial(self.fail, sequence)) as attempt:
             sequence.constraint.begin()
         if not attempt.failed:
@@ -78,7 +78,7 @@ class Answers:
         self._hand_out(complete, hidden)
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
-        """End one request; its client is told, the others go on."""
+        """Ends one sequence and tells its client."""
         if kind_of(error) != "request":  # a client's fault, in a client's words, is told to the client only
             log.error("request %s failed", sequence.request.request_id, exc_info=error)
         self._scheduler.retire(sequence)
@@ -92,7 +92,7 @@ class Answers:
         self.save(sequence)
 
     def tell_progress(self, sequence: Sequence) -> None:
-        """How much of the prompt is in the cache, and how much of that was computed for others."""
+        """Tells the client how much of its prompt is in the cache, and how much others had computed."""
         num_prompt = sequence.num_prompt_tokens
         num_read = min(sequence.num_tokens - sequence.num_unread, num_prompt)
         request_id, num_cached = sequence.request.request_id, sequence.num_cached_tokens
@@ -181,7 +181,7 @@ class Answers:
 
 
 def kind_of(error: Exception) -> FailureKind:
-    """Whose fault an error is."""
+    """The kind of failure that an error is, for the client."""
     match error:
         case RequestError():
             return "request"
@@ -194,7 +194,7 @@ def kind_of(error: Exception) -> FailureKind:
 
 
 def _check_rows(hidden: mx.array) -> None:  # [n, H]
-    """A row of the cache is no better than what was computed from it."""
+    """Raises EngineError if any hidden row is NaN: then the cache is damaged, too."""
     if mx.isnan(hidden.sum(axis=-1)).any().item():
         raise _not_a_number()
 
