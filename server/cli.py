@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
+from server.launcher import hold_hangups, take_hangups
+
+if __name__ == "__main__":  # before the imports that take half a second
+    hold_hangups()
+
 from config.errors import GaveUp, UsageError
 from config.settings import ENV_PREFIX, Settings, flag_of, load_settings
 from server.version import VERSION
@@ -38,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand that the words name; `serve` may be left out."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and not words[0].startswith("-") else "serve"
+    if name == "serve":
+        hold_hangups()
+    else:
+        take_hangups()
     try:
         if name not in COMMANDS:
             raise UsageError(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}")
@@ -94,10 +103,21 @@ def _prefixes(words: Sequence[str]) -> int:
         parse_settings(["--help"], "prefixes")
     if len(words) < 2 or words[0] not in ("export", "import") or words[1].startswith("-"):
         raise UsageError("say `glmserve prefixes export FILE [--pinned]` or `glmserve prefixes import FILE`")
+    group, words = _taken(words, "--cache-group")
     settings = parse_settings([word for word in words[2:] if word != "--pinned"], "prefixes")
     from server.commands.prefixes_command import move_prefixes
 
-    return move_prefixes(settings, words[0], Path(words[1]), "--pinned" in words)
+    return move_prefixes(settings, words[0], Path(words[1]), "--pinned" in words, group)
+
+
+def _taken(words: Sequence[str], flag: str) -> tuple[str, list[str]]:
+    """The value of a flag that is no setting, "" without it, and the other words."""
+    if flag not in words:
+        return "", list(words)
+    place = words.index(flag)
+    if place + 1 == len(words):
+        raise UsageError(f"{flag} wants a value")
+    return words[place + 1], [*words[:place], *words[place + 2 :]]
 
 
 def _doctor(words: Sequence[str]) -> int:
@@ -114,7 +134,8 @@ COMMANDS = {
     "align": Command("make an expert one read instead of nine: glmserve align DIR [DST]", _align),
     "doctor": Command("check this machine and these flags (--parity: what MLX computes here)", _doctor),
     "prefixes": Command(
-        "carry saved prompts: glmserve prefixes export FILE [--pinned], or import FILE", _prefixes
+        "carry saved prompts: glmserve prefixes export FILE [--pinned] [--cache-group NAME], or import FILE",
+        _prefixes,
     ),
 }
 

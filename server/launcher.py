@@ -7,6 +7,7 @@ any of them is imported, this module checks that each would come from the folder
 import importlib.util
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ _FILE_OF_OURS = re.compile(rf"^({'|'.join(PACKAGES)})(?:/|\.py,)".encode(), re.M
 
 def main() -> int:
     """Runs the command line; returns 2, after a line on standard error, where a package is in the way."""
+    hold_hangups()
     # Not resolved: some installers link each file to a cache that holds them under other names.
     clash = find_clash(Path(os.path.abspath(__file__)).parents[1])
     if clash:
@@ -27,9 +29,23 @@ def main() -> int:
 
         print(f"glmserve {VERSION}")
         return 0
-    from server.cli import main as run_command
+    try:
+        from server.cli import main as run_command
 
-    return run_command()
+        return run_command()
+    except KeyboardInterrupt:
+        print("glmserve: interrupted", file=sys.stderr)
+        return 130
+
+
+def hold_hangups() -> None:
+    """Lets a SIGHUP wait until a server can read its keys again, instead of ending a process that starts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+
+
+def take_hangups() -> None:
+    """Takes a SIGHUP that has waited, and those to come."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
 
 def find_clash(home: Path) -> str | None:

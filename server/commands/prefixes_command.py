@@ -6,6 +6,7 @@ from config.errors import UsageError
 from config.settings import Settings
 from config.sizes import format_size
 from models.arithmetic import choose_arithmetic
+from models.attention.cache import cache_bytes_per_token
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import open_checkpoint
 from server.commands.checkpoint import choose_checkpoint
@@ -14,8 +15,11 @@ from streaming.prefix.archive import Fingerprints, export_blocks, import_blocks
 from streaming.prefix.block_files import BlockFiles
 
 
-def move_prefixes(settings: Settings, action: str, path: Path, only_pinned: bool) -> int:
-    """Export to, or import from, this file. A server may run meanwhile; what is imported is used at once."""
+def move_prefixes(settings: Settings, action: str, path: Path, only_pinned: bool, group: str = "") -> int:
+    """Export to, or import from, this file, for a cache group; "" is that of servers without keys.
+
+    A server may run meanwhile; what is imported is used at once.
+    """
     directory = prefix_directory(settings)
     if directory is None:
         raise UsageError("with --prefix-cache-size 0 no prompts are kept on disk")
@@ -30,10 +34,11 @@ def move_prefixes(settings: Settings, action: str, path: Path, only_pinned: bool
         raise UsageError(f"--prefix-cache-dir {directory} cannot be used: {error.strerror}") from error
     prints = Fingerprints(exact, portable)
     if action == "export":
-        moved = export_blocks(files, prints, path, only_pinned)
+        moved = export_blocks(files, prints, path, only_pinned, group)
         remark = ""
     else:
-        moved = import_blocks(files, prints, path)
+        token_bytes = cache_bytes_per_token(checkpoint.args, arithmetic.dtype.size)
+        moved = import_blocks(files, prints, path, group, token_bytes)
         remark = f"; {moved.num_known} were there already" if moved.num_known else ""
     size = format_size(moved.nbytes)
     print(f"{action}ed {moved.num_blocks} blocks, {moved.num_tokens} tokens, {size}{remark}")

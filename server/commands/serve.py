@@ -33,6 +33,7 @@ from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
 from server.glm.files import load_sampling_defaults
 from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
+from server.launcher import take_hangups
 from server.link.messages import EngineConfig
 from server.link.supervisor import Deadlines, EngineProcess
 from server.logs import set_up_logging
@@ -222,6 +223,7 @@ class _Serving:
         self.server = _Server(make_server_config(self.settings, app, doors), engine)
         engine.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
+        take_hangups()
         host, port = self.listener.getsockname()[:2]
         scheme = "https" if self.settings.ssl_certfile else "http"
         log.info("listening on %s://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", scheme, host, port)

@@ -78,7 +78,18 @@ class Answers:
         self._hand_out(complete, hidden)
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
-        """Ends one sequence and tells its client."""
+        """Ends one sequence and tells its client.
+
+        A sequence that came from saved rows to NaN reads its prompt anew instead, and those rows are dropped.
+        """
+        if isinstance(error, NotANumber) and sequence.num_restored_tokens and not sequence.is_cancelled:
+            name, num_tokens = sequence.request.request_id, sequence.num_restored_tokens
+            log.error(
+                "%s: with %d saved tokens came NaN: they are thrown away, it reads anew", name, num_tokens
+            )
+            self._prefixes.distrust(sequence)
+            self._scheduler.suspend(sequence)
+            return
         if kind_of(error) != "request":  # a client's fault, in a client's words, is told to the client only
             log.error("request %s failed", sequence.request.request_id, exc_info=error)
         self._scheduler.retire(sequence)
@@ -204,5 +215,9 @@ def _check_finite(scores: list[TokenScore]) -> None:
         raise _not_a_number()
 
 
-def _not_a_number() -> EngineError:
-    return EngineError("the model computed NaN; its weights are damaged or its arithmetic overflowed")
+class NotANumber(EngineError):
+    """The model computed NaN. Told to the client as any fault of the engine is."""
+
+
+def _not_a_number() -> NotANumber:
+    return NotANumber("the model computed NaN; its weights are damaged or its arithmetic overflowed")

@@ -18,7 +18,7 @@ from server.engine.apple import wire
 from server.engine.memory.governor import Governor, Ungoverned
 from server.engine.memory.pressure import choose_room
 from server.engine.memory.usage import MemoryUse
-from server.engine.mirrors import MirrorWatch, open_mirrors
+from server.engine.mirrors import open_mirrors
 from server.engine.model_protocol import Backend, EngineModel, ReportProgress
 from server.engine.prefix.lookup import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
 from server.engine.schedule.limits import Limits
@@ -30,7 +30,6 @@ from streaming.disk.probe import DiskProbe, probe_disk
 from streaming.disk.reader import NUM_THREADS
 from streaming.eviction.contest import Rule, make_rule
 from streaming.files.layout import advise_aligning
-from streaming.prefix.provenance import Provenance
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
@@ -76,19 +75,18 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     lines = tuple(render_plan(plan).splitlines())
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
-    provenance = Provenance(fingerprint, lambda: comparison is None or comparison.is_proven)
-    prefix = open_prefix_cache(model, provenance, plan, config)
+    prefix = open_prefix_cache(model, fingerprint, plan, config)
     use = MemoryUse(
         store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
     )
-    governor = _make_memory(checkpoint, arithmetic, rule, plan, store, model.settle, on_plan)
-    memory = governor if comparison is None else MirrorWatch(governor, comparison)
+    memory = _make_memory(checkpoint, arithmetic, rule, plan, store, model.settle, on_plan)
     if comparison is not None:
         comparison.start()
     measure = measure_all(
-        measure_store(store, lambda: governor.plan if isinstance(governor, Governor) else plan, use, probe),
+        measure_store(store, lambda: memory.plan if isinstance(memory, Governor) else plan, use, probe),
         prefix.statistics if prefix else dict,
         memory.measure,
+        lambda: {"mirror_compared": comparison.share} if comparison is not None else {},
     )
     return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix, memory)
 
@@ -118,7 +116,7 @@ def _probe(disk: Disk, checkpoint: Checkpoint, plan: MemoryPlan) -> DiskProbe:
 
 
 def open_prefix_cache(
-    model: EngineModel, provenance: Provenance, plan: MemoryPlan, config: EngineConfig
+    model: EngineModel, fingerprint: bytes, plan: MemoryPlan, config: EngineConfig
 ) -> PrefixCache | None:
     """The prefix cache within its line of the plan; without its disk where that cannot be used."""
     line = plan.lines["prefix cache"]
@@ -126,16 +124,16 @@ def open_prefix_cache(
         return None
     max_bytes = max(0, line - TRANSIENT_BLOCKS * block_bytes(model.make_cache()))
     if config.prefix_directory is None:
-        return PrefixCache(provenance, max_bytes)
+        return PrefixCache(fingerprint, max_bytes)
     disk = DiskTier(config.prefix_directory, config.prefix_disk_bytes, config.prefix_writes_per_day)
     try:
-        return PrefixCache(provenance, max_bytes, disk)
+        return PrefixCache(fingerprint, max_bytes, disk)
     except OSError as error:
         log.error(
             "prefix cache: %s cannot be used (%s), so prompts are kept in memory only and a restart loses "
             "them; --prefix-cache-dir names another folder", disk.directory, error.strerror,
         )  # fmt: skip
-        return PrefixCache(provenance, max_bytes)
+        return PrefixCache(fingerprint, max_bytes)
 
 
 def _wire(plan: MemoryPlan) -> None:

@@ -20,7 +20,6 @@ from server.engine.apple import with_activity
 from server.engine.backend import open_backend
 from server.engine.decode.token_masks import Grammars
 from server.engine.loop import EngineLoop
-from server.engine.mirrors import MirrorDiffersError
 from server.engine.model_protocol import Backend, OpenBackend
 from server.engine.schedule.shared_prefixes import SavedPrefixes
 from server.engine.telemetry import Telemetry
@@ -32,7 +31,6 @@ from server.link.messages import (
     LoadFailed,
     Loading,
     Marks,
-    MirrorDropped,
     Ready,
 )
 from server.logs import set_up_logging
@@ -75,12 +73,7 @@ def main(open_model: OpenBackend = open_backend) -> int:
         beat=telemetry.beat,
     )
     telemetry.watch(loop.measure)
-    try:
-        loop.run()
-    except MirrorDiffersError as error:  # what it computed may be wrong: another engine goes on without it
-        log.error("the engine starts again: %s", error)
-        telemetry.send(MirrorDropped(error.mirror))
-        return 1
+    loop.run()
     if backend.prefix:
         backend.prefix.close(CLOSE_TIMEOUT_S)
     return 0

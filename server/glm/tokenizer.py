@@ -133,10 +133,9 @@ def _eos_token_ids(checkpoint: Path, inner: tokenizers.Tokenizer) -> frozenset[i
     ids = map(inner.token_to_id, ENDS_OF_TURNS)
     found: set[int] = {token_id for token_id in ids if token_id is not None}
     for name in ("generation_config.json", "config.json"):
-        declared = _declared_ends(checkpoint / name)
-        if declared == [TRANSFORMERS_DEFAULT] and declared[0] not in inner.get_added_tokens_decoder():
-            continue  # nobody chose it: it is an ordinary word here
-        for token_id in declared:
+        for token_id in _declared_ends(checkpoint / name):
+            if token_id == TRANSFORMERS_DEFAULT and token_id not in inner.get_added_tokens_decoder():
+                continue  # nobody chose it: it is an ordinary word here
             if 0 <= token_id < inner.get_vocab_size():
                 found.add(token_id)
             else:

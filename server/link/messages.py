@@ -178,13 +178,6 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class MirrorDropped:
-    """A mirror differs from the checkpoint, and this engine ends: the next one must not read from it."""
-
-    mirror: Path
-
-
-@dataclass(frozen=True)
 class LoadFailed:
     """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act.
 
@@ -316,5 +309,5 @@ class Replanned:
 
 
 RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed | Replanned
-EngineEvent = Loading | Ready | LoadFailed | MirrorDropped | Heartbeat | Pong | Stats
+EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Pong | Stats
 Event = EngineEvent | RequestEvent

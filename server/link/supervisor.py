@@ -26,7 +26,6 @@ from server.link.messages import (
     Load,
     LoadFailed,
     Loading,
-    MirrorDropped,
     Ping,
     Pong,
     Ready,
@@ -281,9 +280,6 @@ class EngineProcess:
                     self._on_usage_error(message)
             case Pong():
                 self._asked_at = None
-            case MirrorDropped(mirror):
-                left = tuple(one for one in self._config.mirrors if one != mirror)
-                self._config = replace(self._config, mirrors=left)
             case Heartbeat():
                 pass  # the child was heard: that is all it says
             case _:

@@ -10,11 +10,13 @@ access time, set by us; its modification time is when it was written.
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import logging
 import os
 import re
+import stat
 import sys
 import threading
 import time
@@ -35,7 +37,6 @@ from streaming.prefix.block_format import (
     encode,
     fingerprint_of,
 )
-from streaming.prefix.provenance import Provenance
 
 # How long a directory that is full, or was made read-only, is left alone.
 RETRY_S = 300.0
@@ -64,10 +65,10 @@ class StoredFile:
 class BlockFiles:
     """The files of one directory."""
 
-    def __init__(self, directory: Path, fingerprint: bytes | Provenance, max_bytes: int) -> None:
+    def __init__(self, directory: Path, fingerprint: bytes, max_bytes: int) -> None:
         """Makes the directory, for its owner's eyes only: blocks hold what people wrote."""
         self.directory, self.max_bytes = directory, max_bytes
-        self._provenance = fingerprint if isinstance(fingerprint, Provenance) else Provenance(fingerprint)
+        self._fingerprint = fingerprint
         self._off_until = 0.0
         self._unlisted_bytes = 0
         self._numbers = itertools.count()
@@ -95,10 +96,12 @@ class BlockFiles:
         path = self.directory / name.file_name
         try:
             raw = _read_file(path)
-            block = decode(raw, self._provenance.accepted(fingerprint_of(raw)), name)
+            block = decode(raw, self._fingerprint, name)
         except FileNotFoundError:
             return None
         except OSError as error:
+            if not _is_plain(path):
+                return None
             self._count_error(f"{path} cannot be read: {error.strerror}")
             return None
         except DamagedBlock as error:
@@ -118,21 +121,23 @@ class BlockFiles:
                 header = np.frombuffer(opened.read(HEADER_BYTES), np.uint8)
         except OSError:
             return False
-        return fingerprint_of(header) == self._provenance.exact
+        return fingerprint_of(header) == self._fingerprint
 
     def has(self, name: BlockName) -> bool:
         """Whether there is such a file, whole or not."""
-        return (self.directory / name.file_name).exists()
+        return _is_plain(self.directory / name.file_name)
 
     def write(self, block: Block) -> bool:
         """Store a block. False where the disk refused; the service goes on without."""
         if not self.is_writable:
             return False
         path = self.directory / block.name.file_name
+        if path.is_dir() and not path.is_symlink():  # cannot be replaced, and is no fault of the disk
+            return False
         temporary = self.directory / f".{os.getpid()}-{next(self._numbers)}.tmp"
         try:
             self.make_room(block.nbytes)
-            _write_file(temporary, encode(block, self._provenance.mark))
+            _write_file(temporary, encode(block, self._fingerprint))
             os.replace(temporary, path)
         except OSError as error:
             _remove(temporary)
@@ -198,14 +203,25 @@ class BlockFiles:
                 if entry.name.endswith(_PIN):
                     pins.add(entry.name.removesuffix(_PIN))
                 elif name := BlockName.of_file(entry.name):
-                    with contextlib.suppress(FileNotFoundError):
-                        found.append((entry, name.start, entry.stat()))
+                    with contextlib.suppress(OSError):
+                        if entry.is_file(follow_symlinks=False):  # what else has such a name is not ours
+                            found.append((entry, name.start, entry.stat(follow_symlinks=False)))
         return [
             StoredFile(
-                Path(entry.path), start, stat.st_size, stat.st_atime_ns, stat.st_mtime_ns, entry.name in pins
+                Path(entry.path), start, seen.st_size, seen.st_atime_ns, seen.st_mtime_ns, entry.name in pins
             )
-            for entry, start, stat in found
+            for entry, start, seen in found
         ]
+
+    def discard(self, chain: Iterable[BlockName]) -> None:
+        """Delete these blocks, pinned or not."""
+        for name in chain:
+            path = self.directory / name.file_name
+            _remove(Path(f"{path}{_PIN}"))
+            _remove(path)
+        files = self.list()
+        self._nbytes = sum(file.nbytes for file in files)
+        self.num_pinned = sum(file.is_pinned for file in files)
 
     def clear(self) -> int:
         """Delete all blocks, pinned ones too; how many there were."""
@@ -240,8 +256,11 @@ class BlockFiles:
 
 
 def _read_file(path: Path) -> Bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    # Not waiting, and following no link: whoever may write to the folder may also put a pipe there.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "no plain file")
         size = os.fstat(fd).st_size
         if size > MAX_FILE_BYTES:
             raise DamagedBlock(f"{size} bytes are too many for a block")
@@ -253,6 +272,12 @@ def _read_file(path: Path) -> Bytes:
         return raw[:done]
     finally:
         os.close(fd)
+
+
+def _is_plain(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return stat.S_ISREG(path.lstat().st_mode)
+    return False
 
 
 def _write_file(path: Path, parts: list[bytes | memoryview]) -> None:

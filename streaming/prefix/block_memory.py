@@ -43,6 +43,13 @@ class BlockMemory:
             while self._nbytes > self.max_bytes:
                 self._nbytes -= self._blocks.popitem(last=False)[1].nbytes
 
+    def drop(self, keys: Iterable[bytes]) -> None:
+        """Forget these blocks."""
+        with self._lock:
+            for key in keys:
+                if block := self._blocks.pop(key, None):
+                    self._nbytes -= block.nbytes
+
     def use(self, chain: Iterable[bytes]) -> None:
         """Mark the blocks of a conversation, in order, as used now: its end will go before its start."""
         with self._lock:

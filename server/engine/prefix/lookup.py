@@ -31,7 +31,6 @@ from streaming.prefix.block_format import (
 )
 from streaming.prefix.block_memory import BlockMemory
 from streaming.prefix.block_writer import BlockWriter
-from streaming.prefix.provenance import Provenance
 
 # A divergence costs at most this many tokens that were known. 6.1 MB of GLM-5.2: large enough for an SSD.
 BLOCK_TOKENS = 64
@@ -52,11 +51,10 @@ class DiskTier:
 class PrefixCache:
     """Saved KV of one model."""
 
-    def __init__(self, fingerprint: bytes | Provenance, max_bytes: int, disk: DiskTier | None = None) -> None:
+    def __init__(self, fingerprint: bytes, max_bytes: int, disk: DiskTier | None = None) -> None:
         """At most `max_bytes` of memory. Raises OSError where the directory cannot be made or read."""
-        provenance = fingerprint if isinstance(fingerprint, Provenance) else Provenance(fingerprint)
-        self._fingerprint = provenance.exact
-        self._files = BlockFiles(disk.directory, provenance, disk.max_bytes) if disk else None
+        self._fingerprint = fingerprint
+        self._files = BlockFiles(disk.directory, fingerprint, disk.max_bytes) if disk else None
         self._memory = BlockMemory(max_bytes)
         self._writer = (
             BlockWriter(self._files, self._memory, disk.bytes_per_day) if disk and self._files else None
@@ -155,6 +153,17 @@ class PrefixCache:
         if self._files and self._writer:
             names = self._names(as_tokens(token_ids), group)
             self._writer.call(partial(self._files.pin, names, is_pinned))
+
+    def discard(self, token_ids: Sequence[int], group: str = "") -> None:
+        """Forget the blocks of a prompt, its last part too, in memory at once and then on disk."""
+        tokens = as_tokens(token_ids)
+        names, root = self._names(tokens, group), self._root(group)
+        end, parent = len(names) * BLOCK_TOKENS, _key_before(names, len(names), root)
+        rest = tokens[end:]
+        names += [BlockName(chain_key(parent, rest[:size]), end) for size in range(1, rest.size + 1)]
+        self._memory.drop(name.key for name in names)
+        if self._files and self._writer:
+            self._writer.call(partial(self._files.discard, names))
 
     def clear(self) -> None:
         """Forget everything, in memory at once and then on disk, pinned or not."""

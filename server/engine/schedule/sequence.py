@@ -47,6 +47,8 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     num_scored: int = 0  # prompt tokens whose scores were sent
     num_cached_tokens: int = 0  # prompt tokens that were computed for others
+    num_restored_tokens: int = 0  # its first rows, if they were not computed for it
+    trusts_saved: bool = True  # whether what was saved may be put into its cache
     num_saved_tokens: int = 0  # tokens up to which whole blocks are saved
     leader: "Sequence | None" = None  # while FOLLOWING
     follows_to: int = 0  # tokens that it takes over from its leader: whole blocks, and never its last token

@@ -50,6 +50,9 @@ class Prefixes(Protocol):
         the sequences that are restored completely: their `num_cached_tokens` are known.
         """
 
+    def distrust(self, sequence: Sequence) -> None:
+        """With what was restored of it the model computed NaN: forget that, and restore no more of it."""
+
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
         """Counts what a sequence adopted in its leader's pass; it had held `length_before` tokens."""
 
@@ -71,6 +74,9 @@ class NoPrefixes:
     def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
         """No sequence waits for another."""
         return []
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Nothing was restored."""
 
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
         """No sequence follows another."""
@@ -96,6 +102,8 @@ class SavedPrefixes:
 
     def restore(self, sequence: Sequence) -> None:
         """Begins to fill the cache with saved rows. They are copied in `settle`, some between two steps."""
+        if not sequence.trusts_saved:
+            return
         with Contained(partial(_read_anew, sequence)):
             tokens = sequence.tokens(0, sequence.num_tokens)
             group = sequence.cache_group
@@ -108,6 +116,13 @@ class SavedPrefixes:
         tokens = sequence.tokens(0, cache.length)
         start, group = sequence.num_saved_tokens, sequence.cache_group
         sequence.num_saved_tokens = self._saved.save(tokens, cache, start, is_pausing, group)
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Forgets the blocks that were restored of it, and the one of which they may be a part."""
+        tokens = sequence.tokens(0, sequence.num_restored_tokens + 1)
+        self._saved.discard(tokens, sequence.cache_group)
+        sequence.trusts_saved = False
+        sequence.num_restored_tokens = sequence.num_saved_tokens = sequence.num_cached_tokens = 0
 
     def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
         """Look again for those whose leader is done with what they share; then restore, by admission.
@@ -156,12 +171,14 @@ class SavedPrefixes:
         after = sequence.running_cache.length
         self._note_cached(sequence, length_before, after)
         sequence.num_saved_tokens = after
+        sequence.num_restored_tokens = after if after > length_before else 0
         self._claim(sequence)
 
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
         """As far as the leader's part was saved, what is adopted need not be: memory may have had no room."""
         assert sequence.leader, "only those have followed that have a leader"
         self._note_cached(sequence, length_before, sequence.follows_to)
+        sequence.num_restored_tokens = sequence.follows_to
         saved = min(sequence.leader.num_saved_tokens, sequence.follows_to)
         sequence.num_saved_tokens = max(sequence.num_saved_tokens, saved)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from models.arithmetic import choose_arithmetic
+from models.attention.cache import cache_bytes_per_token
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import open_checkpoint
 from server.cli import main
@@ -32,7 +33,8 @@ def open_files(checkpoint: Path, directory: Path) -> BlockFiles:
 def first_block(checkpoint: Path) -> Block:
     opened = open_checkpoint(checkpoint)
     root = root_key(cache_fingerprint(checkpoint, opened.args, choose_arithmetic()))
-    return Block(root, 0, as_tokens(range(64)), as_tokens(range(100)).view("u1"))
+    num_bytes = 64 * cache_bytes_per_token(opened.args, choose_arithmetic().dtype.size)
+    return Block(root, 0, as_tokens(range(64)), as_tokens(range(num_bytes // 4)).view("u1"))
 
 
 def run(action: str, file: Path, checkpoint: Path, directory: Path, *more: str) -> int:
