@@ -119,6 +119,19 @@ class Settings(BaseSettings):
         "recent router score, weighted by how often such scores led to its being chosen), or auto (begins "
         "with lru and changes to whichever is measured to hit more)",
     )
+    lookahead: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "Memory",
+        "CHOICE",
+        "read experts that are probably wanted next: on, off, or auto (what is measured to be faster)",
+    )
+    straight_reads: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "Memory",
+        "CHOICE",
+        "read experts straight into their slots, not through buffers: on, off, or auto (what is measured to "
+        "be faster)",
+    )
     decode_share: float = _setting(
         defaults.DECODE_SHARE,
         "Scheduling",

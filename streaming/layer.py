@@ -157,6 +157,17 @@ class StoreLayer:
             self._filler.submit(fills)
         return fills
 
+    def bring_back(self, experts: Sequence[int]) -> int:
+        """As `ExpertStore.bring_back`."""
+        self._land_ahead()
+        missed = [expert for expert in experts if expert not in self]
+        missed = missed[len(missed) - min(len(missed), self.books.num_free(self.books.residents)) :]
+        stall_s = self._counts.stall_s
+        for first in range(0, len(missed), self.bank.max_fill):
+            self.wait(self.start(missed[first : first + self.bank.max_fill], self.books.residents))
+        self._counts.stall_s = stall_s  # no step waited
+        return len(missed)
+
     def wait(self, fills: Sequence[Fill]) -> None:
         """Returns once all are in their slots. DiskError names one that could not be read."""
         self._counts.stall_s += self._filler.wait(fills)

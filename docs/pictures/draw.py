@@ -224,7 +224,9 @@ def expert() -> Picture:
 
 def walks() -> Picture:
     """The files that a prompt, and a saved block, pass one after the other."""
-    page = Picture(900, 400, "A prompt's way from the body to the engine, and a saved block's way out and back")
+    page = Picture(
+        900, 400, "A prompt's way from the body to the engine, and a saved block's way out and back"
+    )
     prompt = (
         ("1  body.py", "bounds on size, depth, time"),
         ("2  chat_schema.py", "types; unknown fields noted"),

@@ -22,6 +22,7 @@ from server.api.dialects.tokenize import tokenize_router
 from server.api.error_bodies import install_error_handlers
 from server.api.openapi import BASES, DescribedApp
 from server.api.request.parameters import HEADER, SaysIgnored
+from server.api.request.workload import Leased
 from server.api.service import Service
 from server.version import VERSION
 
@@ -90,6 +91,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     install_error_handlers(app)
     app.add_middleware(SaysIgnored)
     app.add_middleware(HeadAsGet)
+    app.add_middleware(Leased, workload=service.workload)
     app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
     app.add_middleware(TrailingSlash)
     if access.cors_origins:  # outermost: a browser's preflight carries no key

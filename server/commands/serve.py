@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
 from server.glm.files import load_sampling_defaults
 from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
+from server.heap import bound_heap
 from server.launcher import take_hangups
 from server.link.messages import EngineConfig
 from server.link.supervisor import Deadlines, EngineProcess
@@ -44,6 +46,8 @@ DRAIN_TIMEOUT_S = 5.0
 # which takes them less than this.
 FAREWELL_S = 2
 JSON_KEEPALIVE_S = 10.0
+# A thread that renders a prompt lets the event loop go on after so long; Python's default is 5 ms.
+SWITCH_S = 0.001
 # Clients that the system holds until they are accepted, and how many are before any of them gets a place.
 MAX_BACKLOG = 1024
 ACCEPTED_AT_ONCE = 32
@@ -56,6 +60,8 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings) -> int:
     """Serve until interrupted. Raises UsageError where a person must act first."""
     set_up_logging(settings.log_level)
+    bound_heap()
+    sys.setswitchinterval(SWITCH_S)
     access = make_access(settings)
     checkpoint = choose_checkpoint(settings.model)
     if checkpoint.remark:
@@ -87,7 +93,10 @@ def _listed(text: str) -> list[str]:
 def load_dialect(checkpoint: Path) -> Dialect:
     """How this checkpoint writes."""
     return Dialect(
-        load_tokenizer(checkpoint), load_chat_template(checkpoint), load_sampling_defaults(checkpoint)
+        load_tokenizer(checkpoint),
+        load_chat_template(checkpoint),
+        load_sampling_defaults(checkpoint),
+        checkpoint,
     )
 
 
@@ -280,6 +289,7 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         decode_share=settings.decode_share,
         max_inflight_per_agent=settings.max_inflight_per_agent,
         batch_width=settings.batch_width,
+        max_queue=settings.max_queue,
         mirrors=tuple(Path(os.path.expanduser(mirror)).absolute() for mirror in settings.mirror),
         prefix_memory_bytes=settings.prefix_cache_memory,
         prefix_directory=prefix_directory(settings),
@@ -287,4 +297,6 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         prefix_writes_per_day=settings.prefix_cache_writes,
         sweep_tokens=settings.sweep_tokens,
         wires_memory=settings.wire,
+        lookahead=settings.lookahead,
+        straight_reads=settings.straight_reads,
     )

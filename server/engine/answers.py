@@ -184,7 +184,7 @@ class Answers:
             targets = prompt[start + 1 : min(start + SCORED_ROWS, first + hidden.shape[0]) + 1]
             if targets:
                 logits = self._model.logits(hidden[start - first : start - first + len(targets)])
-                scores += score_tokens(logits, mx.array(targets), request.num_top_logprobs)
+                scores += score_tokens(logits, mx.array(list(targets)), request.num_top_logprobs)
         _check_finite(scores)
         sequence.num_scored += len(scores)
         if scores:

@@ -25,6 +25,7 @@ from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import Scheduler
 from server.engine.schedule.sequence import PassPart, Sequence
 from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
+from server.engine.trials import Trials
 from server.link.messages import (
     Administer,
     Cancel,
@@ -63,6 +64,7 @@ class EngineLoop:
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._model, self._limits, self._memory = backend.model, backend.limits, backend.memory
+        self._hot_set = backend.hot_set
         self._inbox, self._send, self._beat, self._clock = inbox, send, beat, clock
         self._prefixes = prefixes or NoPrefixes()
         self._scheduler = Scheduler(self._limits, clock)
@@ -71,21 +73,24 @@ class EngineLoop:
         self._answers = Answers(
             self._model, self._scheduler, self._prefixes, send, max_rows=self._limits.decode_rows
         )
+        self._trials = Trials(backend.habits)
         self._boarding = Boarding(self._model, self._scheduler, self._limits)
         self._places: dict[str, int] = {}  # what waiting requests were told
         self._is_stopping = False
 
     def run(self) -> None:
         """Runs steps until told to stop."""
-        self._take_commands(wait=True)
+        self._take_commands(wait=not self._brings_back())
         while not self._is_stopping:
             while self._memory.govern():
                 self._beat(False)
             self._step()
             self._beat(self._scheduler.is_idle)
-            self._take_commands(wait=self._scheduler.is_resting)
+            self._take_commands(wait=self._scheduler.is_resting and not self._brings_back())
         for one in self._boarding.passes:
             one.abandon()
+        if self._hot_set:
+            self._hot_set.save()
 
     def check_integrity(self) -> None:
         """Checks that the books of sequences and passes balance."""
@@ -101,6 +106,7 @@ class EngineLoop:
             "kv_tokens": self._scheduler.num_kv_tokens,
             "kv_capacity": self._limits.kv_tokens,
             "batch_width": self._limits.batch_width or self._limits.decode_rows,
+            **self._trials.measure(),
         }
 
     # commands
@@ -133,6 +139,10 @@ class EngineLoop:
                 self._is_stopping = True
             case _:
                 raise AssertionError(f"the loop was sent {command!r}")
+
+    def _brings_back(self) -> bool:
+        """Where nothing else is to be done: some of the experts that were in memory before a restart."""
+        return self._hot_set is not None and self._scheduler.is_idle and self._hot_set.advance()
 
     # choosing
 
@@ -195,6 +205,7 @@ class EngineLoop:
             self._pace.note_layer(seconds)
         if hidden is not None:
             self._boarding.complete(one)
+            self._trials.disturb()
             self._scheduler.note_pass(one.num_rows, one.seconds)
             self._answers.hand_out(one, hidden)
 
@@ -206,9 +217,13 @@ class EngineLoop:
         if attempt.failed or hidden is None:
             return
         self._answers.hand_out(step, hidden)
+        if self._hot_set:
+            self._hot_set.save_when_due()
         seconds = self._clock() - started_s
         self._scheduler.charge(step.parts, seconds)
         self._pace.note_step(seconds, len(batch), is_disturbed=bool(self._boarding.passes))
+        if not self._boarding.passes:
+            self._trials.note(len(batch), seconds)
 
     def _run_through(self, one: Pass) -> mx.array | None:
         """Computes all layers at a stretch. Returns None if no client wants the result any more."""

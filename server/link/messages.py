@@ -4,14 +4,18 @@ Commands go to the engine, events come back. All of them are small frozen datacl
 values, so that neither side needs the other's libraries to read them. Owns nothing; used on both sides.
 """
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from config.defaults import DECODE_SHARE, EXPERT_POLICY, INFLIGHT_PER_AGENT, ExpertPolicy
+from config.defaults import DECODE_SHARE, EXPERT_POLICY, INFLIGHT_PER_AGENT, QUEUE_LENGTH, ExpertPolicy
 
 FinishReason = Literal["stop", "length"]
+
+# Whether something is done; auto leaves it to trials on live steps.
+Choice = Literal["auto", "on", "off"]
 
 # Background requests run when nobody else wants to, or when they have waited long.
 Priority = Literal["interactive", "background"]
@@ -35,9 +39,12 @@ class EngineConfig:
     decode_share: float = DECODE_SHARE
     max_inflight_per_agent: int = INFLIGHT_PER_AGENT
     batch_width: int | None = None
+    max_queue: int = QUEUE_LENGTH
     expert_policy: ExpertPolicy = EXPERT_POLICY
     mirrors: tuple[Path, ...] = ()
     wires_memory: bool = False
+    lookahead: Choice = "auto"
+    straight_reads: Choice = "auto"
     sweep_tokens: int | None = None  # None: what the plan gives
     prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache
     prefix_directory: Path | None = None  # None: nothing on disk
@@ -83,15 +90,17 @@ class Load:
 class Generate:
     """Continue `token_ids` by up to `max_tokens` tokens; 0 only reads (and scores) the prompt.
 
+    They are kept as an int32 array: as Python's integers 200,000 that wait in line took 8 MB, not 0.8.
+
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
     log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
-    the end of the `thought`, or from its start where there is none. `agent` names the client: agents share
-    the engine's time evenly, whatever the number of their requests. Saved prefixes are shared within a
-    `cache_group`; "" is that of a server without keys.
+    the end of the `thought`, or from its start where there is none; compiled it takes `grammar_bytes`.
+    `agent` names the client: agents share the engine's time evenly, whatever the number of their requests. Saved
+    prefixes are shared within a `cache_group`; "" is that of a server without keys.
     """
 
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()
@@ -99,9 +108,13 @@ class Generate:
     score_prompt: bool = False
     thought: Thought | None = None
     grammar: str = ""
+    grammar_bytes: int = 0
     agent: str = ""
     cache_group: str = ""
     priority: Priority = "interactive"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", array("i", self.token_ids))
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class Administer:
     """
 
     action: Literal["clear", "pin", "unpin"]
-    token_ids: tuple[int, ...] = ()
+    token_ids: Sequence[int] = ()
     cache_group: str = ""
 
 
@@ -159,6 +172,7 @@ class ModelInfo:
     vocab_size: int
     context_length: int
     memory_lines: tuple[str, ...] = ()
+    request_bytes: int = 0  # the plan's line for the HTTP process
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,12 @@ class Caller:
         )
 
 
+def holder_of(request: Request) -> str:
+    """Who shares threads with others: the account of the key, and without keys the agent by its headers."""
+    caller = Caller.of(request)
+    return caller.key.account or caller.agent
+
+
 @dataclass
 class Receipt:
     """One request, from its arrival to its end."""

@@ -75,6 +75,8 @@ GAUGES = {
 }
 # The same for names that go on behind a dot: what stands there is the value of a label.
 LABELLED = {
+    "habit": ("habit", "1 where the engine does it: reading ahead, reading straight into slots", "habit"),
+    "habit_gain": ("habit_gain", "share of a step's time that it saved when it was tried last", "habit"),
     "policy": ("expert_policy", "the policy that decides which expert gives up its place", "policy"),
     "planned": ("memory_planned_bytes", "the ledger, planned", "line"),
     "used": ("memory_used_bytes", "the ledger, used", "line"),

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import math
 import time
+from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ from server.link.messages import (
     TokenScore,
     Usage,
 )
+
+# Pieces of text that are kept one by one before they become one.
+HEARD_PIECES = 128
 
 
 class WaitingRequests:
@@ -74,6 +78,35 @@ class Delta:
     calls: tuple[CallPart, ...] = ()
 
 
+class Heard:
+    """What a client was sent so far, without scores; many small pieces become a large one now and then."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+
+    def add(self, delta: Delta) -> None:
+        """Keeps the text and the calls of a piece; a token's object would take a hundred times its text."""
+        self.deltas.append(replace(delta, scores=()) if delta.scores else delta)
+        if len(self.deltas) == HEARD_PIECES:
+            self.deltas = [merged(self.deltas)]
+
+
+def merged(deltas: list[Delta]) -> Delta:
+    """One piece with the text and calls of several, without scores."""
+    calls: dict[int, list[CallPart]] = {}
+    for part in (part for delta in deltas for part in delta.calls):
+        calls.setdefault(part.index, []).append(part)
+    reasoning = "".join(delta.reasoning for delta in deltas)
+    content = "".join(delta.content for delta in deltas)
+    return Delta(reasoning, content, (), tuple(map(_merged_call, calls.values())))
+
+
+def _merged_call(parts: list[CallPart]) -> CallPart:
+    call_id, name = max(part.id for part in parts), max(part.name for part in parts)  # one part has them
+    arguments = "".join(part.arguments for part in parts)
+    return CallPart(parts[0].index, call_id, name, arguments, any(part.is_complete for part in parts))
+
+
 class Answer:
     """Iterate over `deltas()` to its end; then `reason` and the counts are final."""
 
@@ -90,7 +123,7 @@ class Answer:
         self.parser = parser
         self.prompt_scores: list[TokenScore] = []
         self.first_at: float | None = None
-        self.token_ids: list[int] = []
+        self.token_ids = array("i")
         self.has_begun = False  # the engine has worked on it
         self.remark = ""  # for its line in the log
         self._progress: Progress | None = None
