@@ -95,8 +95,8 @@ class Generate:
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
     log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
     the end of the `thought`, or from its start where there is none; compiled it takes `grammar_bytes`.
-    `agent` names the client: agents share the engine's time evenly, whatever the number of their requests. Saved
-    prefixes are shared within a `cache_group`; "" is that of a server without keys.
+    `agent` names the client: agents share the engine's time evenly, whatever the number of their requests.
+    Saved prefixes are shared within a `cache_group`; "" is that of a server without keys.
     """
 
     request_id: str
