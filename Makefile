@@ -30,7 +30,7 @@ help:
 	@echo "make test       install the rest, then ruff, mypy and the tests"
 	@echo "make test-fast  the inner loop: ruff and the quick tests"
 	@echo "make test-long  tests that take minutes each"
-	@echo "make test-agents  Claude Code, Codex and opencode against the server; needs npm"
+	@echo "make test-agents  Claude Code, Codex, opencode and aider against the server; needs npm"
 	@echo "make install    a complete $(VENV) and nothing else"
 
 $(SERVING): pyproject.toml constraints.txt
@@ -50,7 +50,7 @@ $(COMPLETE): $(SERVING)
 $(CLIENTS): $(SERVING)
 	@$(VENV)/bin/python -m venv --without-pip $(VENV)/clients
 	@$(call install-into,$(VENV)/clients,langchain-openrouter==0.2.9 openrouter==0.11.46 langchain-openai==1.7.4 \
-		openai-agents==0.24.0 litellm==1.110.2 vllm-router==0.1.17)
+		openai-agents==0.24.0 litellm==1.110.2 vllm-router==0.1.17 sglang-router==0.3.2)
 	@touch $@
 
 # Where there is no npm the tests of node's clients are skipped.
@@ -82,6 +82,8 @@ test-long: install
 # Real agents by their own binaries, 1.2 GB of them: not part of `make test`.
 AGENTS := tests/server/serving/agents
 test-agents: install
+	@test -d $(VENV)/aider || $(VENV)/bin/python -m venv --without-pip $(VENV)/aider
+	@$(call install-into,$(VENV)/aider,aider-chat==0.86.2)
 	cd $(AGENTS) && npm install --silent --no-package-lock --no-audit --no-fund
 	$(VENV)/bin/python -m $(subst /,.,$(AGENTS)).talk
 

@@ -151,6 +151,7 @@ class Filler:
         timeout_s: float,
     ) -> None:
         self._index = index
+        self.reads_straight = True  # into slots, where a bank offers its memory
         self._tickets = TicketOffice()
         self._plan = plan_shared_runs if isinstance(disk, MirroredDisk) else plan_runs
         self._voided: defaultdict[Hashable, list[Fill]] = defaultdict(list)  # by bank, oldest first
@@ -192,7 +193,9 @@ class Filler:
     def _read(self, run: Run, bank: Bank, ticket: Ticket, read_class: ReadClass) -> Read:
         targets, others = [], []
         for segment in run.segments:
-            target = bank.target(ticket.slot, segment.part, segment.start, segment.nbytes, segment.at)
+            target = None
+            if self.reads_straight:
+                target = bank.target(ticket.slot, segment.part, segment.start, segment.nbytes, segment.at)
             if target is None:
                 others.append(segment)
             else:

@@ -33,6 +33,11 @@ class Residency:
     def __len__(self) -> int:
         return len(self._slot_of)
 
+    @property
+    def residents(self) -> Collection[int]:
+        """The experts that lie in slots."""
+        return self._slot_of.keys()
+
     def slot(self, expert: int) -> int:
         return self._slot_of[expert]
 

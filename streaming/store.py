@@ -58,6 +58,7 @@ class ExpertStore:
         self._index = index
         self._is_resident = False
         self._looks_ahead = looks_ahead and maker.is_shared
+        self.fills_in_place = maker.is_shared
         self._after = dict(zip(index.layers, [*index.layers[1:], None], strict=True))
         self._unfinished: Fetch | None = None
         self._turns: Generator[Turn] | None = None
@@ -95,6 +96,14 @@ class ExpertStore:
         books = self._layers[layer].books
         return books.watches_scores and books.num_slots < self._index.num_experts
 
+    def look_ahead(self, is_on: bool) -> None:
+        """Reads experts that are probably wanted next, or does not; what is under way is used or dropped."""
+        self._looks_ahead = is_on and self.fills_in_place
+
+    def read_straight(self, is_on: bool) -> None:
+        """Reads straight into slots where an expert's bytes lie aligned, or through the reader's buffers."""
+        self._filler.reads_straight = is_on
+
     def looks_ahead(self, layer: int) -> bool:
         """Whether `expect` may lead to reads: there are experts that are not there."""
         return self._looks_ahead and len(self._layers[layer].books) < self._index.num_experts
@@ -111,6 +120,13 @@ class ExpertStore:
         """So many (row, expert) pairs found their experts' slots in a table; each counts as a hit."""
         self._counts.hits += num_pairs
 
+    def heat(self) -> dict[int, tuple[int, int, int]]:
+        """For each layer: experts asked for that lay there, that did not, and how many lie there now."""
+        return {
+            layer: (state.num_hits, state.num_misses, len(state.books))
+            for layer, state in self._layers.items()
+        }
+
     def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Makes every expert resident, in the slot of its own number; only for a store that was never used.
 
@@ -123,6 +139,22 @@ class ExpertStore:
                 self.acquire(layer, range(first, min(first + LOADED_AT_ONCE, state.books.num_slots)))
             on_progress(number, len(self._layers))
         self._is_resident = True
+
+    def bring_back(self, layer: int, experts: Sequence[int]) -> int:
+        """Reads these experts, the most worth last, into slots that are free. Returns how many were read.
+
+        For a time when nobody asks for any: counts neither hits nor misses. Raises as `acquire` does.
+        """
+        self._abandon_unfinished()
+        wanted = [expert for expert in experts if 0 <= expert < self._index.num_experts]
+        return self._layers[layer].bring_back(list(dict.fromkeys(wanted)))
+
+    def least_worth_first(self) -> dict[int, list[int]]:
+        """The resident experts of each layer, as its policy would give them up."""
+        return {
+            layer: state.books.least_worth_first(state.books.residents)
+            for layer, state in self._layers.items()
+        }
 
     def num_slots(self, layer: int) -> int:
         return self._layers[layer].books.num_slots

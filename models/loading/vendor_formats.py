@@ -44,7 +44,8 @@ def refuse_vendor_format(
 
 
 def _named_by_files(directory: Path, config: Mapping[str, Any]) -> str | None:
-    if isinstance(config.get("quantization"), Mapping):
+    own = config.get("quantization")
+    if isinstance(own, Mapping) and "quant_method" not in own:
         return None  # MLX's own word; what stands beside it is of the original
     for described, unsaid in _descriptions(directory, config):
         if label := _label(described, unsaid):
@@ -53,7 +54,7 @@ def _named_by_files(directory: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _descriptions(directory: Path, config: Mapping[str, Any]) -> Iterator[_Described]:
-    for name in ("quantization_config", "compression_config"):
+    for name in ("quantization", "quantization_config", "compression_config", "quant_config"):
         if isinstance(described := config.get(name), Mapping):
             yield described, None
     for name, method in _NEIGHBOURS.items():
@@ -68,12 +69,19 @@ def _descriptions(directory: Path, config: Mapping[str, Any]) -> Iterator[_Descr
 
 def _label(described: Mapping[str, Any], unsaid: str | None) -> str | None:
     """`ModelOpt NVFP4`: the method and what is said of its form; None for FP8 in blocks and for MLX's own."""
-    method = described.get("quant_method") or unsaid
+    method = described.get("quant_method") or unsaid or _implied(described)
     if not isinstance(method, str) or method.lower() == _CONVERTED:
         return None
     form = described.get("quant_algo") or described.get("format") or _integers(described)
     words = [_SPELLINGS.get(method.lower(), method), *([form] if isinstance(form, str) else [])]
     return " ".join(words)[:80]
+
+
+def _implied(described: Mapping[str, Any]) -> str | None:
+    """The method that words of its own betray."""
+    if "quant_algo" in described:
+        return "modelopt"
+    return "bitsandbytes" if {"load_in_8bit", "load_in_4bit"} & described.keys() else None
 
 
 def _integers(described: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from config.defaults import ExpertPolicy
 from config.errors import CheckpointError, DiskError, UsageError
+from config.forecast import forecast
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
 from config.sizes import format_size
@@ -18,23 +19,25 @@ from server.engine.apple import wire
 from server.engine.memory.governor import Governor, Ungoverned
 from server.engine.memory.pressure import choose_room
 from server.engine.memory.usage import MemoryUse
-from server.engine.mirrors import MirrorWatch, open_mirrors
+from server.engine.mirrors import open_mirrors
 from server.engine.model_protocol import Backend, EngineModel, ReportProgress
 from server.engine.prefix.lookup import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
 from server.engine.schedule.limits import Limits
 from server.engine.telemetry import measure_all, measure_store
+from server.engine.trials import Habit
 from server.link.messages import EngineConfig, ModelInfo
 from streaming.disk.disk import Disk
 from streaming.disk.open_files import allow_open_files
 from streaming.disk.probe import DiskProbe, probe_disk
 from streaming.disk.reader import NUM_THREADS
 from streaming.eviction.contest import Rule, make_rule
+from streaming.eviction.hot_set import HotSet
 from streaming.files.layout import advise_aligning
-from streaming.prefix.provenance import Provenance
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
 DEFAULT_CONTEXT = 32_768
+FIXED = {"auto": None, "on": True, "off": False}
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     probe = _probe(disk, checkpoint, plan) if config.stream_experts else None
     if probe:
         plan = plan_memory(checkpoint, arithmetic, config, probe.depth)
-    mx.set_cache_limit(plan.cache_limit_bytes)
+    _limit(plan)
     rule = _make_rule(checkpoint, config.expert_policy)
     slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
     store = ExpertStore(
@@ -71,26 +74,51 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         store,
         lambda done, total: report(0.9 + 0.1 * done / total, f"trunk, file {done} of {total}"),
     )
-    on_plan = _wire if config.wires_memory else _leave
+    on_plan = _limit_and_wire if config.wires_memory else _limit
     on_plan(plan)
     lines = tuple(render_plan(plan).splitlines())
-    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
+    expected = _forecast(checkpoint, arithmetic, plan, probe) if probe else ""
+    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines, plan.lines["requests"], expected)
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
-    provenance = Provenance(fingerprint, lambda: comparison is None or comparison.is_proven)
-    prefix = open_prefix_cache(model, provenance, plan, config)
+    prefix = open_prefix_cache(model, fingerprint, plan, config)
     use = MemoryUse(
         store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
     )
-    governor = _make_memory(checkpoint, arithmetic, rule, plan, store, model.settle, on_plan)
-    memory = governor if comparison is None else MirrorWatch(governor, comparison)
+    memory = _make_memory(checkpoint, arithmetic, rule, plan, store, model.settle, on_plan)
     if comparison is not None:
         comparison.start()
     measure = measure_all(
-        measure_store(store, lambda: governor.plan if isinstance(governor, Governor) else plan, use, probe),
+        measure_store(store, lambda: memory.plan if isinstance(memory, Governor) else plan, use, probe),
         prefix.statistics if prefix else dict,
         memory.measure,
+        lambda: {"mirror_compared": comparison.share} if comparison is not None else {},
     )
-    return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix, memory)
+    habits = () if plan.is_resident else _make_habits(store, config)
+    hot_set = _open_hot_set(store, config, fingerprint.hex())
+    limits = _make_limits(plan, arithmetic, config)
+    return Backend(model, info, measure, limits, prefix, memory, habits, hot_set)
+
+
+def _make_habits(store: ExpertStore, config: EngineConfig) -> tuple[Habit, ...]:
+    """What the store may do or not, where its banks are filled in place."""
+    if not store.fills_in_place:
+        return ()
+    return (
+        Habit("lookahead", store.look_ahead, FIXED[config.lookahead]),
+        Habit("straight_reads", store.read_straight, FIXED[config.straight_reads]),
+    )
+
+
+def _open_hot_set(store: ExpertStore, config: EngineConfig, fingerprint: str) -> HotSet | None:
+    """Beside the saved prompts; None where all experts are in memory or nothing is kept on disk."""
+    if store.is_resident or config.prefix_directory is None:
+        return None
+    return HotSet(store, config.prefix_directory / f"experts-{fingerprint[:16]}.json", fingerprint)
+
+
+def _forecast(checkpoint: Checkpoint, arithmetic: Arithmetic, plan: MemoryPlan, probe: DiskProbe) -> str:
+    geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
+    return forecast(geometry, plan, probe.bytes_per_s).describe()
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
@@ -118,7 +146,7 @@ def _probe(disk: Disk, checkpoint: Checkpoint, plan: MemoryPlan) -> DiskProbe:
 
 
 def open_prefix_cache(
-    model: EngineModel, provenance: Provenance, plan: MemoryPlan, config: EngineConfig
+    model: EngineModel, fingerprint: bytes, plan: MemoryPlan, config: EngineConfig
 ) -> PrefixCache | None:
     """The prefix cache within its line of the plan; without its disk where that cannot be used."""
     line = plan.lines["prefix cache"]
@@ -126,24 +154,27 @@ def open_prefix_cache(
         return None
     max_bytes = max(0, line - TRANSIENT_BLOCKS * block_bytes(model.make_cache()))
     if config.prefix_directory is None:
-        return PrefixCache(provenance, max_bytes)
+        return PrefixCache(fingerprint, max_bytes)
     disk = DiskTier(config.prefix_directory, config.prefix_disk_bytes, config.prefix_writes_per_day)
     try:
-        return PrefixCache(provenance, max_bytes, disk)
+        return PrefixCache(fingerprint, max_bytes, disk)
     except OSError as error:
         log.error(
             "prefix cache: %s cannot be used (%s), so prompts are kept in memory only and a restart loses "
             "them; --prefix-cache-dir names another folder", disk.directory, error.strerror,
         )  # fmt: skip
-        return PrefixCache(provenance, max_bytes)
+        return PrefixCache(fingerprint, max_bytes)
 
 
-def _wire(plan: MemoryPlan) -> None:
+def _limit(plan: MemoryPlan) -> None:
+    """MLX keeps buffers for reuse within the plan, and leaves to the system what stays in memory."""
+    mx.set_cache_limit(plan.cache_limit_bytes)
+    mx.set_memory_limit(plan.buffer_bytes)
+
+
+def _limit_and_wire(plan: MemoryPlan) -> None:
+    _limit(plan)
     wire(plan.buffer_bytes)
-
-
-def _leave(plan: MemoryPlan) -> None:
-    """Leaves to the system what stays in memory."""
 
 
 def _make_memory(
@@ -167,7 +198,11 @@ def _make_rule(checkpoint: Checkpoint, name: ExpertPolicy) -> Rule:
 
 
 def plan_memory(
-    checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineConfig, reader_threads: int | None = None
+    checkpoint: Checkpoint,
+    arithmetic: Arithmetic,
+    config: EngineConfig,
+    reader_threads: int | None = None,
+    physical_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan that the engine obeys and that `glmserve plan` prints, before the disk's probe has a say.
 
@@ -186,6 +221,8 @@ def plan_memory(
         reader_threads=reader_threads,
         prefix_bytes=config.prefix_memory_bytes,
         sweep_tokens=config.sweep_tokens,
+        physical_bytes=physical_bytes,
+        max_queue=config.max_queue,
     )
     if not config.stream_experts and not plan.is_resident:
         raise UsageError(

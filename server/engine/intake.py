@@ -57,4 +57,5 @@ class Reception:
             return Constraint(request, None)
         if self._grammars is None:
             raise RequestError("this engine was started without grammars")
-        return Constraint(request, self._grammars.begin_matcher(request.grammar, request.stop_token_ids))
+        coming = self._grammars.begin_matcher(request.grammar, request.stop_token_ids, request.grammar_bytes)
+        return Constraint(request, coming)

@@ -20,7 +20,6 @@ from server.engine.apple import with_activity
 from server.engine.backend import open_backend
 from server.engine.decode.token_masks import Grammars
 from server.engine.loop import EngineLoop
-from server.engine.mirrors import MirrorDiffersError
 from server.engine.model_protocol import Backend, OpenBackend
 from server.engine.schedule.shared_prefixes import SavedPrefixes
 from server.engine.telemetry import Telemetry
@@ -32,7 +31,6 @@ from server.link.messages import (
     LoadFailed,
     Loading,
     Marks,
-    MirrorDropped,
     Ready,
 )
 from server.logs import set_up_logging
@@ -57,7 +55,7 @@ def main(open_model: OpenBackend = open_backend) -> int:
     threading.Thread(target=_read_commands, args=(pipe, inbox), name="commands", daemon=True).start()
     load = inbox.get()
     assert isinstance(load, Load), "the first command opens the model"
-    set_up_logging(load.config.log_level)
+    set_up_logging(load.config.log_level, load.config.log_format, load.config.log_file)
     opened = _open(load.config, open_model, pipe.send)
     if opened is None:
         return 1
@@ -75,12 +73,7 @@ def main(open_model: OpenBackend = open_backend) -> int:
         beat=telemetry.beat,
     )
     telemetry.watch(loop.measure)
-    try:
-        loop.run()
-    except MirrorDiffersError as error:  # what it computed may be wrong: another engine goes on without it
-        log.error("the engine starts again: %s", error)
-        telemetry.send(MirrorDropped(error.mirror))
-        return 1
+    loop.run()
     if backend.prefix:
         backend.prefix.close(CLOSE_TIMEOUT_S)
     return 0

@@ -1,8 +1,7 @@
 """Compares mirrors with the checkpoint in full, once, behind the server's back.
 
 Owns a thread of low priority and the file of verdicts. While experts are being read it takes a twentieth of
-the time. The first difference drops the mirror; what was computed with it is for the owner to throw away,
-who hears of it by `found`.
+the time. A file of a mirror is read from when it was compared; the first difference drops the mirror.
 """
 
 import json
@@ -65,7 +64,7 @@ class Verdicts:
 
 
 class Comparison:
-    """Compares what is not yet known to be equal. `found`: the mirror that differs, once there is one."""
+    """Compares what is not yet known to be equal; until then the disk reads nothing of it."""
 
     def __init__(
         self,
@@ -74,7 +73,6 @@ class Comparison:
         make_disk: Callable[[], Disk] = DirectDisk,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self.found: Path | None = None
         self._disk, self._verdicts, self._make_disk = disk, verdicts, make_disk
         self._is_stopped = threading.Event()
         self._sleep = sleep or self._is_stopped.wait
@@ -83,12 +81,14 @@ class Comparison:
             for number, mirror in enumerate(disk.mirrors, start=1)
             if verdicts.is_equal(mirror) is not True
         }
+        for number in self._open:
+            disk.doubt(number)
         sizes = [stamp.num_bytes for mirror in self._open.values() for stamp in mirror.copies.values()]
         self._num_done, self._num_bytes = 0, sum(sizes)
 
     @property
     def is_proven(self) -> bool:
-        """Whether every mirror that was ever read from is equal to the checkpoint."""
+        """Whether every mirror was found to be equal to the checkpoint."""
         return not self._open
 
     @property
@@ -106,7 +106,7 @@ class Comparison:
         self._is_stopped.set()
 
     def run(self) -> None:
-        """Compares all that is open, until a difference is found."""
+        """Compares all that is open."""
         for number, mirror in list(self._open.items()):
             try:
                 where = self._difference(number, mirror)
@@ -116,9 +116,7 @@ class Comparison:
             if where is not None:
                 self._verdicts.note(mirror, is_equal=False)
                 self._disk.drop(number, f"it differs from the checkpoint, {where}; copy it again")
-                self.found = mirror.path
-                return
-            if not (self._is_stopped.is_set() or self._disk.is_dropped(number)):
+            elif not (self._is_stopped.is_set() or self._disk.is_dropped(number)):
                 self._verdicts.note(mirror, is_equal=True)
                 del self._open[number]
                 log.info("--mirror %s is equal to the checkpoint in every byte", mirror.path)
@@ -129,6 +127,8 @@ class Comparison:
             at = self._differs_at(number, path, FileStamp.from_path(path), mirror.copy_of(path), stamp)
             if at is not None:
                 return f"in {mirror.copy_of(path).name}, in the {PIECE_BYTES} bytes from byte {at} on"
+            if not (self._is_stopped.is_set() or self._disk.is_dropped(number)):
+                self._disk.trust(number, path)
         return None
 
     def _differs_at(

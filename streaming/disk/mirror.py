@@ -2,7 +2,8 @@
 
 Stands behind the reader's seam as one disk with several sides. Each read goes to the side that will have it
 done first, by what is outstanding there and by the rate that was measured of it. A side that fails is
-dropped, with a line in the log, and the read is repeated on another: no request notices. Called by the
+dropped, with a line in the log, and the read is repeated on another: no request notices. A copy of which it
+is not yet proven that it is equal, file by file, is not read from. Called by the
 reader's threads, by its owner when a read hangs, and by the comparison that finds a difference.
 """
 
@@ -71,6 +72,7 @@ class MirroredDisk:
         self.mirrors = tuple(mirrors)
         names = [str(directory), *(f"--mirror {mirror.path}" for mirror in mirrors)]
         self._sides = [Side(name, disk) for name, disk in zip(names, disks, strict=True)]
+        self._doubted: set[tuple[int, Path]] = set()
         self._lock = threading.Lock()
         self._last_read_s = float("-inf")
 
@@ -88,7 +90,17 @@ class MirroredDisk:
             for file in files.values():
                 file.close()
             raise
-        return _MirroredFile(self, files)
+        return _MirroredFile(self, path, files)
+
+    def doubt(self, number: int) -> None:
+        """Reads nothing from this mirror until `trust` is told that a file of it is equal to ours."""
+        with self._lock:
+            self._doubted |= {(number, path) for path in self.mirrors[number - 1].copies}
+
+    def trust(self, number: int, path: Path) -> None:
+        """Reads one of our files from this mirror, too."""
+        with self._lock:
+            self._doubted.discard((number, path))
 
     @property
     def idle_s(self) -> float:
@@ -105,11 +117,15 @@ class MirroredDisk:
         """Whether a side, 0 for our own and from 1 on for the mirrors, is read from no more."""
         return self._sides[number].is_dropped
 
-    def start(self, nbytes: int) -> int:
-        """Returns the number of the side that serves this thread's next read."""
+    def start(self, nbytes: int, path: Path | None = None) -> int:
+        """Returns the number of the side that serves this thread's next read, of this file."""
         with self._lock:
             now_s = self._last_read_s = time.monotonic()
-            sides = [(number, side) for number, side in enumerate(self._sides) if not side.is_dropped]
+            sides = [
+                (number, side)
+                for number, side in enumerate(self._sides)
+                if not (side.is_dropped or (number, path) in self._doubted)
+            ]
             fastest = max((side.bytes_per_s or 0.0 for _, side in sides), default=0.0) or 1.0
             number, side = min(sides, key=lambda item: item[1].done_s(nbytes, fastest))
             side.start(threading.get_ident(), nbytes, now_s)
@@ -124,8 +140,12 @@ class MirroredDisk:
     def drop(self, number: int, why: object) -> bool:
         """Reads no more from this side. Returns whether another is left, without which it is kept."""
         with self._lock:
-            side = self._sides[number]
-            left = [one.name for one in self._sides if one is not side and not one.is_dropped]
+            side, doubted = self._sides[number], {doubtful for doubtful, _ in self._doubted}
+            left = [
+                one.name
+                for index, one in enumerate(self._sides)
+                if one is not side and not one.is_dropped and index not in doubted
+            ]
             if left and not side.is_dropped:
                 side.is_dropped = True
                 log.error("%s is dropped, reading from %s alone: %s", side.name, " and ".join(left), why)
@@ -144,13 +164,13 @@ class MirroredDisk:
 class _MirroredFile:
     may_repeat = True
 
-    def __init__(self, disk: MirroredDisk, files: Mapping[int, DiskFile]) -> None:
+    def __init__(self, disk: MirroredDisk, path: Path, files: Mapping[int, DiskFile]) -> None:
         self.alignment = max(file.alignment for file in files.values())
-        self._disk, self._files = disk, files
+        self._disk, self._path, self._files = disk, path, files
 
     def read_into(self, buffers: Sequence[Bytes], offset: int) -> int:
         while True:
-            number, arrived = self._disk.start(sum(map(len, buffers))), False
+            number, arrived = self._disk.start(sum(map(len, buffers)), self._path), False
             try:
                 count = self._files[number].read_into(buffers, offset)
                 self._files[number].check()

@@ -37,7 +37,6 @@ from streaming.prefix.block_format import (
     encode,
     fingerprint_of,
 )
-from streaming.prefix.provenance import Provenance
 
 # A directory that is full, or that was made read-only, is left alone for so long.
 RETRY_S = 300.0
@@ -66,10 +65,10 @@ class StoredFile:
 class BlockFiles:
     """The files of one directory."""
 
-    def __init__(self, directory: Path, fingerprint: bytes | Provenance, max_bytes: int) -> None:
+    def __init__(self, directory: Path, fingerprint: bytes, max_bytes: int) -> None:
         """Makes the directory, for its owner's eyes only: blocks hold what people wrote."""
         self.directory, self.max_bytes = directory, max_bytes
-        self._provenance = fingerprint if isinstance(fingerprint, Provenance) else Provenance(fingerprint)
+        self._fingerprint = fingerprint
         self._off_until = 0.0
         self._unlisted_bytes = 0
         self._numbers = itertools.count()
@@ -97,7 +96,7 @@ class BlockFiles:
         path = self.directory / name.file_name
         try:
             raw = _read_file(path)
-            block = decode(raw, self._provenance.accepted(fingerprint_of(raw)), name)
+            block = decode(raw, self._fingerprint, name)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -122,7 +121,7 @@ class BlockFiles:
                 header = np.frombuffer(opened.read(HEADER_BYTES), np.uint8)
         except OSError:
             return False
-        return fingerprint_of(header) == self._provenance.exact
+        return fingerprint_of(header) == self._fingerprint
 
     def has(self, name: BlockName) -> bool:
         """Whether there is such a file, whole or not."""
@@ -138,7 +137,7 @@ class BlockFiles:
         temporary = self.directory / f".{os.getpid()}-{next(self._numbers)}.tmp"
         try:
             self.make_room(block.nbytes)
-            _write_file(temporary, encode(block, self._provenance.mark))
+            _write_file(temporary, encode(block, self._fingerprint))
             os.replace(temporary, path)
         except OSError as error:
             _remove(temporary)

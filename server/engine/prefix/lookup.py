@@ -31,7 +31,6 @@ from streaming.prefix.block_format import (
 )
 from streaming.prefix.block_memory import BlockMemory
 from streaming.prefix.block_writer import BlockWriter
-from streaming.prefix.provenance import Provenance
 
 # A divergence costs at most this many tokens that were known. 6.1 MB of GLM-5.2: large enough for an SSD.
 BLOCK_TOKENS = 64
@@ -52,11 +51,10 @@ class DiskTier:
 class PrefixCache:
     """Saved KV of one model."""
 
-    def __init__(self, fingerprint: bytes | Provenance, max_bytes: int, disk: DiskTier | None = None) -> None:
+    def __init__(self, fingerprint: bytes, max_bytes: int, disk: DiskTier | None = None) -> None:
         """At most `max_bytes` of memory. Raises OSError where the directory cannot be made or read."""
-        provenance = fingerprint if isinstance(fingerprint, Provenance) else Provenance(fingerprint)
-        self._fingerprint = provenance.exact
-        self._files = BlockFiles(disk.directory, provenance, disk.max_bytes) if disk else None
+        self._fingerprint = fingerprint
+        self._files = BlockFiles(disk.directory, fingerprint, disk.max_bytes) if disk else None
         self._memory = BlockMemory(max_bytes)
         self._writer = (
             BlockWriter(self._files, self._memory, disk.bytes_per_day) if disk and self._files else None

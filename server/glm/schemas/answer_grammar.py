@@ -7,15 +7,26 @@ What llguidance cannot hold is refused here, before the engine hears of it. Call
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from llguidance import LLMatcher
 
 from config.errors import RequestError
 from server.glm.schemas.argument_types import ArgumentTypes
-from server.glm.schemas.schema_parts import DATA, Schema, dangling, resolve, schema_of, walk
-from server.glm.tokenizer import Tokenizer
+from server.glm.schemas.schema_parts import (
+    ANCHORS,
+    DATA,
+    NAMED,
+    REFERENCES,
+    Document,
+    Schema,
+    dangling,
+    reference_of,
+    resolve,
+    schema_of,
+    walk,
+)
 
 # Enough for an indented line, and an end to it: a model could otherwise write blanks for ever.
 GUIDANCE = {"whitespace_pattern": r"\n?[ ]{0,40}"}
@@ -36,6 +47,13 @@ IN_LARK = {"/": r"\/", "\n": r"\n"}
 Rules = dict[str, str]
 
 
+class HasTags(Protocol):
+    """A vocabulary, of which a grammar needs the tags only."""
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token that is exactly this text."""
+
+
 def json_rule(schema: Any) -> str:
     """A rule for JSON of this schema."""
     if isinstance(schema, dict):
@@ -49,7 +67,7 @@ def regex_rule(pattern: str) -> str:
     return f"/{escaped}/"
 
 
-def text_rules(tokenizer: Tokenizer) -> Rules:
+def text_rules(tokenizer: HasTags) -> Rules:
     """Rules of an answer that makes no calls: any text. A tag that is a token is no text to llguidance."""
     is_token = tokenizer.token_id("<tool_call>") is not None
     without = "" if is_token else " & ~/(?s:.*)<tool_call>(?s:.*)/"
@@ -71,7 +89,7 @@ def check_grammar(grammar: str, param: str) -> None:
 class CallGrammar:
     """The rules of tool calls. A vocabulary without the tags gets them by their text."""
 
-    def __init__(self, tokenizer: Tokenizer, functions: Sequence[dict[str, Any]], is_parallel: bool) -> None:
+    def __init__(self, tokenizer: HasTags, functions: Sequence[dict[str, Any]], is_parallel: bool) -> None:
         self._tokenizer = tokenizer
         self._functions = functions
         self._is_parallel = is_parallel
@@ -87,7 +105,7 @@ class CallGrammar:
         return rules | {"text": "TEXT", "TEXT": "/(?s:.*)/" if has_tags else "/[^<]*/"}
 
     def _call_rules(self, name: str, function: dict[str, Any]) -> Rules:
-        document = function.get("parameters")
+        document = Document.of(function.get("parameters"))
         if (reference := dangling(document)) is not None:
             message = (
                 f"tools: {function['name'][:40]!r} cannot be enforced: $ref {reference[:100]!r} leads nowhere"
@@ -114,7 +132,7 @@ class CallGrammar:
         return _quoted(text) if token_id is None else f"<[{token_id}]>"
 
 
-def _arguments(types: ArgumentTypes, document: Any, variant: Schema) -> Iterator[tuple[str, str, str]]:
+def _arguments(types: ArgumentTypes, document: Document, variant: Schema) -> Iterator[tuple[str, str, str]]:
     """Key, value and how often, for each argument of a variant: those it names, then those of any name."""
     required, others = variant["required"], variant.get("additionalProperties", False)
     for key, schema in variant["properties"].items():
@@ -126,7 +144,8 @@ def _arguments(types: ArgumentTypes, document: Any, variant: Schema) -> Iterator
     for pattern, schema in variant.get("patternProperties", {}).items():
         yield _key_like(pattern), _value(types, document, schema), "*"
     if others is True or isinstance(others, dict):
-        yield ANY_KEY, _value(types, document, others), "*"
+        is_empty = len(required) < variant.get("minProperties", 0) and not variant["properties"]
+        yield ANY_KEY, _value(types, document, others), "+" if is_empty else "*"
 
 
 def _key_like(pattern: str) -> str:
@@ -136,11 +155,11 @@ def _key_like(pattern: str) -> str:
     return regex_rule(f"{'' if start else '[^<>]{0,32}'}({inner}){'' if end else '[^<>]{0,32}'}")
 
 
-def _value(types: ArgumentTypes, document: Any, schema: Any) -> str:
+def _value(types: ArgumentTypes, document: Document, schema: Any) -> str:
     """How a value is written: JSON, unless it may be a string, which GLM writes without quotes."""
     if "string" not in types.types_of(schema):
-        if any("$ref" in part for part in walk(schema)):
-            schema = _moved(schema) | {"$defs": {ALL_OF_IT: _moved(document)}}
+        if any(reference_of(part) is not None for part in walk(schema)):
+            schema = _moved(schema, document) | {"$defs": {ALL_OF_IT: _moved(document.root, document)}}
         return f"({json_rule(schema)})"
     choices = _choices(document, schema, set())
     written = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in choices or ()]
@@ -149,37 +168,45 @@ def _value(types: ArgumentTypes, document: Any, schema: Any) -> str:
     return f"({' | '.join(map(_quoted, written))})" if written else "text"
 
 
-def _moved(value: Any) -> Any:
+def _moved(value: Any, document: Document, is_named: bool = False) -> Any:
     """A part of a schema whose references lead to where all of it stands now."""
     if isinstance(value, list):
-        return [_moved(one) for one in value]
+        return [_moved(one, document) for one in value]
     if not isinstance(value, dict):
         return value
-    moved = {key: one if key in DATA else _moved(one) for key, one in value.items() if key != "$id"}
-    reference = value.get("$ref")
-    if isinstance(reference, str) and (reference == "#" or "#/" in reference):
-        moved["$ref"] = f"#/$defs/{quote(ALL_OF_IT)}{reference.partition('#')[2]}"
+    moved = {
+        key: one if key in DATA and not is_named else _moved(one, document, key in NAMED and not is_named)
+        for key, one in value.items()
+        if is_named or key not in ("$id", "$recursiveAnchor", *ANCHORS, *REFERENCES)
+    }
+    reference = None if is_named else reference_of(value)
+    if reference is not None and (steps := document.locate(reference)) is not None:
+        moved["$ref"] = "/".join(["#", "$defs", *(quote(_escaped(step)) for step in (ALL_OF_IT, *steps))])
     return moved
 
 
-def _enforceable(value: Any) -> Any:
+def _escaped(step: str | int) -> str:
+    return str(step).replace("~", "~0").replace("/", "~1")
+
+
+def _enforceable(value: Any, is_named: bool = False) -> Any:
     """A schema without the formats that only say something to people."""
     if isinstance(value, list):
         return [_enforceable(one) for one in value]
     if not isinstance(value, dict):
         return value
     return {
-        key: one if key in DATA else _enforceable(one)
+        key: one if key in DATA and not is_named else _enforceable(one, key in NAMED and not is_named)
         for key, one in value.items()
-        if not (key == "format" and isinstance(one, str) and one not in FORMATS)
+        if is_named or key != "format" or (isinstance(one, str) and one in FORMATS)
     }
 
 
-def _choices(root: dict[str, Any], schema: Any, seen: set[str]) -> list[Any] | None:
+def _choices(root: Document, schema: Any, seen: set[str]) -> list[Any] | None:
     """The values that a schema counts out; None where it leaves more. A reference is followed once."""
     if not isinstance(schema, dict):
         return None
-    if isinstance(reference := schema.get("$ref"), str):
+    if (reference := reference_of(schema)) is not None:
         if reference in seen:
             return []
         seen.add(reference)

@@ -12,14 +12,23 @@ from typing import Any
 import pydantic_core
 
 from server.glm.finite import all_finite
-from server.glm.schemas.schema_parts import resolve, schema_of, variants
+from server.glm.schemas.schema_parts import (
+    OTHERS,
+    Document,
+    Schema,
+    conditions,
+    reference_of,
+    resolve,
+    schema_of,
+    variants,
+)
 
 Types = frozenset[str]
 ALL: Types = frozenset(["string", "number", "integer", "boolean", "null", "object", "array"])
 # Deeper than any schema that people write; a chain of references must not exhaust the stack.
 MAX_DEPTH = 64
-
-OTHERS = "additionalProperties"
+# References that are followed for one function.
+MAX_REFERENCES = 1000
 
 BLANKS = " \t\n\r"
 NUMBER_SO_FAR = re.compile(r"[-+0-9.eE]*[ \t\n\r]*")
@@ -65,7 +74,7 @@ class ArgumentTypes:
     """The arguments of one function, by the JSON schema of its parameters."""
 
     def __init__(self, parameters: Any) -> None:
-        self._document = parameters if isinstance(parameters, dict) else {}
+        self._document = Document.of(parameters if isinstance(parameters, dict | Document) else {})
         self._by_reference: dict[str, Types] = {}
         self.variants = variants(self._document)
 
@@ -75,12 +84,36 @@ class ArgumentTypes:
         return key.strip() if key not in known and key.strip() in known else key
 
     def of(self, key: str) -> ArgumentType:
-        """The type of one argument: that of any variant that has it."""
-        declared = [schema_of(variant, key) for variant in self.variants]
-        found = [schema for schema in declared if schema is not None]
+        """The type of one argument, wherever the schema speaks of it."""
+        types = self._of_key(self._document.root, key, 0, by_name=True)
+        if types is None:
+            types = self._of_key(self._document.root, key, 0, by_name=False)
+        return ArgumentType(types or ALL)
+
+    def _of_key(self, schema: Any, key: str, depth: int, by_name: bool) -> Types | None:
+        """The types that a schema of objects allows one key; None where it says nothing of it.
+
+        `by_name`: what is said of the key; otherwise what is said of keys that have no schema of their own.
+        """
+        if not isinstance(schema, dict) or depth > MAX_DEPTH:
+            return None
+
+        def any_of(branches: list[Any]) -> Types | None:
+            said = [self._of_key(branch, key, depth + 1, by_name) for branch in branches]
+            found = [types for types in said if types is not None]
+            return frozenset().union(*found) if found else None
+
+        own = schema_of(schema, key) if by_name else _others(schema)
+        all_said = [None if own is None else self.types_of(own)]
+        if (reference := reference_of(schema)) is not None:
+            all_said.append(any_of([resolve(self._document, reference)]))
+        all_said += [any_of([branch]) for branch in _branches(schema, "allOf")]
+        all_said += [any_of(_branches(schema, name)) for name in ("anyOf", "oneOf")]
+        all_said += [any_of(alternatives) for alternatives in conditions(schema)]
+        found = [types for types in all_said if types is not None]
         if not found:
-            found = [variant["additionalProperties"] for variant in self.variants if OTHERS in variant]
-        return ArgumentType(frozenset().union(*map(self.types_of, found)) or ALL)
+            return None
+        return frozenset.intersection(*found) or frozenset().union(*found)
 
     def types_of(self, schema: Any) -> Types:
         """The types that a part of the schema allows."""
@@ -90,7 +123,7 @@ class ArgumentTypes:
         if not isinstance(schema, dict) or depth > MAX_DEPTH:
             return ALL
         types = _declared(schema)
-        if isinstance(reference := schema.get("$ref"), str):
+        if (reference := reference_of(schema)) is not None:
             types &= self._referenced(reference, depth)
         for keyword in ("anyOf", "oneOf"):
             if isinstance(branches := schema.get(keyword), list) and branches:
@@ -103,10 +136,21 @@ class ArgumentTypes:
         return types or ALL
 
     def _referenced(self, reference: str, depth: int) -> Types:
+        if reference not in self._by_reference and len(self._by_reference) >= MAX_REFERENCES:
+            return ALL
         if reference not in self._by_reference:
             self._by_reference[reference] = ALL  # what a reference to itself says
             self._by_reference[reference] = self._allowed(resolve(self._document, reference), depth + 1)
         return self._by_reference[reference]
+
+
+def _others(schema: Schema) -> Any:
+    return next((schema[name] for name in OTHERS if name in schema), None)
+
+
+def _branches(schema: Schema, name: str) -> list[Any]:
+    branches = schema.get(name)
+    return branches if isinstance(branches, list) else []
 
 
 def _declared(schema: dict[str, Any]) -> Types:

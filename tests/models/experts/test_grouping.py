@@ -96,6 +96,7 @@ def test_a_layer_with_all_experts_asks_for_none(folder: Path, monkeypatch: pytes
     assert not asked
     k = WIDER["num_experts_per_tok"]
     assert opened.store.statistics().hits - hits == (3 + 4) * k * len(opened.store.layers)
+    opened.model.settle()
     opened.store.resize(opened.store.layers[0], 15)
     greedy(opened.model, tokens(WIDER, 3), 5)
     assert set(asked) == {opened.store.layers[0]}

@@ -200,6 +200,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "Quark": {"quant_method": "quark"},
     "torchao": {"quant_method": "torchao"},
     "something-new": {"quant_method": "something-new"},
+    "ModelOpt FP8": {"quant_algo": "FP8", "kv_cache_quant_algo": None},
+    "bitsandbytes INT4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
 
 
@@ -223,6 +225,14 @@ def test_other_engines_formats_are_refused_by_name_and_not_sent_to_the_converter
         assert label in message
         assert "convert" not in message
     assert choose_checkpoint(None).directory != directory
+
+
+@pytest.mark.parametrize("name", ["quantization", "quant_config", "compression_config"])
+def test_a_format_is_found_under_each_of_its_headings(tmp_path: Path, weights: Weights, name: str) -> None:
+    save_checkpoint(tmp_path, SHARED | {name: {"quant_method": "awq", "bits": 4}}, weights)
+    of_loading, of_convert = refusals(tmp_path)
+    assert "AWQ" in of_loading
+    assert "glmserve convert" not in of_loading + of_convert
 
 
 @pytest.mark.parametrize(

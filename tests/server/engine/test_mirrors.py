@@ -1,4 +1,4 @@
-"""Which copies the engine reads from, and that it ends once one of them was found to be wrong."""
+"""Which copies the engine reads from."""
 
 import logging
 import shutil
@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.engine.memory.governor import Ungoverned
-from server.engine.mirrors import VERDICTS_NAME, MirrorDiffersError, MirrorWatch, open_mirrors
+from server.engine.mirrors import VERDICTS_NAME, open_mirrors
 from streaming.disk.comparison import Verdicts
 from streaming.disk.copies import find_copies
 from streaming.disk.disk import DirectDisk
@@ -53,19 +52,3 @@ def test_without_mirrors_there_is_nothing_to_compare(folder: Path) -> None:
     disk, comparison = open_mirrors(folder, index, (), None)
     assert isinstance(disk, DirectDisk)
     assert comparison is None
-
-
-def test_between_two_steps_the_engine_ends_once_a_difference_was_found(folder: Path, tmp_path: Path) -> None:
-    index = ExpertIndex.from_entries(read_headers(folder))
-    _, comparison = open_mirrors(folder, index, [tmp_path / "one", tmp_path / "one"], None)
-    assert comparison is not None
-    watch = MirrorWatch(Ungoverned(), comparison)
-    assert (watch.govern(), watch.pause_s) == (False, 1.0)
-    assert watch.measure() == {"mirror_compared": 0.0}
-    comparison.found = tmp_path / "one"
-    with pytest.raises(MirrorDiffersError, match="differs from the checkpoint"):
-        watch.govern()
-    comparison.found = None
-    comparison.run()
-    assert (watch.govern(), watch.pause_s) == (False, None)
-    assert watch.measure() == {"mirror_compared": 1.0}

@@ -83,6 +83,8 @@ def test_tags_are_single_tokens_and_not_special(tokenizer: Tokenizer) -> None:
         ({"generation_config.json": {"eos_token_id": ["<|endoftext|>", "<|user|>"]}}, set()),
         ({"generation_config.json": {"eos_token_id": "<|observation|>"}}, set()),
         ({"config.json": {"eos_token_id": 1}}, set()),
+        ({"generation_config.json": {"eos_token_id": [1, "<|endoftext|>"]}}, set()),
+        ({"generation_config.json": {"eos_token_id": [6, 1]}, "config.json": {"eos_token_id": 1}}, {6}),
         ({"config.json": {"eos_token_id": [1]}, "generation_config.json": {"eos_token_id": 8}}, {8}),
         ({"config.json": {"eos_token_id": 999_999}}, set()),
         ({"config.json": {"eos_token_id": [-1, 320, 154820, "<|user|>"]}}, set()),

@@ -1,6 +1,6 @@
 """An engine process over the counting model.
 
-The model path says how: busy, slow, broken, unusable, mortal, roomy, freezing, mirrored, else well.
+The model path says how: busy, slow, broken, unusable, mortal, roomy, freezing, else well.
 """
 
 import os
@@ -8,15 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from config.errors import CheckpointError
 from models.attention.attention import Span
-from server.engine.memory.governor import Ungoverned
-from server.engine.mirrors import MirrorDiffersError
 from server.engine.model_protocol import Backend, ReportProgress
 from server.engine.worker import main
 from server.link.messages import EngineConfig
@@ -32,19 +29,6 @@ class FreezingModel(CountingModel):
         if FATAL_TOKEN in tokens.tolist():  # type: ignore[operator]
             time.sleep(1000)
         return super().forward(tokens, spans)
-
-
-class LyingMirror(Ungoverned):
-    """A mirror turns out to be wrong once a few steps have been made."""
-
-    def __init__(self, mirror: Path) -> None:
-        self._mirror, self._num_looks = mirror, 0
-
-    def govern(self) -> bool:
-        self._num_looks += 1
-        if self._num_looks > 5:
-            raise MirrorDiffersError(self._mirror)
-        return False
 
 
 def fail_first_starts(name: str) -> None:
@@ -86,9 +70,6 @@ def open_fake(config: EngineConfig, report: ReportProgress) -> Backend:
             return make_backend(context_length=2000)
         case "freezing":
             return make_backend(FreezingModel())
-        case "mirrored" if config.mirrors:
-            slow = make_backend(CountingModel(layer_s=0.02))
-            return replace(slow, memory=LyingMirror(config.mirrors[-1]))
         case _:
             return make_backend(CountingModel(layer_s=0.001))
 

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ from server.link.messages import (
 )
 from server.link.supervisor import MAX_STARTS_IN_A_ROW, Deadlines, EngineProcess
 from tests.server.link.fake_worker import FATAL_TOKEN
-from tests.server.link.test_supervisor import collect, config, engine_of, ready, until
+from tests.server.link.test_supervisor import collect, engine_of, ready, until
 
 GREEDY = Sampling(temperature=0)
 
@@ -414,26 +413,3 @@ def test_places_are_given_back_however_a_request_ends() -> None:
 def is_empty(engine: EngineProcess) -> bool:
     stats = engine.status.stats
     return stats is not None and stats.values["running"] == stats.values["waiting"] == 0
-
-
-def test_an_engine_that_read_from_a_wrong_mirror_is_replaced_by_one_that_does_not() -> None:
-    """All mirrors turn out to be wrong, one after the other; a request under way gets an error."""
-
-    async def scenario() -> None:
-        mirrors = Path("/a"), Path("/b"), Path("/c")
-        engine = EngineProcess(
-            replace(config("mirrored"), mirrors=mirrors), worker="tests.server.link.fake_worker"
-        )
-        engine.start()
-        try:
-            for num_left in (2, 1, 0):
-                await ready(engine)
-                wrong = await collect(engine, Generate("a", (1,), 30, GREEDY))
-                assert failure(wrong).kind == "died"
-                assert engine._config.mirrors == mirrors[:num_left]
-            await ready(engine)
-            assert isinstance((await collect(engine, Generate("b", (1,), 30, GREEDY)))[-1], Finished)
-        finally:
-            await engine.close()
-
-    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""vllm-router, as PyPI has it, in front of two servers: openai-python behind it notices nothing."""
+"""The routers of vLLM and SGLang, as PyPI has them, in front of two servers: no client notices."""
 
 import json
 import re
@@ -15,12 +15,17 @@ import pytest
 from server.commands.checkpoint import POCKET
 from tests.server.serving.running import ROOT, Server, start_server, stop_server
 
-ROUTER = Path(sys.prefix) / "clients" / "bin" / "vllm-router"
+BINARIES = Path(sys.prefix) / "clients" / "bin"
+# SGLang's asks its workers for more than clients do, and adds parameters of its own.
+COMMANDS = {"vllm-router": ["vllm-router"], "sglang-router": ["sglang-router", "launch"]}
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (POCKET / "config.json").exists(), reason="Pocket is not in this checkout"),
-    pytest.mark.skipif(not ROUTER.exists(), reason="`make test` puts vllm-router into .venv/clients"),
+    pytest.mark.skipif(
+        not all((BINARIES / name).exists() for name in COMMANDS),
+        reason="`make test` puts the routers into .venv/clients",
+    ),
 ]
 
 
@@ -31,13 +36,15 @@ def second_server() -> Iterator[Server]:
     stop_server(started)
 
 
-@pytest.fixture(scope="module")
-def router_url(server: Server, second_server: Server) -> Iterator[str]:
+@pytest.fixture(params=COMMANDS)
+def router_url(server: Server, second_server: Server, request: pytest.FixtureRequest) -> Iterator[str]:
     """Where a router listens that asks both in turn."""
     port, metrics_port = (_free_port() for _ in range(2))
     workers = [server.url, second_server.url]
+    binary, *words = COMMANDS[request.param]
     command: list[str] = [
-        str(ROUTER),
+        str(BINARIES / binary),
+        *words,
         "--worker-urls",
         *workers,
         "--policy",

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 
 from streaming.disk.comparison import PAUSES, Comparison, Verdicts
 from streaming.disk.copies import Mirror, find_copies
-from streaming.disk.disk import DirectDisk
+from streaming.disk.disk import DirectDisk, DiskFile
 from streaming.disk.mirror import MirroredDisk
-from streaming.files.headers import read_header, read_headers
+from streaming.files.headers import FileStamp, read_header, read_headers
 from streaming.files.index import ExpertIndex
 from tests.streaming.expert_files import Kinds, separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk
@@ -66,7 +67,6 @@ def test_one_flipped_bit_is_found_and_the_mirror_is_dropped_with_one_line(
     comparison = Comparison(disk, Verdicts(tmp_path / "verdicts"))
     assert not comparison.is_proven
     comparison.run()
-    assert comparison.found == copy
     assert not comparison.is_proven
     assert disk.is_dropped(1)
     [line] = [record.message for record in caplog.records if record.levelno == logging.ERROR]
@@ -95,7 +95,7 @@ def test_an_equal_mirror_is_compared_once_and_progress_is_shown(
     assert first.share == 0
     with caplog.at_level(logging.INFO):
         first.run()
-    assert (first.is_proven, first.share, first.found) == (True, 1.0, None)
+    assert (first.is_proven, first.share) == (True, 1.0)
     assert sum("are being compared" in record.message for record in caplog.records) >= 8
     assert sum("equal to the checkpoint in every byte" in record.message for record in caplog.records) == 2
     assert not disk.is_dropped(1)
@@ -117,7 +117,7 @@ def test_while_experts_are_read_it_takes_a_twentieth_of_the_time(ours: Path, tmp
     pauses: list[float] = []
     Comparison(disk, Verdicts(None), sleep=pauses.append).run()
     assert pauses == []
-    disk.end(disk.start(1), arrived=True)  # an expert was just read
+    disk.end(disk.start(1, ours / "model-1.safetensors"), arrived=True)  # an expert was just read
     Comparison(disk, Verdicts(None), sleep=pauses.append).run()
     assert len(pauses) == 2
     assert PAUSES >= 19
@@ -130,7 +130,7 @@ def test_a_mirror_that_was_dropped_is_not_said_to_be_equal(ours: Path, tmp_path:
     disk.drop(1, why)
     comparison = Comparison(disk, Verdicts(None))
     comparison.run()
-    assert (comparison.is_proven, comparison.found) == (False, None)
+    assert not comparison.is_proven
 
 
 def test_an_error_on_the_way_proves_nothing(
@@ -144,7 +144,7 @@ def test_an_error_on_the_way_proves_nothing(
 
     comparison = Comparison(disk, Verdicts(None), make_disk=lambda: FaultyDisk(fail))
     comparison.run()
-    assert (comparison.is_proven, comparison.found) == (False, None)
+    assert not comparison.is_proven
     assert "could not be compared in full" in caplog.text
 
 
@@ -154,3 +154,63 @@ def test_a_damaged_record_of_verdicts_is_none(tmp_path: Path, ours: Path, text: 
     shutil.copytree(ours, tmp_path / "copy")
     _, [mirror] = mirrored(ours, tmp_path / "copy")
     assert Verdicts(tmp_path / "verdicts").is_equal(mirror) is None
+
+
+@pytest.mark.parametrize("bad", [None, "model-1.safetensors", "model-2.safetensors"])
+def test_only_what_was_compared_is_read_from_a_mirror(ours: Path, tmp_path: Path, bad: str | None) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(ours, copy)
+    if bad:
+        flip(copy / bad, 1, 5000)
+    disk, _ = unsampled(ours, copy)
+    names = ["model-1.safetensors", "model-2.safetensors"]
+    read: dict[str, set[int]] = {}
+
+    def look(opened: Path) -> None:
+        for name in names:
+            read.setdefault(f"{name} in {opened.name}", sides_of(disk, ours / name))
+
+    class Looking(DirectDisk):
+        def open(self, path: Path, stamp: FileStamp) -> DiskFile:
+            look(path)
+            return super().open(path, stamp)
+
+    Comparison(disk, Verdicts(None), make_disk=Looking).run()
+    assert read["model-1.safetensors in model-1.safetensors"] == {0}
+    assert read["model-2.safetensors in model-1.safetensors"] == {0}
+    if bad == names[0]:
+        assert "model-1.safetensors in model-2.safetensors" not in read
+    else:
+        assert read["model-1.safetensors in model-2.safetensors"] == {0, 1}
+        assert read["model-2.safetensors in model-2.safetensors"] == {0}
+    last = {0} if bad else {0, 1}
+    assert [sides_of(disk, ours / name) for name in names] == [last, last]
+
+
+def sides_of(disk: MirroredDisk, path: Path) -> set[int]:
+    """The sides that reads of this file go to, when each has one to serve."""
+    numbers: set[int] = set()
+
+    def read() -> None:
+        numbers.add(disk.start(10**6, path))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    for side in disk._sides:
+        side.reads.clear()
+    return numbers
+
+
+def test_while_a_mirror_is_doubted_a_failing_disk_is_an_error_and_no_wrong_byte(
+    ours: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(ours, tmp_path / "copy")
+    disk, _ = mirrored(ours, tmp_path / "copy")
+    comparison = Comparison(disk, Verdicts(None))
+    assert not disk.drop(0, "input/output error"), "our own side is kept: no other may be asked"
+    assert sides_of(disk, ours / "model-1.safetensors") == {0}
+    comparison.run()
+    assert disk.drop(0, "input/output error")
+    assert sides_of(disk, ours / "model-1.safetensors") == {1}

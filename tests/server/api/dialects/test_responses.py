@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel
+from starlette.testclient import TestClient
 
 from server.api.dialects.responses_schema import seal
 from server.glm.tokenizer import Tokenizer
@@ -264,3 +265,29 @@ def test_hanging_up_cancels(sdk: openai.OpenAI, engine: ScriptedEngine) -> None:
     with sdk.responses.create(model=GLM, input="x", stream=True) as events:
         next(iter(events))
     until(lambda: engine.cancelled)
+
+
+# Keys that the SDKs' types want, null or not; both of OpenRouter's and OpenAI's.
+NULLABLE = {
+    "completed_at", "presence_penalty", "frequency_penalty", "background", "max_tool_calls", "service_tier",
+    "safety_identifier", "prompt_cache_key", "error", "incomplete_details", "instructions", "metadata",
+    "max_output_tokens", "previous_response_id", "reasoning", "top_logprobs", "truncation", "user", "usage",
+    "store", "text", "tool_choice", "tools", "parallel_tool_calls", "temperature", "top_p", "output",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"max_output_tokens": 2}, {"service_tier": "flex", "prompt_cache_key": "k", "max_tool_calls": 3}],
+)
+def test_every_response_object_has_the_keys_that_may_be_null(
+    client: TestClient, fields: dict[str, Any]
+) -> None:
+    body = {"input": "hello"} | fields
+    whole = client.post("/v1/responses", json=body).json()
+    streamed = client.post("/v1/responses", json=body | {"stream": True}).text
+    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    objects = [whole, *(event["response"] for event in events if "response" in event)]
+    assert len(objects) == 4
+    for one in objects:
+        assert one.keys() >= NULLABLE

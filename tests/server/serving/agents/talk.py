@@ -1,9 +1,9 @@
-"""Real agents, by their own binaries, against the server: three turns of a session, each with a tool's call.
+"""Real agents, by their own binaries, against the server: three turns of a session, each with a tool's work.
 
 `make test-agents` runs `python -m tests.server.serving.agents.talk [AGENT...]`. HTTP and dialects are the
 real ones. In place of the model, whose small stand-in cannot hold such prompts, an engine calls the agent's
-own shell tool when a user speaks, and ends the turn when the tool has answered. A turn passes when the tool
-has written its file and the agent shows the answer.
+own shell tool when a user speaks, and ends the turn when the tool has answered. For aider, which has no
+tools, it writes a block of an edit. A turn passes when the file is there and the agent shows the answer.
 """
 
 import json
@@ -26,6 +26,8 @@ from tests.server.api.scripted import ScriptedEngine
 from tests.tiny_tokenizer import build_tokenizer
 
 BINARIES = Path(__file__).parent / "node_modules" / ".bin"
+# Aider wants other versions than the tests: an environment of its own.
+AIDER = Path(sys.prefix) / "aider" / "bin" / "aider"
 NUM_TURNS = 3
 TURN_TIMEOUT_S = 240
 MODEL = "z-ai/glm-5.2"
@@ -37,6 +39,8 @@ SHELLS = {
     "shell_command": {"command": "{command}"},
     "shell": {"command": '["bash", "-lc", "{command}"]'},
 }
+SAID = "The file is there."
+EDIT = "{name}\n```\n<<<<<<< SEARCH\n=======\ndone\n>>>>>>> REPLACE\n```\n"
 
 
 @dataclass
@@ -67,7 +71,9 @@ class Writer(ScriptedEngine):
                 for key, value in SHELLS[shell].items()
             )
             return f"{thought}<tool_call>{shell}{given}</tool_call><|observation|>"
-        return f"{thought}The file is there.<|user|>"
+        if "SEARCH/REPLACE" in prompt and wanted:
+            return f"{thought}{SAID}\n{EDIT.format(name=wanted[-1])}<|user|>"
+        return f"{thought}{SAID}<|user|>"
 
 
 def make_commands(url: str, agent: str, turn: int) -> list[str]:
@@ -88,6 +94,10 @@ def make_commands(url: str, agent: str, turn: int) -> list[str]:
     if agent == "claude":
         permission = ["--permission-mode", "acceptEdits", "--allowedTools", "Bash"]
         return ["-p", asked, *permission, "--model", MODEL, *(["--continue"] if goes_on else [])]
+    if agent == "aider":
+        quiet = ["--no-check-update", "--no-show-model-warnings", "--no-analytics", "--no-pretty", "--no-git"]
+        history = ["--restore-chat-history", "--edit-format", "diff", "--yes-always"]
+        return ["--model", f"openai/{MODEL}", *quiet, *history, "--message", asked]
     return ["run", "--model", f"glm/{MODEL}", *(["--continue"] if goes_on else []), asked]
 
 
@@ -111,6 +121,7 @@ def environment(url: str, folder: Path) -> dict[str, str]:
         "PWD": str(folder / "work"),
         "ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": "none", "ANTHROPIC_SMALL_FAST_MODEL": MODEL,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1",
+        "OPENAI_API_BASE": f"{url}/v1", "OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "OPENCODE_CONFIG_CONTENT": json.dumps(opencode), "OPENCODE_DISABLE_AUTOUPDATE": "1",
     }  # fmt: skip
 
@@ -122,7 +133,7 @@ def play(agent: str, url: str, folder: Path) -> str:
     for turn in range(1, NUM_TURNS + 1):
         try:
             done = subprocess.run(
-                [BINARIES / agent, *make_commands(url, agent, turn)],
+                [AIDER if agent == "aider" else BINARIES / agent, *make_commands(url, agent, turn)],
                 cwd=folder / "work", env=environment(url, folder), text=True,
                 stdin=subprocess.DEVNULL, capture_output=True, timeout=TURN_TIMEOUT_S,
             )  # fmt: skip
@@ -130,7 +141,7 @@ def play(agent: str, url: str, folder: Path) -> str:
             return f"turn {turn} took more than {late.timeout:g} s: {(late.stdout or b'')[-600:]!r}"
         if not (folder / "work" / f"turn-{turn}.txt").exists():
             return f"turn {turn} wrote no file: {_last_words(done)}"
-        if "The file is there." not in done.stdout:
+        if SAID not in done.stdout:
             return f"turn {turn} did not show the answer: {_last_words(done)}"
     return ""
 
@@ -150,7 +161,7 @@ def main() -> int:
         (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
         tokenizer = load_tokenizer(folder)
         dialect = Dialect(tokenizer, ChatTemplate(OUR_TEMPLATE.read_text(encoding="utf-8"), "ours"))
-        for agent in sys.argv[1:] or ("claude", "codex", "opencode"):
+        for agent in sys.argv[1:] or ("claude", "codex", "opencode", "aider"):
             engine = Writer([], context_length=2**20, tokenizer=tokenizer)
             (folder / agent).mkdir()
             with running_server(Service(engine, dialect, ModelNames(MODEL, "any"))) as url:
