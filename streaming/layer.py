@@ -103,6 +103,7 @@ class StoreLayer:
         self.lease = Lease()
         self.ahead: dict[int, Fill] = {}  # under way before anybody asked
         self._filler, self._expert_bytes, self._counts = filler, expert_bytes, counts
+        self.num_hits = self.num_misses = 0  # experts asked for that lay here, and that did not
         self._gates: dict[int, Gate] = {}  # by how many layers before it was guessed
         self._fresh: set[int] = set()  # arrived ahead since the layer was last asked
         self._table: mx.array | None = None
@@ -274,6 +275,8 @@ class StoreLayer:
         # One that came ahead may have been given up before anybody asked.
         num_ahead = num_joined + sum(expert in self.books for expert in self._fresh.intersection(experts))
         self._fresh.clear()
+        self.num_hits += len(experts) - num_missed - num_ahead
+        self.num_misses += num_missed + num_ahead
         self._counts.misses += num_missed
         self._counts.ahead_used += num_ahead
         self._counts.ahead_arrived += num_joined

@@ -120,6 +120,13 @@ class ExpertStore:
         """So many (row, expert) pairs found their experts' slots in a table; each counts as a hit."""
         self._counts.hits += num_pairs
 
+    def heat(self) -> dict[int, tuple[int, int, int]]:
+        """For each layer: experts asked for that lay there, that did not, and how many lie there now."""
+        return {
+            layer: (state.num_hits, state.num_misses, len(state.books))
+            for layer, state in self._layers.items()
+        }
+
     def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Makes every expert resident, in the slot of its own number; only for a store that was never used.
 

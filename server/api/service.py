@@ -1,12 +1,13 @@
 """What every route needs, made once per app: the engine, the dialect, and the model's name card."""
 
-import secrets
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from config.errors import ContextOverflow, RequestError
 from config.plan import MIN_REQUEST_BYTES
+from server.api.access.conversations import Conversations
 from server.api.access.receipts import Caller, Ledger
 from server.api.answer.answer import WaitingRequests
 from server.api.answer.recent_items import RecentItems
@@ -52,6 +53,7 @@ class Service:
     line: WaitingRequests = field(default_factory=WaitingRequests)
     remembered: Remembered = field(default_factory=Remembered)
     explainer: Explainer = field(default_factory=Explainer)
+    conversations: Conversations = field(default_factory=Conversations)
     keepalive_s: float = 5.0
     patience_s: float | None = 10.0
     recent_items: RecentItems = field(default_factory=RecentItems)
@@ -87,6 +89,11 @@ class Service:
             raise GenerationFailed(status.failure, f"the model is not ready: {status.text}{percent}")
         return status.info
 
+    def recognised(self, caller: Caller, pieces: Iterable[str]) -> Caller:
+        """The caller with the conversation that a prompt of these pieces continues."""
+        found = self.conversations.find(caller.group, caller.label, pieces)
+        return replace(caller, conversation=found)
+
     def commands(
         self,
         body: GenerationRequest,
@@ -113,7 +120,7 @@ class Service:
         if available < (1 if max_tokens is None else max_tokens):
             raise ContextOverflow(info.context_length, len(prompt), max_tokens or 0)
         token_ids = tuple(prompt)
-        request_id = f"gen-{int(time.time())}-{secrets.token_hex(10)}"
+        request_id = caller.record.take_id()
         return [
             Generate(
                 request_id=f"{request_id}-{index}" if index else request_id,

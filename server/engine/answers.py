@@ -18,13 +18,14 @@ from server.engine.faults import Contained
 from server.engine.model_protocol import EngineModel
 from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import Scheduler
-from server.engine.schedule.sequence import Sequence
+from server.engine.schedule.sequence import Sequence, State
 from server.engine.schedule.shared_prefixes import Prefixes
 from server.link.messages import (
     Event,
     Failed,
     FailureKind,
     Finished,
+    PrefillPhase,
     Progress,
     PromptScored,
     Started,
@@ -102,12 +103,21 @@ class Answers:
         self.tell_progress(sequence)
         self.save(sequence)
 
-    def tell_progress(self, sequence: Sequence) -> None:
-        """How much of the prompt is in the cache, and how much of that was computed for others."""
+    def tell_progress(self, sequence: Sequence, num_read: int | None = None) -> None:
+        """Sends how much of the prompt has been read, by default what is in the cache."""
         num_prompt = sequence.num_prompt_tokens
-        num_read = min(sequence.num_tokens - sequence.num_unread, num_prompt)
+        if num_read is None:
+            num_read = sequence.num_tokens - sequence.num_unread
         request_id, num_cached = sequence.request.request_id, sequence.num_cached_tokens
-        self._send(Progress(request_id, num_read, num_prompt, num_cached))
+        phase: PrefillPhase = "restoring" if sequence.state is State.RESTORING else "reading"
+        self._send(Progress(request_id, min(num_read, num_prompt), num_prompt, num_cached, phase))
+
+    def tell_layers(self, one: Pass) -> None:
+        """Sends how far each prompt of a pass has come: its rows count by the share of the layers done."""
+        for index, part in enumerate(one.parts):
+            num_done = part.num_rows * one.num_layers_done // self._model.num_layers
+            if num_done and not part.sequence.generated and not part.sequence.is_cancelled:
+                self.tell_progress(part.sequence, one.length_before(index) + num_done)
 
     def save(self, sequence: Sequence) -> None:
         """Offers the rows of a sequence's cache to the prefix cache. A request does not fail for that."""

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from config.defaults import ExpertPolicy
 from config.errors import CheckpointError, DiskError, UsageError
+from config.forecast import forecast
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
 from config.sizes import format_size
@@ -76,7 +77,8 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     on_plan = _limit_and_wire if config.wires_memory else _limit
     on_plan(plan)
     lines = tuple(render_plan(plan).splitlines())
-    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines, plan.lines["requests"])
+    expected = _forecast(checkpoint, arithmetic, plan, probe) if probe else ""
+    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines, plan.lines["requests"], expected)
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
     prefix = open_prefix_cache(model, fingerprint, plan, config)
     use = MemoryUse(
@@ -112,6 +114,11 @@ def _open_hot_set(store: ExpertStore, config: EngineConfig, fingerprint: str) ->
     if store.is_resident or config.prefix_directory is None:
         return None
     return HotSet(store, config.prefix_directory / f"experts-{fingerprint[:16]}.json", fingerprint)
+
+
+def _forecast(checkpoint: Checkpoint, arithmetic: Arithmetic, plan: MemoryPlan, probe: DiskProbe) -> str:
+    geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
+    return forecast(geometry, plan, probe.bytes_per_s).describe()
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
@@ -191,7 +198,11 @@ def _make_rule(checkpoint: Checkpoint, name: ExpertPolicy) -> Rule:
 
 
 def plan_memory(
-    checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineConfig, reader_threads: int | None = None
+    checkpoint: Checkpoint,
+    arithmetic: Arithmetic,
+    config: EngineConfig,
+    reader_threads: int | None = None,
+    physical_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan that the engine obeys and that `glmserve plan` prints, before the disk's probe has a say.
 
@@ -210,6 +221,7 @@ def plan_memory(
         reader_threads=reader_threads,
         prefix_bytes=config.prefix_memory_bytes,
         sweep_tokens=config.sweep_tokens,
+        physical_bytes=physical_bytes,
         max_queue=config.max_queue,
     )
     if not config.stream_experts and not plan.is_resident:

@@ -23,7 +23,7 @@ from server.engine.schedule.boarding import Boarding
 from server.engine.schedule.decode_share import Pace
 from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import Scheduler
-from server.engine.schedule.sequence import PassPart, Sequence
+from server.engine.schedule.sequence import PassPart, Sequence, State
 from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
 from server.engine.trials import Trials
 from server.link.messages import (
@@ -39,6 +39,8 @@ from server.link.messages import (
     Shutdown,
 )
 
+# How often the progress of a pass is told, at most; a shorter one is told when it is complete.
+PROGRESS_S = 1.0
 # While nobody runs, and all who wait do so for their grammars, commands are looked at so often.
 GRAMMAR_WAIT_S = 0.02
 
@@ -170,6 +172,8 @@ class EngineLoop:
             # scores need the hidden rows of the whole prompt
             if self._answers.begin(sequence) and not sequence.request.score_prompt:
                 self._prefixes.restore(sequence)
+                if sequence.state is State.RESTORING:
+                    self._answers.tell_progress(sequence)
 
     def _tell_places(self) -> None:
         places = {item.request.request_id: place for place, item in enumerate(self._scheduler.line)}
@@ -181,8 +185,7 @@ class EngineLoop:
     def _settle(self) -> None:
         is_alone = not (self._boarding.passes or self._scheduler.has_decoders)
         for sequence in self._prefixes.settle(self._scheduler.followers, is_alone):
-            if sequence.num_cached_tokens:
-                self._answers.tell_progress(sequence)
+            self._answers.tell_progress(sequence)
 
     # running
 
@@ -200,6 +203,10 @@ class EngineLoop:
         self._scheduler.charge(one.parts, seconds)
         if is_contended:
             self._pace.note_layer(seconds)
+        is_amid = hidden is None and one.num_layers_done < self._model.num_layers
+        if is_amid and one.seconds > one.told_s + PROGRESS_S:
+            one.told_s = one.seconds
+            self._answers.tell_layers(one)
         if hidden is not None:
             self._boarding.complete(one)
             self._trials.disturb()

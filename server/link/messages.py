@@ -23,8 +23,11 @@ Priority = Literal["interactive", "background"]
 # Size and digest of files by their names, as `streaming/files/marks.py` makes them.
 Marks = Mapping[str, tuple[int, bytes]]
 
+# How a prompt gets into the cache: from saved blocks, or computed.
+PrefillPhase = Literal["restoring", "reading"]
+
 # Whose fault a failure is. `server/api/error_bodies.py` turns it into a status.
-FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout"]
+FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class EngineConfig:
     ram_budget_bytes: int
     max_context: int | None
     log_level: str
+    log_format: Literal["text", "json"] = "text"
+    log_file: Path | None = None
     decode_share: float = DECODE_SHARE
     max_inflight_per_agent: int = INFLIGHT_PER_AGENT
     batch_width: int | None = None
@@ -173,6 +178,7 @@ class ModelInfo:
     context_length: int
     memory_lines: tuple[str, ...] = ()
     request_bytes: int = 0  # the plan's line for the HTTP process
+    forecast: str = ""  # what is expected of it, in one line; nothing where it does not stream
 
 
 @dataclass(frozen=True)
@@ -254,12 +260,16 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """So many of the prompt's tokens have been read."""
+    """So many of the prompt's tokens have been read.
+
+    Tokens that a running pass reads count by the share of its layers that is done.
+    """
 
     request_id: str
     num_prefilled: int
     num_prompt_tokens: int
     num_cached: int = 0  # of them, computed for others, before or in the same pass
+    phase: PrefillPhase = "reading"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from server.api.access.conversations import pieces_of_chat
 from server.api.access.receipts import Caller, Receipt, holder_of
 from server.api.answer import shapes
 from server.api.answer.answer import Answer, Delta, Heard, merge
@@ -113,7 +114,7 @@ class Chat:
         self._service = service
         self._body = body
         self._tokenizer = service.dialect.tokenizer
-        self._caller = caller
+        self._caller = caller = service.recognised(caller, pieces_of_chat(body.template_messages()))
         renderer = Renderer(self._tokenizer, service.dialect.template, service.remembered, caller.owner)
         self._rendered = rendered = renderer.render(
             body, service.check_length(wanted, 1 if fills_context and body.limit else body.limit)

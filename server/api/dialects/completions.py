@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from server.api.access.conversations import pieces_of_text
 from server.api.access.receipts import Caller, Receipt, holder_of
 from server.api.answer import shapes
 from server.api.answer.answer import Answer
@@ -58,11 +59,13 @@ class _Completion:
         self._body = body
         self._num_each = body.n or 1
         self._tokenizer = service.dialect.tokenizer
-        self._caller = caller
+        self._caller = service.recognised(caller, pieces_of_text(body.prompts[0]))
         self._current = 0  # whose turn it is
         self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
-        self._receipt = Receipt(self.envelope.id, service.model_id, caller, bool(body.stream), self._num_each)
+        self._receipt = Receipt(
+            self.envelope.id, service.model_id, self._caller, bool(body.stream), self._num_each
+        )
         service.ledger.open(self._receipt, self._answers, body.max_tokens)
         service.engine.reserve()
 

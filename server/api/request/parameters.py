@@ -65,8 +65,8 @@ class Parameters:
             self._tell(caller, found)
 
     def _tell(self, caller: Caller, found: list[Ignored]) -> None:
-        told = self._told.setdefault(caller.agent, set())
-        self._told.move_to_end(caller.agent)
+        told = self._told.setdefault(caller.group, set())
+        self._told.move_to_end(caller.group)
         if len(self._told) > MAX_AGENTS:
             self._told.popitem(last=False)
         new = [one for one in found if str(one) not in told]

@@ -1,4 +1,4 @@
-"""The command `glmserve doctor [--parity] [flags of serve]`: runs checks, prints findings, writes the report.
+"""The command `glmserve doctor [--parity | --json]`: runs checks, prints findings, writes the report.
 
 A check that raises is a fault of that check alone. With `--parity` each finding also becomes a line of one
 JSON-lines file at once, so that a crash inside a driver leaves the name of the check that it happened in.
@@ -20,7 +20,7 @@ REPORT = "glmserve-parity.jsonl"
 Record = Callable[[dict[str, object]], None]
 
 
-def doctor(settings: Settings, *, parity: bool, directory: Path | None = None) -> int:
+def doctor(settings: Settings, *, parity: bool, is_json: bool = False, directory: Path | None = None) -> int:
     """Runs the ordinary checks, or those of `--parity`; returns 1 if any finding is a fault.
 
     The report of `--parity` is written to `directory`, by default the current one; UsageError if it cannot.
@@ -28,7 +28,11 @@ def doctor(settings: Settings, *, parity: bool, directory: Path | None = None) -
     if not parity:
         from server.commands.doctor.ordinary import CHECKS
 
-        return run_checks(CHECKS, settings, lambda line: None)
+        findings: list[dict[str, object]] = []
+        code = run_checks(CHECKS, settings, findings.append, is_quiet=is_json)
+        if is_json:
+            print(json.dumps([line for line in findings if "verdict" in line], indent=2))
+        return code
     from server.commands.doctor.parity.parity_checks import PARITY_CHECKS
 
     path = (directory or Path.cwd()) / REPORT
@@ -47,7 +51,7 @@ def doctor(settings: Settings, *, parity: bool, directory: Path | None = None) -
     return code
 
 
-def run_checks(checks: Sequence[Check], settings: Settings, record: Record) -> int:
+def run_checks(checks: Sequence[Check], settings: Settings, record: Record, *, is_quiet: bool = False) -> int:
     """Runs the checks in order, prints each finding and hands it to `record`; returns the exit code."""
     num_faults = 0
     for check in checks:
@@ -55,7 +59,8 @@ def run_checks(checks: Sequence[Check], settings: Settings, record: Record) -> i
         begun = time.perf_counter()
         for finding in _findings(check, settings):
             num_faults += finding.verdict == Verdict.FAULT
-            print(f"{finding.verdict:5}  {check.title}: {finding.text}", flush=True)
+            if not is_quiet:
+                print(f"{finding.verdict:5}  {check.title}: {finding.text}", flush=True)
             record({"check": check.title, **asdict(finding)})
         record({"check": check.title, "seconds": round(time.perf_counter() - begun, 2)})
     return 1 if num_faults else 0

@@ -21,6 +21,7 @@ class Pass:
         self.num_layers_done = 0
         self.is_amid_layer = False  # other steps may run now, but no other pass over many rows
         self.seconds = 0.0  # spent on it, by the loop's clock
+        self.told_s = 0.0  # how much of that its clients know
         self.turn_s = 0.0  # of them, since it shares the time with another pass
         self.is_reading = not all(part.sequence.state is State.DECODING for part in parts)
         self._caches = [part.sequence.running_cache for part in parts]
