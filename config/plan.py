@@ -28,7 +28,7 @@ HEARD_TOKEN_BYTES = 64
 REMEMBERED_BYTES = 8 * 10**6
 # Bodies, what is made of them, and connections: in the HTTP process, from the first byte to the end of the
 # answer. A hundredth of a large budget is more than a fleet's prompts take; the least holds one body of any
-# kind that is taken (2 million ids: 112 MB).
+# kind that is taken (2 million ids: 104 MB).
 MIN_REQUEST_BYTES = 128 * 10**6
 MAX_REQUEST_BYTES = 10**9
 REQUEST_DIVISOR = 200

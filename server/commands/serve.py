@@ -51,7 +51,8 @@ JSON_KEEPALIVE_S = 10.0
 SWITCH_S = 0.001
 # Clients that the system holds until they are accepted, and how many are before any of them gets a place.
 MAX_BACKLOG = 1024
-ACCEPTED_AT_ONCE = 32
+# It takes three rounds of the event loop until a client that gave way has given its descriptor back.
+ACCEPTED_AT_ONCE = 8
 # How often the log says that no client can be accepted.
 COMPLAINT_S = 30.0
 
