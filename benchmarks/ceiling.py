@@ -105,7 +105,7 @@ def serving(group: Path, directory: Path, budget: str, context: int, watched: Pa
     process = subprocess.Popen(
         ["sh", "-c", enter, "sh", *command],
         start_new_session=True,
-        env={**os.environ, "GLMSERVE_WATCH": str(watched)},
+        env={**os.environ, "BENCHMARK_WATCH": str(watched)},
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=900) as client:

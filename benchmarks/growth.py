@@ -44,7 +44,7 @@ def _fill(module: nn.Module) -> Any:
 
 def _milliseconds(layer: Attention, x: mx.array, part: RowPart) -> float:
     start_s = time.perf_counter()
-    mx.eval(layer(x, part))
+    mx.eval(layer(x, part, x))
     return (time.perf_counter() - start_s) * 1e3
 
 

@@ -8,6 +8,7 @@ MLX; the geometry is measured by `models/` and `streaming/`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from config.defaults import QUEUE_LENGTH
 from config.errors import BudgetError
 from config.sizes import format_size, physical_memory_bytes
 
@@ -19,6 +20,24 @@ RUNTIME_BYTES = 216 * 10**6
 VOCABULARY_BYTES_PER_TOKEN = 680
 # Items of recent responses that clients may refer to, in the HTTP process: about two thousand of a kilobyte.
 RECENT_ITEMS_BYTES = 3 * 10**6
+# Texts in both processes. A token in line is an int32 in each of them, twice while it is handed over; one of
+# an answer under way is that and its text (tests/server/api/answer/test_memory_of_text.py).
+QUEUED_TOKEN_BYTES = 16
+HEARD_TOKEN_BYTES = 64
+# Answers that the HTTP process remembers in memory; older ones are on disk.
+REMEMBERED_BYTES = 8 * 10**6
+# Bodies, what is made of them, and connections: in the HTTP process, from the first byte to the end of the
+# answer. A hundredth of a large budget is more than a fleet's prompts take; the least holds one body of any
+# kind that is taken (2 million ids: 104 MB).
+MIN_REQUEST_BYTES = 128 * 10**6
+MAX_REQUEST_BYTES = 10**9
+REQUEST_DIVISOR = 200
+# Grammars: two processes that try them (measured: 30 MB each with 4,096 tokens), what one attempt of each may
+# take beside that, and the compiled ones in the engine: small ones of all requests, and some large ones.
+GRAMMAR_TRIAL_BYTES = 32 * 10**6
+SMALL_GRAMMAR_BYTES = 5 * 10**5
+LARGE_GRAMMARS_BYTES = 48 * 10**6
+GRAMMAR_BYTES = 2 * (32 * 10**6 + GRAMMAR_TRIAL_BYTES) + 96 * SMALL_GRAMMAR_BYTES + LARGE_GRAMMARS_BYTES
 # A cache that is full grows by a sixteenth of its rows, so that a row is copied at most 17 times however long
 # the sequence becomes, and in whole steps. The steps are small because each running sequence may hold most of
 # one for nothing.
@@ -27,8 +46,9 @@ KV_STEP = 64
 # Sequences whose caches are in memory at once, whatever the room for KV; if they decode, they take turns.
 MAX_RUNNING = 32
 # MLX keeps freed buffers for reuse, by default without bound (published: 15.1 GB resident for a 10 GB
-# target). A quarter of the workspace, within these bounds, holds what decode reuses; a prompt's largest
-# transients are allocated again in each layer, which takes milliseconds beside its seconds.
+# target). It may keep what a step's transients were, which have the workspace's line while they are in use,
+# and a quarter more, within these bounds, for those of other sizes. MLX's memory limit, the sum of its lines,
+# makes it give back what it keeps before more than both lines is taken.
 MIN_CACHE_BYTES = 32 * 10**6
 MAX_CACHE_BYTES = 10**9
 # Threads that every reader can have, and how many more there is memory for: they get this share of what the
@@ -49,18 +69,26 @@ RING_SHARE = 0.02
 # blocks.
 PREFIX_DIVISOR = 25
 # Lines of memory that is not MLX's: threads' buffers, saved blocks as bytes, and the libraries.
-NOT_MLX = ("reader buffers", "prefix cache", "Python and libraries")
+NOT_MLX = (
+    "reader buffers",
+    "prefix cache",
+    "recent items",
+    "requests",
+    "texts",
+    "grammars",
+    "Python and libraries",
+)
 PREFIX_CONTEXTS = 4
 MIN_PREFIX_TOKENS = 2048
 
 
 def cache_rows(rows: int) -> int:
-    """Rows that a cache has room for once it grew to hold so many."""
+    """Rows that a cache has room for once it has grown to hold `rows`."""
     return -(-(rows + rows // KV_DIVISOR) // KV_STEP) * KV_STEP
 
 
 def most_cache_rows(tokens: int) -> int:
-    """Rows of all caches together, at most, while the lengths of the sequences add up to so many tokens."""
+    """The most rows of all caches together while the sequences' lengths add up to `tokens`."""
     return tokens + tokens // KV_DIVISOR + KV_STEP * min(tokens, MAX_RUNNING)
 
 
@@ -96,10 +124,14 @@ class MemoryPlan:
     lines: Mapping[str, int]
     slots_per_layer: tuple[int, ...]
     num_experts: int
-    cache_limit_bytes: int
     reader_threads: int  # at most; the disk's probe decides
     sweep_tokens: int  # of all prompts that share a sweep
     ring_slots: int
+
+    @property
+    def cache_limit_bytes(self) -> int:
+        """Freed buffers that MLX may keep: those of a step, which take turns in its line, and some more."""
+        return self.lines["MLX buffer cache"] + self.lines["workspace"]
 
     @property
     def buffer_bytes(self) -> int:
@@ -121,6 +153,7 @@ def make_plan(
     prefix_bytes: int | None = None,
     sweep_tokens: int | None = None,
     physical_bytes: int | None = None,
+    max_queue: int = QUEUE_LENGTH,
 ) -> MemoryPlan:
     """Divides the budget; BudgetError, with the smallest budget that works, when it cannot be done.
 
@@ -130,7 +163,7 @@ def make_plan(
     """
     least, most = _prefix_bounds(geometry, max_context, prefix_bytes)
     tokens = sweep_tokens or min(max_context, MIN_SWEEP_TOKENS)
-    fixed = _fixed_lines(geometry, max_context) | {"sweep rows": tokens * geometry.sweep_row_bytes}
+    fixed = _fixed_lines(geometry, max_context, max_queue) | {"sweep rows": tokens * geometry.sweep_row_bytes}
     needed, per_slot = sum(fixed.values()), sum(geometry.expert_bytes)
     whole = needed + per_slot * geometry.num_experts
     resident = _fixed_point(lambda budget: whole + max(least, min(most, budget // PREFIX_DIVISOR)))
@@ -145,7 +178,8 @@ def make_plan(
     ring_slots = 0 if is_resident else _ring_slots(geometry, spare)
     lines = fixed | {
         "reader buffers": reader_buffers(threads) * geometry.reader_buffer_bytes,
-        "prefix cache": max(least, min(most, budget_bytes // PREFIX_DIVISOR, least + int(spare * 0.9))),
+        "prefix cache": max(least, min(most, budget_bytes // PREFIX_DIVISOR, least + int(spare * 0.8))),
+        "requests": _request_bytes(budget_bytes, spare),
         "sweep rows": tokens * geometry.sweep_row_bytes,
         "sweep ring": ring_slots * geometry.ring_slot_bytes,
     }
@@ -161,7 +195,6 @@ def make_plan(
         lines={**lines, "experts": slots_bytes(geometry, slots)},
         slots_per_layer=slots,
         num_experts=geometry.num_experts,
-        cache_limit_bytes=fixed["MLX buffer cache"],
         reader_threads=threads,
         sweep_tokens=tokens,
         ring_slots=ring_slots,
@@ -169,7 +202,7 @@ def make_plan(
 
 
 def _fixed_point(needed: Callable[[int], int]) -> int:
-    """The smallest budget that is what is needed with it."""
+    """The smallest budget that equals what is needed with it."""
     budget = needed(0)
     while budget < needed(budget):
         budget = needed(budget)
@@ -181,13 +214,18 @@ def _more_tokens(geometry: Geometry, spare: int, most: int) -> int:
     return min(most, int(spare * SWEEP_SHARE) // geometry.sweep_row_bytes) if geometry.sweep_row_bytes else 0
 
 
+def _request_bytes(budget: int, spare: int) -> int:
+    wanted = min(MAX_REQUEST_BYTES, budget // REQUEST_DIVISOR)
+    return max(MIN_REQUEST_BYTES, min(wanted, MIN_REQUEST_BYTES + spare // 20))
+
+
 def _ring_slots(geometry: Geometry, spare: int) -> int:
     more = int(spare * RING_SHARE) // geometry.ring_slot_bytes if geometry.ring_slot_bytes else 0
     return max(MIN_RING_SLOTS, min(geometry.num_experts, MIN_RING_SLOTS + more))
 
 
 def reader_buffers(threads: int) -> int:
-    """Each thread's own, and those that may be with reads which do not come back.
+    """Buffers of a reader: one per thread, and some for reads that do not come back.
 
     After a quarter of the threads has been replaced, a dying disk has fewer threads, not more memory.
     """
@@ -200,7 +238,12 @@ def _reader_threads(geometry: Geometry, spare: int) -> int:
     return max(n for n in some if reader_buffers(n) * geometry.reader_buffer_bytes <= room)
 
 
-def _fixed_lines(geometry: Geometry, max_context: int) -> dict[str, int]:
+def text_bytes(max_context: int, max_queue: int) -> int:
+    """Tokens of full contexts in line and of one that is answered, and remembered answers."""
+    return REMEMBERED_BYTES + max_context * (max_queue * QUEUED_TOKEN_BYTES + HEARD_TOKEN_BYTES)
+
+
+def _fixed_lines(geometry: Geometry, max_context: int, max_queue: int) -> dict[str, int]:
     cache = min(max(geometry.workspace_bytes // 4, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
     return {
         "trunk": geometry.trunk_bytes,
@@ -209,6 +252,9 @@ def _fixed_lines(geometry: Geometry, max_context: int) -> dict[str, int]:
         "reader buffers": reader_buffers(MIN_READER_THREADS) * geometry.reader_buffer_bytes,
         "MLX buffer cache": cache,
         "recent items": RECENT_ITEMS_BYTES,
+        "texts": text_bytes(max_context, max_queue),
+        "requests": MIN_REQUEST_BYTES,
+        "grammars": GRAMMAR_BYTES + 2 * VOCABULARY_BYTES_PER_TOKEN * geometry.vocab_size,
         "Python and libraries": RUNTIME_BYTES + VOCABULARY_BYTES_PER_TOKEN * geometry.vocab_size,
     }
 
@@ -263,12 +309,12 @@ def divide(geometry: Geometry, room: int) -> tuple[int, tuple[int, ...]]:
 
 
 def slots_bytes(geometry: Geometry, slots: Sequence[int]) -> int:
-    """Memory of so many slots of each layer."""
+    """Memory of the slots of all layers."""
     return sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
 
 
 def _slots(sizes: Sequence[int], room: int, most: int) -> tuple[int, ...]:
-    """The same number for all, at most so many; the remainder gives one more to the first that it fits."""
+    """The same number of slots for each size, at most `most`; the rest goes to the first that it fits."""
     per_slot = sum(sizes)
     even = min(room // per_slot, most) if per_slot else most
     left = room - even * per_slot

@@ -5,10 +5,11 @@ file (`ram_budget`). Its default stands here, or in `config/defaults.py` if othe
 Flags win over the environment, the environment over the file. The command line builds its parser from them.
 """
 
+import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -36,6 +37,7 @@ from config.sizes import (
 )
 
 ENV_PREFIX = "GLMSERVE_"
+CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
 
 
 def _parse_size(value: Any) -> Any:
@@ -134,6 +136,19 @@ class Settings(BaseSettings):
         "recent router score, weighted by how often such scores led to its being chosen), or auto (begins "
         "with lru and changes to whichever is measured to hit more)",
     )
+    lookahead: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "Memory",
+        "CHOICE",
+        "read experts that are probably wanted next: on, off, or auto (what is measured to be faster)",
+    )
+    straight_reads: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "Memory",
+        "CHOICE",
+        "read experts straight into their slots, not through buffers: on, off, or auto (what is measured to "
+        "be faster)",
+    )
     decode_share: Share = _setting(
         defaults.DECODE_SHARE,
         "Scheduling",
@@ -189,7 +204,8 @@ class Settings(BaseSettings):
         "Prefix cache",
         "DIR",
         "where prompts that were read are kept, so that a restart does not lose them; whoever may read this "
-        "folder may read what people wrote (default glmserve/prefix in $XDG_CACHE_HOME or ~/.cache)",
+        "folder may read what people wrote (default glmserve/prefix in "
+        "$XDG_CACHE_HOME, ~/.cache or, on a Mac, ~/Library/Caches)",
     )
     prefix_cache_size: SizeOrZero = _setting(
         "50G", "Prefix cache", "SIZE", "most bytes kept in that folder; 0 keeps nothing on disk", ge=0
@@ -247,6 +263,14 @@ class Settings(BaseSettings):
     ssl_keyfile: Path | None = _setting(
         None, "Network", "FILE", "private key of --ssl-certfile, unless it is in the same file"
     )
+    metrics_key: str | None = _setting(
+        None,
+        "Network",
+        "KEY",
+        "another key, that only reads /metrics; better in the environment",
+        min_length=1,
+    )
+    metrics_open: bool = _setting(False, "Network", None, "let anybody read /metrics without a key")
     json_keepalive: bool = _setting(
         True, "Network", None, "send a blank every 10 s to clients that wait for an answer in one piece"
     )
@@ -258,6 +282,15 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Logging", "LEVEL", "debug, info, warning or error"
+    )
+    log_format: Literal["text", "json"] = _setting(
+        "text", "Logging", "FORMAT", "text for people, json for programs: a line for each event"
+    )
+    log_file: Path | None = _setting(
+        None,
+        "Logging",
+        "FILE",
+        "write the log to this file as well; at 20 MB it is renamed, and five old ones are kept",
     )
 
     @field_validator("mirror", mode="before")
@@ -295,6 +328,8 @@ class Settings(BaseSettings):
 
 def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
     """Settings from flags, environment and file. Raises UsageError with one line that names the fault."""
+    _refuse_unknown_variables(os.environ)
+    config_file = config_file or (Path(named) if (named := os.environ.get(CONFIG_VARIABLE)) else None)
     values = {
         **(_read_toml(config_file) if config_file else {}),
         **EnvSettingsSource(Settings)(),
@@ -304,6 +339,19 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> 
         return Settings(**values)
     except ValidationError as error:
         raise UsageError(_explain(error)) from error
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """A variable that is misspelt would else be as good as none, and nobody told."""
+    known = [CONFIG_VARIABLE, *(ENV_PREFIX + name.upper() for name in Settings.model_fields)]
+    for name in environment:
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
+            raise UsageError(f"unknown variable {name}; {_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else "`glmserve --help` lists them"
 
 
 def flag_of(name: str) -> str:
@@ -324,6 +372,6 @@ def _explain(error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
     name = str(fault["loc"][0]) if fault["loc"] else ""
     if fault["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}; `glmserve --help` lists them"
+        return f"unknown setting {name!r}; {_nearest(name, Settings.model_fields)}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{flag_of(name)} (or {ENV_PREFIX}{name.upper()}): {message}"

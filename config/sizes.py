@@ -18,8 +18,9 @@ def physical_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size like `100G` (10^9), `96GiB` (2^30) or `80%` (of physical memory).
+def parse_size(text: str, memory_bytes: int | None = None) -> int:
+    """Bytes of a size like `100G` (10^9), `96GiB` (2^30) or `80%` (of `memory_bytes`, by default
+    physical memory).
 
     Raises ValueError, with the forms that would have been right, for anything else.
     """
@@ -27,7 +28,7 @@ def parse_size(text: str) -> int:
     if match:
         number, unit = float(match[1]), match[2].upper()
         if unit == "%" and 0 < number <= 100:
-            return int(physical_memory_bytes() * number / 100)
+            return int((memory_bytes or physical_memory_bytes()) * number / 100)
         if unit in UNITS and number * UNITS[unit] >= 1:
             return int(number * UNITS[unit])
     raise ValueError(f"{text[:40]!r} is not a size; write 100G (10^9 bytes), 96GiB (2^30) or 80% (of memory)")

@@ -4,6 +4,7 @@ Everything else in `models/` asks an `Arithmetic` for a product and never looks 
 in benchmarks/notes.md; the command is `python -m benchmarks.arithmetic`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.attention.selection import kth_by_bits, kth_by_numpy, kth_by_partition
-from models.cuda import choices, products, sums
+from models.cuda import choices, few_rows, products, sums
+from models.cuda.fused_attention import AttentionLayer, FusedAttention
+from models.cuda.products import parts_of
 
 # What MLX packs in mode affine; the other modes have one size each.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -74,6 +77,7 @@ class Arithmetic:
     on its company. None: not even two.
     `max_gathered_rows`: up to this many rows each (row, expert) pair is computed by itself; above, each
     expert with all the rows that want it, `experts_at_once` of them between two evaluations.
+    `max_gathered_bytes`: and of more rows, while the experts of all pairs come to no more than this together.
     `gather_from`: with more keys than this for each selected one, a prompt's rows gather the selected keys;
     with fewer they attend to all keys under a mask.
     `tile_elements`: of the largest intermediate of attention and indexer, within the bounds of
@@ -95,6 +99,7 @@ class Arithmetic:
     max_packed_rows: int | None
     max_alone_rows: int | None = None
     max_gathered_rows: int = 32
+    max_gathered_bytes: int = 0
     min_pairs: int = 1
     experts_at_once: int = 4
     gather_from: int = 6
@@ -129,7 +134,7 @@ class Arithmetic:
         if q is None:
             return self._dense_product(x, w.weight.swapaxes(-1, -2))
         if rows <= products.TILE_ROWS and self._has_kernel(x, w):
-            return products.multiply(x, [_parts(w)], q.group_size)
+            return products.multiply(x, [parts_of(w)], q.group_size)
         if not self.is_few(rows):
             return x @ self._unpack(w, q).swapaxes(-1, -2)
         return mx.quantized_matmul(
@@ -154,7 +159,7 @@ class Arithmetic:
             return out
         if x.shape[-2] <= products.TILE_ROWS and self._has_kernel(x, gate, up):
             assert gate.quantization is not None, "a kernel multiplies packed weights"
-            return products.multiply(x, [_parts(gate), _parts(up)], gate.quantization.group_size)
+            return products.multiply(x, [parts_of(gate), parts_of(up)], gate.quantization.group_size)
         return self.gated(self.product(x, gate), self.product(x, up))
 
     def pairs(self, x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array) -> mx.array:
@@ -163,20 +168,20 @@ class Arithmetic:
         if self._has_kernel(x, gate, up) and (q := down.quantization) is not None:
             assert gate.quantization is not None, "a kernel multiplies packed weights"
             hidden = products.multiply(
-                x, [_parts(gate), _parts(up)], gate.quantization.group_size, slots=slots
+                x, [parts_of(gate), parts_of(up)], gate.quantization.group_size, slots=slots
             )
             if self._has_kernel(hidden, down):
-                return products.multiply(hidden, [_parts(down)], q.group_size, slots=slots)
+                return products.multiply(hidden, [parts_of(down)], q.group_size, slots=slots)
             return self._gathered_product(hidden[..., None, :], down, slots)[..., 0, :]
         rows = x[:, None, None, :]
         both = (self._gathered_product(rows, w, slots) for w in (gate, up))
         return self._gathered_product(self.gated(*both), down, slots)[..., 0, :]
 
-    def mixed(self, pairs: mx.array, weights: mx.array) -> mx.array:
-        """Sum of each row's pairs by weight, in order: [N, k, H], float32 [N, k] -> [N, H]."""
+    def mixed(self, pairs: mx.array, weights: mx.array, added: Sequence[mx.array] = ()) -> mx.array:
+        """Sum of each row's pairs by weight, in order, and others: [N, k, H], float32 [N, k] -> [N, H]."""
         if self.has_kernels:
-            return sums.mix(pairs, weights)
-        return (pairs * weights[..., None]).sum(axis=1).astype(pairs.dtype)
+            return sums.mix(pairs, weights, added)
+        return sum(added, (pairs * weights[..., None]).sum(axis=1).astype(pairs.dtype))
 
     def grouped(self, x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array) -> mx.array:
         """Rows of several experts, each through its own gated MLP: x [G, rows, in], slots [G]."""
@@ -219,6 +224,12 @@ class Arithmetic:
         small = [mx.array(row[None]) for row in values.astype(np.uint8)]
         return small[0] if rows == 1 else mx.concatenate(small)
 
+    def exact_product(self, x: mx.array, w: Weight) -> mx.array:
+        """As `product`, in float32 whatever the rows are; w is a dense float32 matrix."""
+        if self.has_kernels and x.dtype == mx.bfloat16 and x.shape[0] <= products.TILE_ROWS:
+            return choices.logits(x, w.weight)
+        return self.product(x.astype(mx.float32), w)
+
     def can_route(self, num_experts: int, k: int) -> bool:
         """Whether `route` is the fastest way to choose k experts."""
         return self.has_kernels and choices.can_route(num_experts, k)
@@ -238,6 +249,30 @@ class Arithmetic:
     def best_positions(self, scores: mx.array, k: int) -> mx.array | None:
         """As `choices.best_positions`; None where that is not the fastest way."""
         return choices.best_positions(scores, k) if self.has_kernels else None
+
+    def best_mask(self, scores: mx.array, k: int) -> mx.array | None:
+        """As `choices.best_mask`; None where that is not the fastest way."""
+        return choices.best_mask(scores, k) if self.has_kernels else None
+
+    def fused_attention(self, layer: AttentionLayer, top_k: int, scale: float) -> FusedAttention | None:
+        """Attention of few rows in the fewest kernels, where all weights of the layer are packed for them."""
+        weights: list[Any] = [layer.q_a_proj, layer.q_b_proj, layer.kv_a_proj_with_mqa, layer.embed_q]
+        weights += [layer.unembed_out, layer.o_proj]
+        can_score = True
+        if "indexer" in layer:
+            indexer = layer["indexer"]
+            weights += [indexer.wq_b, indexer.wk, indexer.weights_proj]
+            can_score = few_rows.can_score(indexer.num_heads, indexer.head_dim)
+        if not can_score or not self._has_kernel(mx.zeros(1, self.dtype), *weights):
+            return None
+        values = layer.embed_q.weight.shape[1]
+        if not few_rows.can_attend(values + 2 * layer.periods.size, values, top_k):
+            return None
+        return FusedAttention(layer, weights[0].quantization.group_size, top_k, scale)
+
+    def fuses(self, rows: int) -> bool:
+        """Whether `fused_attention` is for so many rows."""
+        return self.has_kernels and rows <= products.TILE_ROWS
 
     def _gathered_product(self, x: mx.array, w: Weight, slots: mx.array) -> mx.array:
         """Each row with the matrix in its own slot. x [..., 1, in], w [slots, out, in], slots [...]."""
@@ -340,12 +375,6 @@ class Arithmetic:
         return mx.concatenate([x[..., i : i + 1, :] @ dense for i in range(rows)], axis=-2)
 
 
-def _parts(w: Weight) -> list[mx.array]:
-    """Weight, scales and, where there are any, biases."""
-    biases = w.get("biases")
-    return [w.weight, scales_of(w)] + ([] if biases is None else [biases])
-
-
 def _view(array: mx.array) -> NDArray[Any]:
     """The array's own memory, once it is evaluated."""
     mx.eval(array)
@@ -410,9 +439,11 @@ CUDA = Arithmetic(
     "cuda",
     mx.bfloat16,
     max_packed_rows=32,
+    max_gathered_bytes=2**29,
     min_pairs=8,
     experts_at_once=16,
     max_grouped_rows=512,
+    tile_elements=2**26,
     launches_early=True,
     compiles=True,
     has_kernels=True,

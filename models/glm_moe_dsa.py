@@ -7,6 +7,7 @@ files; experts come through an `ExpertStore`.
 from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -54,24 +55,33 @@ class MoeMlp(nn.Module):
             self.shared_experts = DenseMlp(args.hidden_size, width, arithmetic)
         self._compiles, self._pieces_in_flight = arithmetic.compiles, arithmetic.pieces_in_flight
 
-    def __call__(self, x: mx.array, guess: mx.array | None = None) -> mx.array:
-        """x [N, H] -> [N, H]; `guess`: the next layer's experts, as `Router.ranked` gives them."""
+    def __call__(self, x: mx.array, onto: mx.array, guess: mx.array | None = None) -> mx.array:
+        """What x [N, H] comes to, on top of `onto`, [N, H].
+
+        `guess`: the next layer's experts, as `Router.ranked` gives them.
+        """
+        compiles = self._compiles and x.shape[0] <= EAGER_ROWS
         if self._experts.are_resident_for(x.shape[0]):
-            return self._compiled(x) if self._compiles else self._whole(x)
-        ids, weights, choice = self.gate(x)
-        if "shared_experts" not in self:
-            return self._experts(x, ids, weights, choice, guess=guess)
-        shared = self.shared_experts(x)
-        return self._experts(x, ids, weights, choice, guess=guess, beside=(shared,)) + shared
+            return self._compiled(x, onto) if compiles else self._whole(x, onto)
+        (ids, weights, choice), added = (self._compiled_begin if compiles else self._begin)(x)
+        return self._experts(x, ids, weights, choice, guess=guess, added=(*added, onto))
 
     @cached_property
     def _compiled(self) -> Callable[..., mx.array]:
         return mx.compile(self._whole)
 
-    def _whole(self, x: mx.array) -> mx.array:
+    @cached_property
+    def _compiled_begin(self) -> Callable[..., Any]:
+        return mx.compile(self._begin)
+
+    def _whole(self, x: mx.array, onto: mx.array) -> mx.array:
         """The same where experts are resident."""
-        routed = self._experts(x, *self.gate(x))
-        return routed + self.shared_experts(x) if "shared_experts" in self else routed
+        routing, added = self._begin(x)
+        return self._experts(x, *routing, added=(*added, onto))
+
+    def _begin(self, x: mx.array) -> tuple[tuple[mx.array, mx.array, mx.array], list[mx.array]]:
+        """The routing, as `Router` gives it, and what is added to the routed experts' outputs."""
+        return self.gate(x), [self.shared_experts(x)] if "shared_experts" in self else []
 
     def sweep(
         self, pieces: list[mx.array], norm: nn.RMSNorm, parts: Sequence[RowPart]
@@ -109,7 +119,8 @@ class MoeMlp(nn.Module):
 
     def anticipate_sweep(self, rows: int) -> None:
         """Starts to read this layer's experts, where so many rows are sure to want nearly all."""
-        if rows * self._top_k >= SURE_USES * self._num_experts:
+        num_pairs = rows * self._top_k
+        if num_pairs >= SURE_USES * self._num_experts and not self._experts.are_small_for(num_pairs):
             self._experts.anticipate_sweep()
 
     def settle(self) -> None:
@@ -161,10 +172,10 @@ class DecoderLayer(nn.Module):
         normed = self.post_attention_layernorm(h)
         guess = self._guess_next
         if isinstance(self.mlp, MoeMlp) and guess and self.mlp.wants_guess(h.shape[0]):
-            return h + self.mlp(normed, guess(h))
+            return self.mlp(normed, h, guess(h))
         if self._first_sparse and guess:
             self._first_sparse().anticipate(lambda: guess(h), h.shape[0])
-        return h + self.mlp(normed)
+        return self.mlp(normed, h) if isinstance(self.mlp, MoeMlp) else h + self.mlp(normed)
 
     def piece_by_piece(self, pieces: list[mx.array], parts: Sequence[RowPart]) -> Generator[None, None, None]:
         """The same for many rows, a list of parts [n, H] that are replaced; pauses when nothing is pending.
@@ -185,7 +196,7 @@ class DecoderLayer(nn.Module):
             yield
 
     def _attended(self, x: mx.array, part: RowPart) -> mx.array:
-        return x + self.self_attn(self.input_layernorm(x), part)
+        return self.self_attn(self.input_layernorm(x), part, x)
 
 
 def joined(pieces: Sequence[mx.array]) -> mx.array:

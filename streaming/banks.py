@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from streaming.device_copy import copy_to_device
+from streaming.device_copy import HostRows
 from streaming.disk.reads import Target
 from streaming.files.floats import CARRIERS, FLOATS, MLX_TYPES, Bytes, commit
 from streaming.files.headers import ITEM_BYTES
@@ -60,7 +60,7 @@ class Bank(Protocol):
         ...
 
     def resize(self, kept: Sequence[int], num_slots: int) -> None:
-        """Makes new arrays of so many slots; slot i holds what slot `kept[i]` held, the rest anything.
+        """Makes new arrays of `num_slots` slots; slot i holds what slot `kept[i]` held, the rest anything.
 
         While it runs both are in memory. An error, of memory that is not there, leaves the bank as it was.
         """
@@ -73,7 +73,7 @@ class BankMaker:
     def __init__(self, float_dtype: mx.Dtype, *, is_shared: bool | None = None) -> None:
         self._float_name = _FLOAT_NAMES[float_dtype]
         self.is_shared = shares_memory() if is_shared is None else is_shared
-        self._staging: dict[tuple[Part, ...], list[npt.NDArray[np.generic]]] = {}
+        self._staging: dict[tuple[Part, ...], list[HostRows]] = {}
 
     def make(self, parts: tuple[Part, ...], num_slots: int, leads: Sequence[int] = ()) -> Bank:
         """`leads`: how far behind the start of a page each part's bytes lie on disk, if always the same."""
@@ -82,7 +82,8 @@ class BankMaker:
             return SharedBank(parts, kept, num_slots, leads or (0,) * len(parts))
         if parts not in self._staging:
             self._staging[parts] = [
-                _host_array(part, name, STAGED_ROWS) for part, name in zip(parts, kept, strict=True)
+                HostRows(STAGED_ROWS, part.shape, CARRIERS[name])
+                for part, name in zip(parts, kept, strict=True)
             ]
         return StagedBank(parts, kept, num_slots, self._staging[parts])
 
@@ -175,7 +176,7 @@ class StagedBank:
         parts: tuple[Part, ...],
         kept: tuple[str, ...],
         num_slots: int,
-        staging: list[npt.NDArray[np.generic]],
+        staging: list[HostRows],
     ) -> None:
         self.max_fill = STAGED_ROWS
         self._parts = parts
@@ -196,14 +197,14 @@ class StagedBank:
         return None
 
     def write(self, slot: int, part: int, start: int, raw: Bytes) -> None:
-        row = self._staging[part][self._rows[slot]].reshape(-1)
+        row = self._staging[part].array[self._rows[slot]].reshape(-1)
         _commit_row(row, self._kept[part], start, raw, self._parts[part].dtype)
 
     def finish(self, slots: Sequence[int]) -> None:
         for slot in slots:
             for array, name, staged in zip(self.arrays.values(), self._kept, self._staging, strict=True):
                 # Nothing else holds the old array, so MLX writes in place and the caller's reference sees it.
-                array[slot] = _as_float(copy_to_device(staged[self._rows[slot]]), name)
+                array[slot] = _as_float(staged.to_device(self._rows[slot]), name)
             mx.async_eval(list(self.arrays.values()))  # type: ignore[no-untyped-call]
         mx.eval(list(self.arrays.values()))
 
@@ -244,10 +245,6 @@ def _zeros_at(shape: tuple[int, ...], dtype: mx.Dtype, lead: int) -> mx.array:
     zeros = longer[first : first + size].reshape(shape)
     mx.eval(zeros)
     return zeros
-
-
-def _host_array(part: Part, name: str, num_rows: int) -> npt.NDArray[np.generic]:
-    return np.zeros((num_rows, *part.shape), CARRIERS[name])
 
 
 def _check_aliasing(view: npt.NDArray[np.generic], array: mx.array) -> None:

@@ -1,16 +1,97 @@
 """A host row's way into a discrete GPU's memory. Called by the banks, on the store's thread.
 
-`mx.array(row)` makes managed memory, whose pages a GPU fetches one fault at a time: 2.3 GB/s on an H200. What
-`mx.load` reads is copied by the driver, 5.3 GB/s, and it reads from anything that behaves like a file.
+Rows in pinned memory are read by a kernel over the bus, 40 GB/s on an H200. Where memory cannot be pinned,
+`mx.load`, which reads from anything that behaves like a file, makes the driver copy them, 4 to 5 GB/s;
+`mx.array` makes managed memory, whose pages a GPU fetches one fault at a time, 2 GB/s.
 """
 
+import ctypes
 import io
+import mmap
+import weakref
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from math import prod
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+
+# Of the CUDA runtime that MLX has loaded; each lies in the process under its own name only.
+_RUNTIMES = ("libcudart.so.13", "libcudart.so.12")
+_PORTABLE_AND_MAPPED = 3
+_WORD_BYTES = 16
+_FETCH = r"""
+  const uint4* from = reinterpret_cast<const uint4*>(addresses[0]);
+  uint4* to = reinterpret_cast<uint4*>(out);
+  const long me = blockIdx.x * static_cast<long>(blockDim.x) + threadIdx.x, all = gridDim.x * blockDim.x;
+  for (long i = me; i < WORDS; i += all) to[i] = from[i];
+"""
+_THREADS, _BLOCKS = 512, 32
+
+
+class HostRows:
+    """Rows of one shape in host memory, zeros at first, that a GPU can take one by one."""
+
+    def __init__(self, num_rows: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        row_bytes = prod(shape) * np.dtype(dtype).itemsize
+        memory = np.frombuffer(mmap.mmap(-1, max(1, num_rows * row_bytes)), np.uint8)
+        self._is_pinned = row_bytes % _WORD_BYTES == 0 and _pin(memory)
+        self.array = memory[: num_rows * row_bytes].view(dtype).reshape(num_rows, *shape)
+
+    def to_device(self, row: int) -> mx.array:
+        """The numbered row as an MLX array, lazy: its memory is read when the array is evaluated."""
+        source = self.array[row]
+        if not self._is_pinned:
+            return copy_to_device(source)
+        words = source.nbytes // _WORD_BYTES
+        return _fetch_kernel()(
+            inputs=[mx.array(np.array([source.ctypes.data], np.uint64))],
+            template=[("WORDS", words)],
+            grid=(min(_BLOCKS, -(-words // _THREADS)) * _THREADS, 1, 1),
+            threadgroup=(_THREADS, 1, 1),
+            output_shapes=[source.shape],
+            output_dtypes=[_MLX_DTYPES[source.dtype]],
+        )[0]
+
+
+_MLX_DTYPES = {
+    np.dtype(np.uint8): mx.uint8, np.dtype(np.uint16): mx.uint16, np.dtype(np.uint32): mx.uint32,
+    np.dtype(np.float16): mx.float16, np.dtype(np.float32): mx.float32,
+}  # fmt: skip
+
+
+@cache
+def _fetch_kernel() -> Callable[..., list[mx.array]]:
+    return cast(
+        Callable[..., list[mx.array]], mx.fast.cuda_kernel("fetch_row", ["addresses"], ["out"], _FETCH)
+    )
+
+
+def _pin(memory: npt.NDArray[np.uint8]) -> bool:
+    """Makes the GPU see the memory where it lies, for as long as the array lives; False where it cannot."""
+    runtime, address = _cuda_runtime(), ctypes.c_void_p(memory.ctypes.data)
+    if runtime is None:
+        return False
+    if runtime.cudaHostRegister(address, ctypes.c_size_t(memory.nbytes), _PORTABLE_AND_MAPPED):
+        runtime.cudaGetLastError()  # or MLX would take it for its own
+        return False
+    weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+    return True
+
+
+@cache
+def _cuda_runtime() -> ctypes.CDLL | None:
+    """The runtime in this process, where MLX computes with CUDA."""
+    if not mx.cuda.is_available() or mx.default_device().type == mx.DeviceType.cpu:
+        return None
+    for name in _RUNTIMES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
 
 
 class _RowFile(io.RawIOBase):

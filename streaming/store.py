@@ -58,6 +58,7 @@ class ExpertStore:
         self._index = index
         self._is_resident = False
         self._looks_ahead = looks_ahead and maker.is_shared
+        self.fills_in_place = maker.is_shared
         self._after = dict(zip(index.layers, [*index.layers[1:], None], strict=True))
         self._unfinished: Fetch | None = None
         self._turns: Generator[Turn] | None = None
@@ -95,6 +96,14 @@ class ExpertStore:
         books = self._layers[layer].books
         return books.watches_scores and books.num_slots < self._index.num_experts
 
+    def look_ahead(self, is_on: bool) -> None:
+        """Reads experts that are probably wanted next, or does not; what is under way is used or dropped."""
+        self._looks_ahead = is_on and self.fills_in_place
+
+    def read_straight(self, is_on: bool) -> None:
+        """Reads straight into slots where an expert's bytes lie aligned, or through the reader's buffers."""
+        self._filler.reads_straight = is_on
+
     def looks_ahead(self, layer: int) -> bool:
         """Whether `expect` may lead to reads: there are experts that are not there."""
         return self._looks_ahead and len(self._layers[layer].books) < self._index.num_experts
@@ -108,8 +117,15 @@ class ExpertStore:
         return self._layers[layer].slot_table(self._index.num_experts)
 
     def count_hits(self, num_pairs: int) -> None:
-        """So many (row, expert) pairs found their experts' slots in a table; each counts as a hit."""
+        """Counts hits of (row, expert) pairs whose slots were found in a table."""
         self._counts.hits += num_pairs
+
+    def heat(self) -> dict[int, tuple[int, int, int]]:
+        """For each layer: experts asked for that lay there, that did not, and how many lie there now."""
+        return {
+            layer: (state.num_hits, state.num_misses, len(state.books))
+            for layer, state in self._layers.items()
+        }
 
     def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Makes every expert resident, in the slot of its own number; only for a store that was never used.
@@ -123,6 +139,22 @@ class ExpertStore:
                 self.acquire(layer, range(first, min(first + LOADED_AT_ONCE, state.books.num_slots)))
             on_progress(number, len(self._layers))
         self._is_resident = True
+
+    def bring_back(self, layer: int, experts: Sequence[int]) -> int:
+        """Reads these experts, the most worth last, into slots that are free. Returns how many were read.
+
+        For a time when nobody asks for any: counts neither hits nor misses. Raises as `acquire` does.
+        """
+        self._abandon_unfinished()
+        wanted = [expert for expert in experts if 0 <= expert < self._index.num_experts]
+        return self._layers[layer].bring_back(list(dict.fromkeys(wanted)))
+
+    def least_worth_first(self) -> dict[int, list[int]]:
+        """The resident experts of each layer, as its policy would give them up."""
+        return {
+            layer: state.books.least_worth_first(state.books.residents)
+            for layer, state in self._layers.items()
+        }
 
     def num_slots(self, layer: int) -> int:
         return self._layers[layer].books.num_slots
@@ -218,20 +250,20 @@ class ExpertStore:
         self._sweeper.anticipate(self._layers[layer])
 
     def observe(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
-        """By what the router chose among all experts, `[tokens, experts]`."""
+        """Tells the policy the router's scores of all experts, `[tokens, experts]`."""
         self._layers[layer].books.observe(scores)
 
     def expect(self, layer: int, ranks: Sequence[Sequence[int]], distance: int = 1) -> None:
-        """These experts may be asked for next, `ranks[0]` most likely, an entry for each row.
+        """Starts to read experts that may be asked for next; `ranks[0]` is the likeliest of each row.
 
         `distance`: how many layers earlier that was guessed; guesses are judged by it.
-        Starts reads that give way to those somebody waits for. Errors are nobody's: who really needs the
+        The reads give way to those that a step waits for. Their errors reach nobody: a step that needs the
         expert reads it again.
         """
         self._released(layer).expect(ranks, distance)
 
     def resize(self, layer: int, num_slots: int) -> None:
-        """Moves a layer into a bank of so many slots; between passes, or between two layers of one.
+        """Moves a layer into a bank of `num_slots` slots; between passes, or between two layers of one.
 
         What is resident stays, but for those that the policy gives up first. Both banks are in memory
         meanwhile; then the old one goes back to the system. An error, of memory that is not there, leaves
@@ -245,7 +277,7 @@ class ExpertStore:
             mx.clear_cache()
 
     def follow(self, make_policy: Callable[[], Policy]) -> None:
-        """Other policies take over what is resident, one a layer; between layers of a pass."""
+        """Gives each layer another policy, which takes over what is resident; between layers of a pass."""
         self._abandon_unfinished()
         for state in self._layers.values():
             state.books.follow(make_policy())
@@ -281,7 +313,7 @@ class ExpertStore:
         return state
 
     def _abandon_unfinished(self) -> None:
-        """What was computed with a fetch, or with a turn, failed: slots on their way are taken back."""
+        """Takes back slots of a fetch, or of turns, whose computation failed before it was finished."""
         if self._turns is not None:
             self._turns.close()
         if (fetch := self._unfinished) is not None:

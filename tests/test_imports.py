@@ -16,10 +16,10 @@ ALLOWED = {
     "models": {"config", "streaming"},
     "server.link": {"config"},
     "server.engine": {"config", "streaming", "models", "server.link", "server.logs",
-                      "server.glm.tokenizer_file"},
+                      "server.glm.tokenizer_file", "server.glm.schemas.following"},
     "server.glm": {"config"},
     "server.api": {"config", "server.link.engine_protocol", "server.link.messages", "server.glm",
-                   "server.version"},
+                   "server.version", "server.heap"},
     "server": {"config", "streaming", "models", "server.link", "server.engine", "server.glm", "server.api"},
 }  # fmt: skip
 OURS = ("config", "streaming", "models", "server", "training", "tests", "benchmarks")

@@ -1,7 +1,7 @@
 """The server with an engine that notes what it holds whenever it holds more: for `benchmarks.ceiling`.
 
 `python -m benchmarks.rig.watched WORDS` serves as `glmserve WORDS` does; the engine process, this module
-again, appends to the file that GLMSERVE_WATCH names: one JSON object a line, the first before there is a
+again, appends to the file that BENCHMARK_WATCH names: one JSON object a line, the first before there is a
 model.
 """
 
@@ -53,7 +53,7 @@ def work() -> int:
         held = {"rss": resident, "active": mx.get_active_memory(), "cache": mx.get_cache_memory()}
         return json.dumps(held | {"free": info().fordblks})
 
-    path = Path(os.environ["GLMSERVE_WATCH"])
+    path = Path(os.environ["BENCHMARK_WATCH"])
     threading.Thread(target=watch, args=(path, note), daemon=True).start()
     return work_on()
 

@@ -35,9 +35,9 @@ def count_part(args: ModelArgs, arithmetic: Arithmetic, layer: int, before: int)
     x = mx.zeros((PART_ROWS, args.hidden_size), dtype=arithmetic.dtype)
     with counted_waits(computes=False) as waits:
         if layer != full:  # the selection that it reuses
-            Attention(args, full, arithmetic)(x, part)
+            Attention(args, full, arithmetic)(x, part, x)
         skipped, begun = replace(waits), time.thread_time()
-        out = attention(x, part)
+        out = attention(x, part, x)
         mx.eval(out)
         spent_s = time.thread_time() - begun
     return Waits(waits.newest - skipped.newest, waits.older - skipped.older), spent_s

@@ -8,6 +8,7 @@ set of numbers. Memory is bounded by tiles of queries.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +21,9 @@ from models.attention.rope import Rope
 from models.attention.tiles import EAGER_ROWS, Tile, causal_tiles, gathered_rows, select_tiles, tile_rows
 from models.in_flight import InFlight
 from models.linear import Linear
+
+if TYPE_CHECKING:
+    from models.cuda.fused_attention import FusedAttention
 
 # Rows of a prompt that go through one layer's attention together; `num_heads` latent queries for each are
 # the widest thing there: 74 KB a row in GLM-5.2's bfloat16.
@@ -54,7 +58,11 @@ class Span:
         held = kind(self.cache)
         if self.origin:
             held.adopt(kind(self.origin), self.num_shared)
-        return held.append(rows[self.start : self.stop])
+        return held.append(self.cut(rows))
+
+    def cut(self, rows: mx.array) -> mx.array:
+        """Its part of a forward's rows."""
+        return rows if self.rows == rows.shape[0] else rows[self.start : self.stop]
 
 
 @dataclass
@@ -114,8 +122,15 @@ class Attention(nn.Module):
             self.indexer = Indexer(args, arithmetic)
         self._rope = Rope(args.qk_rope_head_dim, args.rope_theta)
 
-    def __call__(self, x: mx.array, part: RowPart) -> mx.array:
-        """x [N, H] -> [N, H]; appends this layer's rows to the caches of the spans."""
+    @property
+    def periods(self) -> mx.array:
+        """Of the pairs that are rotated, float32."""
+        return self._rope.periods
+
+    def __call__(self, x: mx.array, part: RowPart, onto: mx.array) -> mx.array:
+        """What x [N, H] attends to, on top of `onto`, [N, H]; appends rows to the caches of the spans."""
+        if self._arithmetic.fuses(x.shape[0]) and self._fused is not None:
+            return self._in_few_kernels(self._fused, x, part, onto)
         is_compiled = self._arithmetic.compiles and not part.is_large
         project, finish = self._compiled if is_compiled else (self._project, self._finish)
         q_residual, queries, rows, *new_keys = project(x, part.positions)
@@ -127,7 +142,34 @@ class Attention(nn.Module):
             self._attend(queries[:, span.start : span.stop], span_keys, selected, in_flight)
             for span, span_keys, selected in zip(part.spans, keys, part.selected, strict=True)
         ]
-        return finish(mx.concatenate(outs, axis=1))
+        return onto + finish(mx.concatenate(outs, axis=1))
+
+    @cached_property
+    def _fused(self) -> "FusedAttention | None":
+        return self._arithmetic.fused_attention(self, self._args.index_topk, self._args.qk_head_dim**-0.5)
+
+    def _in_few_kernels(
+        self, fused: "FusedAttention", x: mx.array, part: RowPart, onto: mx.array
+    ) -> mx.array:
+        """As `__call__`, for few rows."""
+        queries, rows, *index = fused.project(x, part.positions)
+        if index:
+            part.selected = [None] * len(part.spans)
+        outs = []
+        for i, span in enumerate(part.spans):
+            span.append(lambda cache: cache.latents[self._layer], rows)
+            q, positions, *asked = (span.cut(array) for array in (queries, part.positions, *index[1:]))
+            if index:
+                span.append(lambda cache: cache.index_keys[self._layer], index[0])
+                keys = span.cache.index_keys[self._layer]
+                if keys.length > self._args.index_topk:
+                    chosen = fused.select(*asked, keys.state, positions)
+                    part.selected[i] = [Tile(0, span.rows, keys.length, chosen)]
+            tiles = part.selected[i]
+            latents = span.cache.latents[self._layer].state
+            arrays = [q, latents, positions] + ([tiles[0].keys] if tiles else [])
+            outs.append(fused.attend(*arrays))
+        return fused.finish(outs[0] if len(outs) == 1 else mx.concatenate(outs), onto)
 
     @cached_property
     def _compiled(self) -> tuple[Callable[..., list[mx.array]], Callable[..., mx.array]]:

@@ -16,6 +16,11 @@ class Rope:
         exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
         self._periods = mx.array(np.power(np.float32(theta), exponents))
 
+    @property
+    def periods(self) -> mx.array:
+        """Of the pairs, float32 [dims / 2]."""
+        return self._periods
+
     def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
         """x [N, heads, D], positions int32 [N] -> [N, heads, D]."""
         rotated = mx.fast.rope(

@@ -90,6 +90,8 @@ def select_tiles(
             scores = index_scores(q, w, keys[:seen], arithmetic, in_flight)
         chosen = arithmetic.best_positions(scores, k) if gathers and scores is not None else None
         if chosen is None:
+            chosen = None if scores is None or gathers else arithmetic.best_mask(scores, k)
+        if chosen is None:
             chosen = causal_mask(seen - (stop - start), stop - start, seen)
             chosen = chosen if scores is None else select(scores, chosen, k, arithmetic.kth_best)
             chosen = selected_positions(chosen, k) if gathers else chosen

@@ -10,7 +10,13 @@ WARP = 32
 
 
 def make_kernel(
-    name: str, input_names: list[str], output_names: list[str], source: str, header: str = ""
+    name: str,
+    input_names: list[str],
+    output_names: list[str],
+    source: str,
+    header: str = "",
+    shared_memory: int = 0,
 ) -> Kernel:
-    """The kernel; it is compiled when it is first evaluated."""
-    return cast(Kernel, mx.fast.cuda_kernel(name, input_names, output_names, source, header))
+    """The kernel, with so many bytes of memory for each block; it is compiled when it is first evaluated."""
+    kernel = mx.fast.cuda_kernel(name, input_names, output_names, source, header, shared_memory=shared_memory)
+    return cast(Kernel, kernel)

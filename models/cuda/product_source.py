@@ -110,32 +110,56 @@ __device__ __forceinline__ void add_warps(float* shared, const float (&sum)[4], 
 }
 """.replace("GROUPS_AT_ONCE;", f"{GROUPS_AT_ONCE};")
 
-# Which matrix, and which rows of x with it: up to eight with one matrix, the same for each of several, or one
-# with the matrix in its slot.
+# Which matrix, and which rows of x with it: up to eight with one matrix, the same for each of several, for
+# each of several heads of a row, or one with the matrix in its slot.
 PLACE = {
     "one": """
   const int all_rows = x_shape[0], start = blockIdx.y * 8, N = w_shape[0], K = w_shape[1] * 8;
-  const long matrix = 0, row = start, to = row;
+  const long matrix = 0, from = 1L * start * K, from_step = K, to = 1L * start * N, to_step = N;
   const int rows = min(8, all_rows - start);
 """,
     "each": """
   const int all_rows = x_shape[1], tiles = (all_rows + 7) / 8, start = blockIdx.y % tiles * 8;
   const int N = w_shape[1], K = w_shape[2] * 8;
-  const long matrix = blockIdx.y / tiles, row = matrix * all_rows + start, to = row;
+  const long matrix = blockIdx.y / tiles, row = matrix * all_rows + start;
+  const long from = row * K, from_step = K, to = row * N, to_step = N;
+  const int rows = min(8, all_rows - start);
+""",
+    "heads": """
+  const int all_rows = x_shape[0], tiles = (all_rows + 7) / 8, start = blockIdx.y % tiles * 8;
+  const int N = w_shape[1], K = w_shape[2] * 8, heads = x_shape[1], width = N + ROTATED;
+  const long matrix = blockIdx.y / tiles, row = 1L * start * heads + matrix;
+  const long from = row * x_shape[2], from_step = 1L * heads * x_shape[2];
+  const long to = row * width, to_step = 1L * heads * width;
   const int rows = min(8, all_rows - start);
 """,
     "slots": """
   const int N = w_shape[1], K = w_shape[2] * 8;
-  const long matrix = slots[blockIdx.y], row = blockIdx.y / pairs_per_row, to = blockIdx.y;
+  const long matrix = slots[blockIdx.y], from = blockIdx.y / pairs_per_row * 1L * K, from_step = 0;
+  const long to = 1L * blockIdx.y * N, to_step = 0;
   constexpr int rows = 1;
 """,
 }
+# The block behind a head's outputs rotates what follows its inputs.
+ROTATE = """
+  if (blockIdx.x * 16 >= N) {
+    for (int i = threadIdx.x; i < rows * (ROTATED / 2); i += blockDim.x) {
+      const int r = i / (ROTATED / 2), pair = i % (ROTATED / 2);
+      const auto* at = x + from + r * from_step + K + 2 * pair;
+      const float2 v = make_float2(static_cast<float>(at[0]), static_cast<float>(at[1]));
+      const float2 turned = rotate(v, turn_of(periods, pair, positions[start + r]));
+      out[to + r * to_step + N + 2 * pair] = static_cast<T>(turned.x);
+      out[to + r * to_step + N + 2 * pair + 1] = static_cast<T>(turned.y);
+    }
+    return;
+  }
+"""
 BEGIN = """
   const int groups = K / GROUP;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4;
   const long output = blockIdx.x * 16L + g;
   const int each = (groups + warps - 1) / warps, first = warp * each, last = min(groups, first + each);
-  const Bf16* mine = reinterpret_cast<const Bf16*>(x) + (row + (g < rows ? g : 0)) * K;
+  const Bf16* mine = reinterpret_cast<const Bf16*>(x) + from + (g < rows ? g : 0) * from_step;
   __shared__ float shared[8 * 128], result[2][128];
 """
 DOT = """
@@ -149,8 +173,31 @@ DOT = """
 """
 STORE = """
   for (int i = threadIdx.x; i < rows * 16; i += blockDim.x)
-    out[(to + i / 16) * N + blockIdx.x * 16L + i % 16] = static_cast<T>(VALUE);
+    out[to + i / 16 * to_step + blockIdx.x * 16L + i % 16] = static_cast<T>(VALUE);
 """
 GATED = """__bfloat162float(__float2bfloat16(silu(__bfloat162float(__float2bfloat16(result[0][i]))))) *
         __bfloat162float(__float2bfloat16(result[1][i]))"""
 SILU = "\n__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }\n"
+# Several matrices one behind the other, each with an output of its own.
+SEVERAL = """
+  const int all_rows = x_shape[0], start = blockIdx.y * 8, K = x_shape[1];
+  const int rows = min(8, all_rows - start);
+  const unsigned* weight;
+  const SCALE *scale, *bias;
+  int N, which, tile = blockIdx.x;
+  FIND
+  const int groups = K / GROUP;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4;
+  const long scale_at = (tile * 16L + g) * groups;
+  const int each = (groups + warps - 1) / warps, first = warp * each, last = min(groups, first + each);
+  const Bf16* mine = reinterpret_cast<const Bf16*>(x) + (start + (g < rows ? g : 0)) * 1L * K;
+  __shared__ float shared[8 * 128], result[128];
+  float sum[4] = {0, 0, 0, 0};
+  dot<AFFINE, GROUP>(sum, mine, g < rows, weight + scale_at * (GROUP / 8), scale + scale_at, bias + scale_at,
+                     first, last, groups);
+  add_warps(shared, sum, result);
+  for (int i = threadIdx.x; i < rows * 16; i += blockDim.x) {
+    const long at = (start + i / 16) * 1L * N + tile * 16L + i % 16;
+    STORES
+  }
+"""

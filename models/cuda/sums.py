@@ -1,5 +1,6 @@
 """Sums of experts' outputs, in the order of the experts. Called by `models.arithmetic`."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import mlx.core as mx
@@ -12,20 +13,28 @@ _MIX = r"""
   if (h >= H) return;
   float sum = 0;
   for (int j = 0; j < k; ++j) sum += static_cast<float>(pairs[(row * k + j) * H + h]) * weights[row * k + j];
+  ADD
   out[row * H + h] = static_cast<T>(sum);
 """
 
 
 @cache
-def _mix_kernel() -> Kernel:
-    return make_kernel("mix", ["pairs", "weights"], ["out"], _MIX)
+def _mix_kernel(count: int) -> Kernel:
+    others = [f"added{i}" for i in range(count)]
+    source = _MIX.replace(
+        "ADD", " ".join(f"sum += static_cast<float>({name}[row * H + h]);" for name in others)
+    )
+    return make_kernel(f"mix{count}", ["pairs", "weights", *others], ["out"], source)
 
 
-def mix(pairs: mx.array, weights: mx.array) -> mx.array:
-    """Sum of each row's pairs by weight, added in order in float32: [N, k, H], [N, k] -> [N, H]."""
+def mix(pairs: mx.array, weights: mx.array, added: Sequence[mx.array] = ()) -> mx.array:
+    """Sum of each row's pairs by weight, added in order in float32, then others: [N, k, H], [N, k] -> [N, H].
+
+    It is rounded once, to the type of the pairs.
+    """
     rows, _, width = pairs.shape
-    return _mix_kernel()(
-        inputs=[pairs, weights],
+    return _mix_kernel(len(added))(
+        inputs=[pairs, weights, *added],
         template=[("T", pairs.dtype)],
         grid=(-(-width // 256) * 256, rows, 1),
         threadgroup=(256, 1, 1),

@@ -77,6 +77,11 @@ class Experts:
         """Whether a call for so many rows depends on its arrays alone."""
         return self._source.is_resident and self._arithmetic.gathers(rows)
 
+    def are_small_for(self, num_pairs: int) -> bool:
+        """Whether many rows are computed pair by pair too, each reading its expert."""
+        arrays = self._source.bank(self._layer).values()
+        return sum(a.nbytes // a.shape[0] for a in arrays) * num_pairs <= self._arithmetic.max_gathered_bytes
+
     def precede(self, following: "Experts") -> None:
         """The layer whose experts are guessed in this one."""
         self._next = following
@@ -108,17 +113,25 @@ class Experts:
         scores: mx.array | None = None,
         *,
         guess: mx.array | None = None,
-        beside: Sequence[mx.array] = (),
+        added: Sequence[mx.array] = (),
     ) -> mx.array:
         """x [N, H], ids [N, k] ascending, weights float32 [N, k] -> [N, H].
 
         `scores` [N, E]: by what the ids were chosen. `guess` int32 [N, k]: the next layer's experts, each
-        row's likeliest first. `beside`: what else may be computed while experts are read.
+        row's likeliest first. `added`, [N, H] each: what is added, and computed while experts are read.
         """
         if self._arithmetic.gathers(x.shape[0]):
-            pairs = self._all_pairs(x, ids, scores, guess, beside)
-            return self._arithmetic.mixed(pairs, weights).astype(x.dtype)
-        return run_through(self.sweep(lambda rows: x[rows], ids, weights, scores)).astype(x.dtype)
+            pairs = self._all_pairs(x, ids, scores, guess, added)
+            return (self._compiled_sum if self._arithmetic.compiles else self._sum_of)(pairs, weights, added)
+        out = run_through(self.sweep(lambda rows: x[rows], ids, weights, scores)).astype(x.dtype)
+        return sum(added, out)
+
+    @cached_property
+    def _compiled_sum(self) -> Callable[..., mx.array]:
+        return mx.compile(self._sum_of)
+
+    def _sum_of(self, pairs: mx.array, weights: mx.array, added: Sequence[mx.array]) -> mx.array:
+        return self._arithmetic.mixed(pairs, weights, added)
 
     def _all_pairs(
         self,
@@ -134,7 +147,7 @@ class Experts:
         if guess is None and (table := self._table()) is not None:
             self._source.count_hits(ids.size)
             return self._remember(self._gathered(x, table[ids]))
-        wanted, guessed = self._synchronise(ids, scores, guess)
+        wanted, guessed = self._synchronise(ids, scores, guess, beside)
         # One row's experts are unique and ascending as they are.
         experts = (wanted[0] if len(wanted) == 1 else np.unique(wanted)).tolist()
         if len(experts) > self._source.num_slots(self._layer):
@@ -162,13 +175,23 @@ class Experts:
             self._source.expect(self._next._layer, guessed.T.tolist())
 
     def _synchronise(
-        self, ids: mx.array, scores: mx.array | None, guess: mx.array | None
+        self,
+        ids: mx.array,
+        scores: mx.array | None,
+        guess: mx.array | None,
+        beside: Sequence[mx.array] = (),
     ) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
-        """The one synchronisation of the layer: ids, scores and guess, and an end to all pending products."""
+        """The one synchronisation of the layer: ids, scores and guess, and an end to all pending products.
+
+        What stands beside them is started, and not waited for.
+        """
         readable = [ids] if scores is None else self._arithmetic.readable(ids, scores.shape[-1])
         if scores is not None and not self._source.watches_scores(self._layer):
             scores = None
         owners = [self] if guess is None or self._next is None else [self, self._next]
+        if beside:
+            mx.async_eval(*(array for array in (*readable, scores, guess) if array is not None))
+            mx.async_eval(*beside)
         Lease.release([owner._lease for owner in owners], *readable, scores, guess)
         if scores is not None:
             self._source.observe(self._layer, np.array(scores))
@@ -237,6 +260,9 @@ class Experts:
         """
         if scores is not None:
             scores = None if self._source.is_resident else scores[-OBSERVED_ROWS:]
+        if self.are_small_for(ids.size):
+            pairs = self._all_pairs(take(mx.arange(ids.shape[0])), ids, scores, None, ())
+            return self._sum_of(pairs, weights, ()).astype(mx.float32)
         wanted, _ = self._synchronise(ids, scores, None)
         rows_of = rows_by_expert(wanted)
         counts = {expert: len(rows) for expert, (rows, _) in rows_of.items()}
@@ -306,7 +332,7 @@ class Experts:
         bank = self._source.bank(self._layer)
         return (
             self._compiled(x, slots, dict(bank))
-            if self._arithmetic.compiles
+            if self._arithmetic.compiles and self._arithmetic.gathers(x.shape[0])
             else self._pairs_of(x, slots, bank)
         )
 

@@ -47,14 +47,14 @@ class Router(nn.Module):
 
     def _routed(self, x: mx.array) -> list[mx.array]:
         args, bias = self._args, self.e_score_correction_bias
-        logits = self._arithmetic.product(x.astype(mx.float32), self)
+        logits = self._arithmetic.exact_product(x, self)
         return self._arithmetic.route(
             logits, bias, args.num_experts_per_tok, args.norm_topk_prob, args.routed_scaling_factor
         )
 
     def _scores(self, x: mx.array) -> tuple[mx.array, mx.array]:
         args = self._args
-        scores = mx.sigmoid(self._arithmetic.product(x.astype(mx.float32), self))
+        scores = mx.sigmoid(self._arithmetic.exact_product(x, self))
         return scores, limit_to_groups(scores + self.e_score_correction_bias, args.n_group, args.topk_group)
 
 

@@ -1,19 +1,24 @@
 """The HTTP application. `make_app` is its only entrance; the command line and the tests call it."""
 
+import asyncio
 import re
+from collections.abc import Mapping
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.access.account import account_router
 from server.api.access.guard import Access, Guard
 from server.api.access.quotas import RATE_HEADERS
+from server.api.admin.activity_routes import activity_router
 from server.api.admin.cache_routes import cache_router
 from server.api.admin.catalogue import health_router, models_router
 from server.api.admin.engine_routes import engine_router
 from server.api.admin.memory_routes import memory_router
 from server.api.admin.metrics import metrics_router
+from server.api.admin.page_routes import page_router
 from server.api.dialects.anthropic import messages_router
 from server.api.dialects.chat import chat_router
 from server.api.dialects.completions import completion_router
@@ -22,7 +27,12 @@ from server.api.dialects.tokenize import tokenize_router
 from server.api.error_bodies import install_error_handlers
 from server.api.openapi import BASES, DescribedApp
 from server.api.request.parameters import HEADER, SaysIgnored
+from server.api.request.workload import Leased
 from server.api.service import Service
+from server.api.watch.history import History
+from server.api.watch.request_lines import WINDOW_S, RequestLines
+from server.api.watch.request_metrics import RequestMetrics
+from server.api.watch.watch import RouteNames, Watch, Watched
 from server.version import VERSION
 
 SLASHES = re.compile("/{2,}")
@@ -73,24 +83,22 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     app = DescribedApp(
         title="glmserve", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    for base in BASES:
-        is_openrouter = base == "/api/v1"
-        app.include_router(chat_router(service, is_openrouter), prefix=base)
-        app.include_router(completion_router(service, is_openrouter), prefix=base)
-        app.include_router(messages_router(service), prefix=base)
-        app.include_router(responses_router(service), prefix=base)
-        app.include_router(models_router(service), prefix=base)
-        app.include_router(account_router(service), prefix=base)
-        app.include_router(tokenize_router(service), prefix=base)
-        app.include_router(cache_router(service, access), prefix=base)
-        app.include_router(memory_router(service, access), prefix=base)
-        app.include_router(engine_router(service, access), prefix=base)
-    app.include_router(health_router(service))
-    app.include_router(metrics_router(service.engine, service.ledger, service.parameters))
+    registry, history = CollectorRegistry(), History()
+    lines = RequestLines(later=lambda flush: asyncio.get_running_loop().call_later(WINDOW_S, flush))
+    watch = Watch(lambda: _stats(service), (lines, RequestMetrics(registry), history))
+    names = RouteNames()
+    routers = {base: _routers(service, access, watch, history, base) for base in BASES}
+    routers[""] += [health_router(service), metrics_router(service, registry), page_router(access)]
+    for base, all_of_them in routers.items():
+        for router in all_of_them:
+            app.include_router(router, prefix=base)
+            names.add(base, router)
     install_error_handlers(app)
     app.add_middleware(SaysIgnored)
     app.add_middleware(HeadAsGet)
+    app.add_middleware(Leased, workload=service.workload)
     app.add_middleware(Guard, access=access, accounts=service.ledger.accounts)
+    app.add_middleware(Watched, watch=watch, route_of=names.find)
     app.add_middleware(TrailingSlash)
     if access.cors_origins:  # outermost: a browser's preflight carries no key
         app.add_middleware(
@@ -102,3 +110,26 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
             expose_headers=["X-Generation-Id", "X-Glmserve-Cache", HEADER, "Retry-After", *RATE_HEADERS],
         )
     return app
+
+
+def _routers(service: Service, access: Access, watch: Watch, history: History, base: str) -> list[APIRouter]:
+    """The routes that every base has; OpenRouter's always end a stream with usage."""
+    is_openrouter = base == "/api/v1"
+    return [
+        chat_router(service, is_openrouter),
+        completion_router(service, is_openrouter),
+        messages_router(service),
+        responses_router(service),
+        models_router(service),
+        account_router(service),
+        tokenize_router(service),
+        cache_router(service, access),
+        memory_router(service, access),
+        engine_router(service, access),
+        activity_router(service, watch, history),
+    ]
+
+
+def _stats(service: Service) -> Mapping[str, float]:
+    stats = service.engine.status.stats
+    return stats.values if stats else {}

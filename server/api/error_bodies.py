@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from config.errors import RETRY_AFTER_S, BusyError, ContextOverflow, EngineError, RequestError
 from server.api.access.quotas import QuotaError
@@ -30,6 +31,7 @@ _FAILURES: Mapping[FailureKind, tuple[int, str, bool]] = {
     "died": (503, "provider_unavailable", True),
     "busy": (503, "provider_overloaded", True),
     "timeout": (408, "timeout", False),
+    "cancelled": (499, "unmapped", False),
 }
 
 # Anthropic's word for a status.
@@ -139,9 +141,17 @@ def _respond(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.status_code in (404, 405) and error.detail in NO_DETAILS:
         body["message"] = f"there is no {request.method} {path[:100]} here; docs/api.md lists what there is"
     status = body["code"]
+    note_reason(request.scope, body["metadata"]["error_type"])
     if isinstance(error, ContextOverflow):
         body |= _overflow(path, error)
     return JSONResponse(error_body(path, body), status, _headers(error))
+
+
+def note_reason(scope: Scope, reason: str) -> None:
+    """Leaves the word for an error where the log and the metrics find it."""
+    record = scope.get("state", {}).get("record")
+    if record is not None:
+        record.reason = reason
 
 
 def _overflow(path: str, error: ContextOverflow) -> dict[str, Any]:

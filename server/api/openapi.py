@@ -52,6 +52,25 @@ BODIES = {
 }
 
 
+SECURITY: Json = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
+    "x-api-key": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-api-key",
+        "description": "the same key, as Anthropic's clients send it",
+    },
+}
+TAGS = {
+    **dict.fromkeys(("chat", "completions", "messages", "responses"), "Answers"),
+    **dict.fromkeys(("models", "model", "providers"), "Models"),
+    **dict.fromkeys(("key", "auth", "credits", "generation"), "Account"),
+    **dict.fromkeys(("tokenize", "detokenize"), "Tokens"),
+    **dict.fromkeys(("activity", "health", "metrics"), "Watching"),
+    **dict.fromkeys(("cache", "memory", "engine"), "Administration"),
+}
+
+
 class DescribedApp(FastAPI):
     """An app whose document also says what bodies look like."""
 
@@ -64,11 +83,14 @@ class DescribedApp(FastAPI):
 
 
 def _describe(document: Json) -> None:
-    references, document.setdefault("components", {})["schemas"] = _schemas()
+    references, schemas = _schemas()
+    document.setdefault("components", {}).update(schemas=schemas, securitySchemes=SECURITY)
+    document["security"] = [{name: []} for name in SECURITY] + [{}]  # without keys anybody may ask
     for path, methods in document["paths"].items():
         base = next(base for base in BASES if path.startswith(base))
         takes = BODIES.get(path.removeprefix(base))
         for described in methods.values():
+            described["tags"] = [TAGS[path.removeprefix(base).split("/")[1]]]  # by the first word
             if path.endswith("/models/{model_id}"):  # these two are lists
                 described["parameters"][0]["schema"]["not"] = {"enum": ["user", "count"]}
             answers = described["responses"]

@@ -1,20 +1,29 @@
 """What every route needs, made once per app: the engine, the dialect, and the model's name card."""
 
-import secrets
 import time
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from config.errors import ContextOverflow, RequestError
+from config.plan import MIN_REQUEST_BYTES
+from server.api.access.conversations import Conversations
 from server.api.access.receipts import Caller, Ledger
 from server.api.answer.answer import WaitingRequests
 from server.api.answer.recent_items import RecentItems
 from server.api.error_bodies import GenerationFailed
 from server.api.prompt.explain import Explainer
+from server.api.prompt.grammar_desk import GrammarDesk
 from server.api.prompt.remembered import Remembered
 from server.api.request.common_fields import GenerationRequest
 from server.api.request.model_names import ModelNames
 from server.api.request.parameters import Parameters
+from server.api.request.turns import Presence
+from server.api.request.workload import Workload
 from server.glm.files import SamplingDefaults
+from server.glm.pieces import Check
+from server.glm.schemas.trial import Vocabulary, Written
 from server.glm.templates.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
 from server.link.engine_protocol import Engine
@@ -23,11 +32,15 @@ from server.link.messages import Generate, ModelInfo, Sampling, Thought
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a checkpoint writes: its tokens, its conversations, its recommended sampling."""
+    """How a checkpoint writes: its tokens, its conversations, its recommended sampling.
+
+    `folder`: where the checkpoint is; without it grammars are written and not tried.
+    """
 
     tokenizer: Tokenizer
     template: ChatTemplate
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +54,28 @@ class Service:
     line: WaitingRequests = field(default_factory=WaitingRequests)
     remembered: Remembered = field(default_factory=Remembered)
     explainer: Explainer = field(default_factory=Explainer)
+    conversations: Conversations = field(default_factory=Conversations)
     keepalive_s: float = 5.0
     patience_s: float | None = 10.0
     recent_items: RecentItems = field(default_factory=RecentItems)
     parameters: Parameters = field(default_factory=Parameters)
+    workload: Workload = field(default_factory=Workload)
+    grammars: GrammarDesk = field(default_factory=GrammarDesk)
     started_at: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        """Let the workload follow the plan of whichever engine runs."""
+        self.workload.limit = self._request_bytes
+
+    def _request_bytes(self) -> int:
+        info = self.engine.status.info
+        return max(info.request_bytes if info else 0, MIN_REQUEST_BYTES)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What a grammar is tried with."""
+        tokenizer = self.dialect.tokenizer
+        return Vocabulary(self.dialect.folder, self.model_info().vocab_size, tokenizer.eos_token_ids)
 
     @property
     def model_id(self) -> str:
@@ -60,6 +90,11 @@ class Service:
             raise GenerationFailed(status.failure, f"the model is not ready: {status.text}{percent}")
         return status.info
 
+    def recognised(self, caller: Caller, pieces: Iterable[str]) -> Caller:
+        """The caller with the conversation that a prompt of these pieces continues."""
+        found = self.conversations.find(caller.group, caller.label, pieces)
+        return replace(caller, conversation=found)
+
     def commands(
         self,
         body: GenerationRequest,
@@ -70,7 +105,7 @@ class Service:
         caller: Caller,
         num_top_logprobs: int,
         thought: Thought | None = None,
-        grammar: str = "",
+        written: Written | None = None,
         score_prompt: bool = False,
     ) -> list[Generate]:
         """The engine's form of a request, checked against the model: one for each of `count` answers.
@@ -85,24 +120,38 @@ class Service:
         available = info.context_length - len(prompt)
         if available < (1 if max_tokens is None else max_tokens):
             raise ContextOverflow(info.context_length, len(prompt), max_tokens or 0)
-        request_id = f"gen-{int(time.time())}-{secrets.token_hex(10)}"
+        token_ids = array("i", prompt)
+        request_id = caller.record.take_id()
         return [
             Generate(
                 request_id=f"{request_id}-{index}" if index else request_id,
-                token_ids=tuple(prompt),
+                token_ids=token_ids,
                 max_tokens=available if max_tokens is None else max_tokens,
                 sampling=self._sampling(body, info, index),
                 stop_token_ids=self.dialect.tokenizer.eos_token_ids,
                 num_top_logprobs=num_top_logprobs,
                 score_prompt=score_prompt,
                 thought=thought,
-                grammar=grammar,
+                grammar=written.grammar if written else "",
+                grammar_bytes=written.num_bytes if written else 0,
                 agent=caller.agent,
                 cache_group=caller.key.cache_group,
                 priority="background" if body.service_tier == "flex" else "interactive",
             )
             for index in range(count)
         ]
+
+    def check_length(self, wanted: Presence, limit: int | None) -> Check:
+        """What ends the making of a prompt: nobody wants it, or it is longer than the context."""
+        length = self.model_info().context_length
+        stated = limit if limit is not None and limit < length else 0
+
+        def check(num_ids: int) -> None:
+            wanted.check()
+            if num_ids > length:
+                raise ContextOverflow(length, num_ids, stated)
+
+        return check
 
     def within_context(self, prompt: list[int], max_tokens: int | None) -> int | None:
         """The limit, or what the context has room for where that is less."""

@@ -3,13 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from config.errors import UsageError
 from models.convert.align import align
 from server.commands.checkpoint import find_checkpoint
+from server.commands.flags import FlagParser
 
 AFTERWARDS = (
     "an expert of {folder} is one read now. Saved prompts of this checkpoint are read anew once; a --mirror "
@@ -32,13 +31,8 @@ def align_command(argv: Sequence[str]) -> int:
     return 0
 
 
-class _AlignParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see glmserve align --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _AlignParser(
+    parser = FlagParser(
         prog="glmserve align",
         description="Rewrites a checkpoint so that an expert is one read instead of nine, and goes straight "
         "into its place in memory. In place it needs room for a few files; a run that was cut goes on.",

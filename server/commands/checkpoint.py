@@ -20,6 +20,7 @@ GLM_ID = "z-ai/glm-5.2"
 # Pocket is a toy: it must never answer to the name of the real model unless somebody says so.
 POCKET_ID = "glmserve/pocket"
 POCKET = FOLDER
+SUGGESTED = "avlp12/GLM-5.2-Alis-MLX-Dynamic-3.5bpw"
 
 
 @dataclass(frozen=True)
@@ -31,26 +32,59 @@ class FoundCheckpoint:
     remark: str = ""
 
 
-def choose_checkpoint(path_or_repo: str | None) -> FoundCheckpoint:
-    """The checkpoint that the user named, else a GLM in the local Hugging Face cache, else Pocket."""
+def choose_checkpoint(path_or_repo: str | None, *, needs_glm: bool = False) -> FoundCheckpoint:
+    """The checkpoint that the user named, else a GLM in the local Hugging Face cache, else Pocket.
+
+    `needs_glm`: Pocket is not what is wanted, so that a name has to be given for it.
+    """
     if path_or_repo is not None:
         directory = find_checkpoint(path_or_repo)
         return FoundCheckpoint(directory, POCKET_ID if directory.resolve() == POCKET.resolve() else GLM_ID)
+    if path_or_repo is None and needs_glm and next(_cached_glms(), None) is None:
+        raise CheckpointError(
+            f"--stream-experts is for GLM-5.2, and {_what_is_missing()}; to try this program with the small "
+            f"model in the box, leave --stream-experts out, or add --model {POCKET}"
+        )
     for directory in _cached_glms():
         remark = f"no --model given: serving {directory}, found in the Hugging Face cache"
         return FoundCheckpoint(directory, GLM_ID, remark)
-    remark = (
-        "no --model given and no GLM in the Hugging Face cache: serving Pocket, a small demonstration model. "
-        "For the real one: hf download mlx-community/GLM-5.2-mxfp4, then glmserve --model "
-        "mlx-community/GLM-5.2-mxfp4 --stream-experts"
-    )
+    remark = f"no --model given: serving Pocket, a small demonstration model, since {_what_is_missing()}"
     return FoundCheckpoint(find_checkpoint(str(POCKET)), POCKET_ID, remark)
+
+
+def _what_is_missing() -> str:
+    """Why there is no GLM in the cache, and what to do; a repository that is half there is named."""
+    for folder in cached_repos():
+        snapshot = snapshot_of(folder)
+        repo = folder.name.removeprefix("models--").replace("--", "/", 1)
+        if snapshot and _is_half_a_glm(snapshot):
+            return f"{repo} in the Hugging Face cache is incomplete; `glmserve pull {repo}` goes on"
+    return (
+        f"there is no GLM in the Hugging Face cache ({cache_folder()}): `glmserve pull {SUGGESTED}` fetches "
+        f"one, as `hf download` does, and `glmserve pull --list` knows others"
+    )
+
+
+def _is_half_a_glm(snapshot: Path) -> bool:
+    try:
+        config = read_config(snapshot)
+        read_tensors(snapshot, ModelArgs.from_config(config))
+    except CheckpointError:
+        return (snapshot / "config.json").exists() and '"glm_moe_dsa"' in _text_of(snapshot / "config.json")
+    return False
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def find_checkpoint(path_or_repo: str) -> Path:
     """The complete checkpoint that the user means. Never downloads."""
     # os.path's questions, and not Path's: what may not be looked at, or has no possible name, is not there.
-    path = Path(os.path.expanduser(path_or_repo))
+    path, repo = Path(os.path.expanduser(path_or_repo)), None
     if not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
         path = _find_in_cache(*repo)
     if path.suffix == ".gguf":
@@ -62,7 +96,12 @@ def find_checkpoint(path_or_repo: str) -> Path:
         raise CheckpointError(f"--model {path_or_repo}: there is no such folder, or it may not be read")
     if not os.path.exists(path / "config.json"):
         raise CheckpointError(f"--model {path}: no config.json there, so this is not a checkpoint")
-    _read_tensors(path)
+    try:
+        _read_tensors(path)
+    except CheckpointError as error:
+        if repo is None:
+            raise
+        raise CheckpointError(f"{error}; `glmserve pull {path_or_repo}` fetches what is missing") from error
     return path
 
 
@@ -70,9 +109,10 @@ def _find_in_cache(repo: str, revision: str | None) -> Path:
     snapshot = find_snapshot(repo, revision)
     if snapshot is None:
         at = f" --revision {revision}" if revision else ""
+        name = f"{repo}@{revision}" if revision else repo
         raise CheckpointError(
-            f"--model {repo}{f'@{revision}' if revision else ''} is neither a folder nor in the Hugging Face "
-            f"cache ({cache_folder()}); fetch it with `hf download {repo}{at}`"
+            f"--model {name} is neither a folder nor in the Hugging Face cache ({cache_folder()}); fetch it "
+            f"with `glmserve pull {name}` or `hf download {repo}{at}`"
         )
     return snapshot
 

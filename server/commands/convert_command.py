@@ -3,13 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from config.errors import UsageError
 from models.convert.convert import convert
 from models.convert.recipe import DEFAULTS, make_recipe
+from server.commands.flags import FlagParser
 
 
 def convert_command(argv: Sequence[str]) -> int:
@@ -34,13 +33,8 @@ def convert_command(argv: Sequence[str]) -> int:
     return 0
 
 
-class _ConvertParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see glmserve convert --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _ConvertParser(
+    parser = FlagParser(
         prog="glmserve convert",
         description="Makes a streamable, quantised copy of a GLM checkpoint. One that was cut goes on.",
     )

@@ -1,5 +1,7 @@
 """The command `glmserve prefixes export|import FILE`: carries saved prompts from one machine to another."""
 
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
 from config.errors import UsageError
@@ -10,9 +12,25 @@ from models.attention.cache import cache_bytes_per_token
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import open_checkpoint
 from server.commands.checkpoint import choose_checkpoint
+from server.commands.flags import parse
 from server.commands.serve import prefix_directory
 from streaming.prefix.archive import Fingerprints, export_blocks, import_blocks
 from streaming.prefix.block_files import BlockFiles
+
+
+def prefixes_command(words: Sequence[str]) -> int:
+    """Reads the words after `prefixes`. Raises UsageError where they do not say which way and which file."""
+
+    def add(parser: ArgumentParser) -> None:
+        parser.add_argument("action", nargs="?", metavar="export|import", default="")
+        parser.add_argument("file", nargs="?", metavar="FILE", type=Path)
+        parser.add_argument("--cache-group", metavar="NAME", default="", help="of keys that share prompts")
+        parser.add_argument("--pinned", action="store_true", default=False, help="export pinned prompts only")
+
+    given, settings = parse(words, "prefixes", "Carries saved prompts from one machine to another.", add)
+    if given.action not in ("export", "import") or given.file is None:
+        raise UsageError("say `glmserve prefixes export FILE [--pinned]` or `glmserve prefixes import FILE`")
+    return move_prefixes(settings, given.action, given.file, given.pinned, given.cache_group)
 
 
 def move_prefixes(settings: Settings, action: str, path: Path, only_pinned: bool, group: str = "") -> int:

@@ -8,11 +8,11 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Generator
-from contextlib import contextmanager
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -31,9 +31,11 @@ from server.api.request.model_names import ModelNames
 from server.api.request.parameters import Parameters
 from server.api.service import Dialect, Service
 from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
+from server.commands.start_lines import tell_start
 from server.glm.files import load_sampling_defaults
 from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
+from server.heap import bound_heap
 from server.launcher import take_hangups
 from server.link.messages import EngineConfig
 from server.link.supervisor import Deadlines, EngineProcess
@@ -45,9 +47,12 @@ DRAIN_TIMEOUT_S = 5.0
 # which takes them less than this.
 FAREWELL_S = 2
 JSON_KEEPALIVE_S = 10.0
+# A thread that renders a prompt lets the event loop go on after so long; Python's default is 5 ms.
+SWITCH_S = 0.001
 # Clients that the system holds until they are accepted, and how many are before any of them gets a place.
 MAX_BACKLOG = 1024
-ACCEPTED_AT_ONCE = 32
+# It takes three rounds of the event loop until a client that gave way has given its descriptor back.
+ACCEPTED_AT_ONCE = 8
 # How often the log says that no client can be accepted.
 COMPLAINT_S = 30.0
 
@@ -56,9 +61,11 @@ log = logging.getLogger(__name__)
 
 def serve(settings: Settings) -> int:
     """Serve until interrupted. Raises UsageError where a person must act first."""
-    set_up_logging(settings.log_level)
+    _open_log(settings)
+    bound_heap()
+    sys.setswitchinterval(SWITCH_S)
     access = make_access(settings)
-    checkpoint = choose_checkpoint(settings.model)
+    checkpoint = choose_checkpoint(settings.model, needs_glm=settings.stream_experts)
     if checkpoint.remark:
         log.info("%s", checkpoint.remark)
     with shared_use(checkpoint.directory), listen(settings.host, settings.port) as listener:
@@ -67,6 +74,13 @@ def serve(settings: Settings) -> int:
     if fault:
         raise fault
     return 0
+
+
+def _open_log(settings: Settings) -> None:
+    try:
+        set_up_logging(settings.log_level, settings.log_format, settings.log_file, rotates=True)
+    except OSError as error:
+        raise UsageError(f"--log-file {settings.log_file} cannot be written: {error.strerror}") from error
 
 
 def make_access(settings: Settings) -> Access:
@@ -78,7 +92,13 @@ def make_access(settings: Settings) -> Access:
             "--api-key-file (or --api-key), or --insecure if everybody there may use this server"
         )
     hosts = frozenset([*LOOPBACK_NAMES, settings.host.lower(), *_listed(settings.allowed_hosts.lower())])
-    return Access(keys, None if "*" in hosts else hosts, tuple(_listed(settings.cors_origins)))
+    return Access(
+        keys,
+        None if "*" in hosts else hosts,
+        tuple(_listed(settings.cors_origins)),
+        settings.metrics_key,
+        settings.metrics_open,
+    )
 
 
 def _listed(text: str) -> list[str]:
@@ -88,7 +108,10 @@ def _listed(text: str) -> list[str]:
 def load_dialect(checkpoint: Path) -> Dialect:
     """How this checkpoint writes."""
     return Dialect(
-        load_tokenizer(checkpoint), load_chat_template(checkpoint), load_sampling_defaults(checkpoint)
+        load_tokenizer(checkpoint),
+        load_chat_template(checkpoint),
+        load_sampling_defaults(checkpoint),
+        checkpoint,
     )
 
 
@@ -145,16 +168,14 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
 
-    @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Does not raise the signals again at the end, as uvicorn's does: they would end this process at
-        once, before the engine has written what it keeps.
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stops the server; at a second SIGINT at once.
+
+        uvicorn's own raises the signal again at the end, which would end this process before the engine has
+        written what it keeps.
         """
-        with super().capture_signals():
-            try:
-                yield
-            finally:
-                self._captured_signals.clear()
+        self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen; uvicorn's has asyncio make the system's line as short as its own."""
@@ -230,9 +251,11 @@ class _Serving:
         host, port = self.listener.getsockname()[:2]
         scheme = "https" if self.settings.ssl_certfile else "http"
         log.info("listening on %s://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", scheme, host, port)
+        telling = asyncio.create_task(tell_start(engine, model_id, f"{scheme}://{host}:{port}/"))
         try:
             await self.server.serve(sockets=[self.listener])
         finally:
+            telling.cancel()
             await engine.close()
             await asyncio.to_thread(remembered.close)
             await asyncio.to_thread(ledger.close_file)
@@ -261,8 +284,14 @@ def prefix_directory(settings: Settings) -> Path | None:
     """Where saved prompts outlive the process; None where they do not."""
     if settings.prefix_cache_size == 0 or settings.prefix_cache_memory == 0:
         return None
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return settings.prefix_cache_dir or cache_home / "glmserve" / "prefix"
+    return settings.prefix_cache_dir or cache_home() / "glmserve" / "prefix"
+
+
+def cache_home(platform: str = sys.platform) -> Path:
+    """Where programs keep what can be made again: on a Mac a folder that Time Machine leaves out."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named)
+    return Path.home() / ("Library/Caches" if platform == "darwin" else ".cache")
 
 
 def make_remembered(settings: Settings, checkpoint: Path) -> Remembered:
@@ -279,10 +308,13 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         ram_budget_bytes=settings.ram_budget,
         max_context=settings.max_context,
         log_level=settings.log_level,
+        log_format=settings.log_format,
+        log_file=settings.log_file,
         expert_policy=settings.expert_policy,
         decode_share=settings.decode_share,
         max_inflight_per_agent=settings.max_inflight_per_agent,
         batch_width=settings.batch_width,
+        max_queue=settings.max_queue,
         mirrors=tuple(Path(os.path.expanduser(mirror)).absolute() for mirror in settings.mirror),
         prefix_memory_bytes=settings.prefix_cache_memory,
         prefix_directory=prefix_directory(settings),
@@ -290,4 +322,6 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         prefix_writes_per_day=settings.prefix_cache_writes,
         sweep_tokens=settings.sweep_tokens,
         wires_memory=settings.wire,
+        lookahead=settings.lookahead,
+        straight_reads=settings.straight_reads,
     )

@@ -18,13 +18,14 @@ from server.engine.faults import Contained
 from server.engine.model_protocol import EngineModel
 from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import Scheduler
-from server.engine.schedule.sequence import Sequence
+from server.engine.schedule.sequence import Sequence, State
 from server.engine.schedule.shared_prefixes import Prefixes
 from server.link.messages import (
     Event,
     Failed,
     FailureKind,
     Finished,
+    PrefillPhase,
     Progress,
     PromptScored,
     Started,
@@ -50,7 +51,7 @@ class Answers:
         self._max_rows = max_rows
 
     def begin(self, sequence: Sequence) -> bool:
-        """Say that it waits no more; False where its grammar cannot be followed, which ends it."""
+        """Tells the client that its sequence runs. Returns False if its grammar fails, which ends it."""
         with Contained(partial(self.fail, sequence)) as attempt:
             sequence.constraint.begin()
         if not attempt.failed:
@@ -78,9 +79,9 @@ class Answers:
         self._hand_out(complete, hidden)
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
-        """End one request; its client is told, the others go on.
+        """Ends one sequence and tells its client.
 
-        One that went on from saved rows to NaN reads its prompt anew instead, and those rows are forgotten.
+        A sequence that came from saved rows to NaN reads its prompt anew instead, and those rows are dropped.
         """
         if isinstance(error, NotANumber) and sequence.num_restored_tokens and not sequence.is_cancelled:
             name, num_tokens = sequence.request.request_id, sequence.num_restored_tokens
@@ -102,12 +103,21 @@ class Answers:
         self.tell_progress(sequence)
         self.save(sequence)
 
-    def tell_progress(self, sequence: Sequence) -> None:
-        """How much of the prompt is in the cache, and how much of that was computed for others."""
+    def tell_progress(self, sequence: Sequence, num_read: int | None = None) -> None:
+        """Sends how much of the prompt has been read, by default what is in the cache."""
         num_prompt = sequence.num_prompt_tokens
-        num_read = min(sequence.num_tokens - sequence.num_unread, num_prompt)
+        if num_read is None:
+            num_read = sequence.num_tokens - sequence.num_unread
         request_id, num_cached = sequence.request.request_id, sequence.num_cached_tokens
-        self._send(Progress(request_id, num_read, num_prompt, num_cached))
+        phase: PrefillPhase = "restoring" if sequence.state is State.RESTORING else "reading"
+        self._send(Progress(request_id, min(num_read, num_prompt), num_prompt, num_cached, phase))
+
+    def tell_layers(self, one: Pass) -> None:
+        """Sends how far each prompt of a pass has come: its rows count by the share of the layers done."""
+        for index, part in enumerate(one.parts):
+            num_done = part.num_rows * one.num_layers_done // self._model.num_layers
+            if num_done and not part.sequence.generated and not part.sequence.is_cancelled:
+                self.tell_progress(part.sequence, one.length_before(index) + num_done)
 
     def save(self, sequence: Sequence) -> None:
         """Offers the rows of a sequence's cache to the prefix cache. A request does not fail for that."""
@@ -184,7 +194,7 @@ class Answers:
             targets = prompt[start + 1 : min(start + SCORED_ROWS, first + hidden.shape[0]) + 1]
             if targets:
                 logits = self._model.logits(hidden[start - first : start - first + len(targets)])
-                scores += score_tokens(logits, mx.array(targets), request.num_top_logprobs)
+                scores += score_tokens(logits, mx.array(list(targets)), request.num_top_logprobs)
         _check_finite(scores)
         sequence.num_scored += len(scores)
         if scores:
@@ -192,7 +202,7 @@ class Answers:
 
 
 def kind_of(error: Exception) -> FailureKind:
-    """Whose fault an error is."""
+    """The kind of failure that an error is, for the client."""
     match error:
         case RequestError():
             return "request"
@@ -205,7 +215,7 @@ def kind_of(error: Exception) -> FailureKind:
 
 
 def _check_rows(hidden: mx.array) -> None:  # [n, H]
-    """A row of the cache is no better than what was computed from it."""
+    """Raises EngineError if any hidden row is NaN: then the cache is damaged, too."""
     if mx.isnan(hidden.sum(axis=-1)).any().item():
         raise _not_a_number()
 

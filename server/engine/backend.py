@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from config.defaults import ExpertPolicy
 from config.errors import CheckpointError, DiskError, UsageError
+from config.forecast import forecast
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
 from config.sizes import format_size
@@ -23,17 +24,20 @@ from server.engine.model_protocol import Backend, EngineModel, ReportProgress
 from server.engine.prefix.lookup import TRANSIENT_BLOCKS, DiskTier, PrefixCache, block_bytes
 from server.engine.schedule.limits import Limits
 from server.engine.telemetry import measure_all, measure_store
+from server.engine.trials import Habit
 from server.link.messages import EngineConfig, ModelInfo
 from streaming.disk.disk import Disk
 from streaming.disk.open_files import allow_open_files
 from streaming.disk.probe import DiskProbe, probe_disk
 from streaming.disk.reader import NUM_THREADS
 from streaming.eviction.contest import Rule, make_rule
+from streaming.eviction.hot_set import HotSet
 from streaming.files.layout import advise_aligning
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
 DEFAULT_CONTEXT = 32_768
+FIXED = {"auto": None, "on": True, "off": False}
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     probe = _probe(disk, checkpoint, plan) if config.stream_experts else None
     if probe:
         plan = plan_memory(checkpoint, arithmetic, config, probe.depth)
-    mx.set_cache_limit(plan.cache_limit_bytes)
+    _limit(plan)
     rule = _make_rule(checkpoint, config.expert_policy)
     slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
     store = ExpertStore(
@@ -70,10 +74,11 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         store,
         lambda done, total: report(0.9 + 0.1 * done / total, f"trunk, file {done} of {total}"),
     )
-    on_plan = _wire if config.wires_memory else _leave
+    on_plan = _limit_and_wire if config.wires_memory else _limit
     on_plan(plan)
     lines = tuple(render_plan(plan).splitlines())
-    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines)
+    expected = _forecast(checkpoint, arithmetic, plan, probe) if probe else ""
+    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines, plan.lines["requests"], expected)
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
     prefix = open_prefix_cache(model, fingerprint, plan, config)
     use = MemoryUse(
@@ -88,7 +93,32 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         memory.measure,
         lambda: {"mirror_compared": comparison.share} if comparison is not None else {},
     )
-    return Backend(model, info, measure, _make_limits(plan, arithmetic, config), prefix, memory)
+    habits = () if plan.is_resident else _make_habits(store, config)
+    hot_set = _open_hot_set(store, config, fingerprint.hex())
+    limits = _make_limits(plan, arithmetic, config)
+    return Backend(model, info, measure, limits, prefix, memory, habits, hot_set)
+
+
+def _make_habits(store: ExpertStore, config: EngineConfig) -> tuple[Habit, ...]:
+    """What the store may do or not, where its banks are filled in place."""
+    if not store.fills_in_place:
+        return ()
+    return (
+        Habit("lookahead", store.look_ahead, FIXED[config.lookahead]),
+        Habit("straight_reads", store.read_straight, FIXED[config.straight_reads]),
+    )
+
+
+def _open_hot_set(store: ExpertStore, config: EngineConfig, fingerprint: str) -> HotSet | None:
+    """Beside the saved prompts; None where all experts are in memory or nothing is kept on disk."""
+    if store.is_resident or config.prefix_directory is None:
+        return None
+    return HotSet(store, config.prefix_directory / f"experts-{fingerprint[:16]}.json", fingerprint)
+
+
+def _forecast(checkpoint: Checkpoint, arithmetic: Arithmetic, plan: MemoryPlan, probe: DiskProbe) -> str:
+    geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
+    return forecast(geometry, plan, probe.bytes_per_s).describe()
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
@@ -136,12 +166,15 @@ def open_prefix_cache(
         return PrefixCache(fingerprint, max_bytes)
 
 
-def _wire(plan: MemoryPlan) -> None:
+def _limit(plan: MemoryPlan) -> None:
+    """MLX keeps buffers for reuse within the plan, and leaves to the system what stays in memory."""
+    mx.set_cache_limit(plan.cache_limit_bytes)
+    mx.set_memory_limit(plan.buffer_bytes)
+
+
+def _limit_and_wire(plan: MemoryPlan) -> None:
+    _limit(plan)
     wire(plan.buffer_bytes)
-
-
-def _leave(plan: MemoryPlan) -> None:
-    """Leaves to the system what stays in memory."""
 
 
 def _make_memory(
@@ -165,7 +198,11 @@ def _make_rule(checkpoint: Checkpoint, name: ExpertPolicy) -> Rule:
 
 
 def plan_memory(
-    checkpoint: Checkpoint, arithmetic: Arithmetic, config: EngineConfig, reader_threads: int | None = None
+    checkpoint: Checkpoint,
+    arithmetic: Arithmetic,
+    config: EngineConfig,
+    reader_threads: int | None = None,
+    physical_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan that the engine obeys and that `glmserve plan` prints, before the disk's probe has a say.
 
@@ -184,6 +221,8 @@ def plan_memory(
         reader_threads=reader_threads,
         prefix_bytes=config.prefix_memory_bytes,
         sweep_tokens=config.sweep_tokens,
+        physical_bytes=physical_bytes,
+        max_queue=config.max_queue,
     )
     if not config.stream_experts and not plan.is_resident:
         raise UsageError(

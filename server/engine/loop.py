@@ -23,8 +23,9 @@ from server.engine.schedule.boarding import Boarding
 from server.engine.schedule.decode_share import Pace
 from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import Scheduler
-from server.engine.schedule.sequence import PassPart, Sequence
+from server.engine.schedule.sequence import PassPart, Sequence, State
 from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
+from server.engine.trials import Trials
 from server.link.messages import (
     Administer,
     Cancel,
@@ -38,7 +39,9 @@ from server.link.messages import (
     Shutdown,
 )
 
-# While nobody runs, and all who wait do so for their grammars, commands are looked at so often.
+# How often the progress of a pass is told, at most; a shorter one is told when it is complete.
+PROGRESS_S = 1.0
+# How often commands are looked at while no sequence runs and all that wait do so for their grammars.
 GRAMMAR_WAIT_S = 0.02
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ class EngineLoop:
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._model, self._limits, self._memory = backend.model, backend.limits, backend.memory
+        self._hot_set = backend.hot_set
         self._inbox, self._send, self._beat, self._clock = inbox, send, beat, clock
         self._prefixes = prefixes or NoPrefixes()
         self._scheduler = Scheduler(self._limits, clock)
@@ -71,21 +75,24 @@ class EngineLoop:
         self._answers = Answers(
             self._model, self._scheduler, self._prefixes, send, max_rows=self._limits.decode_rows
         )
+        self._trials = Trials(backend.habits)
         self._boarding = Boarding(self._model, self._scheduler, self._limits)
-        self._places: dict[str, int] = {}  # what those who wait were told
+        self._places: dict[str, int] = {}  # what waiting requests were told
         self._is_stopping = False
 
     def run(self) -> None:
-        """Step until told to stop."""
-        self._take_commands(wait=True)
+        """Runs steps until told to stop."""
+        self._take_commands(wait=not self._brings_back())
         while not self._is_stopping:
             while self._memory.govern():
                 self._beat(False)
             self._step()
             self._beat(self._scheduler.is_idle)
-            self._take_commands(wait=self._scheduler.is_resting)
+            self._take_commands(wait=self._scheduler.is_resting and not self._brings_back())
         for one in self._boarding.passes:
             one.abandon()
+        if self._hot_set:
+            self._hot_set.save()
 
     def check_integrity(self) -> None:
         """Checks that the books of sequences and passes balance."""
@@ -93,7 +100,7 @@ class EngineLoop:
         self._boarding.check_integrity()
 
     def measure(self) -> dict[str, float]:
-        """Who is here now, for /metrics."""
+        """Counts of requests and agents now, for /metrics."""
         return {
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
@@ -101,12 +108,16 @@ class EngineLoop:
             "kv_tokens": self._scheduler.num_kv_tokens,
             "kv_capacity": self._limits.kv_tokens,
             "batch_width": self._limits.batch_width or self._limits.decode_rows,
+            **self._trials.measure(),
         }
 
     # commands
 
     def _take_commands(self, wait: bool = False) -> None:
-        """`wait`: until there is one, or the memory or a grammar that is being read wants to be looked at."""
+        """Obeys all commands that have come.
+
+        `wait`: rests until one comes, or memory or a grammar needs a look.
+        """
         if wait:
             with suppress(Empty):
                 pause_s = self._memory.pause_s if self._scheduler.is_idle else GRAMMAR_WAIT_S
@@ -131,6 +142,10 @@ class EngineLoop:
             case _:
                 raise AssertionError(f"the loop was sent {command!r}")
 
+    def _brings_back(self) -> bool:
+        """Where nothing else is to be done: some of the experts that were in memory before a restart."""
+        return self._hot_set is not None and self._scheduler.is_idle and self._hot_set.advance()
+
     # choosing
 
     def _step(self) -> None:
@@ -146,7 +161,7 @@ class EngineLoop:
             self._advance(self._boarding.next(), is_contended=bool(batch))
 
     def _clear_away(self) -> None:
-        """Who is not wanted any more gives up its place, and who has outgrown the KV waits again."""
+        """Ends cancelled sequences; lets the youngest wait again if the running ones have outgrown the KV."""
         for sequence in self._scheduler.cancelled:
             self._answers.save(sequence)
             self._scheduler.retire(sequence)
@@ -160,6 +175,8 @@ class EngineLoop:
             # scores need the hidden rows of the whole prompt
             if self._answers.begin(sequence) and not sequence.request.score_prompt:
                 self._prefixes.restore(sequence)
+                if sequence.state is State.RESTORING:
+                    self._answers.tell_progress(sequence)
 
     def _tell_places(self) -> None:
         places = {item.request.request_id: place for place, item in enumerate(self._scheduler.line)}
@@ -171,8 +188,7 @@ class EngineLoop:
     def _settle(self) -> None:
         is_alone = not (self._boarding.passes or self._scheduler.has_decoders)
         for sequence in self._prefixes.settle(self._scheduler.followers, is_alone):
-            if sequence.num_cached_tokens:
-                self._answers.tell_progress(sequence)
+            self._answers.tell_progress(sequence)
 
     # running
 
@@ -190,8 +206,13 @@ class EngineLoop:
         self._scheduler.charge(one.parts, seconds)
         if is_contended:
             self._pace.note_layer(seconds)
+        is_amid = hidden is None and one.num_layers_done < self._model.num_layers
+        if is_amid and one.seconds > one.told_s + PROGRESS_S:
+            one.told_s = one.seconds
+            self._answers.tell_layers(one)
         if hidden is not None:
             self._boarding.complete(one)
+            self._trials.disturb()
             self._scheduler.note_pass(one.num_rows, one.seconds)
             self._answers.hand_out(one, hidden)
 
@@ -203,12 +224,16 @@ class EngineLoop:
         if attempt.failed or hidden is None:
             return
         self._answers.hand_out(step, hidden)
+        if self._hot_set:
+            self._hot_set.save_when_due()
         seconds = self._clock() - started_s
         self._scheduler.charge(step.parts, seconds)
         self._pace.note_step(seconds, len(batch), is_disturbed=bool(self._boarding.passes))
+        if not self._boarding.passes:
+            self._trials.note(len(batch), seconds)
 
     def _run_through(self, one: Pass) -> mx.array | None:
-        """All layers at a stretch; None where nobody wants the result any more."""
+        """Computes all layers at a stretch. Returns None if no client wants the result any more."""
         while True:
             hidden = one.advance()
             if hidden is not None:

@@ -11,7 +11,9 @@ from models.attention.cache import SequenceCache
 from server.engine.memory.governor import Memory, Ungoverned
 from server.engine.prefix.lookup import PrefixCache
 from server.engine.schedule.limits import Limits
+from server.engine.trials import Habit
 from server.link.messages import EngineConfig, ModelInfo
+from streaming.eviction.hot_set import HotSet
 
 
 class EngineModel(Protocol):
@@ -41,6 +43,8 @@ class Backend:
     limits: Limits = field(default_factory=Limits)
     prefix: PrefixCache | None = None
     memory: Memory = field(default_factory=Ungoverned)
+    habits: Sequence[Habit] = ()
+    hot_set: HotSet | None = None
 
 
 ReportProgress = Callable[[float, str], None]

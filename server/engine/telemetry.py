@@ -1,15 +1,13 @@
-"""What the engine's experts cost, told to the HTTP side and to the log. Runs on the engine's thread.
+"""What the engine's experts cost, told to the HTTP side. Runs on the engine's thread.
 
 Stands between the loop and the pipe: at the end of each request, and now and then on the way, it sends the
 counts before the event that gave the occasion.
 """
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 
 from config.plan import MemoryPlan
-from config.sizes import format_size
 from server.engine.memory.usage import MemoryUse
 from server.link.messages import Event, Failed, Finished, Heartbeat, Queued, Started, Stats
 from streaming.disk.probe import DiskProbe
@@ -21,8 +19,6 @@ HEARTBEAT_S = 0.5
 CROWD_S = 0.05
 CROWD = ("running", "waiting", "agents")
 
-log = logging.getLogger(__name__)
-
 Measure = Callable[[], Mapping[str, float]]
 
 
@@ -32,11 +28,10 @@ class Telemetry:
     def __init__(self, measure: Measure, send: Callable[[Event], None]) -> None:
         self._measure, self._send_on = measure, send
         self._measure_loop: Measure = dict
-        self._before: Mapping[str, float] = measure()
         self._sent: Mapping[str, float] = {}
         self._stats_s = self._alive_s = self._looked_s = time.monotonic()
-        if self._before:
-            send(Stats(dict(self._before)))
+        if values := measure():
+            send(Stats(dict(values)))
 
     def watch(self, measure_loop: Measure) -> None:
         """The loop's own counts are told as well, from now on."""
@@ -46,9 +41,7 @@ class Telemetry:
         if isinstance(event, Started | Queued):
             self._looked_s = 0.0  # told with the next beat, before its first token
         if isinstance(event, Finished | Failed):
-            values = self._send_stats()
-            if self._before:
-                self._log(event.request_id, values)
+            self._send_stats()
         self._send_on(event)
 
     def beat(self, is_idle: bool) -> None:
@@ -68,29 +61,12 @@ class Telemetry:
         crowd = self._measure_loop()
         return any(crowd.get(name) != self._sent.get(name) for name in CROWD)
 
-    def _send_stats(self) -> Mapping[str, float]:
+    def _send_stats(self) -> None:
         self._stats_s = time.monotonic()
-        values = self._measure()
-        told = {**values, **self._measure_loop()}
+        told = {**self._measure(), **self._measure_loop()}
         if told != self._sent:
             self._sent = told
             self._send_on(Stats(told))
-        return values
-
-    def _log(self, request_id: str, values: Mapping[str, float]) -> None:
-        """Steps are shared, so what is told is what all have cost since a request ended last."""
-        change = {name: value - self._before.get(name, 0.0) for name, value in values.items()}
-        self._before = values
-        asked = change["hits"] + change["ahead_used"] + change["misses"]
-        log.info(
-            "%s ended; since the last end: %.1f %% of %d experts in memory, %s read in %.2f s, waited %.2f s",
-            request_id,
-            100 * change["hits"] / max(1, asked),
-            asked,
-            format_size(int(change["device_bytes"])),
-            change["read_s"],
-            change["stall_s"],
-        )
 
 
 def measure_store(
@@ -107,6 +83,9 @@ def measure_store(
         values |= {"ahead_precision": counts.ahead_precision, "budget_bytes": plan.budget_bytes}
         values |= {f"planned.{name}": nbytes for name, nbytes in plan.lines.items()}
         values |= {f"used.{name}": nbytes for name, nbytes in use.lines().items()}
+        for layer, (num_hits, num_misses, num_resident) in store.heat().items():
+            values |= {f"layer_hits.{layer}": num_hits, f"layer_misses.{layer}": num_misses}
+            values |= {f"layer_resident.{layer}": num_resident}
         if probe is not None:
             values |= {"probe_bytes_per_s": probe.bytes_per_s, "probe_depth": probe.depth}
         return values

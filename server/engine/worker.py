@@ -55,7 +55,7 @@ def main(open_model: OpenBackend = open_backend) -> int:
     threading.Thread(target=_read_commands, args=(pipe, inbox), name="commands", daemon=True).start()
     load = inbox.get()
     assert isinstance(load, Load), "the first command opens the model"
-    set_up_logging(load.config.log_level)
+    set_up_logging(load.config.log_level, load.config.log_format, load.config.log_file)
     opened = _open(load.config, open_model, pipe.send)
     if opened is None:
         return 1

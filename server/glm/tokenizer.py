@@ -7,7 +7,7 @@ of text. Ids are never written down in code: tags are looked up by their text.
 import codecs
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import tokenizers
 
 from config.errors import CheckpointError
 from server.glm.files import read_json
+from server.glm.pieces import Check, InPieces, unchecked
 from server.glm.shield import Shield
 from server.glm.tokenizer_file import read_tokenizer_file
 
 ENDS_OF_TURNS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+DECODED_AT_ONCE = 2**16
 TRANSFORMERS_DEFAULT = 1  # what it writes as eos_token_id where nobody says
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Tokenizer:
         self._inner.no_truncation()
         self._inner.no_padding()
         self._ordinary = _without_added_tokens(inner)
+        self._whole, self._parts = InPieces(inner), InPieces(self._ordinary)
         self.shield = Shield(inner.get_added_tokens_decoder())
         self._bytes = _token_bytes(inner)
         self._special_ids = frozenset(
@@ -46,25 +49,16 @@ class Tokenizer:
         token_id: int | None = self._inner.token_to_id(text)
         return token_id
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, check: Check = unchecked) -> list[int]:
         """Ids of a text in which tags and special tokens are recognised wherever they stand.
 
-        `encode` would hold Python's lock to its end, seconds for a long text, and with it all who are served.
+        `check` is called now and then with the number of ids so far; what it raises ends the work.
         """
-        [encoded] = self._inner.encode_batch_fast([text], add_special_tokens=False)
-        ids: list[int] = encoded.ids
-        return ids
+        return self._whole.encode([text], check)
 
-    def encode_rendered(self, text: str) -> list[int]:
+    def encode_rendered(self, text: str, check: Check = unchecked) -> list[int]:
         """Ids of what a template rendered from values that the shield hid: only its own markup is markup."""
-        pieces = self.shield.cut(text)
-        ordinary = [piece for piece in pieces if isinstance(piece, str)]
-        encoded = iter(self._ordinary.encode_batch_fast(ordinary, add_special_tokens=False))
-        return [
-            token_id
-            for piece in pieces
-            for token_id in (next(encoded).ids if isinstance(piece, str) else (piece,))
-        ]
+        return self._parts.encode(self.shield.cut(text), check)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; none for rows beyond the vocabulary."""
@@ -74,9 +68,13 @@ class Tokenizer:
         """Whether a token is markup that never belongs to an answer. GLM's think and tool tags are not."""
         return token_id in self._special_ids
 
-    def decode(self, token_ids: Iterable[int]) -> str:
+    def decode(self, token_ids: Sequence[int], check: Check = unchecked) -> str:
         """Text of some tokens, specials included."""
-        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+        text = bytearray()
+        for start in range(0, len(token_ids), DECODED_AT_ONCE):
+            check(start)
+            text += b"".join(map(self.token_bytes, token_ids[start : start + DECODED_AT_ONCE]))
+        return text.decode("utf-8", "replace")
 
 
 class Detokenizer:

@@ -35,13 +35,14 @@ class ToolSet:
     """The functions that the client declared."""
 
     def __init__(self, functions: Iterable[dict[str, Any]]) -> None:
-        self._arguments = {
-            function["name"]: ArgumentTypes(function.get("parameters")) for function in functions
-        }
+        self._parameters = {function["name"]: function.get("parameters") for function in functions}
+        self._arguments: dict[str, ArgumentTypes] = {}  # of those that were called
 
     def arguments_of(self, name: str) -> ArgumentTypes:
         """A function's arguments. One that nobody declared is passed on: the client can say so."""
-        return self._arguments.get(name) or ArgumentTypes(None)
+        if name not in self._arguments:
+            self._arguments[name] = ArgumentTypes(self._parameters.get(name))
+        return self._arguments[name]
 
 
 # A text longer than this, with blanks in it, is no name, whatever follows.

@@ -26,7 +26,13 @@ STOP_TIMEOUT_S = 5.0
 # intermediate on the CPU: with 1 MiB a prompt took a quarter longer. Other systems' libraries ignore it.
 # NumPy's OpenBLAS lets its threads look for work for 2^26 cycles before they sleep, on cores that the disk's
 # threads and MLX want: of 36 s of two cores they took 11. The shortest time that it takes is 2^4 cycles.
-ENGINE_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**22), "OPENBLAS_THREAD_TIMEOUT": "4"}
+# MLX rounds float32 products to TF32's 10 bits on NVIDIA and on Apple's M5 unless it is told not to. Router,
+# indexer and head weights are float32 because they decide; wide products are bfloat16 and lose nothing.
+ENGINE_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**22),
+    "OPENBLAS_THREAD_TIMEOUT": "4",
+    "MLX_ENABLE_TF32": "0",
+}
 # MLX hands Metal a command buffer after so many operations, or when those name so many MB: by default 40 or
 # 50, and a gather names a whole bank of slots, so each would go alone. Larger ones gave 5 to 8 % (published,
 # never run by us). A step waits for its results once a layer in any case.
@@ -45,7 +51,7 @@ class Child:
                 # -P: a folder named models/ where the server was started must not be imported
                 [sys.executable, "-P", "-m", worker, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=_child_environment(),
+                env=engine_environment(),
                 stdin=subprocess.DEVNULL,
             )
         self.heard_at = time.monotonic()
@@ -111,8 +117,8 @@ class Child:
         self._pipe.close()
 
 
-def _child_environment() -> dict[str, str]:
-    """The child imports this very code, wherever it was started."""
+def engine_environment() -> dict[str, str]:
+    """The environment that MLX computes in; a child with it imports this very code, wherever it starts."""
     root = str(Path(server.__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH")
     ours = ENGINE_ENVIRONMENT | (COMMAND_BUFFERS if sys.platform == "darwin" else {})

@@ -26,6 +26,7 @@ class EngineStatus:
     fraction: float = 0.0
     info: ModelInfo | None = None
     stats: Stats | None = None
+    num_restarts: int = 0
     failure: FailureKind = "died"  # of requests while the state is not "ready"
 
 

@@ -4,14 +4,18 @@ Commands go to the engine, events come back. All of them are small frozen datacl
 values, so that neither side needs the other's libraries to read them. Owns nothing; used on both sides.
 """
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from config.defaults import DECODE_SHARE, EXPERT_POLICY, INFLIGHT_PER_AGENT, ExpertPolicy
+from config.defaults import DECODE_SHARE, EXPERT_POLICY, INFLIGHT_PER_AGENT, QUEUE_LENGTH, ExpertPolicy
 
 FinishReason = Literal["stop", "length"]
+
+# Whether something is done; auto leaves it to trials on live steps.
+Choice = Literal["auto", "on", "off"]
 
 # Background requests run when nobody else wants to, or when they have waited long.
 Priority = Literal["interactive", "background"]
@@ -19,8 +23,11 @@ Priority = Literal["interactive", "background"]
 # Size and digest of files by their names, as `streaming/files/marks.py` makes them.
 Marks = Mapping[str, tuple[int, bytes]]
 
-# Whose fault a failure is. `server/api/error_bodies.py` turns it into a status.
-FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout"]
+# How a prompt gets into the cache: from saved blocks, or computed.
+PrefillPhase = Literal["restoring", "reading"]
+
+# What a failure was due to. `server/api/error_bodies.py` turns it into a status.
+FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,17 @@ class EngineConfig:
     ram_budget_bytes: int
     max_context: int | None
     log_level: str
+    log_format: Literal["text", "json"] = "text"
+    log_file: Path | None = None
     decode_share: float = DECODE_SHARE
     max_inflight_per_agent: int = INFLIGHT_PER_AGENT
     batch_width: int | None = None
+    max_queue: int = QUEUE_LENGTH
     expert_policy: ExpertPolicy = EXPERT_POLICY
     mirrors: tuple[Path, ...] = ()
     wires_memory: bool = False
+    lookahead: Choice = "auto"
+    straight_reads: Choice = "auto"
     sweep_tokens: int | None = None  # None: what the plan gives
     prefix_memory_bytes: int | None = None  # None: what the plan gives; 0: no prefix cache
     prefix_directory: Path | None = None  # None: nothing on disk
@@ -83,15 +95,17 @@ class Load:
 class Generate:
     """Continue `token_ids` by up to `max_tokens` tokens; 0 only reads (and scores) the prompt.
 
+    They are kept as an int32 array: as Python's integers 200,000 that wait in line took 8 MB, not 0.8.
+
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
     log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
-    the end of the `thought`, or from its start where there is none. `agent` is who asks: agents share the
-    engine's time evenly, whatever the number of their requests. Saved prefixes are shared within a
-    `cache_group`; "" is that of a server without keys.
+    the end of the `thought`, or from its start where there is none; compiled it takes `grammar_bytes`.
+    `agent` names the client: agents share the engine's time evenly, whatever the number of their requests.
+    Saved prefixes are shared within a `cache_group`; "" is that of a server without keys.
     """
 
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()
@@ -99,9 +113,14 @@ class Generate:
     score_prompt: bool = False
     thought: Thought | None = None
     grammar: str = ""
+    grammar_bytes: int = 0
     agent: str = ""
     cache_group: str = ""
     priority: Priority = "interactive"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.token_ids, array):
+            object.__setattr__(self, "token_ids", array("i", self.token_ids))
 
 
 @dataclass(frozen=True)
@@ -120,7 +139,7 @@ class Administer:
     """
 
     action: Literal["clear", "pin", "unpin"]
-    token_ids: tuple[int, ...] = ()
+    token_ids: Sequence[int] = ()
     cache_group: str = ""
 
 
@@ -159,6 +178,8 @@ class ModelInfo:
     vocab_size: int
     context_length: int
     memory_lines: tuple[str, ...] = ()
+    request_bytes: int = 0  # the plan's line for the HTTP process
+    forecast: str = ""  # what is expected of it, in one line; nothing where it does not stream
 
 
 @dataclass(frozen=True)
@@ -225,7 +246,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Queued:
-    """The request waits, and as things stand so many others go before it. Sent on each change."""
+    """The request waits, and `num_before` others go before it as things stand. Sent on each change."""
 
     request_id: str
     num_before: int
@@ -240,12 +261,16 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """So many of the prompt's tokens have been read."""
+    """So many of the prompt's tokens have been read.
+
+    Tokens that a running pass reads count by the share of its layers that is done.
+    """
 
     request_id: str
     num_prefilled: int
     num_prompt_tokens: int
     num_cached: int = 0  # of them, computed for others, before or in the same pass
+    phase: PrefillPhase = "reading"
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ FIRST_RESTART_DELAY_S = 0.5
 GIVEN_UP_DELAY_S = 180.0
 # How long to wait for descriptors, memory or a process of the system; having none is no death of the engine.
 SCARCITY_DELAY_S = 2.0
-# An engine that was ready for so long, or has completed a request, did not die of its start.
+# An engine that was ready for this long, or has completed a request, did not die of its start.
 STABLE_S = 60.0
 # An engine that has been silent for this part of the time that a step may take is not called ready any more.
 DOUBTFUL = 0.25
@@ -94,12 +94,14 @@ class EngineProcess:
         self._num_deaths = 0  # in a row, without a completed request in between
         self._is_scarce = False  # the child ends because the system has no descriptor or memory for it
         self._is_closed = False
+        self._stats: Stats | None = None  # the last ones, of this child or the one before
+        self._num_starts = 0
         self._change = ""  # what a request said that failed because the checkpoint is another one
 
     @property
     def status(self) -> EngineStatus:
-        """Whether requests are answered now."""
-        return self._status
+        """Whether requests are answered now, and what the engine has counted: that stays when it is down."""
+        return replace(self._status, stats=self._stats, num_restarts=max(0, self._num_starts - 1))
 
     @property
     def pid(self) -> int | None:
@@ -119,6 +121,7 @@ class EngineProcess:
     def start(self) -> None:
         """Start the child. Call from the event loop."""
         self._status, self._asked_at = EngineStatus("loading", "the engine is starting"), None
+        self._num_starts += 1
         loop = asyncio.get_running_loop()
         try:
             self._child = child = Child(self._worker)
@@ -151,7 +154,7 @@ class EngineProcess:
             await asyncio.to_thread(child.stop)
 
     def dismiss_all(self) -> None:
-        """Tell all who wait that the server stops, and take no more requests."""
+        """Tells all waiting requests that the server stops, and takes no more."""
         self._status = EngineStatus("down", STOPPING)
         self._fail_all(STOPPING)
 
@@ -188,9 +191,12 @@ class EngineProcess:
                 self.cancel(request_id)
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request; unknown ids are ignored."""
+        """Forget a request; unknown ids are ignored. Whoever still waits for its events hears of it."""
         self._line.leave(request_id)
-        if self._requests.pop(request_id, None) is not None and self._child:
+        events = self._requests.pop(request_id, None)
+        if events is not None:
+            events.put_nowait(Failed(request_id, "cancelled", "the request was cancelled"))
+        if events is not None and self._child:
             self._child.send(Cancel(request_id))
             self._ask()
 
@@ -266,24 +272,25 @@ class EngineProcess:
                 self._status = EngineStatus("ready", info=info)
                 log.info("ready: context %d tokens", info.context_length)
             case Stats():
-                self._status = replace(self._status, stats=event)
-            case LoadFailed(message, is_changed=True):
-                self._status = EngineStatus("down", message, failure="changed")
-                self._is_closed = True  # it is not started again: a person must act
-                log.error("%s", message)
-            case LoadFailed(message, is_scarce=True):
-                self._status, self._is_scarce = EngineStatus("down", message), True
-            case LoadFailed(message, is_usage_error):
-                self._status = EngineStatus("down", message)
-                if is_usage_error:
-                    self._is_closed = True
-                    self._on_usage_error(message)
+                self._stats = event
+            case LoadFailed():
+                self._on_load_failed(event)
+                child.kill()  # it ends by itself, unless that hangs, and then nobody would notice
             case Pong():
                 self._asked_at = None
             case Heartbeat():
                 pass  # the child was heard: that is all it says
             case _:
                 self._on_request_event(event)
+
+    def _on_load_failed(self, event: LoadFailed) -> None:
+        self._is_scarce = event.is_scarce
+        self._status = EngineStatus("down", event.message, failure="changed" if event.is_changed else "died")
+        self._is_closed = self._is_closed or event.is_changed or event.is_usage_error  # a person must act
+        if event.is_changed:
+            log.error("%s", event.message)
+        elif event.is_usage_error:
+            self._on_usage_error(event.message)
 
     def _on_request_event(self, event: RequestEvent) -> None:
         match event:

@@ -7,8 +7,8 @@ import resource
 
 from config.errors import UsageError
 
-# Sockets, saved prompts and libraries, beside the checkpoint.
-OTHERS = 256
+# The pipe, saved prompts and libraries, beside the checkpoint: some 30.
+OTHERS = 128
 
 
 def allow_open_files(num_files: int) -> None:

@@ -62,13 +62,13 @@ def shared_layers_use_the_previous_group(patch: pytest.MonkeyPatch) -> None:
     right = Attention.__call__
     older: dict[tuple[int, int], Any] = {}  # what the group before selected for these rows
 
-    def call(self: Attention, x: mx.array, part: RowPart) -> mx.array:
+    def call(self: Attention, x: mx.array, part: RowPart, onto: mx.array) -> mx.array:
         rows = (part.rows.start, part.rows.stop)
         if "indexer" in self:
             older[rows] = part.selected
-            return right(self, x, part)
+            return right(self, x, part, onto)
         newest, part.selected = part.selected, older[rows] or part.selected
-        out = right(self, x, part)
+        out = right(self, x, part, onto)
         part.selected = newest
         return out
 

@@ -15,14 +15,17 @@ from safetensors.numpy import load_file
 
 from models.arithmetic import CPU, Quantization, choose_arithmetic
 from models.attention.attention import Span
+from models.attention.cache import SequenceCache
 from models.attention.selection import causal_mask, select, selected_positions
 from models.cuda import choices, products
+from models.glm_moe_dsa import Model
 from server.commands.checkpoint import POCKET
 from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
+from streaming.device_copy import HostRows
 from tests.checkpoints import greedy, open_model, save_packed
 from tests.models.make_golden import GOLDEN, LENGTHS, SEED
-from tests.tiny_glm import SCHEDULES, WIDER, make_weights, save_checkpoint, tokens
+from tests.tiny_glm import SCHEDULES, SHARED, WIDER, make_weights, save_checkpoint, tokens
 from tests.tiny_model import logits
 
 pytestmark = [
@@ -132,9 +135,9 @@ def test_products_of_our_own_are_near_and_each_row_is_its_own(
     assert distance(y, x.astype(mx.float32) @ values.swapaxes(-1, -2)) < 5e-3
     alone = [products.multiply(x[:, i : i + 1], [parts], MODES[mode][0]) for i in range(rows)]
     assert mx.array_equal(mx.concatenate(alone, axis=1), y)
-    slots = mx.arange(matrices)[None, ::-1]
-    pairs = products.multiply(x[0, :1], [parts], MODES[mode][0], slots=slots)
-    wanted = x[0, :1].astype(mx.float32) @ values[::-1].swapaxes(-1, -2)
+    order = mx.array(list(range(matrices))[::-1])
+    pairs = products.multiply(x[0, :1], [parts], MODES[mode][0], slots=order[None])
+    wanted = x[0, :1].astype(mx.float32) @ values[order].swapaxes(-1, -2)  # MLX cannot multiply reversed ones
     assert distance(pairs[0], wanted[:, 0]) < 5e-3
 
 
@@ -148,6 +151,64 @@ def test_chosen_keys_are_the_best_and_ties_go_to_the_lower(rows: int, keys: int,
     visible = causal_mask(keys - rows, rows, keys)
     expected = selected_positions(select(scores, visible, k) if keys > k else visible, k)
     assert mx.array_equal(chosen, expected)
+    wider, last = mx.pad(scores, [(0, 0), (0, 60)]), mx.arange(keys - rows, keys)
+    expected = mx.where(expected == keys, keys + 60, expected)
+    assert mx.array_equal(choices.best_positions(wider, k, last), expected)
+    if keys > k:
+        assert mx.array_equal(choices.best_mask(scores, k), select(scores, visible, k))
+
+
+# The widths of GLM's attention, with fewer heads; everything packed.
+WIDE = {
+    "num_hidden_layers": 5, "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * 4,
+    "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 64, "n_routed_experts": 16,
+    "num_attention_heads": 24, "q_lora_rank": 256, "kv_lora_rank": 512, "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64, "v_head_dim": 256, "index_n_heads": 32, "index_head_dim": 128, "index_topk": 64,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not GPU.has_kernels, reason="kernels are for CUDA")
+@pytest.mark.parametrize("length", [1, 3, 64, 65, 100, 700])
+def test_attention_in_few_kernels_is_that_of_mlx(length: int, tmp_path: Path) -> None:
+    config = SHARED | WIDE
+    folder = save_packed(tmp_path, config, make_weights(config, SEED), lambda path: Quantization(64, 4))
+    plain = open_model(folder, None, replace(GPU, has_kernels=False)).model
+    exact = open_model(folder, None, replace(GPU, dtype=mx.float32, has_kernels=False)).model
+    model = open_model(folder, None, GPU).model
+    assert model.model.layers[0].self_attn._fused is not None
+    ids = tokens(config, length + 5)
+
+    def steps(model: Model, at_once: int) -> mx.array:
+        cache, rows = model.make_cache(), []
+        for start in [0, *range(length, len(ids), at_once)]:
+            part = ids[start : length if start == 0 else start + at_once]
+            hidden = model(mx.array(part), [Span(cache, 0, len(part))])
+            rows.append(model.logits(hidden[-1:] if start == 0 else hidden))
+        return mx.concatenate(rows)
+
+    expected = steps(exact, 1)
+    ours, theirs = distance(steps(model, 1), expected), distance(steps(plain, 1), expected)
+    print(f"{length}: {ours:.1e}, without kernels {theirs:.1e}")
+    assert ours <= 1.5 * theirs + 5e-3
+    assert mx.array_equal(steps(model, 5), steps(model, 1))
+
+
+@pytest.mark.skipif(not GPU.has_kernels, reason="kernels are for CUDA")
+def test_a_row_attends_alone_as_in_company(tmp_path: Path) -> None:
+    config = SHARED | WIDE
+    folder = save_packed(tmp_path, config, make_weights(config, SEED), lambda path: Quantization(64, 4))
+    model = open_model(folder, None, GPU).model
+
+    def caches() -> list[SequenceCache]:
+        found = []
+        for length in (5, 64, 90, 400):
+            found.append(model.make_cache())
+            mx.eval(model(mx.array(tokens(config, length)), [Span(found[-1], 0, length)]))
+        return found
+
+    alone = [model.logits(model(mx.array([7]), [Span(cache, 0, 1)])) for cache in caches()]
+    spans = [Span(cache, row, row + 1) for row, cache in enumerate(caches())]
+    assert mx.array_equal(model.logits(model(mx.array([7] * 4), spans)), mx.concatenate(alone))
 
 
 @pytest.mark.skipif(not GPU.has_kernels, reason="kernels are for CUDA")
@@ -159,6 +220,20 @@ def test_sums_of_our_own_are_those_of_mlx() -> None:
     ranks = mx.random.randint(0, 7, (rows, k)).astype(mx.int32)
     ours, theirs = (a.add_experts(out, y, weights, ids, ranks, bases) for a in (GPU, plain))
     assert mx.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.skipif(not GPU.has_kernels, reason="rows are pinned for CUDA")
+@pytest.mark.parametrize("shape", [(4,), (37, 24), (3, 5, 7)])
+def test_pinned_rows_arrive_bit_for_bit(shape: tuple[int, ...]) -> None:
+    for dtype in (np.uint8, np.uint16, np.uint32, np.float16, np.float32):
+        rows = HostRows(3, shape, dtype)
+        raw = np.random.default_rng(0).bytes(rows.array.nbytes)
+        rows.array[...] = np.frombuffer(raw, dtype).reshape(rows.array.shape)
+        for number in (2, 0):
+            arrived = np.array(rows.to_device(number).view(mx.uint8))
+            assert arrived.tobytes() == rows.array[number].tobytes()
+        rows.array[0] = rows.array[1]
+        assert np.array(rows.to_device(0).view(mx.uint8)).tobytes() == rows.array[1].tobytes()
 
 
 def test_pocket_adds_in_bfloat16() -> None:

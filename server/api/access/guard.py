@@ -4,6 +4,7 @@
 `require_admin` is for the routes of operators.
 """
 
+import hmac
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -16,13 +17,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from config.errors import MAX_RETRY_AFTER_S, RequestError
 from config.sizes import in_words
-from server.api.access.keys import Key, KeyRing, key_of
+from server.api.access.keys import Key, KeyRing, digest, key_of
 from server.api.access.quotas import Accounts, Spent
-from server.api.error_bodies import error_body, error_object
+from server.api.error_bodies import error_body, error_object, note_reason
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 # Watchers of a process have no keys.
-OPEN_PATHS = frozenset(["/health"])
+# Pages and their document hold nothing that is secret: the page asks for a key before it asks for anything.
+OPEN_PATHS = frozenset(["/health", "/", "/docs"])
+METRICS_PATH = "/metrics"
 # What counts against a quota.
 COUNTED_PATHS = ("/completions", "/messages", "/responses")
 # What proxies add. With one of them a request from this machine is one of another.
@@ -42,6 +45,17 @@ class Access:
     keys: KeyRing = field(default_factory=KeyRing)
     hosts: frozenset[str] | None = None
     cors_origins: tuple[str, ...] = ()
+    metrics_key: str | None = None
+    is_metrics_open: bool = False
+
+    def may_read_metrics(self, scope: Scope, headers: Headers) -> bool:
+        """Whether a request is for /metrics and may have it without a key of the ring."""
+        if scope["path"] != METRICS_PATH or scope["method"] not in ("GET", "HEAD"):
+            return False
+        is_key = self.metrics_key is not None and hmac.compare_digest(
+            digest(key_of(headers)), digest(self.metrics_key)
+        )
+        return self.is_metrics_open or is_key
 
     def knows_host(self, host: str) -> bool:
         """Whether a Host header is no trick. A name made to point here is one; an address never is."""
@@ -100,7 +114,8 @@ class Guard:
             await _refuse(scope, send, 403, message, "permission_denied")
             return
         key = self._access.key_of(scope, headers)
-        if key is None and scope["path"] not in OPEN_PATHS:
+        is_open = scope["path"] in OPEN_PATHS or self._access.may_read_metrics(scope, headers)
+        if key is None and not is_open:
             await _refuse(scope, send, 401, "this server needs one of its API keys", "authentication")
             return
         is_counted = scope["method"] == "POST" and scope["path"].endswith(COUNTED_PATHS)
@@ -198,6 +213,7 @@ async def _refuse(
     error_type: str,
     headers: Mapping[str, str] = {"x-should-retry": "false"},
 ) -> None:
+    note_reason(scope, error_type)
     body = error_body(scope["path"], error_object(status, message, error_type))
     raw = json.dumps(body).encode()
     given = {"content-type": "application/json", "content-length": str(len(raw)), **headers}

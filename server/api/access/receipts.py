@@ -22,6 +22,7 @@ from server.api.access.quotas import TABLE, UNSTATED_TOKENS, Accounts, Wanted
 from server.api.answer.answer import Answer
 from server.api.error_bodies import PROVIDER
 from server.api.sqlite_file import SqliteFile
+from server.api.watch.record import RequestRecord
 from server.link.messages import Usage
 
 FILE_NAME = "accounts.sqlite3"
@@ -54,23 +55,42 @@ class Caller:
     user_agent: str | None = None
     referer: str | None = None
     title: str | None = None
+    conversation: str = ""  # the one that the request continues
+    record: RequestRecord = field(default_factory=RequestRecord, compare=False, repr=False)
 
     @property
-    def agent(self) -> str:
-        """Who shares the engine's time with others: by session, else by user, each of one key, or by title.
+    def group(self) -> str:
+        """Whose prompts are compared with each other: by session, else by user, else by title, of one key.
 
         What one key calls its sessions is no other's: it would wait for them, and be shown their prompts.
         """
         key = f"key {self.owner}" if self.owner else ""
-        named = {"session": self.session_id, "user": self.user, "title": "" if key else self.title}
+        named = {"session": self.session_id, "user": self.user, "title": self.title}
         name = next((f"{kind} {name}" for kind, name in named.items() if name), "")
         return " ".join(filter(None, [key, name]))
 
     @property
+    def agent(self) -> str:
+        """Who shares the engine's time with others: a session or a user of a key, else a conversation.
+
+        A title names a program, not an agent: a fleet may send one title from all of its agents.
+        """
+        is_named = self.session_id or self.user or not self.conversation
+        return self.group if is_named else f"{self.group} conversation {self.conversation}".lstrip()
+
+    @property
+    def name(self) -> str:
+        """What the sender calls itself; nothing where it does not."""
+        return self.session_id or self.user or self.title or ""
+
+    @property
     def label(self) -> str:
         """The sender for the log: names only, printable and not long."""
-        name = self.session_id or self.user or self.title
-        return f"{self.key.name} {name!r}"[:100] if name else self.key.name
+        name = f"{self.name!r}"[:80] if self.name else ""
+        is_told_apart = self.conversation and not (self.session_id or self.user)
+        return " ".join(
+            filter(None, [self.key.name, name, f"#{self.conversation[:6]}" if is_told_apart else ""])
+        )
 
     def may_see(self, owner: str) -> bool:
         """Whether what belongs to this owner may be told; of another's an admin's look is logged."""
@@ -93,7 +113,14 @@ class Caller:
             user_agent=_header(headers, "user-agent"),
             referer=_header(headers, "http-referer"),
             title=_header(headers, "x-openrouter-title") or _header(headers, "x-title"),
+            record=getattr(request.state, "record", None) or RequestRecord(),
         )
+
+
+def holder_of(request: Request) -> str:
+    """Who shares threads with others: the account of the key, and without keys the agent by its headers."""
+    caller = Caller.of(request)
+    return caller.key.account or caller.agent
 
 
 @dataclass
@@ -213,8 +240,12 @@ class Ledger:
         prompts = sum(len(answer.request.token_ids) for answer in answers[:: receipt.answers_per_prompt])
         most = sum(min(limit or UNSTATED_TOKENS, answer.request.max_tokens) for answer in answers)
         needed = prompts + (min(len(answers), most) if limit is None else most)
-        key = receipt.caller.key
+        caller, key = receipt.caller, receipt.caller.key
+        record = caller.record
+        record.agent, record.owner, record.title = caller.label, caller.owner, caller.name
+        record.key_name = key.name
         self.accounts.reserve(key.account, key.quota, receipt.id, Wanted(needed, prompts + most))
+        record.answers = answers
 
     def start(self, receipt: Receipt) -> None:
         """The response to a request has begun; `close` will be called."""
@@ -225,6 +256,7 @@ class Ledger:
         self.num_rejected_calls += sum(answer.parser.num_rejected_calls for answer in answers)
         usage = receipt.usage(answers)
         cost, caller = receipt.openrouter_cost(usage), receipt.caller
+        caller.record.usage, caller.record.cost = usage, cost
         num_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
         self.accounts.charge(caller.key.account, num_tokens, receipt.id)
         if cost:

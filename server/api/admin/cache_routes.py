@@ -6,17 +6,19 @@ next request show them.
 
 from typing import Annotated, Any, Literal
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Request
 
 from config.errors import RequestError
 from server.api.access.guard import Access, require_admin
 from server.api.access.keys import Key
-from server.api.access.receipts import Caller
+from server.api.access.receipts import Caller, holder_of
+from server.api.answer.json_answer import while_connected
 from server.api.prompt.explain import MAX_EXPLANATIONS
 from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
+from server.api.request.turns import Presence
+from server.api.request.workload import lease_of
 from server.api.service import Service
 from server.link.messages import Administer
 
@@ -50,25 +52,34 @@ def cache_router(service: Service, access: Access) -> APIRouter:
 
     @router.post("/pin", status_code=202, dependencies=admin)
     async def pin(request: Request, body: Body) -> dict[str, Any]:
-        service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
-        return await anyio.to_thread.run_sync(_administer, service, body, request.state.key, "pin")
+        return await administer(request, body, "pin")
 
     @router.post("/unpin", status_code=202, dependencies=admin)
     async def unpin(request: Request, body: Body) -> dict[str, Any]:
+        return await administer(request, body, "unpin")
+
+    async def administer(
+        request: Request, body: ChatRequest, action: Literal["pin", "unpin"]
+    ) -> dict[str, Any]:
         service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
-        return await anyio.to_thread.run_sync(_administer, service, body, request.state.key, "unpin")
+        work = lease_of(request).run(
+            holder_of(request),
+            lambda presence: _administer(service, body, request.state.key, action, presence),
+        )
+        return await while_connected(request, work)
 
     return router
 
 
 def _administer(
-    service: Service, body: ChatRequest, key: Key, action: Literal["pin", "unpin"]
+    service: Service, body: ChatRequest, key: Key, action: Literal["pin", "unpin"], presence: Presence
 ) -> dict[str, Any]:
     """Pin what a chat with this body begins with: its tools and messages, in whole blocks.
 
     Blocks are those of the key's cache group.
     """
     service.model_info()
-    prompt = prompt_of(service.dialect.tokenizer, service.dialect.template, body)
+    check = service.check_length(presence, None)
+    prompt = prompt_of(service.dialect.tokenizer, service.dialect.template, body, check)
     service.engine.administer(Administer(action, tuple(prompt), key.cache_group))
     return {"data": {"status": "accepted", "prompt_tokens": len(prompt)}}

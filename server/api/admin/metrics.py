@@ -1,18 +1,18 @@
-"""GET /metrics for Prometheus: the engine's last counts, as it sent them, and those of the ledger.
+"""GET /metrics for Prometheus: the engine's last counts, as it sent them, beside those of requests.
 
-Holds nothing of its own.
+The counts of requests are kept in `server/api/watch/request_metrics.py`; this holds nothing of its own.
 """
 
-from collections.abc import Iterable
+import platform
+from collections.abc import Iterable, Mapping
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.api.access.receipts import Ledger
-from server.api.request.parameters import Parameters
-from server.link.engine_protocol import Engine
+from server.api.service import Service
+from server.version import VERSION
 
 # Name in the engine's counts -> name for Prometheus (without the suffix _total), and what it means.
 COUNTERS = {
@@ -75,24 +75,22 @@ GAUGES = {
 }
 # The same for names that go on behind a dot: what stands there is the value of a label.
 LABELLED = {
+    "habit": ("habit", "1 where the engine does it: reading ahead, reading straight into slots", "habit"),
+    "habit_gain": ("habit_gain", "share of a step's time that it saved when it was tried last", "habit"),
     "policy": ("expert_policy", "the policy that decides which expert gives up its place", "policy"),
     "planned": ("memory_planned_bytes", "the ledger, planned", "line"),
     "used": ("memory_used_bytes", "the ledger, used", "line"),
 }
 PREFIX = "glmserve_"
+# Counts of who is here: without an engine that is nobody.
+PRESENT = ("running", "waiting", "agents", "kv_tokens")
 
 
-def metrics_router(
-    engine: Engine, ledger: Ledger | None = None, parameters: Parameters | None = None
-) -> APIRouter:
-    """The route; without a model it answers with `glmserve_ready 0` and nothing else."""
+def metrics_router(service: Service, registry: CollectorRegistry) -> APIRouter:
+    """The route; what was counted stays when the engine is down, and `glmserve_ready` is 0 then."""
     router = APIRouter()
-    registry = CollectorRegistry()
-    registry.register(_EngineCollector(engine))
-    if ledger:
-        registry.register(_LedgerCollector(ledger))
-    if parameters:
-        registry.register(_ParametersCollector(parameters))
+    registry.register(_ServiceCollector(service))
+    ProcessCollector(registry=registry)
 
     @router.get("/metrics")
     def metrics() -> Response:
@@ -101,49 +99,67 @@ def metrics_router(
     return router
 
 
-class _EngineCollector(Collector):
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+class _ServiceCollector(Collector):
+    """Asks the engine's status, the ledger and the parameters when Prometheus asks."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     def collect(self) -> Iterable[Metric]:
-        status = self._engine.status
-        ready = status.state == "ready"
-        yield GaugeMetricFamily(f"{PREFIX}ready", "1 while requests are answered", value=float(ready))
-        values = status.stats.values if status.stats else {}
-        for key, (name, text) in COUNTERS.items():
-            if key in values:
-                yield CounterMetricFamily(PREFIX + name, text, value=values[key])
-        for key, (name, text) in GAUGES.items():
-            if key in values:
-                yield GaugeMetricFamily(PREFIX + name, text, value=values[key])
-        for prefix, (name, text, label) in LABELLED.items():
-            yield from _labelled(values, f"{prefix}.", PREFIX + name, text, label)
+        status = self._service.engine.status
+        is_ready = status.state == "ready"
+        yield GaugeMetricFamily(f"{PREFIX}ready", "1 while requests are answered", value=float(is_ready))
+        yield _build_info(self._service.model_id)
+        restarts = "times that the engine was started again"
+        yield CounterMetricFamily(f"{PREFIX}engine_restarts", restarts, value=status.num_restarts)
+        values = dict(status.stats.values) if status.stats else {}
+        if not is_ready:
+            values |= {name: 0.0 for name in PRESENT if name in values}
+        yield from _of_the_engine(values)
+        ledger, parameters = self._service.ledger, self._service.parameters
+        text = "tool calls that broke off or were malformed, and so were sent as content"
+        yield CounterMetricFamily(f"{PREFIX}rejected_tool_calls", text, value=ledger.num_rejected_calls)
+        text = "parameters of requests that are unknown here, and were ignored"
+        yield CounterMetricFamily(f"{PREFIX}ignored_parameters", text, value=parameters.num_ignored)
+        text = "US dollars that OpenRouter would have charged"
+        yield CounterMetricFamily(f"{PREFIX}saved_dollars", text, value=ledger.openrouter_cost)
 
 
-def _labelled(values: dict[str, float], prefix: str, name: str, text: str, label: str) -> Iterable[Metric]:
+def _build_info(model_id: str) -> Metric:
+    family = GaugeMetricFamily(f"{PREFIX}build_info", "1", labels=["version", "model", "python"])
+    family.add_metric([VERSION, model_id, platform.python_version()], 1.0)
+    return family
+
+
+def _of_the_engine(values: Mapping[str, float]) -> Iterable[Metric]:
+    for key, (name, text) in COUNTERS.items():
+        if key in values:
+            yield CounterMetricFamily(PREFIX + name, text, value=values[key])
+    for key, (name, text) in GAUGES.items():
+        if key in values:
+            yield GaugeMetricFamily(PREFIX + name, text, value=values[key])
+    for prefix, (name, text, label) in LABELLED.items():
+        yield from _labelled(values, f"{prefix}.", PREFIX + name, text, label)
+    for name, (found, asked, text) in shares(values).items():
+        if asked:
+            yield GaugeMetricFamily(f"{PREFIX}{name}_hit_rate", text, value=found / asked)
+
+
+def shares(values: Mapping[str, float]) -> dict[str, tuple[float, float, str]]:
+    """What was found and what was asked for, of experts and of prompts; 0 asked where nothing streams."""
+    hits = values.get("hits", 0.0)
+    wanted = hits + values.get("ahead_used", 0.0) + values.get("misses", 0.0)
+    asked, restored = values.get("prefix_asked_tokens", 0.0), values.get("prefix_restored_tokens", 0.0)
+    return {
+        "expert": (hits, wanted, "share of the experts asked for that lay in memory, since the start"),
+        "prefix": (restored, asked, "share of the prompt tokens that were not computed, since the start"),
+    }
+
+
+def _labelled(values: Mapping[str, float], prefix: str, name: str, text: str, label: str) -> Iterable[Metric]:
     found = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     if found:
         family = GaugeMetricFamily(name, text, labels=[label])
         for key, value in found.items():
             family.add_metric([key], value)
         yield family
-
-
-class _LedgerCollector(Collector):
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-
-    def collect(self) -> Iterable[Metric]:
-        text = "tool calls that broke off or were malformed, and so were sent as content"
-        count = self._ledger.num_rejected_calls
-        yield CounterMetricFamily(f"{PREFIX}rejected_tool_calls", text, value=count)
-
-
-class _ParametersCollector(Collector):
-    def __init__(self, parameters: Parameters) -> None:
-        self._parameters = parameters
-
-    def collect(self) -> Iterable[Metric]:
-        text = "parameters of requests that are unknown here, and were ignored"
-        count = self._parameters.num_ignored
-        yield CounterMetricFamily(f"{PREFIX}ignored_parameters", text, value=count)

@@ -1,18 +1,19 @@
 """From engine events to text: one `Answer` for each request, whatever the route makes of it.
 
-Feeds the parser, finds stop strings, keeps the count, and writes the request's line in the log. Closing it
-early cancels the request at the engine.
+Feeds the parser, finds stop strings, keeps counts and times. Closing it early cancels the request at the
+engine.
 """
 
 import asyncio
-import logging
 import math
 import time
+from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+from server.api.answer.prefill_pace import PrefillPace
 from server.api.answer.stops import StopScanner
 from server.api.error_bodies import GenerationFailed
 from server.glm.answer_parser import AnswerParser, AnswerPiece
@@ -23,6 +24,7 @@ from server.link.messages import (
     Finished,
     FinishReason,
     Generate,
+    PrefillPhase,
     Progress,
     PromptScored,
     Queued,
@@ -30,6 +32,9 @@ from server.link.messages import (
     TokenScore,
     Usage,
 )
+
+# Pieces of text that are kept one by one before they become one.
+HEARD_PIECES = 128
 
 
 class WaitingRequests:
@@ -61,7 +66,7 @@ class WaitingRequests:
         return list(self._waiting).index(request_id) if place is None else place
 
 
-log = logging.getLogger(__name__)
+Phase = Literal["queued", "waiting"] | PrefillPhase | Literal["writing"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,35 @@ class Delta:
     content: str = ""
     scores: tuple[TokenScore, ...] = ()
     calls: tuple[CallPart, ...] = ()
+
+
+class Heard:
+    """What a client was sent so far, without scores; many small pieces become a large one now and then."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+
+    def add(self, delta: Delta) -> None:
+        """Keeps the text and the calls of a piece; a token's object would take a hundred times its text."""
+        self.deltas.append(replace(delta, scores=()) if delta.scores else delta)
+        if len(self.deltas) == HEARD_PIECES:
+            self.deltas = [merged(self.deltas)]
+
+
+def merged(deltas: list[Delta]) -> Delta:
+    """One piece with the text and calls of several, without scores."""
+    calls: dict[int, list[CallPart]] = {}
+    for part in (part for delta in deltas for part in delta.calls):
+        calls.setdefault(part.index, []).append(part)
+    reasoning = "".join(delta.reasoning for delta in deltas)
+    content = "".join(delta.content for delta in deltas)
+    return Delta(reasoning, content, (), tuple(map(_merged_call, calls.values())))
+
+
+def _merged_call(parts: list[CallPart]) -> CallPart:
+    call_id, name = max(part.id for part in parts), max(part.name for part in parts)  # one part has them
+    arguments = "".join(part.arguments for part in parts)
+    return CallPart(parts[0].index, call_id, name, arguments, any(part.is_complete for part in parts))
 
 
 class Answer:
@@ -90,17 +124,22 @@ class Answer:
         self.parser = parser
         self.prompt_scores: list[TokenScore] = []
         self.first_at: float | None = None
-        self.token_ids: list[int] = []
+        self.begun_s = 0.0  # by the monotonic clock: the engine took it, its first and its last token came
+        self.first_s = 0.0
+        self.last_s = 0.0
+        self.token_gaps = array("f")  # seconds between tokens
+        self.token_ids = array("i")
         self.has_begun = False  # the engine has worked on it
         self.remark = ""  # for its line in the log
         self._progress: Progress | None = None
-        self._prefill_from: tuple[float, int] | None = None
+        self._pace = PrefillPace()
         self._reason: FinishReason | None = None
         self._engine = engine
         self._max_calls = max_calls
         self._line = line or WaitingRequests()
         self._scanner = StopScanner(stops)
         self._thought: list[str] = []
+        self._is_cancelled = False  # by an operator
         self._has_said = False  # something beside the thought
         self._num_tokens = 0
         self._usage: Usage | None = None
@@ -125,18 +164,25 @@ class Answer:
         is_cut = self._reason == "length" and self.parser.num_rejected_calls
         return "tool_calls" if self._reason and self.parser.num_calls and not is_cut else self._reason
 
+    def cancel(self) -> None:
+        """Ends the answer with an error for its client, and the work at the engine; for the event loop."""
+        self._is_cancelled = True
+        self._engine.cancel(self.request.request_id)
+
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The answer as it comes. Raises GenerationFailed where the engine gives up."""
-        started_at = time.monotonic()
         self._line.enter(self.request.request_id)
         try:
             async with aclosing(self._engine.generate(self.request)) as events:
                 async for event in events:
+                    if self._is_cancelled:
+                        raise GenerationFailed("cancelled", "the request was cancelled by an operator")
                     if isinstance(event, Queued):
                         self._line.place(event.request_id, event.num_before)
                         continue
                     self._line.leave(self.request.request_id)
-                    self.has_begun = self.has_begun or not isinstance(event, Failed)
+                    if not isinstance(event, Failed):
+                        self.has_begun, self.begun_s = True, self.begun_s or time.monotonic()
                     match event:
                         case Progress():
                             self._on_progress(event)
@@ -154,7 +200,6 @@ class Answer:
                         return
         finally:
             self._line.leave(self.request.request_id)
-            self._log(time.monotonic() - started_at)
 
     @property
     def _has_enough(self) -> bool:
@@ -168,31 +213,59 @@ class Answer:
 
     @property
     def progress(self) -> str:
-        """How many wait before it; then how far the prompt has been read and how long the rest will take.
+        """What its client is told: `queue=2`, `restoring=0/900`, `prefill=3/900 eta=7s`, `writing=5`.
 
-        Nothing once an answer comes.
+        `queue` counts the requests before it, the others count tokens.
         """
-        if (num_before := self._line.num_before(self.request.request_id)) is not None:
-            return f"queue={num_before}"
-        if self._progress is None or self._prefill_from is None or self.first_at:
+        phase, progress = self.phase, self._progress
+        if phase == "queued":
+            return f"queue={self.num_before}"
+        if phase == "writing":
+            return f"writing={self._num_tokens}"
+        if progress is None or progress.num_prefilled == progress.num_prompt_tokens:
             return ""
-        done, total = self._progress.num_prefilled, self._progress.num_prompt_tokens
-        if done == total:
-            return ""
-        since, num_before = self._prefill_from
-        text = f"prefill={done}/{total}"
-        if done == num_before:
-            return text
-        eta = (time.time() - since) * (total - done) / (done - num_before)
-        return f"{text} eta={math.ceil(eta)}s"
+        name = "restoring" if phase == "restoring" else "prefill"
+        text = f"{name}={progress.num_prefilled}/{progress.num_prompt_tokens}"
+        return text if self.eta_s is None else f"{text} eta={self.eta_s}s"
+
+    @property
+    def phase(self) -> Phase:
+        """What happens to it now; "waiting": the engine has not begun with its prompt."""
+        if self.num_before is not None:
+            return "queued"
+        if self.first_s:
+            return "writing"
+        return self._progress.phase if self._progress else "waiting"
+
+    @property
+    def num_before(self) -> int | None:
+        """Requests that the engine takes first; None for one that does not wait."""
+        return self._line.num_before(self.request.request_id)
+
+    @property
+    def num_prefilled(self) -> int:
+        """Tokens of the prompt that have been read; a running pass counts by the layers that are done."""
+        return self._progress.num_prefilled if self._progress else 0
+
+    @property
+    def eta_s(self) -> int | None:
+        """Seconds until the prompt has been read, at the rate so far; None where that is unknown."""
+        if self.phase != "reading" or self._progress is None:
+            return None
+        return self._pace.eta_s(self._progress.num_prompt_tokens)
 
     def _on_progress(self, event: Progress) -> None:
         self._progress = event
-        self._prefill_from = self._prefill_from or (time.time(), event.num_prefilled)
+        if event.phase == "reading":
+            self._pace.note(event.num_prefilled)
 
     def _on_token(self, score: TokenScore) -> Delta:
+        now_s = time.monotonic()
         self._num_tokens += 1
         self.token_ids.append(score.token_id)
+        if self.first_s:
+            self.token_gaps.append(now_s - self.last_s)
+        self.first_s, self.last_s = self.first_s or now_s, now_s
         self.first_at = self.first_at or time.time()
         was_content = self.parser.part == "content"
         piece = self.parser.push(score.token_id)
@@ -215,20 +288,6 @@ class Answer:
         if self._reason == "stop" and self.parser.part == "reasoning" and not self._has_said:
             content = "".join(self._thought)  # the model ended its turn in its thought: that is its answer
         return replace(delta, content=content)
-
-    def _log(self, seconds: float) -> None:
-        usage = self.usage
-        log.info(
-            "%s %s: cached=%d/%d%s + %d new tokens in %.2f s, %.1f tok/s",
-            self.request.request_id,
-            self.reason or "ended early",
-            usage.num_cached_tokens,
-            usage.num_prompt_tokens,
-            self.remark and f" {self.remark}",
-            usage.num_completion_tokens,
-            seconds,
-            usage.num_completion_tokens / max(seconds, 1e-9),
-        )
 
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -16,8 +16,23 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from server.api.error_bodies import ClientGone, GenerationFailed, describe, error_body
 
 Result = dict[str, Any]
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of work that ends when the client leaves. Call it after the body is read."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        await _end(watching)
+        await _end(working)
 
 
 async def respond_whole(

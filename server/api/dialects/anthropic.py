@@ -8,22 +8,23 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-import anyio.to_thread
 import pydantic_core
 from fastapi import APIRouter, Depends, Request, Response
 
-from server.api.access.receipts import Caller
+from server.api.access.receipts import Caller, holder_of
 from server.api.answer.answer import Answer
 from server.api.answer.items import Change, Closed, Grew, Item, Items, Opened
-from server.api.answer.json_answer import respond_whole
+from server.api.answer.json_answer import respond_whole, while_connected
 from server.api.answer.named_events import Event, stream_named
 from server.api.answer.sse import comment, encode
 from server.api.dialects.anthropic_schema import CountRequest, MessagesRequest
-from server.api.dialects.chat import Chat
+from server.api.dialects.chat import Chat, open_chat
 from server.api.dialects.client_words import in_words_of
 from server.api.error_bodies import anthropic_error, describe
 from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
+from server.api.request.turns import Presence
+from server.api.request.workload import lease_of
 from server.api.service import Service
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -42,11 +43,9 @@ def messages_router(service: Service) -> APIRouter:
     @router.post("/messages")
     async def create_message(request: Request, body: Body) -> Response:
         caller = Caller.of(request, None, body.user)
-        service.parameters.note(request, body, caller)
-        with in_words_of(body.words()):
-            chat = await anyio.to_thread.run_sync(
-                lambda: Chat(service, body.chat(), caller, fills_context=True)
-            )
+        chat = await open_chat(
+            service, request, body, caller, body.chat, words=body.words(), fills_context=True
+        )
         message = _Message(chat, body.max_tokens)
         headers = {"X-Generation-Id": chat.envelope.id, "request-id": chat.envelope.id}
         if body.stream:
@@ -68,11 +67,16 @@ def messages_router(service: Service) -> APIRouter:
         service.parameters.note(request, body, Caller.of(request, None, None))
         service.names.check(body.model, [])
         dialect = service.dialect
+
+        def count(presence: Presence) -> int:
+            def check(_: int) -> None:
+                presence.check()
+
+            return len(prompt_of(dialect.tokenizer, dialect.template, body.chat(), check))
+
         with in_words_of(body.words()):
-            token_ids = await anyio.to_thread.run_sync(
-                lambda: prompt_of(dialect.tokenizer, dialect.template, body.chat())
-            )
-        return {"input_tokens": len(token_ids)}
+            num_tokens = await while_connected(request, lease_of(request).run(holder_of(request), count))
+        return {"input_tokens": num_tokens}
 
     return router
 

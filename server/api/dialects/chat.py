@@ -1,30 +1,39 @@
 """POST /chat/completions: renders, generates, and writes the answer whole or in chunks."""
 
-from collections.abc import AsyncGenerator
+from array import array
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
 
-from server.api.access.receipts import Caller, Receipt
+from server.api.access.conversations import pieces_of_chat
+from server.api.access.receipts import Caller, Receipt, holder_of
 from server.api.answer import shapes
-from server.api.answer.answer import Answer, Delta, merge
-from server.api.answer.json_answer import respond_whole
+from server.api.answer.answer import Answer, Delta, Heard, merge
+from server.api.answer.json_answer import respond_whole, while_connected
 from server.api.answer.shapes import Envelope
 from server.api.answer.sse import stream
-from server.api.prompt.constraints import grammar_of
+from server.api.dialects.client_words import in_words_of
+from server.api.prompt.constraints import order_of
 from server.api.prompt.remembered import Said
 from server.api.prompt.replay import Renderer
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
+from server.api.request.common_fields import Noted
+from server.api.request.turns import Presence
+from server.api.request.workload import lease_of
 from server.api.service import Service
 from server.glm.answer_parser import AnswerParser, prompt_is_thinking
+from server.glm.schemas.grammar_order import GrammarOrder
+from server.glm.schemas.trial import Written
 from server.link.messages import Generate, Thought
 
 KIND = "chat.completion"
 CHUNK = "chat.completion.chunk"
+# An id as Python has it, in a list and a tuple.
+TOKEN_BYTES = 48
 
 
 def chat_router(service: Service, always_sends_usage: bool) -> APIRouter:
@@ -35,14 +44,54 @@ def chat_router(service: Service, always_sends_usage: bool) -> APIRouter:
     @router.post("/chat/completions")
     async def create_chat_completion(request: Request, body: Body) -> Response:
         caller = Caller.of(request, body.session_id, body.user)
-        service.parameters.note(request, body, caller, body.requires_parameters)
-        chat = await anyio.to_thread.run_sync(Chat, service, body, caller)
+        chat = await open_chat(
+            service, request, body, caller, lambda: body, requires_all=body.requires_parameters
+        )
         if body.stream:
             chunks = chat.chunks(always_sends_usage or body.wants_usage_in_stream)
             return stream(chunks, chat.envelope, CHUNK, service.keepalive_s, chat.progress, chat.headers())
         return await respond_whole(request, chat.result(), chat.envelope.id, service.patience_s, chat.headers)
 
     return router
+
+
+async def open_chat(
+    service: Service,
+    request: Request,
+    asked: Noted,
+    caller: Caller,
+    make_body: Callable[[], ChatRequest],
+    *,
+    words: Mapping[str, str] | None = None,
+    requires_all: bool = False,
+    fills_context: bool = False,
+) -> "Chat":
+    """Makes a chat of a body, when it is its sender's turn. Ends when the client leaves.
+
+    `words`: the client's names of what is to blame.
+    """
+    lease, holder = lease_of(request), holder_of(request)
+
+    async def make() -> Chat:
+        def read(wanted: Presence) -> tuple[ChatRequest, GrammarOrder | None]:
+            wanted.check()
+            service.parameters.note(request, asked, caller, requires_all)
+            service.model_info()
+            body = make_body()
+            return body, order_of(service.dialect.tokenizer, body)
+
+        body, order = await lease.run(holder, read)
+        written = Written("")
+        if order:
+            written = await service.grammars.write(order, service.vocabulary, holder)
+        chat = await lease.run(
+            holder, lambda wanted: Chat(service, body, caller, written, wanted, fills_context)
+        )
+        lease.hold(lease.kept_bytes + chat.kept_bytes)
+        return chat
+
+    with in_words_of(words or {}):
+        return await while_connected(request, make())
 
 
 class Chat:
@@ -53,15 +102,23 @@ class Chat:
     """
 
     def __init__(
-        self, service: Service, body: ChatRequest, caller: Caller, fills_context: bool = False
+        self,
+        service: Service,
+        body: ChatRequest,
+        caller: Caller,
+        written: Written,
+        wanted: Presence,
+        fills_context: bool = False,
     ) -> None:
         service.model_info()
         self._service = service
         self._body = body
         self._tokenizer = service.dialect.tokenizer
-        self._caller = caller
+        self._caller = caller = service.recognised(caller, pieces_of_chat(body.template_messages()))
         renderer = Renderer(self._tokenizer, service.dialect.template, service.remembered, caller.owner)
-        self._rendered = rendered = renderer.render(body)
+        self._rendered = rendered = renderer.render(
+            body, service.check_length(wanted, 1 if fills_context and body.limit else body.limit)
+        )
         prompt = rendered.token_ids
         commands = service.commands(
             body,
@@ -71,10 +128,10 @@ class Chat:
             caller=caller,
             num_top_logprobs=body.top_logprobs or 0,
             thought=self._thought(prompt),
-            grammar=grammar_of(service, body),
+            written=written,
         )
         self.answers = [self._answer(service, one) for one in commands]
-        self._heard: list[list[Delta]] = [[] for _ in self.answers]
+        self._heard = [Heard() for _ in self.answers]
         self._explain(commands[0])
         self.envelope = Envelope(commands[0].request_id, service.model_id)
         self._receipt = Receipt(
@@ -82,6 +139,11 @@ class Chat:
         )
         service.ledger.open(self._receipt, self.answers, body.limit)
         service.engine.reserve()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the prompt's ids, up to the end of the answer."""
+        return TOKEN_BYTES * len(self._rendered.token_ids)
 
     def _explain(self, command: Generate) -> None:
         found = self._service.explainer.begin(
@@ -158,7 +220,7 @@ class Chat:
         try:
             async with aclosing(merge([answer.deltas() for answer in self.answers])) as merged:
                 async for index, delta in merged:
-                    self._heard[index].append(delta)
+                    self._heard[index].add(delta)
                     yield index, replace(delta, reasoning="") if self._body.hides_reasoning else delta
         finally:
             self._remember()
@@ -170,7 +232,7 @@ class Chat:
             # A client's bias or grammar can force a role into an answer: it must not come back as one.
             has_roles = any(map(self._tokenizer.is_special, answer.token_ids))
             if answer.is_whole_turn and not has_roles:
-                said = said_of(heard, answer.token_ids, is_thinking=answer.request.thought is not None)
+                said = said_of(heard.deltas, answer.token_ids, is_thinking=answer.request.thought is not None)
                 self._service.remembered.add(self._caller.owner, self._rendered.answered, said)
         first = self.answers[0]
         self._service.explainer.end(first.request.request_id, first.usage.num_cached_tokens, first.token_ids)
@@ -179,7 +241,7 @@ class Chat:
         return shapes.usage(self.answers, self._receipt.usage(self.answers))
 
 
-def said_of(heard: list[Delta], token_ids: list[int], *, is_thinking: bool) -> Said:
+def said_of(heard: list[Delta], token_ids: Iterable[int], *, is_thinking: bool) -> Said:
     """A turn as its client has it."""
     message = shapes.chat_message(heard)
     calls = [
@@ -188,4 +250,4 @@ def said_of(heard: list[Delta], token_ids: list[int], *, is_thinking: bool) -> S
     ]
     reasoning = "".join(delta.reasoning for delta in heard)
     content = (message["content"] or "").strip()
-    return Said(tuple(token_ids), reasoning, content, tuple(calls), is_thinking)
+    return Said(array("i", token_ids), reasoning, content, tuple(calls), is_thinking)

@@ -4,22 +4,26 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
 
-from server.api.access.receipts import Caller, Receipt
+from server.api.access.conversations import pieces_of_text
+from server.api.access.receipts import Caller, Receipt, holder_of
 from server.api.answer import shapes
 from server.api.answer.answer import Answer
-from server.api.answer.json_answer import respond_whole
+from server.api.answer.json_answer import respond_whole, while_connected
 from server.api.answer.shapes import Envelope, TextOffsets
 from server.api.answer.sse import stream
 from server.api.request.body import body_of
 from server.api.request.completion_schema import CompletionRequest
+from server.api.request.turns import Presence
+from server.api.request.workload import Allowance, lease_of
 from server.api.service import Service
 from server.glm.answer_parser import AnswerParser
 from server.link.messages import TokenScore
 
 KIND = "text_completion"
+# An answer that is to come, and an id of a text as Python has it, in a list and a tuple.
+ANSWER_BYTES, TOKEN_BYTES = 2200, 48
 
 
 def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
@@ -31,7 +35,9 @@ def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
     async def create_completion(request: Request, body: Body) -> Response:
         caller = Caller.of(request, body.session_id, body.user)
         service.parameters.note(request, body, caller, body.requires_parameters)
-        completion = await anyio.to_thread.run_sync(_Completion, service, body, caller)
+        lease = lease_of(request)
+        work = lease.run(holder_of(request), lambda wanted: _Completion(service, body, caller, wanted, lease))
+        completion = await while_connected(request, work)
         if body.stream:
             chunks = completion.chunks(always_sends_usage or body.wants_usage_in_stream)
             return stream(chunks, completion.envelope, KIND, service.keepalive_s, completion.progress)
@@ -43,23 +49,32 @@ def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
 class _Completion:
     """The completions of all prompts of one body, one after the other, `n` for each prompt."""
 
-    def __init__(self, service: Service, body: CompletionRequest, caller: Caller) -> None:
+    def __init__(
+        self, service: Service, body: CompletionRequest, caller: Caller, wanted: Presence, lease: Allowance
+    ) -> None:
         service.model_info()
+        self._check = service.check_length(wanted, body.max_tokens)
+        self._lease = lease
         self._service = service
         self._body = body
         self._num_each = body.n or 1
         self._tokenizer = service.dialect.tokenizer
-        self._caller = caller
+        self._caller = service.recognised(caller, pieces_of_text(body.prompts[0]))
         self._current = 0  # whose turn it is
         self._answers = [answer for prompt in body.prompts for answer in self._make_answers(service, prompt)]
         self.envelope = Envelope(self._answers[0].request.request_id, service.model_id)
-        self._receipt = Receipt(self.envelope.id, service.model_id, caller, bool(body.stream), self._num_each)
+        self._receipt = Receipt(
+            self.envelope.id, service.model_id, self._caller, bool(body.stream), self._num_each
+        )
         service.ledger.open(self._receipt, self._answers, body.max_tokens)
         service.engine.reserve()
 
     def _make_answers(self, service: Service, prompt: str | list[int]) -> list[Answer]:
         body = self._body
-        token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = self._tokenizer.encode(prompt, self._check) if isinstance(prompt, str) else prompt
+        self._check(len(token_ids))
+        more = ANSWER_BYTES * self._num_each + TOKEN_BYTES * len(token_ids)
+        self._lease.hold(self._lease.num_bytes + more)
         commands = service.commands(
             body,
             token_ids,

@@ -6,7 +6,6 @@ from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
 
 from config.errors import RequestError
@@ -17,8 +16,7 @@ from server.api.answer.items import Change, Closed, Grew, Item, Items, Opened
 from server.api.answer.json_answer import respond_whole
 from server.api.answer.named_events import Event, stream_named
 from server.api.answer.sse import comment
-from server.api.dialects.chat import Chat
-from server.api.dialects.client_words import in_words_of
+from server.api.dialects.chat import Chat, open_chat
 from server.api.dialects.responses_schema import ResponsesRequest, seal
 from server.api.dialects.responses_tools import custom_input, own_tools
 from server.api.error_bodies import describe
@@ -39,10 +37,16 @@ def responses_router(service: Service) -> APIRouter:
     @router.post("/responses")
     async def create_response(request: Request, body: Body) -> Response:
         caller = Caller.of(request, body.session_id, body.user)
-        service.parameters.note(request, body, caller, body.requires_parameters)
         find = partial(service.recent_items.find, caller.owner)
-        with in_words_of(body.words()):
-            chat = await anyio.to_thread.run_sync(lambda: Chat(service, body.chat(find), caller))
+        chat = await open_chat(
+            service,
+            request,
+            body,
+            caller,
+            lambda: body.chat(find),
+            words=body.words(),
+            requires_all=body.requires_parameters,
+        )
         response = _Response(service, body, chat, partial(service.recent_items.add, caller.owner))
         if not body.stream:
             return await respond_whole(

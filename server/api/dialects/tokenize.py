@@ -1,16 +1,21 @@
 """POST /tokenize and /detokenize, with the fields of vLLM and of llama.cpp."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Self
 
-import anyio.to_thread
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic_core import to_json
 
+from server.api.access.receipts import holder_of
+from server.api.answer.json_answer import while_connected
 from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
 from server.api.request.common_fields import Listed, fault
 from server.api.request.completion_schema import TokenId, whole_ids
+from server.api.request.turns import Presence
+from server.api.request.workload import lease_of
 from server.api.service import Service
 
 MESSAGES = TypeAdapter(ChatRequest)
@@ -52,20 +57,37 @@ def tokenize_router(service: Service) -> APIRouter:
     Text = Annotated[TokenizeRequest, Depends(body_of(TokenizeRequest))]
     Ids = Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]
 
-    def encode(body: TokenizeRequest) -> list[int]:
+    def encode(body: TokenizeRequest, wanted: Presence) -> list[int]:
+        def check(_: int) -> None:
+            wanted.check()
+
         if body.messages is not None:
-            return prompt_of(tokenizer, service.dialect.template, body.chat())
-        return tokenizer.encode(body.prompt or body.content or "")
+            return prompt_of(tokenizer, service.dialect.template, body.chat(), check)
+        return tokenizer.encode(body.prompt or body.content or "", check)
 
     @router.post("/tokenize")
-    async def tokenize(body: Text) -> dict[str, Any]:
-        tokens = await anyio.to_thread.run_sync(encode, body)
+    async def tokenize(request: Request, body: Text) -> Response:
         info = service.engine.status.info
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": info.context_length if info else 0}
+        length = info.context_length if info else 0
+
+        def work(wanted: Presence) -> bytes:
+            tokens = encode(body, wanted)
+            return to_json({"tokens": tokens, "count": len(tokens), "max_model_len": length})
+
+        return await _respond(request, work)
 
     @router.post("/detokenize")
-    async def detokenize(body: Ids) -> dict[str, Any]:
-        text = await anyio.to_thread.run_sync(tokenizer.decode, body.tokens)
-        return {"prompt": text, "content": text}
+    async def detokenize(request: Request, body: Ids) -> Response:
+        def work(wanted: Presence) -> bytes:
+            text = tokenizer.decode(body.tokens, lambda _: wanted.check())
+            return to_json({"prompt": text, "content": text})
+
+        return await _respond(request, work)
 
     return router
+
+
+async def _respond(request: Request, work: Callable[[Presence], bytes]) -> Response:
+    """JSON that is made in its sender's turn, as long as the client is there."""
+    raw = await while_connected(request, lease_of(request).run(holder_of(request), work))
+    return Response(raw, media_type="application/json")

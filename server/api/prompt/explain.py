@@ -124,7 +124,7 @@ class Explainer:
         """
         tokens = np.array(token_ids, dtype=np.int32)
         with self._lock:
-            earlier = list(self._agents.get(caller.agent, _Agent()).conversations)
+            earlier = list(self._agents.get(caller.group, _Agent()).conversations)
         nearest, num_shared = _nearest(earlier, tokens)
         found = Explanation(request_id, caller, tokens.size, num_shared, num_replayed)
         goes_on = False
@@ -136,8 +136,8 @@ class Explainer:
             else:
                 goes_on = num_shared >= nearest.num_prompt
         with self._lock:
-            known = self._agents.setdefault(caller.agent, _Agent())
-            self._agents.move_to_end(caller.agent)
+            known = self._agents.setdefault(caller.group, _Agent())
+            self._agents.move_to_end(caller.group)
             self._note(known, found)
             if goes_on:
                 known.conversations = [one for one in known.conversations if one.id != found.other]
@@ -154,7 +154,7 @@ class Explainer:
                 return None
             found = replace(found, num_cached=num_cached)
             self._keep(found)
-            conversations = self._agents.get(found.caller.agent, _Agent()).conversations
+            conversations = self._agents.get(found.caller.group, _Agent()).conversations
             for index, one in enumerate(conversations):
                 if one.id == request_id:
                     tokens = np.concatenate([one.tokens, np.array(generated, dtype=np.int32)])

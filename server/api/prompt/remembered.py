@@ -8,15 +8,18 @@ loop and written by a thread. A file that cannot be used costs nothing but what 
 import hashlib
 import json
 import sqlite3
+import sys
 import threading
 import time
 import zlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from config.plan import REMEMBERED_BYTES
 from server.api.sqlite_file import SqliteFile
 
 FILE_NAME = "answers.sqlite3"
@@ -36,13 +39,25 @@ Call = tuple[str, str, str]  # id, name, arguments as JSON
 
 @dataclass(frozen=True)
 class Said:
-    """A turn as it was generated and sent; `token_ids` without the one that ended it, `content` stripped."""
+    """A turn as it was generated and sent; `token_ids`, int32, without the one that ended it.
 
-    token_ids: tuple[int, ...]
+    `content` is stripped.
+    """
+
+    token_ids: Sequence[int]
     reasoning: str
     content: str
     calls: tuple[Call, ...]
     is_thinking: bool  # the prompt left the model inside a thought
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", array("i", self.token_ids))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its tokens and text, a character counted as what it may take."""
+        texts = [self.reasoning, self.content, *(part for call in self.calls for part in call)]
+        return sum(map(sys.getsizeof, [self.token_ids, *texts]))
 
 
 class Remembered:
@@ -52,6 +67,7 @@ class Remembered:
         """`scope` tells apart what must not be mixed: the tokenizers of different models."""
         self._scope = scope
         self._recent: OrderedDict[bytes, Said] = OrderedDict()
+        self._recent_bytes = 0
         self._file = (
             SqliteFile(directory / FILE_NAME, "answers are remembered", *TABLES) if directory else None
         )
@@ -64,10 +80,11 @@ class Remembered:
             return
         key = self._key(caller, said.calls[0][0] if said.calls else None, answered, said.content)
         with self._lock:
+            self._forget(key)
             self._recent[key] = said
-            self._recent.move_to_end(key)
-            if len(self._recent) > MAX_RECENT:
-                self._recent.popitem(last=False)
+            self._recent_bytes += said.nbytes
+            while len(self._recent) > MAX_RECENT or self._recent_bytes > REMEMBERED_BYTES:
+                self._forget(next(iter(self._recent)))
         if self._file:
             self._num_stored += 1
             self._file.later(partial(_put, key=key, said=said, trims=self._num_stored % TRIM_EVERY == 0))
@@ -86,6 +103,7 @@ class Remembered:
         """Forget all."""
         with self._lock:
             self._recent.clear()
+            self._recent_bytes = 0
         if self._file:
             self._file.write("DELETE FROM answers")
 
@@ -93,6 +111,10 @@ class Remembered:
         """Write what waits."""
         if self._file:
             self._file.close()
+
+    def _forget(self, key: bytes) -> None:
+        if (said := self._recent.pop(key, None)) is not None:
+            self._recent_bytes -= said.nbytes
 
     def _key(self, caller: str, call_id: str | None, answered: str, content: str) -> bytes:
         what = ["call", call_id] if call_id else ["text", answered, content]
@@ -125,7 +147,7 @@ def _decode(key: bytes, record: object) -> Said | None:
     if not isinstance(record, bytes) or hashlib.sha256(key + record[8:]).digest()[:8] != record[:8]:
         return None
     ids, reasoning, content, calls, is_thinking = json.loads(zlib.decompress(record[8:]))
-    return Said(tuple(ids), reasoning, content, tuple(_call(call) for call in calls), is_thinking)
+    return Said(ids, reasoning, content, tuple(_call(call) for call in calls), is_thinking)
 
 
 def _call(fields: Sequence[str]) -> Call:

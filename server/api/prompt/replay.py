@@ -16,6 +16,7 @@ from config.errors import RequestError
 from server.api.prompt.remembered import Remembered, Said
 from server.api.request.chat_schema import ChatRequest
 from server.glm.lexer import THINK_TAGS
+from server.glm.pieces import Check, unchecked
 from server.glm.templates.template import ChatTemplate, template_options
 from server.glm.tokenizer import Tokenizer
 
@@ -57,13 +58,13 @@ class Renderer:
         self._tokenizer, self._template, self._remembered = tokenizer, template, remembered
         self._caller = caller
 
-    def render(self, body: ChatRequest) -> Rendered:
-        """The prompt as tokens. Raises RequestError where the template refuses."""
+    def render(self, body: ChatRequest, check: Check) -> Rendered:
+        """The prompt as tokens. Raises RequestError where the template refuses, and what `check` raises."""
         messages = without_volatile_lines(body.template_messages())
         said = dict(self._recall(messages))
-        token_ids, num_replayed = self._splice(body, messages, said) if said else (None, 0)
+        token_ids, num_replayed = self._splice(body, messages, said, check) if said else (None, 0)
         if token_ids is None:
-            token_ids = self._tokenizer.encode_rendered(self._text(body, messages))
+            token_ids = self._tokenizer.encode_rendered(self._text(body, messages), check)
         return Rendered(token_ids, num_replayed, str(messages[-1].get("content") or ""))
 
     def _text(self, body: ChatRequest, messages: Sequence[Message], marks: "Marks | None" = None) -> str:
@@ -84,7 +85,7 @@ class Renderer:
                     yield index, said
 
     def _splice(
-        self, body: ChatRequest, messages: Sequence[Message], said: dict[int, Said]
+        self, body: ChatRequest, messages: Sequence[Message], said: dict[int, Said], check: Check
     ) -> tuple[list[int] | None, int]:
         """Render with marks for the turns, and put their tokens where the marks are.
 
@@ -103,8 +104,12 @@ class Renderer:
         token_ids: list[int] = []
         for index, mark in marks.items():
             before, text = mark.split(text)
-            token_ids += [*self._tokenizer.encode_rendered(before), *said[index].token_ids]
-        return [*token_ids, *self._tokenizer.encode_rendered(text)], len(marks)
+            token_ids += self._tokenizer.encode_rendered(before, check)
+            token_ids += said[index].token_ids
+            check(len(token_ids))
+        token_ids += self._tokenizer.encode_rendered(text, check)
+        check(len(token_ids))
+        return token_ids, len(marks)
 
 
 @dataclass(frozen=True)
@@ -171,10 +176,12 @@ def render_messages(
         raise RequestError(shield.show(str(error)), param=error.param) from error
 
 
-def prompt_of(tokenizer: Tokenizer, template: ChatTemplate, body: ChatRequest) -> list[int]:
+def prompt_of(
+    tokenizer: Tokenizer, template: ChatTemplate, body: ChatRequest, check: Check = unchecked
+) -> list[int]:
     """The prompt of a conversation as its client tells it. Raises RequestError where the template refuses."""
     messages = without_volatile_lines(body.template_messages())
-    return tokenizer.encode_rendered(render_messages(tokenizer, template, body, messages))
+    return tokenizer.encode_rendered(render_messages(tokenizer, template, body, messages), check)
 
 
 def _with_thoughts(messages: Sequence[Message], said: Mapping[int, Said]) -> list[Message]:

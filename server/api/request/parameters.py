@@ -1,11 +1,12 @@
 """What becomes of parameters that this server does not know: they are ignored, and it is said.
 
 A header of the answer names them, so does the log once for each agent, and a count goes to /metrics; or, with
---strict-parameters, they are refused. `Parameters` belongs to the service and to the event loop's thread.
+--strict-parameters, they are refused. `Parameters` belongs to the service; any thread may call it.
 """
 
 import difflib
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Parameters:
         self.num_ignored = 0
         self._is_strict = is_strict
         self._told: OrderedDict[str, set[str]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def note(self, request: Request, body: Noted, caller: Caller, requires_all: bool = False) -> None:
         """Say what of the body is ignored, if anything. Raises RequestError where nothing may be."""
@@ -57,13 +59,14 @@ class Parameters:
             return
         if self._is_strict or requires_all:
             raise _refusal(found[0])
-        self.num_ignored += len(found)
         request.state.ignored = [*getattr(request.state, "ignored", ()), *map(str, found)]
-        self._tell(caller, found)
+        with self._lock:
+            self.num_ignored += len(found)
+            self._tell(caller, found)
 
     def _tell(self, caller: Caller, found: list[Ignored]) -> None:
-        told = self._told.setdefault(caller.agent, set())
-        self._told.move_to_end(caller.agent)
+        told = self._told.setdefault(caller.group, set())
+        self._told.move_to_end(caller.group)
         if len(self._told) > MAX_AGENTS:
             self._told.popitem(last=False)
         new = [one for one in found if str(one) not in told]

@@ -1,16 +1,25 @@
 """The checks of plain `glmserve doctor`, in the order in which they run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from config.settings import Settings
-from server.commands.checkpoint import choose_checkpoint
-from server.commands.doctor.finding import Check, Finding, Verdict
+from server.commands.doctor import machine_checks, model_checks
+from server.commands.doctor.finding import Check
 
-
-def check_checkpoint(settings: Settings) -> Iterator[Finding]:
-    """Whether the checkpoint that would be served is complete."""
-    found = choose_checkpoint(settings.model)
-    yield Finding(Verdict.GOOD, f"complete, served as {settings.served_model_name or found.model_id}")
-
-
-CHECKS: Sequence[Check] = (Check("checkpoint", check_checkpoint),)
+CHECKS: Sequence[Check] = (
+    Check("python", machine_checks.check_python),
+    Check("mlx", machine_checks.check_mlx),
+    Check("kernels", machine_checks.check_kernels),
+    Check("memory", machine_checks.check_memory),
+    Check("wired memory", machine_checks.check_wired),
+    Check("open files", machine_checks.check_descriptors),
+    Check("port", machine_checks.check_port),
+    Check("cache folder", machine_checks.check_cache_folder),
+    Check("keys", machine_checks.check_keys),
+    Check("checkpoint", model_checks.check_checkpoint),
+    Check("plan", model_checks.check_plan),
+    Check("alignment", model_checks.check_alignment),
+    Check("mirrors", model_checks.check_mirrors),
+    Check("dialect", model_checks.check_dialect),
+    Check("parser", model_checks.check_parser),
+    Check("speed", model_checks.check_speed),
+)

@@ -12,6 +12,7 @@ Log-probabilities that are reported are those of the model, before any of this.
 """
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -37,7 +38,7 @@ class SamplerState:
     counts: mx.array | None
 
 
-def start_sampling(sampling: Sampling, prompt: tuple[int, ...], vocab_size: int) -> SamplerState:
+def start_sampling(sampling: Sampling, prompt: Iterable[int], vocab_size: int) -> SamplerState:
     """The state before the first token."""
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64
     seen = counts = None

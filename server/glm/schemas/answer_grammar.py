@@ -7,7 +7,7 @@ What llguidance cannot hold is refused here, before the engine hears of it. Call
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from llguidance import LLMatcher
@@ -27,7 +27,6 @@ from server.glm.schemas.schema_parts import (
     schema_of,
     walk,
 )
-from server.glm.tokenizer import Tokenizer
 
 # Enough for an indented line, and an end to it: a model could otherwise write blanks for ever.
 GUIDANCE = {"whitespace_pattern": r"\n?[ ]{0,40}"}
@@ -48,6 +47,13 @@ IN_LARK = {"/": r"\/", "\n": r"\n"}
 Rules = dict[str, str]
 
 
+class HasTags(Protocol):
+    """A vocabulary, of which a grammar needs the tags only."""
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token that is exactly this text."""
+
+
 def json_rule(schema: Any) -> str:
     """A rule for JSON of this schema."""
     if isinstance(schema, dict):
@@ -61,7 +67,7 @@ def regex_rule(pattern: str) -> str:
     return f"/{escaped}/"
 
 
-def text_rules(tokenizer: Tokenizer) -> Rules:
+def text_rules(tokenizer: HasTags) -> Rules:
     """Rules of an answer that makes no calls: any text. A tag that is a token is no text to llguidance."""
     is_token = tokenizer.token_id("<tool_call>") is not None
     without = "" if is_token else " & ~/(?s:.*)<tool_call>(?s:.*)/"
@@ -83,7 +89,7 @@ def check_grammar(grammar: str, param: str) -> None:
 class CallGrammar:
     """The rules of tool calls. A vocabulary without the tags gets them by their text."""
 
-    def __init__(self, tokenizer: Tokenizer, functions: Sequence[dict[str, Any]], is_parallel: bool) -> None:
+    def __init__(self, tokenizer: HasTags, functions: Sequence[dict[str, Any]], is_parallel: bool) -> None:
         self._tokenizer = tokenizer
         self._functions = functions
         self._is_parallel = is_parallel

@@ -27,6 +27,8 @@ Types = frozenset[str]
 ALL: Types = frozenset(["string", "number", "integer", "boolean", "null", "object", "array"])
 # Deeper than any schema that people write; a chain of references must not exhaust the stack.
 MAX_DEPTH = 64
+# References that are followed for one function.
+MAX_REFERENCES = 1000
 
 BLANKS = " \t\n\r"
 NUMBER_SO_FAR = re.compile(r"[-+0-9.eE]*[ \t\n\r]*")
@@ -134,6 +136,8 @@ class ArgumentTypes:
         return types or ALL
 
     def _referenced(self, reference: str, depth: int) -> Types:
+        if reference not in self._by_reference and len(self._by_reference) >= MAX_REFERENCES:
+            return ALL
         if reference not in self._by_reference:
             self._by_reference[reference] = ALL  # what a reference to itself says
             self._by_reference[reference] = self._allowed(resolve(self._document, reference), depth + 1)

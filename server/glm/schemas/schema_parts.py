@@ -5,7 +5,7 @@ Pure; schemas come from clients and are believed nothing.
 
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import product
+from itertools import islice, product
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
@@ -20,6 +20,9 @@ REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 ANCHORS = ("$anchor", "$dynamicAnchor")
 MAX_VARIANTS = 256
 MAX_DEPTH = 64
+# Properties that are put together at most: branches multiply, and a few references could make
+# them more than any computer's memory holds.
+MAX_MERGED = 200_000
 OTHERS = ("additionalProperties", "unevaluatedProperties")
 
 Schema = dict[str, Any]
@@ -149,7 +152,7 @@ def variants(document: Any) -> list[Schema]:
     Each has `properties`, `required`, and perhaps `patternProperties` and `additionalProperties`.
     """
     document = Document.of(document)
-    return _variants(document, document.root, 0) or [{"properties": {}, "required": []}]
+    return _Branches(document).of(document.root, 0) or [{"properties": {}, "required": []}]
 
 
 def schema_of(variant: Schema, key: str) -> Any:
@@ -168,24 +171,40 @@ def _matches(pattern: str, key: str) -> bool:
         return False
 
 
-def _variants(document: Document, schema: Any, depth: int) -> list[Schema]:
-    if not isinstance(schema, dict) or depth > MAX_DEPTH:
-        return []
-    factors = [[_own(schema)]]
-    if (reference := reference_of(schema)) is not None:
-        factors.append(_variants(document, resolve(document, reference), depth + 1))
-    if isinstance(branches := schema.get("allOf"), list):
-        factors += [_variants(document, branch, depth + 1) for branch in branches]
-    for keyword in ("anyOf", "oneOf"):
-        if isinstance(branches := schema.get(keyword), list):
-            factors.append([one for branch in branches for one in _variants(document, branch, depth + 1)])
-    for alternatives in conditions(schema):
-        factors.append([one for branch in alternatives for one in _variants(document, branch, depth + 1)])
-    found: list[Schema] = [{"properties": {}, "required": []}]
-    for factor in factors:
-        if factor:
-            found = [_merged(one, other) for one, other in product(found, factor)][:MAX_VARIANTS]
-    return found
+class _Branches:
+    """The branches of one document, multiplied out until that becomes too much."""
+
+    def __init__(self, document: Document) -> None:
+        self._document = document
+        self._num_merged = 0
+
+    def of(self, schema: Any, depth: int) -> list[Schema]:
+        """The objects that a schema allows."""
+        if not isinstance(schema, dict) or depth > MAX_DEPTH or self._num_merged > MAX_MERGED:
+            return []
+        factors = [[_own(schema)]]
+        if (reference := reference_of(schema)) is not None:
+            factors.append(self.of(resolve(self._document, reference), depth + 1))
+        if isinstance(branches := schema.get("allOf"), list):
+            factors += [self.of(branch, depth + 1) for branch in branches]
+        for keyword in ("anyOf", "oneOf"):
+            if isinstance(branches := schema.get(keyword), list):
+                factors.append([one for branch in branches for one in self.of(branch, depth + 1)])
+        for alternatives in conditions(schema):
+            factors.append([one for branch in alternatives for one in self.of(branch, depth + 1)])
+        found: list[Schema] = [{"properties": {}, "required": []}]
+        for factor in filter(None, factors):
+            found = [self._merged(one, other) for one, other in islice(product(found, factor), MAX_VARIANTS)]
+        return found
+
+    def _merged(self, one: Schema, other: Schema) -> Schema:
+        both = {**other, **one, "required": one["required"] + other["required"]}
+        for name in ("properties", "patternProperties"):
+            if name in one or name in other:
+                own = _object(one, name)
+                both[name] = own | {k: v for k, v in _object(other, name).items() if k not in own}
+                self._num_merged += 1 + len(both[name])
+        return both
 
 
 def _own(schema: Schema) -> Schema:
@@ -213,16 +232,6 @@ def conditions(schema: Schema) -> Iterator[list[Any]]:
         for key, added in _object(schema, name).items():
             if isinstance(added, dict):
                 yield [{}, {"required": [key], "allOf": [added]}]
-
-
-def _merged(one: Schema, other: Schema) -> Schema:
-    both = {**other, **one, "required": one["required"] + other["required"]}
-    for name in ("properties", "patternProperties"):
-        if name in one or name in other:
-            both[name] = _object(one, name) | {
-                key: value for key, value in _object(other, name).items() if key not in _object(one, name)
-            }
-    return both
 
 
 def _object(schema: Schema, name: str) -> Schema:

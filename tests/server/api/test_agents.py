@@ -20,7 +20,7 @@ def body(path: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_the_session_counts_first_then_the_user_each_of_its_key_then_the_title(
+def test_the_session_counts_first_then_the_user_each_of_its_key_then_the_conversation(
     client: TestClient, engine: ScriptedEngine, path: str
 ) -> None:
     for headers, more in (
@@ -31,9 +31,13 @@ def test_the_session_counts_first_then_the_user_each_of_its_key_then_the_title(
         ({}, {}),
     ):
         assert client.post(path, json=body(path, **more), headers=headers).status_code == 200
-    session, user, key, title, nobody = (request.agent for request in engine.requests)
-    assert (session, user, title, nobody) == (f"{key} session s", f"{key} user u", "title t", "")
+    session, user, both, title, nobody = (request.agent for request in engine.requests)
+    key, _, conversation = both.partition(" title t conversation ")
+    assert (session, user) == (f"{key} session s", f"{key} user u")
+    assert title.startswith("title t conversation ")
+    assert nobody.startswith("conversation ")
     assert key.startswith("key ")
+    assert conversation
     assert "Bearer" not in key
 
 

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLParserLimits
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
@@ -52,8 +51,7 @@ def test_a_grammar_that_proves_too_complex_ends_in_an_error_and_not_as_an_answer
     reason: str,
     stream: bool,
 ) -> None:
-    limited = partial(LLMatcher, limits=LLParserLimits(**limits))
-    monkeypatch.setattr("server.engine.decode.token_masks.LLMatcher", limited)
+    monkeypatch.setattr("server.engine.decode.token_masks.parser_limits", lambda: LLParserLimits(**limits))
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "stream": stream}
     body |= {"reasoning": {"enabled": False}, "response_format": {"type": "grammar", "grammar": grammar}}
     response = client.post("/v1/chat/completions", json=body)
@@ -74,12 +72,9 @@ def test_a_grammar_that_proves_too_complex_ends_in_an_error_and_not_as_an_answer
 
 
 def test_what_is_wrong_with_a_grammar_is_told_without_the_state_of_its_parser(client: TestClient) -> None:
-    branches = [
-        {"type": "object", "properties": {f"k{one}_{other}": {"type": "string"} for other in range(50)}}
-        for one in range(300)
-    ]
-    schema = {"type": "json_schema", "json_schema": {"schema": {"anyOf": branches}}}
-    body = {"messages": [{"role": "user", "content": "x"}], "response_format": schema}
+    grammar = "start: A\nA: /.*a.{30}/ & /.*b.{30}/ & ~/.*c.{30}/\n"
+    form = {"type": "grammar", "grammar": grammar}
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": form}
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     message = response.json()["error"]["message"]

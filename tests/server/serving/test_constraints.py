@@ -366,9 +366,9 @@ def test_a_grammar_that_takes_long_to_read_keeps_nobody_else_waiting(
 ) -> None:
     make_matcher, may_go_on = Grammars.make_matcher, threading.Event()
 
-    def slowly(grammars: Grammars, grammar: str, stop_token_ids: frozenset[int]) -> Matcher:
+    def slowly(grammars: Grammars, grammar: str, stop_token_ids: frozenset[int], num_bytes: int) -> Matcher:
         assert may_go_on.wait(30)
-        return make_matcher(grammars, grammar, stop_token_ids)
+        return make_matcher(grammars, grammar, stop_token_ids, num_bytes)
 
     async def last_of(engine: LoopEngine, request: Generate) -> RequestEvent:
         return [event async for event in engine.generate(request)][-1]

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
 
 from server.api.admin.metrics import metrics_router
+from server.api.service import Service
 from server.link.engine_protocol import EngineStatus
 from server.link.messages import Stats
 
@@ -14,9 +16,9 @@ class _Engine:
     status = EngineStatus("loading")
 
 
-def test_counts_and_ledger_are_shown_once_the_engine_has_sent_them() -> None:
+def test_counts_and_ledger_are_shown_once_the_engine_has_sent_them(service: Service) -> None:
     engine, app = _Engine(), FastAPI()
-    app.include_router(metrics_router(engine))  # type: ignore[arg-type]
+    app.include_router(metrics_router(replace(service, engine=engine), CollectorRegistry()))  # type: ignore[arg-type]
     client = TestClient(app)
     text = client.get("/metrics").text
     assert "glmserve_ready 0.0" in text

@@ -1,0 +1,111 @@
+"""A few threads for the work of many clients: next is the holder that had the least time lately.
+
+A `Lane` belongs to the event loop. What runs in it is asked now and then whether anybody still wants it.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from time import monotonic
+from typing import TypeVar
+
+from server.api.error_bodies import ClientGone
+
+# How far back the time that a holder has used counts.
+MEMORY_S = 30.0
+
+T = TypeVar("T")
+
+
+class Presence:
+    """Tells work whether its client is still there."""
+
+    def __init__(self) -> None:
+        self._is_over = False
+
+    def withdraw(self) -> None:
+        """The client is gone."""
+        self._is_over = True
+
+    def check(self) -> None:
+        """Raise ClientGone where nobody wants the result."""
+        if self._is_over:
+            raise ClientGone
+
+
+class Turns:
+    """Gives a number of places to holders, which may come many times."""
+
+    def __init__(self, num_places: int, clock: Callable[[], float] = monotonic) -> None:
+        self._num_free, self._clock = num_places, clock
+        self._lines: dict[str, deque[asyncio.Future[None]]] = {}
+        self._paid_until: dict[str, float] = {}  # a holder's time begins `MEMORY_S` ago and grows with use
+
+    @asynccontextmanager
+    async def turn(self, holder: str) -> AsyncGenerator[None, None]:
+        """Wait for a place, and give it back at the end."""
+        await self._enter(holder)
+        started_at = self._clock()
+        try:
+            yield
+        finally:
+            now = self._clock()
+            self._paid_until[holder] = self._age(holder, now) + now - started_at
+            self._pass_on()
+
+    async def _enter(self, holder: str) -> None:
+        if self._num_free:
+            self._num_free -= 1
+            return
+        place = asyncio.get_running_loop().create_future()
+        line = self._lines.setdefault(holder, deque())
+        line.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self._pass_on()  # it came at the same moment
+            else:
+                line.remove(place)
+            raise
+
+    def _pass_on(self) -> None:
+        now = self._clock()
+        waiting = {holder: line for holder, line in self._lines.items() if line}
+        self._lines = waiting
+        self._paid_until = {name: end for name, end in self._paid_until.items() if end > now - MEMORY_S}
+        if waiting:
+            holder = min(waiting, key=lambda name: self._age(name, now))
+            waiting[holder].popleft().set_result(None)
+        else:
+            self._num_free += 1
+
+    def _age(self, holder: str, now: float) -> float:
+        return max(self._paid_until.get(holder, 0.0), now - MEMORY_S)
+
+
+class Lane:
+    """Threads that work for one request each."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._turns = Turns(num_threads)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do something for nobody in particular, in no turn."""
+        self._pool.submit(work)
+
+    async def run(self, holder: str, work: Callable[[Presence], T]) -> T:
+        """What `work` returns or raises. Cancelled, it waits until the thread has noticed."""
+        async with self._turns.turn(holder):
+            wanted = Presence()
+            future = asyncio.get_running_loop().run_in_executor(self._pool, work, wanted)
+            try:
+                return await asyncio.shield(future)
+            except asyncio.CancelledError:
+                wanted.withdraw()
+                await asyncio.wait([future])
+                future.exception()  # seen: nobody else asks for it
+                raise

@@ -1,0 +1,117 @@
+"""Threads are given to holders in turn, and given back whatever happens."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from server.api.error_bodies import ClientGone
+from server.api.request.turns import Lane, Presence, Turns
+
+
+def spin(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@pytest.mark.parametrize("crowd", [3, 20, 60])
+def test_a_newcomer_waits_for_one_turn_of_a_holder_that_has_many(crowd: int) -> None:
+    async def scenario() -> list[str]:
+        lane, done = Lane(1, "test"), []
+
+        async def work(holder: str) -> None:
+            await lane.run(holder, lambda wanted: spin(0.01))
+            done.append(holder)
+
+        flood = [asyncio.ensure_future(work("flood")) for _ in range(crowd)]
+        await asyncio.sleep(0.015)
+        await work("plain")
+        position = len(done)
+        await asyncio.gather(*flood)
+        return done[:position]
+
+    assert len(asyncio.run(scenario())) <= 4
+
+
+def test_cost_counts_not_the_number_of_turns() -> None:
+    async def scenario() -> list[str]:
+        lane, order = Lane(1, "test"), []
+
+        async def work(holder: str, seconds: float) -> None:
+            await lane.run(holder, lambda wanted: spin(seconds))
+            order.append(holder)
+
+        works = [work("costly", 0.4) for _ in range(3)] + [work("cheap", 0.001) for _ in range(12)]
+        await asyncio.gather(*works)
+        return order
+
+    order = asyncio.run(scenario())
+    assert order[1:13] == ["cheap"] * 12
+
+
+@pytest.mark.parametrize("moment", ["while it waits", "while it works", "at once"])
+def test_a_client_that_leaves_gives_its_place_back(moment: str) -> None:
+    async def scenario() -> None:
+        lane, ended = Lane(1, "test"), threading.Event()
+
+        def work(wanted: Presence) -> None:
+            try:
+                while True:
+                    wanted.check()
+                    spin(0.002)
+            except ClientGone:
+                ended.set()
+                raise
+
+        first = asyncio.ensure_future(lane.run("a", work))
+        await asyncio.sleep(0.02)
+        leaving = first
+        if moment != "while it works":
+            leaving = asyncio.ensure_future(lane.run("b", work))
+            await asyncio.sleep(0 if moment == "at once" else 0.02)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        first.cancel()
+        await asyncio.wait([first])
+        assert ended.is_set()
+        assert await lane.run("c", lambda wanted: 7) == 7
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_what_work_raises_is_raised_and_the_next_has_its_turn() -> None:
+    async def scenario() -> None:
+        lane = Lane(1, "test")
+        for error in (ValueError("a"), KeyError("b"), ClientGone()):
+
+            def fail(wanted: Presence, error: Exception = error) -> None:
+                raise error
+
+            with pytest.raises(type(error)):
+                await lane.run("a", fail)
+        assert await lane.run("a", lambda wanted: 1) == 1
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_time_long_past_is_forgiven() -> None:
+    now = 0.0
+
+    async def scenario() -> list[str]:
+        nonlocal now
+        turns, order = Turns(1, lambda: now), []
+
+        async def use(holder: str, seconds: float) -> None:
+            nonlocal now
+            async with turns.turn(holder):
+                await asyncio.sleep(0)
+                now += seconds
+                order.append(holder)
+
+        await use("old", 20)
+        now += 100
+        await asyncio.gather(use("first", 1), use("old", 1), use("new", 1))
+        return order[1:]
+
+    assert asyncio.run(scenario()) == ["first", "old", "new"]

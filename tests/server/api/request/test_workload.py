@@ -1,0 +1,190 @@
+"""The bytes of all requests have a limit: what is beyond is told when to come back."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from config.errors import BusyError
+from config.plan import MIN_REQUEST_BYTES
+from server.api.app import make_app
+from server.api.request.body import MAX_CONTAINERS, Extent
+from server.api.request.model_names import ModelNames
+from server.api.request.workload import GRACE_S, SMALL_BYTES, Allowance, Workload
+from server.api.service import Dialect, Service
+from tests.server.api.conftest import running_app
+from tests.server.api.scripted import ScriptedEngine
+
+MIB = 2**20
+
+
+@pytest.fixture
+def tight(engine: ScriptedEngine, dialect: Dialect) -> Service:
+    """A service with 8 MiB for requests."""
+    service = Service(engine, dialect, ModelNames("z-ai/glm-5.2"))
+    service.workload.limit = lambda: 8 * MIB
+    return service
+
+
+@pytest.fixture
+def tight_url(tight: Service) -> Iterator[str]:
+    with running_app(make_app(tight)) as url:
+        yield url
+
+
+def chat(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+
+
+BODIES = {
+    "long": ("chat/completions", chat("word " * (3 * MIB // 2))),
+    "one emoji makes all of it wide": ("chat/completions", chat("x" * MIB + "😀")),
+    "many messages": ("chat/completions", {"messages": [{"role": "user", "content": "x"}] * 20_000}),
+    "ids": ("detokenize", {"tokens": [1] * 400_000}),
+    "prompts": ("completions", {"prompt": ["a b"] * 1024, "n": 16, "max_tokens": 1}),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES.values(), ids=BODIES)
+def test_a_body_that_would_take_too_much_is_refused_for_now(
+    tight: Service, path: str, body: dict[str, Any]
+) -> None:
+    client = TestClient(make_app(tight))
+    answer = client.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 413, answer.text[:300]
+    assert "of 8 MB that all requests together have" in answer.json()["error"]["message"]
+    tight.workload.limit = lambda: 160 * MIB
+    others = tight.workload.lease()
+    others.hold(156 * MIB)
+    answer = client.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 503, answer.text[:300]
+    assert answer.headers["retry-after"] == "5"
+    assert "memory for requests" in answer.json()["error"]["message"]
+    assert tight.workload.num_bytes == 156 * MIB
+
+
+def test_what_requests_had_is_given_back_however_they_end(tight: Service, engine: ScriptedEngine) -> None:
+    client = TestClient(make_app(tight))
+    for body in (chat("hi"), chat("hi") | {"stream": True}, {"messages": 3}, chat("a " * 60_000)):
+        client.post("/v1/chat/completions", json=body)
+        assert tight.workload.num_bytes == 0
+    engine.fails_after = 1
+    client.post("/v1/chat/completions", json=chat("hi"))
+    client.get("/v1/models")
+    assert tight.workload.num_bytes == 0
+
+
+def stalled(url: str, num_bytes: int) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {8 * MIB}\r\n\r\n"
+    client.sendall(head.encode() + b'{"messages":[{"role":"user","content":"' + b"x" * num_bytes)
+    return client
+
+
+@pytest.mark.parametrize("number", [3, 10, 40])
+def test_bodies_that_stop_in_the_middle_leave_room_for_others(
+    tight_url: str, tight: Service, number: int
+) -> None:
+    with ExitStack() as stack:
+        for _ in range(number):
+            stack.enter_context(stalled(tight_url, MIB))
+        time.sleep(0.5)
+        assert tight.workload.num_bytes <= 5 * MIB
+        answer = httpx.post(f"{tight_url}/v1/chat/completions", json=chat("hello"), timeout=5)
+        assert answer.status_code == 200
+    deadline = time.monotonic() + 5
+    while tight.workload.num_bytes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert tight.workload.num_bytes == 0
+
+
+@pytest.mark.parametrize("age_s", [0.0, GRACE_S - 1, GRACE_S + 1])
+def test_the_oldest_incomplete_body_gives_way_once_it_took_long(age_s: float) -> None:
+    now = 0.0
+    workload = Workload(lambda: now)
+    workload.limit = lambda: 4 * MIB
+    given_up = []
+    old, new = workload.lease(), workload.lease()
+    old.give_up = lambda: given_up.append(old)
+    old.receive(MIB)
+    now += age_s
+    if age_s < GRACE_S:
+        with pytest.raises(BusyError):
+            new.receive(2 * MIB)
+        assert not given_up
+    else:
+        new.receive(2 * MIB)
+        assert given_up == [old]
+    for lease in (old, new):
+        lease.release()
+    assert workload.num_bytes == 0
+
+
+def test_small_bodies_are_taken_when_large_ones_have_everything() -> None:
+    workload = Workload()
+    workload.limit = lambda: MIB
+    large = workload.lease()
+    large.hold(MIB)
+    workload.lease().receive(SMALL_BYTES)
+    with pytest.raises(BusyError):
+        workload.lease().hold(SMALL_BYTES + 1)
+
+
+def test_the_account_is_right_whatever_threads_do() -> None:
+    workload = Workload()
+
+    def use(lease: Allowance) -> None:
+        for number in range(2000):
+            lease.hold(number % 7 * 1000)
+        lease.release()
+
+    threads = [threading.Thread(target=use, args=(workload.lease(),)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert workload.num_bytes == 0
+
+
+HOSTILE = {
+    "objects": b'{"messages":[' + b"{}," * 2_000_000 + b"{}]}",
+    "arrays in arrays": b"[" + b"[[]]," * 100_000 + b"1]",
+    "empty strings": b"[" + b'"",' * 1_000_000 + b'""]',
+    "strings that end in a backslash": b"[" + rb'"\\",' * 600_000 + b'""]',
+    "short keys": b"{" + b",".join(b'"%x":1' % number for number in range(300_000)) + b"}",
+}
+
+
+@pytest.mark.parametrize("raw", HOSTILE.values(), ids=HOSTILE)
+def test_bodies_of_a_hundred_thousand_parts_are_refused_before_they_are_parsed(
+    module_client: TestClient, raw: bytes
+) -> None:
+    started_at = time.monotonic()
+    answer = module_client.post("/v1/chat/completions", content=raw[: 8 * MIB])
+    assert answer.status_code == 413
+    assert "objects and arrays" in answer.json()["error"]["message"]
+    assert time.monotonic() - started_at < 5
+
+
+def test_two_million_ids_fit_into_the_least_line_of_the_plan() -> None:
+    for ids in ([1], [300, 301], [99_999, 3]):
+        raw = json.dumps({"tokens": ids * (2_000_000 // len(ids))}, separators=(",", ":")).encode()[: 8 * MIB]
+        assert Extent.of(raw).peak_bytes + len(raw) < MIN_REQUEST_BYTES
+
+
+def test_braces_in_texts_are_no_parts(client: TestClient) -> None:
+    code = 'if (a) { b[0] = \\"{\\"; } ' * 30_000
+    raw = json.dumps(chat(code)).encode()
+    extent = Extent.of(raw)
+    assert raw.count(b"{") > 50_000
+    assert extent.num_containers < 10
+    assert extent.num_strings < MAX_CONTAINERS
+    answer = client.post("/v1/chat/completions", content=raw)
+    assert "maximum context length" in answer.text
