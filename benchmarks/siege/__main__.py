@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -144,7 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.siege", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two minutes instead of ten")
     parser.add_argument("--budget", type=int, default=800, help="megabytes of the budget and of the cgroup")
-    parser.add_argument("--only", default="", help="a part of the names of attacks and rounds")
+    parser.add_argument("--only", default="", help="parts of the names of attacks and rounds, with commas")
     options = parser.parse_args()
     seconds, number = (2.5, 1) if options.quick else (9.0, 3)
     cage = Cage(options.budget * 10**6)
@@ -157,18 +158,21 @@ def main() -> int:
             bystander.start()
             siege.measure_calm(4 * seconds)
             for name, _ in attacks():
-                if options.only in name:
+                if any(part in name for part in options.only.split(",")):
                     siege.attack(name, seconds)
             for name, _ in ROUNDS:
-                if options.only in name:
+                if any(part in name for part in options.only.split(",")):
                     siege.round(name, number)
         finally:
             bystander.stop()
             server.stop()
             peak, left = cage.peak_bytes, [pid for pid in cage.pids]
             cage.close()
+            if options.only:
+                print("".join(line for line in server.log.open() if " INFO gen-" not in line)[-6000:])
     faults = siege.close() + ([f"{len(left)} processes stayed behind"] if left else [])
     console = Console(width=150)
+    print("load average: " + " ".join(f"{one:.1f}" for one in os.getloadavg()))
     console.print(siege.table())
     print(f"peak of the cgroup, page cache included: {peak / 1e6:.0f} of {options.budget} MB")
     print("\n".join(faults))

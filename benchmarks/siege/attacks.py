@@ -28,10 +28,15 @@ class Attack:
     """Counts what is tried, and what comes of it."""
 
     def __init__(self, url: str, seconds: float) -> None:
-        self.url, self.deadline = url, time.monotonic() + seconds
+        self.url, self._seconds = url, seconds
+        self.begin()
         self.port = int(url.rpartition(":")[2])
         self.num_tried = 0
         self.answers: Counter[str] = Counter()
+
+    def begin(self) -> None:
+        """Let the time begin, once everything is prepared."""
+        self.deadline = time.monotonic() + self._seconds
 
     @property
     def goes_on(self) -> bool:
@@ -131,6 +136,7 @@ def bodies(name: str, number: int) -> Callable[[Attack], None]:
 
     def attack_with(attack: Attack) -> None:
         path, raw, headers = BODIES[name]()
+        attack.begin()
         attack.together(number, lambda _: attack.post(path, raw, more=headers))
 
     return attack_with

@@ -114,7 +114,9 @@ class Server:
             assert self.process.poll() is None, self.log.read_text()[-2000:]
             time.sleep(0.05)
         self.port = int(found[1])
-        self.wait_until_ready(60)
+        started_at = time.monotonic()
+        self.wait_until_ready(90)
+        self.start_s = time.monotonic() - started_at
 
     def is_ready(self) -> bool:
         """Whether /health says so."""

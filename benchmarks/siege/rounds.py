@@ -16,6 +16,7 @@ from benchmarks.siege.bodies import chat
 from benchmarks.siege.cage import KEYS, Server
 
 HEADERS = {"authorization": f"Bearer {KEYS['attacker']}"}
+# After a fault's end; an engine that starts slowly, on a busy machine, has three times its last start.
 BACK_S = 10.0
 
 
@@ -58,7 +59,8 @@ class Crowd:
 
 
 def _until_back(server: Server, what: str) -> list[str]:
-    return [] if server.wait_until_ready(BACK_S) else [f"{what}: not ready within {BACK_S:g} s"]
+    seconds = max(BACK_S, 3 * server.start_s)
+    return [] if server.wait_until_ready(seconds) else [f"{what}: not ready within {seconds:.0f} s"]
 
 
 def engine_killed(server: Server) -> list[str]:
@@ -74,7 +76,7 @@ def engine_stopped(server: Server) -> list[str]:
     pid = server.engine
     if pid:
         os.kill(pid, signal.SIGSTOP)
-    deadline = time.monotonic() + 6 + BACK_S
+    deadline = time.monotonic() + 6 + max(BACK_S, 3 * server.start_s)
     while time.monotonic() < deadline:
         time.sleep(0.2)
         if server.engine not in (0, pid) and server.is_ready():

@@ -65,7 +65,10 @@ class Extent:
         if raw.count(b"{") + raw.count(b"[") > MAX_CONTAINERS and num_strings <= MAX_STRINGS:
             structure = _STRING.sub(b"", raw)
         num_containers = structure.count(b"{") + structure.count(b"[")
-        return cls(num_containers, num_strings, structure.count(b","), len(raw) * _width(raw))
+        num_items = structure.count(b",")
+        is_numbers = num_items > 16 * num_strings
+        text = len(raw.translate(None, b"0123456789, \n")) if is_numbers else len(raw)
+        return cls(num_containers, num_strings, num_items, text * _width(raw))
 
     @property
     def kept_bytes(self) -> int:

@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from config.errors import BusyError
+from config.plan import MIN_REQUEST_BYTES
 from server.api.app import make_app
 from server.api.request.body import MAX_CONTAINERS, Extent
 from server.api.request.model_names import ModelNames
@@ -46,7 +47,7 @@ BODIES = {
     "long": ("chat/completions", chat("word " * (3 * MIB // 2))),
     "one emoji makes all of it wide": ("chat/completions", chat("x" * MIB + "😀")),
     "many messages": ("chat/completions", {"messages": [{"role": "user", "content": "x"}] * 20_000}),
-    "ids": ("detokenize", {"tokens": [1] * 200_000}),
+    "ids": ("detokenize", {"tokens": [1] * 400_000}),
     "prompts": ("completions", {"prompt": ["a b"] * 1024, "n": 16, "max_tokens": 1}),
 }
 
@@ -170,6 +171,12 @@ def test_bodies_of_a_hundred_thousand_parts_are_refused_before_they_are_parsed(
     assert answer.status_code == 413
     assert "objects and arrays" in answer.json()["error"]["message"]
     assert time.monotonic() - started_at < 5
+
+
+def test_two_million_ids_fit_into_the_least_line_of_the_plan() -> None:
+    for ids in ([1], [300, 301], [99_999, 3]):
+        raw = json.dumps({"tokens": ids * (2_000_000 // len(ids))}, separators=(",", ":")).encode()[: 8 * MIB]
+        assert Extent.of(raw).peak_bytes + len(raw) < MIN_REQUEST_BYTES
 
 
 def test_braces_in_texts_are_no_parts(client: TestClient) -> None:
