@@ -42,7 +42,7 @@ FIRST_RESTART_DELAY_S = 0.5
 GIVEN_UP_DELAY_S = 180.0
 # How long to wait for descriptors, memory or a process of the system; having none is no death of the engine.
 SCARCITY_DELAY_S = 2.0
-# An engine that was ready for so long, or has completed a request, did not die of its start.
+# An engine that was ready for this long, or has completed a request, did not die of its start.
 STABLE_S = 60.0
 # An engine that has been silent for this part of the time that a step may take is not called ready any more.
 DOUBTFUL = 0.25
@@ -154,7 +154,7 @@ class EngineProcess:
             await asyncio.to_thread(child.stop)
 
     def dismiss_all(self) -> None:
-        """Tell all who wait that the server stops, and take no more requests."""
+        """Tells all waiting requests that the server stops, and takes no more."""
         self._status = EngineStatus("down", STOPPING)
         self._fail_all(STOPPING)
 
