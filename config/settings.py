@@ -346,7 +346,7 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     known = [CONFIG_VARIABLE, *(ENV_PREFIX + name.upper() for name in Settings.model_fields)]
     for name in environment:
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
-            raise UsageError(f"unknown variable {name}; {_nearest(name, known)}")
+            raise UsageError(f"unknown variable {name}; {_nearest(name.upper(), known)}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

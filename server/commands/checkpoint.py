@@ -58,7 +58,8 @@ def _what_is_missing() -> str:
         snapshot = snapshot_of(folder)
         repo = folder.name.removeprefix("models--").replace("--", "/", 1)
         if snapshot and _is_half_a_glm(snapshot):
-            return f"{repo} in the Hugging Face cache is incomplete; `glmserve pull {repo}` goes on"
+            found = f"{repo} in the Hugging Face cache is incomplete"
+            return f"{found}: `glmserve pull {repo}` goes on, as `hf download` would"
     return (
         f"there is no GLM in the Hugging Face cache ({cache_folder()}): `glmserve pull {SUGGESTED}` fetches "
         f"one, as `hf download` does, and `glmserve pull --list` knows others"
