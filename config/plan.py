@@ -83,12 +83,12 @@ MIN_PREFIX_TOKENS = 2048
 
 
 def cache_rows(rows: int) -> int:
-    """Rows that a cache has room for once it grew to hold so many."""
+    """Rows that a cache has room for once it has grown to hold `rows`."""
     return -(-(rows + rows // KV_DIVISOR) // KV_STEP) * KV_STEP
 
 
 def most_cache_rows(tokens: int) -> int:
-    """Rows of all caches together, at most, while the lengths of the sequences add up to so many tokens."""
+    """The most rows of all caches together while the sequences' lengths add up to `tokens`."""
     return tokens + tokens // KV_DIVISOR + KV_STEP * min(tokens, MAX_RUNNING)
 
 
@@ -202,7 +202,7 @@ def make_plan(
 
 
 def _fixed_point(needed: Callable[[int], int]) -> int:
-    """The smallest budget that is what is needed with it."""
+    """The smallest budget that equals what is needed with it."""
     budget = needed(0)
     while budget < needed(budget):
         budget = needed(budget)
@@ -225,7 +225,7 @@ def _ring_slots(geometry: Geometry, spare: int) -> int:
 
 
 def reader_buffers(threads: int) -> int:
-    """Each thread's own, and those that may be with reads which do not come back.
+    """Buffers of a reader: one per thread, and some for reads that do not come back.
 
     After a quarter of the threads has been replaced, a dying disk has fewer threads, not more memory.
     """
@@ -309,12 +309,12 @@ def divide(geometry: Geometry, room: int) -> tuple[int, tuple[int, ...]]:
 
 
 def slots_bytes(geometry: Geometry, slots: Sequence[int]) -> int:
-    """Memory of so many slots of each layer."""
+    """Memory of the slots of all layers."""
     return sum(count * nbytes for count, nbytes in zip(slots, geometry.expert_bytes, strict=True))
 
 
 def _slots(sizes: Sequence[int], room: int, most: int) -> tuple[int, ...]:
-    """The same number for all, at most so many; the remainder gives one more to the first that it fits."""
+    """The same number of slots for each size, at most `most`; the rest goes to the first that it fits."""
     per_slot = sum(sizes)
     even = min(room // per_slot, most) if per_slot else most
     left = room - even * per_slot

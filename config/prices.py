@@ -19,7 +19,7 @@ class Price:
     completion: float
 
     def of(self, num_prompt: int, num_cached: int, num_completion: int) -> float:
-        """US dollars for so many tokens; the cached ones are among the prompt's."""
+        """US dollars for these tokens; the cached ones are among the prompt's."""
         millions = (
             self.prompt * (num_prompt - num_cached)
             + self.cached * num_cached

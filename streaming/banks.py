@@ -60,7 +60,7 @@ class Bank(Protocol):
         ...
 
     def resize(self, kept: Sequence[int], num_slots: int) -> None:
-        """Makes new arrays of so many slots; slot i holds what slot `kept[i]` held, the rest anything.
+        """Makes new arrays of `num_slots` slots; slot i holds what slot `kept[i]` held, the rest anything.
 
         While it runs both are in memory. An error, of memory that is not there, leaves the bank as it was.
         """

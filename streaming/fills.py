@@ -61,7 +61,7 @@ class TicketOffice:
             return self._generations[bank, slot]
 
     def renew(self, bank: Hashable) -> None:
-        """The bank's slots are other memory now: whoever is still inside writes into none of them."""
+        """Records that the bank's slots are new memory; threads still inside write into the old one."""
         with self._lock:
             for slot, count in self._writers.items():
                 if slot[0] == bank and count:
@@ -70,7 +70,7 @@ class TicketOffice:
                     self._writers[slot] = 0
 
     def is_written(self, bank: Hashable, slot: int) -> bool:
-        """Whether anybody is inside, under whichever ticket."""
+        """Whether a reader's thread may still write into the slot, under any ticket."""
         return self._writers.get((bank, slot), 0) > 0
 
     def enter(self, ticket: Ticket) -> bool:
@@ -96,7 +96,7 @@ class TicketOffice:
 
 @dataclass(eq=False)
 class Fill:
-    """One missed expert; `batch` is set once its reads are submitted."""
+    """An expert on its way into a slot; `batch` is set once its reads are submitted."""
 
     expert: int
     ticket: Ticket
@@ -140,7 +140,7 @@ def raise_failure(layer: int, failed: Sequence[Fill]) -> None:
 
 
 class Filler:
-    """Starts, hastens, awaits and gives up fills."""
+    """Starts fills, hastens them, waits for them, and voids them."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class Filler:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the reader's buffers."""
+        """Memory of the reader's buffers."""
         return self._reader.memory_bytes
 
     def make(
@@ -182,7 +182,7 @@ class Filler:
         *,
         owner: Hashable | None = None,
     ) -> Fill:
-        """A fill with its reads, not yet submitted; whoever wrote into the slot before is out of it.
+        """Makes a fill with its reads, not yet submitted. No read may still be writing into the slot.
 
         `owner` names the bank where it is not the layer's own.
         """
@@ -212,23 +212,26 @@ class Filler:
         )
 
     def submit(self, fills: Sequence[Fill]) -> None:
-        """Starts the reads of fills that will be waited for together."""
+        """Starts the reads of fills that are waited for together."""
         batch = self._reader.submit([read for fill in fills for read in fill.reads])
         for fill in fills:
             fill.batch = batch
 
     def hasten(self, fill: Fill) -> None:
-        """Somebody waits for it now."""
+        """Moves the reads of a fill into the class that a step waits for."""
         assert fill.batch is not None, "only a submitted fill can be hastened"
         self._reader.promote(fill.batch, ReadClass.DEMAND)
 
     def cancel(self, fill: Fill) -> bool:
-        """Drops what was not started; whether that was anything, so that the expert cannot arrive."""
+        """Drops the reads that were not started.
+
+        Returns True if there were any, so the expert cannot arrive.
+        """
         assert fill.batch is not None, "only a submitted fill can be cancelled"
         return self._reader.cancel(fill.batch)
 
     def wait(self, fills: Sequence[Fill]) -> float:
-        """Returns once all are settled, the seconds that took."""
+        """Waits until all fills have settled. Returns the seconds that took."""
         start_s = time.monotonic()
         for batch in dict.fromkeys(fill.batch for fill in fills):
             assert batch is not None, "a fill is waited for once its reads are submitted"
@@ -273,6 +276,6 @@ class Filler:
 
 
 def _write(bank: Bank, slot: int, segments: Sequence[Segment], raw: Bytes) -> None:
-    """On a reader's thread: puts those of a run's bytes into the slot that are not kept as they are."""
+    """Converts bytes of a run into the slot's own types. Runs on a reader's thread."""
     for segment in segments:
         bank.write(slot, segment.part, segment.start, raw[segment.at : segment.at + segment.nbytes])

@@ -36,7 +36,7 @@ class Gate:
         self._open_question: list[tuple[int, int]] = []  # rank, expert
 
     def choose(self, ranks: Sequence[Sequence[int]], resident: Container[int]) -> list[int]:
-        """The experts to read, likeliest first, out of `ranks[rank][row]`; notes all for `judge`."""
+        """The experts worth reading, likeliest first, out of `ranks[rank][row]`; notes all for `judge`."""
         self._precision += [FIRST_GUESS] * (len(ranks) - len(self._precision))
         seen: set[int] = set()
         self._open_question = []
@@ -48,7 +48,7 @@ class Gate:
         return [expert for rank, expert in self._open_question if self._precision[rank] >= THRESHOLD]
 
     def judge(self, wanted: Collection[int]) -> None:
-        """What the layer then asked for."""
+        """Compares the last prediction with the experts that the layer then asked for."""
         for rank, expert in self._open_question:
             hit = float(expert in wanted)
             self._precision[rank] += (1 - DECAY) * (hit - self._precision[rank])
@@ -110,11 +110,11 @@ class StoreLayer:
 
     @property
     def under_way(self) -> list[Fill]:
-        """Reads that nobody waits for."""
+        """Reads ahead that are under way."""
         return list(self.ahead.values())
 
     def __contains__(self, expert: object) -> bool:
-        """Whether it is there or coming."""
+        """Whether the expert is resident or being read ahead."""
         return expert in self.books or expert in self.ahead
 
     def slot_table(self, num_experts: int) -> mx.array | None:
@@ -126,7 +126,7 @@ class StoreLayer:
         return self._table
 
     def begin(self, experts: Sequence[int]) -> Sequence[Fill]:
-        """Starts to bring what is not here of the experts somebody needs now; the fills to wait for."""
+        """Starts to read those of the experts that are not resident. Returns the fills to wait for."""
         joined, missed = self.ask(experts)
         try:
             return [*joined.values(), *self._start_missed(missed, frozenset(experts))]
@@ -136,7 +136,10 @@ class StoreLayer:
             raise
 
     def ask(self, experts: Sequence[int]) -> tuple[dict[int, Fill], list[int]]:
-        """Notes that somebody needs these now: those that are on their way, and those that are to be read."""
+        """Records that a step needs these experts.
+
+        Returns those being read ahead, and those that are to be read.
+        """
         for gate in self._gates.values():
             gate.judge(experts)
         self.books.ask(experts)
@@ -148,7 +151,7 @@ class StoreLayer:
         return joined, missed
 
     def start(self, missed: Sequence[int], keep: Collection[int]) -> Sequence[Fill]:
-        """Starts the reads of these, in slots of experts not in `keep`; as many as the bank fills at once."""
+        """Starts to read at most `bank.max_fill` experts, into slots of experts not in `keep`."""
         fills = [self._make(expert, keep, ReadClass.DEMAND) for expert in missed]
         self.bank.begin([fill.slot for fill in fills])
         if fills:
@@ -177,7 +180,7 @@ class StoreLayer:
         raise_failure(self.number, failed)
 
     def give_up(self, fill: Fill) -> None:
-        """Frees the slot of an unwanted fill; while a read still writes into it nobody can take it."""
+        """Frees the slot of an unwanted fill. It cannot be taken while a read may still write into it."""
         self._filler.void(fill)
         if not self.bank.is_in_place:  # the staging rows are shared by all slots
             self._filler.wait([fill])
@@ -199,7 +202,10 @@ class StoreLayer:
             self._counts.ahead_started += 1
 
     def join_ahead(self, experts: Sequence[int]) -> dict[int, Fill]:
-        """The wanted ones still under way, hastened; the others are cancelled where that spares a read."""
+        """Hastens the reads ahead of these experts, cancels the others.
+
+        Returns the hastened fills by expert.
+        """
         self._land_ahead()
         joined = {}
         for expert, fill in list(self.ahead.items()):
@@ -228,7 +234,7 @@ class StoreLayer:
         self.books.check([fill.slot for fill in self.under_way])
 
     def _start_missed(self, missed: Sequence[int], keep: frozenset[int]) -> Sequence[Fill]:
-        """Starts the reads of all; waits for them where the bank is filled by scatter."""
+        """Starts to read all of these experts; waits for them where the bank is filled by scatter."""
         if missed:
             self.make_room(len(missed), keep)
         if self.bank.is_in_place:
@@ -238,7 +244,7 @@ class StoreLayer:
         return ()
 
     def make_room(self, num_wanted: int, keep: Collection[int]) -> None:
-        """Gives up guesses until `num_wanted` slots can be taken; waits for voided reads only where it must.
+        """Gives up reads ahead until `num_wanted` slots can be taken; waits for voided reads only if it must.
 
         DiskError if hung reads hold too many slots.
         """

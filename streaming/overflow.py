@@ -19,7 +19,7 @@ Turn = tuple[list[int], list[int]]  # experts, ascending, and their slots
 
 
 def take_turns(state: StoreLayer, experts: Sequence[int]) -> Generator[Turn]:
-    """All of the experts (unique), turn by turn. Asking for the next says that all products are evaluated.
+    """Yields all of the experts (unique), some at a time; products are evaluated before the next.
 
     DiskError names what could not be read.
     """
@@ -52,6 +52,6 @@ def take_turns(state: StoreLayer, experts: Sequence[int]) -> Generator[Turn]:
             yield now, [state.books.slot(expert) for expert in now]
             uncomputed.difference_update(now)
             here = [expert for expert in here if expert in uncomputed]
-    finally:  # the one who computes gave up, or a read failed: nobody asks for the rest
+    finally:  # the computation ended early, or a read failed: the rest is not asked for
         for fill in [fill for fills in under_way for fill in fills]:
             state.give_up(fill)

@@ -10,7 +10,7 @@ from streaming.eviction.policy import Policy, Scores
 
 
 class Residency:
-    """One layer's books."""
+    """Which expert lies in which slot of one layer."""
 
     def __init__(
         self, policy: Policy, num_slots: int, is_written: Callable[[int], bool] = lambda slot: False
@@ -53,7 +53,7 @@ class Residency:
         self._policy.use(experts)
 
     def least_worth_first(self, experts: Iterable[int]) -> list[int]:
-        """As the policy would give them up; those that it cannot tell apart in the order given."""
+        """The experts in the order in which the policy would evict them; ties keep the order given."""
         return sorted(experts, key=self._policy.worth)
 
     def num_free(self, keep: Collection[int]) -> int:
@@ -70,36 +70,42 @@ class Residency:
         return self._evict(keep)
 
     def hold(self, expert: int, slot: int) -> None:
-        """The bytes have arrived in a slot that was taken."""
+        """Records that `slot` now holds `expert`, whose bytes have arrived."""
         self._slot_of[expert] = slot
         self._policy.use((expert,))
 
     def release(self, slot: int) -> None:
-        """They have not."""
+        """Frees a slot whose read failed or was cancelled."""
         self._free.append(slot)
         self._free.sort(reverse=True)
 
     def shed(self, num_slots: int) -> list[int]:
-        """Gives up experts until so many slots hold the rest; the slots that are held then, ascending."""
+        """Evicts experts until at most `num_slots` are resident.
+
+        Returns the slots that are still held, ascending.
+        """
         while len(self._slot_of) > num_slots:
             self.release(self._evict(()))
         return sorted(self._slot_of.values())
 
     def resize(self, kept: Sequence[int], num_slots: int) -> None:
-        """There are so many slots now, and what lay in slot `kept[i]` lies in slot i; none is taken."""
+        """Renumbers the slots: the expert in slot `kept[i]` now lies in slot i of `num_slots`.
+
+        None may be taken.
+        """
         slot_of = {old: slot for slot, old in enumerate(kept)}
         self._slot_of = {expert: slot_of[old] for expert, old in self._slot_of.items()}
         self._free = list(reversed(range(len(kept), num_slots)))
         self.num_slots = num_slots
 
     def follow(self, policy: Policy) -> None:
-        """Another policy takes over: it is told what is resident, in the order of the old one's victims."""
+        """Hands over to another policy, which learns what is resident in the old one's order of eviction."""
         for expert in self.least_worth_first(self._slot_of):
             policy.use((expert,))
         self._policy = policy
 
     def _evict(self, keep: Container[int]) -> int:
-        """The slot of the expert that the policy gives up."""
+        """Evicts the expert that the policy names. Returns its slot."""
         expert = min((one for one in self._slot_of if one not in keep), key=self._policy.worth)
         self.num_evictions += 1
         return self._slot_of.pop(expert)

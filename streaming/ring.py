@@ -48,7 +48,7 @@ class Ring:
         self._fills: dict[Key, Fill] = {}
 
     def begin(self, order: Sequence[Key]) -> None:
-        """These are computed next, in this order; what is on its way and too far from its turn is dropped."""
+        """Begins to read these experts in this order; drops reads under way whose turn is too far off."""
         window = {key for lane in set(self._lane_of.values()) for key in self._first_of(lane, order)}
         for key, fill in list(self._fills.items()):
             if key not in window or fill.error is not None:
@@ -57,7 +57,10 @@ class Ring:
         self._start()
 
     def bring(self, layer: int, experts: Sequence[int]) -> tuple[list[Fill], float]:
-        """The next experts of the order, settled, and the seconds waited; at most a lane's slots."""
+        """Waits for the next experts of the order, at most a lane's slots.
+
+        Returns their fills and the seconds waited.
+        """
         lane = self._lane_of[layer]
         if not lane.bank.is_in_place:
             return self._bring_staged(lane, layer, experts)
@@ -77,13 +80,13 @@ class Ring:
         return self._fills[layer, expert].slot
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """All products with them are evaluated: their slots take the next of the order."""
+        """Frees the slots of experts whose products are evaluated, for the next of the order."""
         for expert in experts:
             self._lane_of[layer].free.append(self._fills.pop((layer, expert)).slot)
         self._start()
 
     def clear(self) -> None:
-        """Gives up whatever is under way or held."""
+        """Drops all reads under way and frees all slots."""
         self._wanted.clear()
         for key in list(self._fills):
             self._drop(key)
@@ -109,7 +112,7 @@ class Ring:
             assert sorted([*lane.free, *held]) == list(range(lane.num_slots)), f"{lane.name}: a slot is lost"
 
     def _first_of(self, lane: _Lane, order: Sequence[Key]) -> list[Key]:
-        """Those that have a slot now; more of them would hold the slots of those whose turn comes before."""
+        """The experts of the order that get a slot of the lane now."""
         num_held = sum(self._filler.is_written(lane.name, slot) for slot in lane.free)
         return [key for key in order if self._lane_of[key[0]] is lane][: lane.num_slots - num_held]
 
@@ -133,7 +136,10 @@ class Ring:
         return fill
 
     def _bring_staged(self, lane: _Lane, layer: int, experts: Sequence[int]) -> tuple[list[Fill], float]:
-        """Where a bank is filled by scatter nothing is read ahead: the staging rows are everybody's."""
+        """Reads experts into a bank that is filled by scatter.
+
+        Nothing ahead, because layers share the staging rows.
+        """
         fills, waited_s = [], 0.0
         for first in range(0, len(experts), lane.bank.max_fill):
             part = [self._make(lane, layer, e) for e in experts[first : first + lane.bank.max_fill]]

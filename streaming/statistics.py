@@ -1,4 +1,4 @@
-"""What the store counts. Written on the engine's thread, copied out for whoever asks."""
+"""Counts of the store. Written on the engine's thread; others get copies."""
 
 from dataclasses import dataclass
 

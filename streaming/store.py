@@ -117,7 +117,7 @@ class ExpertStore:
         return self._layers[layer].slot_table(self._index.num_experts)
 
     def count_hits(self, num_pairs: int) -> None:
-        """So many (row, expert) pairs found their experts' slots in a table; each counts as a hit."""
+        """Counts hits of (row, expert) pairs whose slots were found in a table."""
         self._counts.hits += num_pairs
 
     def heat(self) -> dict[int, tuple[int, int, int]]:
@@ -250,20 +250,20 @@ class ExpertStore:
         self._sweeper.anticipate(self._layers[layer])
 
     def observe(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
-        """By what the router chose among all experts, `[tokens, experts]`."""
+        """Tells the policy the router's scores of all experts, `[tokens, experts]`."""
         self._layers[layer].books.observe(scores)
 
     def expect(self, layer: int, ranks: Sequence[Sequence[int]], distance: int = 1) -> None:
-        """These experts may be asked for next, `ranks[0]` most likely, an entry for each row.
+        """Starts to read experts that may be asked for next; `ranks[0]` is the likeliest of each row.
 
         `distance`: how many layers earlier that was guessed; guesses are judged by it.
-        Starts reads that give way to those somebody waits for. Errors are nobody's: who really needs the
+        The reads give way to those that a step waits for. Their errors reach nobody: a step that needs the
         expert reads it again.
         """
         self._released(layer).expect(ranks, distance)
 
     def resize(self, layer: int, num_slots: int) -> None:
-        """Moves a layer into a bank of so many slots; between passes, or between two layers of one.
+        """Moves a layer into a bank of `num_slots` slots; between passes, or between two layers of one.
 
         What is resident stays, but for those that the policy gives up first. Both banks are in memory
         meanwhile; then the old one goes back to the system. An error, of memory that is not there, leaves
@@ -277,7 +277,7 @@ class ExpertStore:
             mx.clear_cache()
 
     def follow(self, make_policy: Callable[[], Policy]) -> None:
-        """Other policies take over what is resident, one a layer; between layers of a pass."""
+        """Gives each layer another policy, which takes over what is resident; between layers of a pass."""
         self._abandon_unfinished()
         for state in self._layers.values():
             state.books.follow(make_policy())
@@ -313,7 +313,7 @@ class ExpertStore:
         return state
 
     def _abandon_unfinished(self) -> None:
-        """What was computed with a fetch, or with a turn, failed: slots on their way are taken back."""
+        """Takes back slots of a fetch, or of turns, whose computation failed before it was finished."""
         if self._turns is not None:
             self._turns.close()
         if (fetch := self._unfinished) is not None:

@@ -65,7 +65,7 @@ class Sweeper:
                 for expert in hottest.intersection(read):
                     self._admit(here, rows_of, expert)
                 self._ring.release(here.number, read)
-        except BaseException:  # the one who computes gave up, or a read failed: nobody asks for the rest
+        except BaseException:  # the computation ended early, or a read failed: the rest is not asked for
             self._ring.clear()
             raise
 
@@ -78,7 +78,10 @@ class Sweeper:
     def _order(
         self, layer: int, missing: Sequence[int], following: StoreLayer | None, num_wanted: int
     ) -> list[tuple[int, int]]:
-        """What is read: this layer's missing experts, then the next one's where all are sure to be wanted."""
+        """The reads of a sweep.
+
+        This layer's missing experts, then the next layer's if it is sure to want all.
+        """
         order = [(layer, expert) for expert in missing]
         if following is not None and num_wanted >= WHOLE_SHARE * self._index.num_experts:
             experts = range(self._index.num_experts)
@@ -118,13 +121,13 @@ class Sweeper:
 def resident_groups(
     arrays: Mapping[str, mx.array], rows_of: Mapping[int, int], at_once: int
 ) -> Iterator[Sequence[Place]]:
-    """The same where expert i lies in slot i."""
+    """Groups of at most `at_once` places, in ascending id, where expert i lies in slot i."""
     experts = sorted(rows_of)
     for first in range(0, len(experts), at_once):
         yield [Place(expert, arrays, expert) for expert in experts[first : first + at_once]]
 
 
 def _hottest(books: Residency, rows_of: Mapping[int, int], missing: Sequence[int]) -> set[int]:
-    """Those of the missing that most rows want, as many as may be admitted."""
+    """The missing experts that most rows want, as many as may be admitted."""
     room = books.num_slots - len(books) + int(ADMITTED_SHARE * books.num_slots)
     return set(sorted(missing, key=lambda expert: (-rows_of[expert], expert))[:room])

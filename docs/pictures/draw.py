@@ -1,5 +1,6 @@
 """Draws the pictures of docs/, for light and dark pages: `python docs/pictures/draw.py`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -39,6 +40,15 @@ class Picture:
         """Draws a line through the points, with a head at the last one."""
         path = " ".join(f"{x},{y}" for x, y in points)
         self.parts.append(f'<polyline class="arrow" points="{path}" marker-end="url(#head)"/>')
+
+    def chain(self, boxes: Sequence[tuple[str, str]], y: int) -> None:
+        """Draws eight boxes in two rows, and arrows from each to the next."""
+        for number, (title, line) in enumerate(boxes):
+            x, top = 20 + 220 * (number % 4), y + 76 * (number // 4)
+            self.box(x, top, 200, 52, title, line)
+            if number % 4:
+                self.arrow((x - 20, top + 26), (x, top + 26))
+        self.arrow((780, y + 52), (780, y + 64), (120, y + 64), (120, y + 76))
 
     def svg(self) -> str:
         """Returns the picture as a file."""
@@ -212,7 +222,39 @@ def expert() -> Picture:
     return page
 
 
-PICTURES = {"architecture.svg": architecture, "expert.svg": expert}
+def walks() -> Picture:
+    """The files that a prompt, and a saved block, pass one after the other."""
+    page = Picture(
+        900, 400, "A prompt's way from the body to the engine, and a saved block's way out and back"
+    )
+    prompt = (
+        ("1  body.py", "bounds on size, depth, time"),
+        ("2  chat_schema.py", "types; unknown fields noted"),
+        ("3  chat.py", "one Chat for each request"),
+        ("4  replay.py, remembered.py", "its own turns, token by token"),
+        ("5  template.py, tokenizer.py", "text, then token ids"),
+        ("6  constraints.py", "the grammar of the answer"),
+        ("7  service.py", "one Generate for each answer"),
+        ("8  answer.py", "asks the Engine"),
+    )
+    page.text(20, 26, "a prompt, from the body to the engine", "title")
+    page.chain(prompt, 40)
+    block = (
+        ("1  lookup.py", "blocks named by their tokens"),
+        ("2  cache_blocks.py", "rows of the cache as bytes"),
+        ("3  block_memory.py", "the tier in memory"),
+        ("4  block_writer.py", "behind the engine's back"),
+        ("5  block_files.py", "a file for each, to the SSD"),
+        ("6  block_files.py", "read and checked"),
+        ("7  restore.py", "a few between two steps"),
+        ("8  cache_blocks.py", "bytes as rows of a cache"),
+    )
+    page.text(20, 226, "a saved block, out and back", "title")
+    page.chain(block, 240)
+    return page
+
+
+PICTURES = {"architecture.svg": architecture, "expert.svg": expert, "walks.svg": walks}
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What every route needs, made once per app: the engine, the dialect, and the model's name card."""
 
 import time
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,7 +120,7 @@ class Service:
         available = info.context_length - len(prompt)
         if available < (1 if max_tokens is None else max_tokens):
             raise ContextOverflow(info.context_length, len(prompt), max_tokens or 0)
-        token_ids = tuple(prompt)
+        token_ids = array("i", prompt)
         request_id = caller.record.take_id()
         return [
             Generate(

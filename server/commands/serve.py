@@ -9,11 +9,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -169,16 +168,14 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
 
-    @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Does not raise the signals again at the end, as uvicorn's does: they would end this process at
-        once, before the engine has written what it keeps.
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stops the server; at a second SIGINT at once.
+
+        uvicorn's own raises the signal again at the end, which would end this process before the engine has
+        written what it keeps.
         """
-        with super().capture_signals():
-            try:
-                yield
-            finally:
-                self._captured_signals.clear()
+        self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen; uvicorn's has asyncio make the system's line as short as its own."""

@@ -51,7 +51,7 @@ class Answers:
         self._max_rows = max_rows
 
     def begin(self, sequence: Sequence) -> bool:
-        """Say that it waits no more; False where its grammar cannot be followed, which ends it."""
+        """Tells the client that its sequence runs. Returns False if its grammar fails, which ends it."""
         with Contained(partial(self.fail, sequence)) as attempt:
             sequence.constraint.begin()
         if not attempt.failed:
@@ -79,9 +79,9 @@ class Answers:
         self._hand_out(complete, hidden)
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
-        """End one request; its client is told, the others go on.
+        """Ends one sequence and tells its client.
 
-        One that went on from saved rows to NaN reads its prompt anew instead, and those rows are forgotten.
+        A sequence that came from saved rows to NaN reads its prompt anew instead, and those rows are dropped.
         """
         if isinstance(error, NotANumber) and sequence.num_restored_tokens and not sequence.is_cancelled:
             name, num_tokens = sequence.request.request_id, sequence.num_restored_tokens
@@ -202,7 +202,7 @@ class Answers:
 
 
 def kind_of(error: Exception) -> FailureKind:
-    """Whose fault an error is."""
+    """The kind of failure that an error is, for the client."""
     match error:
         case RequestError():
             return "request"
@@ -215,7 +215,7 @@ def kind_of(error: Exception) -> FailureKind:
 
 
 def _check_rows(hidden: mx.array) -> None:  # [n, H]
-    """A row of the cache is no better than what was computed from it."""
+    """Raises EngineError if any hidden row is NaN: then the cache is damaged, too."""
     if mx.isnan(hidden.sum(axis=-1)).any().item():
         raise _not_a_number()
 

@@ -1,4 +1,4 @@
-"""What becomes of a request when it comes: a sequence that waits for its turn, or an answer at once.
+"""Requests as they come: each becomes a sequence that waits for its turn, or is answered at once.
 
 Called by the engine's loop, on its thread.
 """
@@ -33,7 +33,7 @@ class Reception:
         self._most_tokens = min(info.context_length, limits.kv_tokens)
 
     def receive(self, request: Generate) -> None:
-        """Queue it; what could never be answered is refused with the numbers."""
+        """Queues a request, or refuses one that could never be answered, with the numbers."""
         num_tokens = len(request.token_ids) + request.max_tokens
         if not request.token_ids or num_tokens > self._most_tokens:
             message = f"{num_tokens} tokens do not fit a context of {self._most_tokens}"

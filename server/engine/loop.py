@@ -41,7 +41,7 @@ from server.link.messages import (
 
 # How often the progress of a pass is told, at most; a shorter one is told when it is complete.
 PROGRESS_S = 1.0
-# While nobody runs, and all who wait do so for their grammars, commands are looked at so often.
+# How often commands are looked at while no sequence runs and all that wait do so for their grammars.
 GRAMMAR_WAIT_S = 0.02
 
 log = logging.getLogger(__name__)
@@ -77,11 +77,11 @@ class EngineLoop:
         )
         self._trials = Trials(backend.habits)
         self._boarding = Boarding(self._model, self._scheduler, self._limits)
-        self._places: dict[str, int] = {}  # what those who wait were told
+        self._places: dict[str, int] = {}  # what waiting requests were told
         self._is_stopping = False
 
     def run(self) -> None:
-        """Step until told to stop."""
+        """Runs steps until told to stop."""
         self._take_commands(wait=not self._brings_back())
         while not self._is_stopping:
             while self._memory.govern():
@@ -100,7 +100,7 @@ class EngineLoop:
         self._boarding.check_integrity()
 
     def measure(self) -> dict[str, float]:
-        """Who is here now, for /metrics."""
+        """Counts of requests and agents now, for /metrics."""
         return {
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
@@ -114,7 +114,10 @@ class EngineLoop:
     # commands
 
     def _take_commands(self, wait: bool = False) -> None:
-        """`wait`: until there is one, or the memory or a grammar that is being read wants to be looked at."""
+        """Obeys all commands that have come.
+
+        `wait`: rests until one comes, or memory or a grammar needs a look.
+        """
         if wait:
             with suppress(Empty):
                 pause_s = self._memory.pause_s if self._scheduler.is_idle else GRAMMAR_WAIT_S
@@ -158,7 +161,7 @@ class EngineLoop:
             self._advance(self._boarding.next(), is_contended=bool(batch))
 
     def _clear_away(self) -> None:
-        """Who is not wanted any more gives up its place, and who has outgrown the KV waits again."""
+        """Ends cancelled sequences; lets the youngest wait again if the running ones have outgrown the KV."""
         for sequence in self._scheduler.cancelled:
             self._answers.save(sequence)
             self._scheduler.retire(sequence)
@@ -230,7 +233,7 @@ class EngineLoop:
             self._trials.note(len(batch), seconds)
 
     def _run_through(self, one: Pass) -> mx.array | None:
-        """All layers at a stretch; None where nobody wants the result any more."""
+        """Computes all layers at a stretch. Returns None if no client wants the result any more."""
         while True:
             hidden = one.advance()
             if hidden is not None:

@@ -18,7 +18,7 @@ FRESHNESS = 0.2
 
 
 class AdmissionLine:
-    """Who has been sent to the engine and has not started."""
+    """Requests that have been sent to the engine and have not started."""
 
     def __init__(self, max_waiting: int, clock: Callable[[], float] = monotonic) -> None:
         self._max_waiting, self._clock = max_waiting, clock

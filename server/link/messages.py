@@ -26,7 +26,7 @@ Marks = Mapping[str, tuple[int, bytes]]
 # How a prompt gets into the cache: from saved blocks, or computed.
 PrefillPhase = Literal["restoring", "reading"]
 
-# Whose fault a failure is. `server/api/error_bodies.py` turns it into a status.
+# What a failure was due to. `server/api/error_bodies.py` turns it into a status.
 FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "timeout", "cancelled"]
 
 
@@ -100,8 +100,8 @@ class Generate:
     `num_top_logprobs` asks for that many alternatives beside each token. `score_prompt` asks for the
     log-probabilities of the prompt's own tokens. `grammar`, in llguidance's language, binds the answer from
     the end of the `thought`, or from its start where there is none; compiled it takes `grammar_bytes`.
-    `agent` is who asks: agents share the engine's time evenly, whatever the number of their requests. Saved
-    prefixes are shared within a `cache_group`; "" is that of a server without keys.
+    `agent` names the client: agents share the engine's time evenly, whatever the number of their requests.
+    Saved prefixes are shared within a `cache_group`; "" is that of a server without keys.
     """
 
     request_id: str
@@ -119,7 +119,8 @@ class Generate:
     priority: Priority = "interactive"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token_ids", array("i", self.token_ids))
+        if not isinstance(self.token_ids, array):
+            object.__setattr__(self, "token_ids", array("i", self.token_ids))
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Queued:
-    """The request waits, and as things stand so many others go before it. Sent on each change."""
+    """The request waits, and `num_before` others go before it as things stand. Sent on each change."""
 
     request_id: str
     num_before: int

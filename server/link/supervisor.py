@@ -42,7 +42,7 @@ FIRST_RESTART_DELAY_S = 0.5
 GIVEN_UP_DELAY_S = 180.0
 # How long to wait for descriptors, memory or a process of the system; having none is no death of the engine.
 SCARCITY_DELAY_S = 2.0
-# An engine that was ready for so long, or has completed a request, did not die of its start.
+# An engine that was ready for this long, or has completed a request, did not die of its start.
 STABLE_S = 60.0
 # An engine that has been silent for this part of the time that a step may take is not called ready any more.
 DOUBTFUL = 0.25
@@ -154,7 +154,7 @@ class EngineProcess:
             await asyncio.to_thread(child.stop)
 
     def dismiss_all(self) -> None:
-        """Tell all who wait that the server stops, and take no more requests."""
+        """Tells all waiting requests that the server stops, and takes no more."""
         self._status = EngineStatus("down", STOPPING)
         self._fail_all(STOPPING)
 
@@ -273,23 +273,24 @@ class EngineProcess:
                 log.info("ready: context %d tokens", info.context_length)
             case Stats():
                 self._stats = event
-            case LoadFailed(message, is_changed=True):
-                self._status = EngineStatus("down", message, failure="changed")
-                self._is_closed = True  # it is not started again: a person must act
-                log.error("%s", message)
-            case LoadFailed(message, is_scarce=True):
-                self._status, self._is_scarce = EngineStatus("down", message), True
-            case LoadFailed(message, is_usage_error):
-                self._status = EngineStatus("down", message)
-                if is_usage_error:
-                    self._is_closed = True
-                    self._on_usage_error(message)
+            case LoadFailed():
+                self._on_load_failed(event)
+                child.kill()  # it ends by itself, unless that hangs, and then nobody would notice
             case Pong():
                 self._asked_at = None
             case Heartbeat():
                 pass  # the child was heard: that is all it says
             case _:
                 self._on_request_event(event)
+
+    def _on_load_failed(self, event: LoadFailed) -> None:
+        self._is_scarce = event.is_scarce
+        self._status = EngineStatus("down", event.message, failure="changed" if event.is_changed else "died")
+        self._is_closed = self._is_closed or event.is_changed or event.is_usage_error  # a person must act
+        if event.is_changed:
+            log.error("%s", event.message)
+        elif event.is_usage_error:
+            self._on_usage_error(event.message)
 
     def _on_request_event(self, event: RequestEvent) -> None:
         match event:

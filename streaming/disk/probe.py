@@ -87,7 +87,7 @@ def probe_disk(
 
 
 def _shares(memory: Bytes, depth: int) -> list[Bytes]:
-    """A part for each of so many threads."""
+    """Cuts the pieces into a part for each thread."""
     share = len(memory) // depth // MAX_ALIGNMENT * MAX_ALIGNMENT
     return [memory[thread * share : (thread + 1) * share] for thread in range(depth)]
 

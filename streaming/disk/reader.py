@@ -164,7 +164,7 @@ class Reader:
             try:
                 self._perform(task.read, worker)
             except Exception as caught:
-                # The thread's end of the line: whatever happened is told to the one who waits for this read.
+                # The thread's end of the line: the error is told to the batch that waits for this read.
                 error = caught
             task = self._next(worker, task, error)
 
@@ -204,7 +204,7 @@ class Reader:
 
         def is_ours() -> bool:
             """Else it was settled, or is with another disk."""
-            # Without the lock: who quarantines it says so first and looks at `is_delivering` then.
+            # Without the lock: a quarantine sets its flag first and looks at `is_delivering` then.
             worker.num_device_bytes += num_bytes
             worker.is_delivering = True
             return not worker.is_quarantined
@@ -216,7 +216,7 @@ class Reader:
     def _settle(self, task: Task, error: Exception | None) -> None:
         self._precedence.note(task.read.read_class)
         task.read.error = error
-        task.read.targets = ()  # whoever keeps the read does not keep the memory
+        task.read.targets = ()  # a read that is kept must not keep the memory
         task.batch.num_pending -= 1
         task.batch.has_failed |= error is not None
         self._num_outstanding -= 1

@@ -109,7 +109,10 @@ RECENT_S = 0.3
 
 
 class Precedence:
-    """Of a reader with so many threads."""
+    """Limits background reads while a decode step waits for its own.
+
+    One per reader; called under its lock.
+    """
 
     def __init__(self, num_threads: int, clock: Callable[[], float] = time.monotonic) -> None:
         # Two keep a disk busy that serves one at a time.
@@ -164,7 +167,7 @@ def perform(read: Read, file: DiskFile, buffer: Bytes, start: int, is_wanted: Ca
     `is_wanted` is asked once the bytes are there. DiskError says what could not be read.
     """
     lead = read.offset - start
-    # A hung read that comes back when another brought the bytes would write over who lies there then.
+    # A hung read that comes back late would write over the expert that lies there then.
     filled, copies, is_inside = scatter(
         buffer, lead, read.targets, None if file.may_repeat else file.alignment
     )
@@ -232,7 +235,7 @@ def read_fully(file: DiskFile, buffers: Sequence[Bytes], offset: int, num_needed
 
 
 def _behind(buffers: Sequence[Bytes], num_bytes: int) -> list[Bytes]:
-    """What is left of the buffers behind so many bytes."""
+    """The rest of the buffers behind their first bytes."""
     left: list[Bytes] = []
     for buffer in buffers:
         if num_bytes < len(buffer):

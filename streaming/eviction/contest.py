@@ -44,7 +44,7 @@ class Rule(Protocol):
 
 
 def make_rule(name: ExpertPolicy, num_experts: int, k: int) -> Rule:
-    """Makes the rule for a model of so many experts a layer, of which a token takes `k`."""
+    """Makes the rule for a model with `num_experts` experts a layer, of which a token takes `k`."""
     if name == "auto":
         return Contest(num_experts, k)
     return Fixed(name, LeastRecentlyUsed if name == "lru" else partial(LeastNearlyChosen, num_experts, k))

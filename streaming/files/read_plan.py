@@ -18,7 +18,7 @@ MAX_READ_BYTES = 8 * 2**20
 MAX_GAP_BYTES = 4096
 # Cuts lie on pages of Apple silicon where the stretch starts on one.
 _CUT = 16_384
-# Where several disks share an expert: in so many reads, unless they would be smaller or larger than that.
+# Into how many reads an expert is cut that several disks share, unless reads would leave these bounds.
 SHARES = 8
 MIN_SHARED_BYTES, MAX_SHARED_BYTES = 64 * 2**10, 2 * 2**20
 

@@ -38,7 +38,7 @@ from streaming.prefix.block_format import (
     fingerprint_of,
 )
 
-# A directory that is full, or that was made read-only, is left alone for so long.
+# How long a directory that is full, or was made read-only, is left alone.
 RETRY_S = 300.0
 # Evicting stops this far below the limit, so that not every write has to list the directory.
 ROOM = 1 / 16

@@ -8,8 +8,8 @@ thread.
     magic 8 | fingerprint 32 | parent 32 | start u64 | tokens u64 | payload u64 | crc32 u32 | ids | payload
 
 Numbers are little-endian; ids are int32. The checksum covers everything before and after itself. CRC-32 finds
-every burst of up to 32 wrong bits, and misses one in 2^32 of anything else; whoever may write to the
-directory is trusted, as whoever may write to the checkpoint is.
+every burst of up to 32 wrong bits, and misses one in 2^32 of anything else. Users who may write to the
+directory are trusted, as are those who may write to the checkpoint.
 """
 
 import hashlib

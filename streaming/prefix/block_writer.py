@@ -41,7 +41,7 @@ class WriteAllowance:
         self._at_s = clock()
 
     def take(self, nbytes: int) -> bool:
-        """Whether so much may be written now; if so it is taken off."""
+        """Whether `nbytes` may be written now; if so, they are taken off the allowance."""
         now = self._clock()
         self._left = min(self._bytes_per_day, self._left + (now - self._at_s) * self._bytes_per_day / DAY_S)
         self._at_s = now
@@ -100,7 +100,7 @@ class BlockWriter:
             self._waiting.clear()
 
     def close(self, timeout_s: float) -> None:
-        """Write what waits, for so long, then end the thread."""
+        """Writes what waits, for at most `timeout_s`, then ends the thread."""
         self.flush(timeout_s)
         with self._changed:
             self._is_closed = True

@@ -1,22 +1,24 @@
 """The command `glmserve doctor [--parity | --json]`: runs checks, prints findings, writes the report.
 
-A check that raises is a fault of that check alone. With `--parity` each finding also becomes a line of one
-JSON-lines file at once, so that a crash inside a driver leaves the name of the check that it happened in.
+A check that raises is a fault of that check alone. With `--parity` the checks run in a process of their own,
+and each finding becomes a line of one JSON-lines file at once: a crash in a driver leaves the check's name.
 """
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 from config.errors import UsageError
 from config.settings import Settings
 from server.commands.doctor.finding import Check, Finding, Verdict
-from server.version import VERSION
+from server.link.child import engine_environment
 
 REPORT = "glmserve-parity.jsonl"
+PARITY = "server.commands.doctor.parity.parity_process"
 Record = Callable[[dict[str, object]], None]
 
 
@@ -33,22 +35,28 @@ def doctor(settings: Settings, *, parity: bool, is_json: bool = False, directory
         if is_json:
             print(json.dumps([line for line in findings if "verdict" in line], indent=2))
         return code
-    from server.commands.doctor.parity.parity_checks import PARITY_CHECKS
-
     path = (directory or Path.cwd()) / REPORT
-    with ExitStack() as stack:
-        try:
-            report = stack.enter_context(path.open("w", encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"the report {path} cannot be written: {error.strerror}") from error
-
-        def record(line: dict[str, object]) -> None:
-            print(json.dumps(line), file=report, flush=True)
-
-        record({"glmserve": VERSION})
-        code = run_checks(PARITY_CHECKS, settings, record)
+    try:
+        path.write_text("", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"the report {path} cannot be written: {error.strerror}") from error
+    code = run_parity(path)
     print(f"\nthe report is in {REPORT}; it holds no names and no paths")
     return code
+
+
+def run_parity(path: Path, module: str = PARITY) -> int:
+    """Runs the checks of `--parity` into this report; returns 1 for faults, of which a crash is one."""
+    code = subprocess.run(
+        [sys.executable, "-P", "-m", module, str(path)], env=engine_environment()
+    ).returncode
+    if code in (0, 1):
+        return code
+    text = f"the process ended with {code} in the check that began last: MLX or its driver crashed"
+    print(f"{Verdict.FAULT:5}  {text}")
+    with path.open("a", encoding="utf-8") as report:
+        print(json.dumps({"verdict": Verdict.FAULT, "text": text}), file=report)
+    return 1
 
 
 def run_checks(checks: Sequence[Check], settings: Settings, record: Record, *, is_quiet: bool = False) -> int:

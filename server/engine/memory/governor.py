@@ -26,12 +26,12 @@ from streaming.store import ExpertStore
 
 # The system's files are read so often; each look costs less than a millisecond.
 LOOK_S = 1.0
-# The part of the plan's experts by which they grow, after so long with room for it. A growth copies every
-# bank, and what it takes is there for good only if whoever took it before is really gone.
+# Banks grow by one of so many parts of the plan's experts, after a pause with room for it. A growth copies
+# every bank, and the memory stays theirs only if the program that had it before is really gone.
 GROWTHS = 8
 PAUSE_S = 30.0
-# A growth that had to be taken back makes the pause so many times as long, up to this; each growth halves it.
-# Who comes and goes in a rhythm does not drive the banks up and down with it.
+# A growth that had to be taken back multiplies the pause, up to the longest; a growth that stays halves it.
+# So a program that comes and goes does not drive the banks up and down with it.
 PATIENCE, LONGEST_PAUSE_S = 4, 960.0
 
 # Where the system warns early, what is missing is given back once, by few banks that lose nearly half: moving
@@ -42,24 +42,24 @@ log = logging.getLogger(__name__)
 
 
 class Memory(Protocol):
-    """What the loop asks."""
+    """The plan in force while the engine runs, as the loop sees it."""
 
     @property
     def pause_s(self) -> float | None:
         """How long the loop may rest until `govern` must be called again; None: for ever."""
 
     def govern(self) -> bool:
-        """Between two steps: at most one bank is moved. Whether to be called again before the next step."""
+        """Moves at most one bank, between two steps. Returns True to be called again before the next step."""
 
     def replan(self, command: Replan) -> Replanned | Failed:
-        """Another plan, where it needs no restart."""
+        """Takes another plan, if that needs no restart."""
 
     def measure(self) -> Mapping[str, float]:
-        """For /metrics."""
+        """Counts for /metrics."""
 
 
 class Ungoverned:
-    """Every expert has its own slot for good."""
+    """The plan of an engine whose experts all stay in memory: it never changes."""
 
     pause_s = None
 
@@ -68,7 +68,7 @@ class Ungoverned:
         return False
 
     def replan(self, command: Replan) -> Failed:
-        """Only a restart changes anything."""
+        """Refuses: only a restart changes anything."""
         message = "every expert stays in memory here, so another budget or policy needs a restart"
         return Failed(command.request_id, "request", message)
 
@@ -188,7 +188,7 @@ class Governor:
             self._tell("there is room again")
 
     def _raise(self, more_bytes: int) -> None:
-        """Each bank to its share of so much more than all have, where that is more than it has."""
+        """Raises each bank's target to its share of the present total plus `more_bytes`; never lowers one."""
         share = self._share(self._store.slot_bytes + more_bytes)
         self._slots = {
             layer: min(slots, max(share[layer], self._store.num_slots(layer)))
@@ -197,7 +197,7 @@ class Governor:
         self._is_moving = True
 
     def _restore(self, more_bytes: int) -> None:
-        """Gives banks all that is planned, one after the other, while it fits: each is copied once."""
+        """Raises banks to their planned size, one after the other, as far as `more_bytes` go."""
         slots = self._held()
         for layer, planned in self._planned.items():
             more = (planned - slots[layer]) * self._slot_bytes[layer]
@@ -206,7 +206,7 @@ class Governor:
         self._slots, self._is_moving = slots, True
 
     def _without(self, missing_bytes: int) -> dict[int, int]:
-        """Slots after so much was given back by as few banks as that takes, the largest first."""
+        """Slots per layer after as few banks as possible, the largest first, gave back `missing_bytes`."""
         slots, least = self._held(), self._geometry.experts_per_token
         while missing_bytes > 0:
             layer = max(slots, key=lambda one: slots[one] * self._slot_bytes[one])
@@ -225,7 +225,7 @@ class Governor:
         return dict(zip(self._store.layers, self._geometry.expert_bytes, strict=True))
 
     def _share(self, nbytes: int) -> dict[int, int]:
-        """Slots in so much: the same part of those planned, but at least what a token's experts need."""
+        """Slots per layer that fit into `nbytes`, in the plan's proportions; at least what a token needs."""
         whole, least = self.plan.lines["experts"], self._geometry.experts_per_token
         return {
             layer: max(min(least, slots), slots * max(0, min(nbytes, whole)) // whole)
@@ -237,7 +237,7 @@ class Governor:
         return dict(zip(self._store.layers, self.plan.slots_per_layer, strict=True))
 
     def _wait(self, now_s: float) -> None:
-        """Nothing grows before this pause is over, and then by no more than what was there all along."""
+        """Begins a pause. At its end banks grow by no more than the least room seen during it."""
         self._until_s, self._least_bytes = now_s + self._pause_s, sys.maxsize
 
     def _tell(self, why: str) -> None:
@@ -253,7 +253,7 @@ class Governor:
     # where to
 
     def _move(self) -> bool:
-        """Moves one bank, those that shrink before those that grow; whether another has to shrink."""
+        """Moves one bank; those that shrink come first. Returns True if another has to shrink."""
         changes = [(slots - self._store.num_slots(layer), layer) for layer, slots in self._slots.items()]
         changes = sorted(change for change in changes if change[0])
         if not changes:
@@ -264,7 +264,7 @@ class Governor:
         try:
             self._settle()
             self._store.resize(layer, self._slots[layer])
-        except RuntimeError as error:  # MLX got no memory for the new bank: the old ones do
+        except RuntimeError as error:  # MLX could not allocate the new bank, so the old one stays in use
             log.warning("the bank of layer %d keeps its size: %s", layer, error)
             self._slots = self._held()
             self._wait(self._clock())

@@ -34,7 +34,7 @@ CALM_MARGIN = 256
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that can be had now, out of so many."""
+    """Memory that can be had now, in bytes, and what it is a part of."""
 
     available_bytes: int
     total_bytes: int

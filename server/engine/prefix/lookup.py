@@ -86,7 +86,7 @@ class PrefixCache:
     def note_restored(
         self, token_ids: Sequence[int], length_before: int, length: int, group: str = ""
     ) -> None:
-        """So many tokens of a prompt are in a cache now, and so many were before: count, and mark as used."""
+        """Counts what was restored of a prompt, and marks its blocks as used."""
         self._use(self._names(as_tokens(token_ids[:length]), group))
         self.num_asked_tokens += len(token_ids) - length_before
         self.num_restored_tokens += length - length_before
@@ -173,7 +173,7 @@ class PrefixCache:
             self._writer.call(self._files.clear)
 
     def close(self, timeout_s: float) -> None:
-        """Write what waits, for so long; then nothing works any more."""
+        """Writes what waits, for at most `timeout_s`, and ends the threads."""
         if self._writer:
             self._writer.close(timeout_s)
         for readers in (self._readers, self._tail_reader):

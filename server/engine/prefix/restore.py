@@ -18,8 +18,8 @@ from streaming.prefix.block_format import Block, BlockName
 GROUP = 8
 # A disk that takes longer for a group is stuck: the prompt is read instead.
 PATIENCE_S = 10.0
-# A tail is waited for so long between two steps: looking for files that are not there takes a millisecond,
-# and who finds nothing should not have to wait for a step of others.
+# How long a tail is waited for between two steps: looking for files that are not there takes a millisecond,
+# and a sequence without a tail should not have to wait for a step of others.
 TAIL_S = 0.01
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ class Restoring:
     """Fills `cache` with the blocks `names`, in order, as far as they were saved, and a tail behind them.
 
     A cache that holds a beginning of the prompt already is only ever extended; it holds at most `most` tokens
-    in the end. `find_tail` looks for the short block behind so many whole ones; `on_stuck` hears of a read
-    that is not waited for any longer. Until it is complete nobody else may write to the cache.
+    in the end. `find_tail` looks for the short block behind a number of whole ones; `on_stuck` hears of a
+    read that is not waited for any longer. Until it is complete nobody else may write to the cache.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Restoring:
         self._is_stuck = False
 
     def wait(self, wait_s: float) -> bool:
-        """Whether the next group has come, at the latest after so long, or its disk is stuck."""
+        """Waits at most `wait_s`. Returns True if the next group has come, or its disk is stuck."""
         self._read_ahead()
         self._since_s = self._since_s or monotonic()
         awaited = [self._tail] if self._tail else self._coming
@@ -76,7 +76,10 @@ class Restoring:
         return self._is_stuck
 
     def advance(self) -> bool:
-        """Copy the group that has come; whether it was the last. An error leaves the groups before it."""
+        """Copies the group that has come.
+
+        Returns True after the last; an error leaves the groups before it.
+        """
         if self._tail:
             tail = self._tail.result() if self._tail.done() else None  # its disk is stuck
             return self._end([tail] if tail else [])

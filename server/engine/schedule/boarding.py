@@ -1,4 +1,4 @@
-"""Who boards which pass over prompts, when, and why. Owns the passes under way; called by the engine's loop.
+"""Which sequences board which pass over prompts, when, and why. Owns the passes; called by the engine's loop.
 
 At most two passes are under way: one over all prompts that wait, and one over short prompts that came later
 and would wait too long. A prompt that comes while a pass has hardly begun makes it start again with both.
@@ -17,7 +17,7 @@ FOR_SHORT = 1 / 4
 # Up to this part of the longest prompt in a pass, a prompt does better in a pass of its own, though experts
 # are then read twice: published for the target, one reading hides the compute of some 8,000 rows, not more.
 TINY = 1 / 32
-# A second pass has at most one row for so many rows of the first.
+# A second pass has at most one row for this many rows of the first.
 OVERTAKEN = 8
 # A pass starts again with prompts that came later until this part of its layers is done. Layers that are lost
 # so count together until a pass is complete, so that no more is lost however many prompts come.

@@ -33,7 +33,7 @@ class Pace:
         self._part_s = 0.0  # the last part of a layer
 
     def note_step(self, seconds: float, width: int, *, is_disturbed: bool) -> None:
-        """A decode step took so long."""
+        """Records the time of a decode step of `width` rows."""
         self._since_step_s = 0.0
         if is_disturbed:
             if not self._undisturbed[width]:  # better than to know nothing
@@ -46,13 +46,13 @@ class Pace:
             self._undisturbed[width].append(seconds)
 
     def note_layer(self, seconds: float) -> None:
-        """A layer of a pass took so long, while somebody wanted to decode."""
+        """Records the time of a layer of a pass, or of a part of one, while sequences waited to decode."""
         self._wall_s += seconds
         self._since_step_s += seconds
         self._part_s = seconds
 
     def is_step_due(self, width: int) -> bool:
-        """Whether a decode step of so many rows goes before the next layer."""
+        """Whether a decode step of `width` rows goes before the next layer."""
         if self._used_s > self._most_share * self._wall_s:
             return False
         step_s = self._step_s(width)
@@ -63,5 +63,5 @@ class Pace:
         return self._since_step_s > 0 and self._since_step_s >= self._max_gap_steps * step_s
 
     def _step_s(self, width: int) -> float | None:
-        """An undisturbed step of so many rows; None while there was none."""
+        """Seconds of an undisturbed step of `width` rows; None before there was one."""
         return median(self._undisturbed[width]) if self._undisturbed[width] else None

@@ -1,4 +1,4 @@
-"""Whose turn it is: deficit round robin between agents, by the time that they cost. Owned by the scheduler.
+"""Turns of agents: deficit round robin, by the time that they cost. Owned by the scheduler.
 
 What a request costs is known only afterwards, so the deficit is kept as seconds spent: a request's round is
 the number of quanta that its agent will have spent when it is done, and earlier rounds go first. Within a
@@ -13,8 +13,8 @@ from server.engine.schedule.sequence import Sequence
 from server.link.messages import Priority
 
 QUANTUM_S = 1.0
-# An agent that has had nothing of a priority for so long goes before all others. Each has its own time: a
-# fleet without sessions is one agent, and its background would wait for as long as it asks anything else.
+# An agent that has had no turn of a priority for this long goes before all others. Each priority has its own
+# time: a fleet without sessions is one agent, and its background requests would otherwise wait for ever.
 AGING_S = 30.0
 
 Cost = Callable[[Sequence], float]
@@ -29,20 +29,20 @@ class Shares:
         self._num_here: dict[str, int] = defaultdict(int)
 
     def join(self, agent: str) -> None:
-        """A sequence of this agent has come."""
+        """Registers a sequence of this agent."""
         if not self._num_here[agent]:
             self._spent_s[agent] = max(self._spent_s.get(agent, 0.0), self._least_s)
         self._num_here[agent] += 1
 
     def leave(self, agent: str) -> None:
-        """A sequence of this agent has gone."""
+        """Takes a sequence of this agent off the books."""
         self._num_here[agent] -= 1
         if self._num_here[agent] == 0:
             del self._num_here[agent]
             self._forget()
 
     def charge(self, sequence: Sequence, seconds: float, now_s: float) -> None:
-        """The sequence had a part in a step, and this is its part of the time."""
+        """Charges a sequence's agent for its part of a step's time."""
         agent = sequence.request.agent
         if agent in self._spent_s:
             self._spent_s[agent] += seconds
@@ -50,7 +50,7 @@ class Shares:
         sequence.served_s = now_s
 
     def rank(self, sequences: Iterable[Sequence], now_s: float, cost: Cost = lambda _: 0.0) -> list[Sequence]:
-        """The sequences in the order of their turns; those of one agent stay as they are among each other."""
+        """The sequences in the order of their turns; those of one agent keep their order among each other."""
         base_s, keys = self._least_s, {}
         total_s: dict[tuple[str, str], float] = defaultdict(float)
         number: dict[tuple[str, str], int] = defaultdict(int)
@@ -71,7 +71,7 @@ class Shares:
         return sorted(ordered, key=keys.__getitem__)
 
     def starved_s(self, sequence: Sequence, now_s: float) -> float:
-        """How long neither the sequence nor its agent's others of its priority have had a part in a step."""
+        """Seconds since the sequence, or another of its agent and priority, last had a part in a step."""
         one = (sequence.request.agent, sequence.request.priority)
         return now_s - max(self._served_s.get(one, 0.0), sequence.served_s)
 
@@ -85,7 +85,7 @@ class Shares:
         return min((self._spent_s[agent] for agent in self._num_here if self._num_here[agent]), default=0.0)
 
     def _forget(self) -> None:
-        """Drop agents that are gone and have no more to make up for than a newcomer."""
+        """Drops agents that are gone and stand no worse than a newcomer would."""
         least_s = self._least_s
         gone = [a for a, s in self._spent_s.items() if a not in self._num_here and s <= least_s]
         for agent in gone if self._num_here else list(self._spent_s):
@@ -93,6 +93,6 @@ class Shares:
         self._served_s = {one: time_s for one, time_s in self._served_s.items() if one[0] in self._spent_s}
 
     def check_integrity(self) -> None:
-        """Nobody is remembered while nobody is here."""
+        """Checks that no agent is remembered while none has a sequence here."""
         assert all(count > 0 for count in self._num_here.values())
         assert self._num_here or not (self._spent_s or self._served_s), "agents are remembered for ever"

@@ -1,7 +1,7 @@
 """One forward over parts of several sequences, layer by layer. Made and advanced by the engine's loop.
 
-Between two layers other forwards may run. Whoever does not go on with a pass abandons it: then the caches
-are what they were before.
+Between two layers other forwards may run. A pass that is not completed is abandoned: then the caches are what
+they were before.
 """
 
 from collections.abc import Sequence as Rows
@@ -43,11 +43,14 @@ class Pass:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether anybody waits for it still."""
+        """Whether a client still waits for any of its sequences."""
         return not all(part.sequence.is_cancelled for part in self.parts)
 
     def advance(self) -> mx.array | None:  # [N, H]
-        """One more layer, or a part of one; the hidden rows after the last one."""
+        """Computes one more layer, or a part of one.
+
+        Returns the hidden rows after the last layer, before that None.
+        """
         try:
             layer = next(self._layers)
         except StopIteration as end:
@@ -73,13 +76,13 @@ class Pass:
         return self._lengths[index]
 
     def abandon(self) -> None:
-        """Forget what the layers so far have written."""
+        """Ends the pass and takes back what its layers have written."""
         self._layers.close()
         for index in range(len(self.parts)):
             self.undo(index)
 
     def undo(self, index: int) -> None:
-        """Forget the rows of one part, and what it adopted for them."""
+        """Takes back the rows of one part, and those that it adopted."""
         self._caches[index].trim(self._lengths[index])
 
 

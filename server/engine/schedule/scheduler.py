@@ -1,6 +1,6 @@
 """Chooses which sequences run. Owns the waiting and the running; called by the engine's thread only.
 
-Who boards which pass over prompts stands in `boarding.py`, whose turn it is in `fairness.py`.
+How sequences board passes over prompts stands in `boarding.py`, the order of turns in `fairness.py`.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,16 +30,14 @@ class Scheduler:
         self._row_s = 0.0  # measured: seconds of a prompt's row
         self.shares = Shares()
 
-    # who is here
-
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
+        """Puts a new sequence into the line."""
         sequence.arrived_s = sequence.served_s = self._clock()
         self.shares.join(sequence.request.agent)
         self._waiting.append(sequence)
 
     def cancel(self, request_id: str) -> None:
-        """Drop a sequence. A running one is only marked: its step may be under way."""
+        """Ends a waiting sequence. A running one is only marked, because its step may be under way."""
         for sequence in [*self._waiting, *self.running]:
             if sequence.request.request_id == request_id:
                 sequence.is_cancelled = True
@@ -62,12 +60,12 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody runs or waits."""
+        """Whether no sequence runs or waits."""
         return not self.running and not self._waiting
 
     @property
     def is_resting(self) -> bool:
-        """Whether nobody runs, and nobody who waits could."""
+        """Whether no sequence runs, and all that wait do so for their grammars."""
         return not self.running and not any(item.constraint.is_ready for item in self._waiting)
 
     @property
@@ -77,7 +75,7 @@ class Scheduler:
 
     @property
     def line(self) -> list[Sequence]:
-        """Who waits, in the order of their turns as things stand."""
+        """Waiting sequences, in the order of their turns as things stand."""
         return self.rank(self._waiting)
 
     @property
@@ -87,10 +85,8 @@ class Scheduler:
 
     @property
     def num_kv_tokens(self) -> int:
-        """Room in the KV that is taken or promised."""
+        """Tokens of KV that running sequences take or were promised."""
         return sum(sequence.kv_tokens for sequence in self.running)
-
-    # what runs next
 
     def admit(self, make_cache: Callable[[], SequenceCache]) -> list[Sequence]:
         """Gives caches to the sequences whose turn it is and whose KV fits; returns them.
@@ -140,7 +136,7 @@ class Scheduler:
         return self._turn
 
     def find_victim(self) -> Sequence | None:
-        """The youngest outside a pass, where the running have outgrown the KV."""
+        """The youngest sequence outside a pass if the running ones have outgrown the KV, else None."""
         if self.num_kv_tokens <= self._limits.kv_tokens or len(self.running) < 2:
             return None
         return next((item for item in reversed(self.running) if not item.is_boarded), None)
@@ -158,21 +154,21 @@ class Scheduler:
 
     @property
     def has_decoders(self) -> bool:
-        """Whether anybody decodes."""
+        """Whether any sequence decodes."""
         return any(item.state is State.DECODING for item in self.running)
 
     def charge(self, parts: list[PassPart], seconds: float) -> None:
-        """Divide the time of a step between those who had a part in it, by rows."""
+        """Divides the time of a step between the agents that had a part in it, by rows."""
         now_s, num_rows = self._clock(), sum(part.num_rows for part in parts)
         for part in parts:
             self.shares.charge(part.sequence, seconds * part.num_rows / num_rows, now_s)
 
     def note_pass(self, num_rows: int, seconds: float) -> None:
-        """A whole pass took so long: what prompts are expected to cost."""
+        """Records the time of a whole pass, from which the cost of prompts is expected."""
         self._row_s = seconds / num_rows
 
     def check_integrity(self) -> None:
-        """The books balance."""
+        """Checks that states, leaders and caches agree."""
         assert all(item.state is State.WAITING for item in self._waiting), "a sequence in line does not wait"
         assert all(item.cache is not None for item in self.running), "a running sequence has no cache"
         for item in self.running:

@@ -1,4 +1,4 @@
-"""Where saved prefixes join the engine: after a sequence is admitted, after each part, and at its end.
+"""Saved prefixes in the engine: looked up on admission, saved after each part and at a sequence's end.
 
 All calls come from the engine's thread, between steps. `SavedPrefixes` also sees to it that what several
 prompts have in common is read once: the first reads it, the others go on behind it or wait for it.
@@ -17,12 +17,12 @@ from server.engine.schedule.sequence import Sequence, State
 from server.link.messages import Administer
 from streaming.prefix.block_format import BlockName
 
-# Between two steps blocks are copied for so long: half a step of the target.
+# How long blocks are copied between two steps: half a step of the target.
 COPY_S = 0.2
-# And so long where nobody's step waits: who is restored then begins a pass, and who is not needs another one,
-# which takes 18 s on the target. On two virtual cores 20,000 of its tokens are copied in that time.
+# The same while no step waits: sequences that are restored in time share a pass, and a second pass takes 18 s
+# on the target. On two virtual cores 20,000 of its tokens are copied in this time.
 LONE_COPY_S = 2.0
-# Then a disk is waited for, too, but commands are looked at so often.
+# How long a disk is waited for then, before commands are looked at again.
 DISK_WAIT_S = 0.05
 
 log = logging.getLogger(__name__)
@@ -34,30 +34,30 @@ class Prefixes(Protocol):
     keeps_rows: bool  # whether a pass that nobody waits for is worth its end
 
     def restore(self, sequence: Sequence) -> None:
-        """Begin to fill the empty cache with the longest saved prefix, short of the last token.
+        """Begins to fill the empty cache with the longest saved prefix, short of the last token.
 
         The sequence is held until `settle` has come to its end. At least one token stays unread, so that
         there are logits to go on from.
         """
 
     def save(self, sequence: Sequence) -> None:
-        """Rows were added by a part of a prompt, or the sequence is over: keep what is worth it."""
+        """Keeps what is worth it of the rows that a pass has added, or of a sequence that ends."""
 
     def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
-        """Let those go on whose `leader` has read what they waited for, or has gone; restore some more.
+        """Lets sequences go on whose leader has read what they share, or has gone; restores more blocks.
 
-        `is_alone`: nobody decodes and no pass is under way, so that there is time to wait for a disk. Those
-        that are restored now are returned: their `num_cached_tokens` are known.
+        `is_alone`: no sequence decodes and no pass is under way, so there is time to wait for a disk. Returns
+        the sequences that are restored completely: their `num_cached_tokens` are known.
         """
 
     def distrust(self, sequence: Sequence) -> None:
         """With what was restored of it the model computed NaN: forget that, and restore no more of it."""
 
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
-        """It has read on behind its leader, in the same pass, where its cache had held so many tokens."""
+        """Counts what a sequence adopted in its leader's pass; it had held `length_before` tokens."""
 
     def administer(self, command: Administer) -> None:
-        """Forget all, or keep a prompt whatever comes."""
+        """Forgets all saved prompts, or pins one."""
 
 
 class NoPrefixes:
@@ -72,14 +72,14 @@ class NoPrefixes:
         """Nothing is kept."""
 
     def settle(self, sequences: Iterable[Sequence], is_alone: bool) -> list[Sequence]:
-        """Nobody waits for another."""
+        """No sequence waits for another."""
         return []
 
     def distrust(self, sequence: Sequence) -> None:
         """Nothing was restored."""
 
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
-        """Nobody follows another."""
+        """No sequence follows another."""
 
     def administer(self, command: Administer) -> None:
         """There is nothing to change."""
@@ -89,9 +89,9 @@ class SavedPrefixes:
     """Prefixes from a `PrefixCache`.
 
     A sequence that is admitted claims the blocks that it is about to read. One that comes later, and would
-    read a block next that is claimed, gets a leader: whoever has claimed the last of the blocks in a row that
-    others will have read. It waits until those are saved, or goes on behind the leader in the pass that reads
-    them, and claims what comes after them.
+    read a block next that is claimed, gets a leader: the one that has claimed the last of the blocks in a row
+    that others will have read. It waits until those are saved, or goes on behind the leader in the pass that
+    reads them, and claims what comes after them.
     """
 
     keeps_rows = True
@@ -145,7 +145,7 @@ class SavedPrefixes:
         return restored
 
     def _release(self, sequences: Iterable[Sequence]) -> list[Sequence]:
-        """Those that are being restored, with those among them that followed until now."""
+        """Sequences that are being restored, among them those whose leader is done."""
         restoring: list[Sequence] = []
         for sequence in sequences:
             leader = sequence.leader
@@ -156,7 +156,7 @@ class SavedPrefixes:
         return restoring
 
     def administer(self, command: Administer) -> None:
-        """Forget all, or keep a prompt whatever comes."""
+        """Forgets all saved prompts, or pins one."""
         match command.action:
             case "clear":
                 self._saved.clear()
@@ -166,7 +166,7 @@ class SavedPrefixes:
                 self._saved.pin(command.token_ids, False, command.cache_group)
 
     def _complete(self, sequence: Sequence, length_before: int) -> None:
-        """Follow whoever reads on from where what was saved ends, and claim what nobody has."""
+        """Ends the restoring; the sequence may follow one that reads on from there, or claims blocks."""
         sequence.read_on()
         after = sequence.running_cache.length
         self._note_cached(sequence, length_before, after)

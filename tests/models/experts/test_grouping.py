@@ -110,3 +110,15 @@ def test_what_is_compiled_gives_the_same_bits(num_tokens: int, slots: int | None
     found, found_rows = greedy(open_model(folder, slots, compiled).model, prompt, 12)
     assert found == text
     assert mx.array_equal(found_rows, rows)
+
+
+@pytest.mark.parametrize("num_tokens", [33, 40, 60])
+@pytest.mark.parametrize("slots", [None, 5, 11])
+def test_small_experts_are_gathered_in_prompts_too(num_tokens: int, slots: int | None, folder: Path) -> None:
+    ids, small = tokens(WIDER, num_tokens), replace(CPU, max_gathered_bytes=2**30)
+    expected = logits(open_model(folder, None, small).model, ids)
+    opened = open_model(folder, slots, small)
+    assert np.array_equal(logits(opened.model, ids), expected)
+    assert np.abs(expected - logits(open_model(folder, None).model, ids)).max() < 1e-4
+    opened.store.check_integrity()
+    assert opened.store.statistics().sweep_reads == 0
