@@ -58,7 +58,8 @@ def _what_is_missing() -> str:
         snapshot = snapshot_of(folder)
         repo = folder.name.removeprefix("models--").replace("--", "/", 1)
         if snapshot and _is_half_a_glm(snapshot):
-            return f"{repo} in the Hugging Face cache is incomplete; `glmserve pull {repo}` goes on"
+            found = f"{repo} in the Hugging Face cache is incomplete"
+            return f"{found}: `glmserve pull {repo}` goes on, as `hf download` would"
     return (
         f"there is no GLM in the Hugging Face cache ({cache_folder()}): `glmserve pull {SUGGESTED}` fetches "
         f"one, as `hf download` does, and `glmserve pull --list` knows others"
@@ -87,6 +88,11 @@ def find_checkpoint(path_or_repo: str) -> Path:
     path, repo = Path(os.path.expanduser(path_or_repo)), None
     if not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
         path = _find_in_cache(*repo)
+    if path.suffix == ".gguf":
+        raise CheckpointError(
+            f"--model {path}: GGUF cannot be served here; take a folder in MLX's format, such as that of "
+            "mlx-community/GLM-5.2-mxfp4"
+        )
     if not os.path.isdir(path):
         raise CheckpointError(f"--model {path_or_repo}: there is no such folder, or it may not be read")
     if not os.path.exists(path / "config.json"):

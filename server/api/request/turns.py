@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from time import monotonic
 from typing import TypeVar
 
@@ -101,7 +102,7 @@ class Lane:
         """What `work` returns or raises. Cancelled, it waits until the thread has noticed."""
         async with self._turns.turn(holder):
             wanted = Presence()
-            future = asyncio.get_running_loop().run_in_executor(self._pool, work, wanted)
+            future = asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, work, wanted)
             try:
                 return await asyncio.shield(future)
             except asyncio.CancelledError:

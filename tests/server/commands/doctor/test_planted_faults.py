@@ -197,7 +197,7 @@ def test_a_sound_machine_has_no_fault_and_json_says_the_same(capsys: pytest.Capt
 
 
 def test_speed_is_measured_where_experts_are_streamed() -> None:
-    flags = {"model": str(POCKET), "stream_experts": True, "ram_budget": "400M"}
+    flags = {"model": str(POCKET), "stream_experts": True, "ram_budget": "800M"}
     fast = partial(model_checks.check_speed)
     [found] = findings(flags, [Check("speed", fast)])
     assert found["figures"]["bytes_per_s"] > 0

@@ -1,0 +1,209 @@
+"""`glmserve pull` against a Hub on this machine: sizes first, resumed, verified; `plan` needs no weights."""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config.errors import UsageError
+from models.loading.public_formats import PUBLIC_FORMATS, find_format, write_hollow
+from server.cli import main
+from server.commands.checkpoint import POCKET, find_checkpoint
+from server.commands.hub_cache import find_snapshot
+from server.commands.pull_command import pull_command
+
+COMMIT = "a" * 40
+FILES = {
+    path.name: path.read_bytes()
+    for path in POCKET.iterdir()
+    if path.suffix in (".json", ".safetensors", ".jinja")
+}
+
+
+def _size_of(raw: bytes) -> dict[str, Any]:
+    lfs = {
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "oid": hashlib.sha256(raw).hexdigest(),
+        "size": len(raw),
+    }
+    return {"size": len(raw), "lfs": lfs | {"pointerSize": 1}}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as the library asks of it."""
+
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(sends_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(sends_body=True)
+
+    def _answer(self, sends_body: bool) -> None:
+        path = self.path.partition("?")[0]
+        if "/org/pocket/tree/" in path:
+            files = [
+                {"type": "file", "path": name, "oid": "0", **_size_of(raw)} for name, raw in FILES.items()
+            ]
+            self._send(json.dumps(files).encode(), {})
+            return
+        if path.startswith("/api/models/org/pocket"):
+            siblings = [{"rfilename": name, **_size_of(raw)} for name, raw in FILES.items()]
+            self._send(json.dumps({"id": "org/pocket", "sha": COMMIT, "siblings": siblings}).encode(), {})
+            return
+        raw = FILES.get(path.rpartition("/")[2])
+        if raw is None or "/org/pocket/" not in path:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        digest = hashlib.sha256(raw).hexdigest()
+        if sends_body:
+            type(self).asked.append(path.rpartition("/")[2])
+        self._send(
+            raw if sends_body else b"",
+            {
+                "ETag": f'"{digest}"',
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Size": str(len(raw)),
+                "X-Linked-Etag": f'"{digest}"',
+            },
+            len(raw),
+        )
+
+    def _send(self, raw: bytes, headers: dict[str, str], size: int | None = None) -> None:
+        self.send_response(200)
+        for name, value in {"Content-Length": str(size or len(raw)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def hub() -> Iterator[str]:
+    Hub.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    return tmp_path
+
+
+def test_what_is_pulled_is_complete_and_a_second_time_nothing_is_fetched(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with hub() as url:
+        assert pull_command(["org/pocket", "--json"], url) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["bytes"] == sum(map(len, FILES.values()))
+        assert find_checkpoint("org/pocket") == Path(report["folder"])
+        assert set(Hub.asked) == set(FILES)
+        Hub.asked = []
+        assert pull_command(["org/pocket"], url) == 0
+        assert Hub.asked == []
+
+
+def test_what_is_absent_or_damaged_is_fetched_again(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hub() as url:
+        pull_command(["org/pocket"], url)
+        snapshot = find_snapshot("org/pocket", None)
+        assert snapshot
+        damaged, absent = "model-00001-of-00002.safetensors", "tokenizer.json"
+        blob = (snapshot / damaged).resolve()
+        blob.write_bytes(b"x" * blob.stat().st_size)
+        (snapshot / absent).resolve().unlink()
+        (snapshot / absent).unlink()
+        Hub.asked = []
+        assert pull_command(["org/pocket"], url) == 0
+        assert set(Hub.asked) == {damaged, absent}
+        assert all((snapshot / name).read_bytes() == raw for name, raw in FILES.items())
+    assert "to download" in capsys.readouterr().err
+
+
+def test_a_full_disk_and_an_unknown_repository_are_said_before_anything_is_fetched(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub() as url:
+        with pytest.raises(UsageError, match="no repository org/nothing"):
+            pull_command(["org/nothing"], url)
+        usage = shutil.disk_usage(cache)
+        monkeypatch.setattr(
+            "server.commands.pull_command.shutil.disk_usage", lambda path: usage._replace(free=10**6)
+        )
+        with pytest.raises(UsageError, match="HF_HOME"):
+            pull_command(["org/pocket"], url)
+        assert Hub.asked == []
+
+
+@pytest.mark.parametrize("words", [[], ["x"], ["--lst"], ["a/b/c"]])
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert main(["pull", *words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_list_says_what_each_needs(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pull", "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [one["repo"] for one in listed] == [one.repo for one in PUBLIC_FORMATS]
+    assert all(20e9 < one["minimum_budget_bytes"] < 40e9 and one["cached"] == "no" for one in listed)
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["plan", *words, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize("one", PUBLIC_FORMATS, ids=lambda one: one.repo)
+def test_a_plan_of_a_public_format_is_that_of_files_of_its_shapes(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one: Any
+) -> None:
+    (folder := tmp_path / "hollow").mkdir()
+    write_hollow(folder, one)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert abs(size - one.disk_bytes) < 0.002 * one.disk_bytes, "the repository's own size"
+    flags = ("--memory", "128G", "--disk", "7GB/s")
+    by_name = plan(capsys, one.repo, *flags)
+    assert by_name == plan(capsys, str(folder), "--stream-experts", *flags)
+    assert by_name["budget_bytes"] == int(0.8 * 128e9)
+    assert 1 < by_name["forecast"]["tokens_per_s"] < 5
+    faster = plan(capsys, one.repo, "--memory", "128G", "--disk", "14GB/s")["forecast"]
+    assert faster["tokens_per_s"] > by_name["forecast"]["tokens_per_s"]
+    assert faster["first_token_s"] < by_name["forecast"]["first_token_s"]
+
+
+@pytest.mark.parametrize("name", ["z-ai/glm-5.2", "glm-5.2", "zai-org/GLM-5.2", "openrouter/z-ai/glm-5.2"])
+def test_served_ids_mean_a_public_format(name: str) -> None:
+    assert find_format(name) is PUBLIC_FORMATS[0]
+    assert find_format("someone/llama") is None
+
+
+@pytest.mark.parametrize(
+    "words", [["--memory", "lots"], ["--disk", "fast"], ["--memory", "8G", "--ram-budget", "9G"]]
+)
+def test_a_plan_with_no_sense_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert main(["plan", "glm-5.2", *words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
