@@ -7,8 +7,9 @@ Flags win over the environment, the environment over the file. The command line 
 
 import difflib
 import os
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,7 +27,14 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Setting
 from config import defaults
 from config.defaults import ExpertPolicy
 from config.errors import BudgetError, UsageError
-from config.sizes import format_size, parse_size, physical_memory_bytes
+from config.sizes import (
+    format_size,
+    parse_seconds,
+    parse_share,
+    parse_size,
+    parse_tokens,
+    physical_memory_bytes,
+)
 
 ENV_PREFIX = "GLMSERVE_"
 CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
@@ -40,6 +48,13 @@ def _parse_size_or_zero(value: Any) -> Any:
     return 0 if value == "0" else _parse_size(value)
 
 
+def _of_text(parse: Callable[[str], Any]) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
+Tokens = Annotated[int, _of_text(parse_tokens)]
+Seconds = Annotated[float, _of_text(parse_seconds)]
+Share = Annotated[float, _of_text(parse_share)]
 Size = Annotated[int, BeforeValidator(_parse_size)]
 SizeOrZero = Annotated[int, BeforeValidator(_parse_size_or_zero)]
 
@@ -73,7 +88,7 @@ class Settings(BaseSettings):
         "POLICY",
         "strict: requests for a model that is not this one are refused; any: they are answered",
     )
-    max_context: int | None = _setting(
+    max_context: Tokens | None = _setting(
         None,
         "Model",
         "TOKENS",
@@ -105,7 +120,7 @@ class Settings(BaseSettings):
         "a copy of the checkpoint on another SSD: experts are read from all copies at the same time; may be "
         f"given several times (in the environment separated by {os.pathsep})",
     )
-    sweep_tokens: int | None = _setting(
+    sweep_tokens: Tokens | None = _setting(
         None,
         "Memory",
         "TOKENS",
@@ -134,7 +149,7 @@ class Settings(BaseSettings):
         "read experts straight into their slots, not through buffers: on, off, or auto (what is measured to "
         "be faster)",
     )
-    decode_share: float = _setting(
+    decode_share: Share = _setting(
         defaults.DECODE_SHARE,
         "Scheduling",
         "SHARE",
@@ -163,21 +178,21 @@ class Settings(BaseSettings):
         "requests that may wait in line; more are refused with 503 and the time to come back",
         ge=1,
     )
-    queue_timeout: float = _setting(
+    queue_timeout: Seconds = _setting(
         defaults.QUEUE_TIMEOUT_S,
         "Scheduling",
         "SECONDS",
         "a request that has not started by then is refused with 503",
         gt=0,
     )
-    request_timeout: float = _setting(
+    request_timeout: Seconds = _setting(
         defaults.REQUEST_TIMEOUT_S,
         "Scheduling",
         "SECONDS",
         "a request that is not complete by then is ended with an error",
         gt=0,
     )
-    step_timeout: float = _setting(
+    step_timeout: Seconds = _setting(
         defaults.STEP_TIMEOUT_S,
         "Scheduling",
         "SECONDS",
@@ -282,6 +297,16 @@ class Settings(BaseSettings):
     @classmethod
     def _split_paths(cls, value: Any) -> Any:
         return value.split(os.pathsep) if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        """Browsers name scheme, host and port; anything else would never match."""
+        origins = [origin.strip().rstrip("/") for origin in value.split(",") if origin.strip()]
+        for origin in origins:
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin, re.I):
+                raise ValueError(f"{origin[:80]!r} is no origin; write it as https://{origin[:80]}")
+        return ",".join(origins)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Sizes as people write them: 100G, 96GiB, 80%. Called by settings and by the memory plan's messages."""
+"""Sizes, tokens, times and shares as people write them: 96GiB, 32k, 10m, 80%. For settings and messages."""
 
 import os
 import re
@@ -32,6 +32,38 @@ def parse_size(text: str, memory_bytes: int | None = None) -> int:
         if unit in UNITS and number * UNITS[unit] >= 1:
             return int(number * UNITS[unit])
     raise ValueError(f"{text[:40]!r} is not a size; write 100G (10^9 bytes), 96GiB (2^30) or 80% (of memory)")
+
+
+def parse_tokens(text: str) -> int:
+    """Tokens of a number such as `32k` (32,768) or `1m` (1,048,576). Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,12})([kKmM]?)", text.strip())
+    if not match:
+        raise ValueError(f"{text[:40]!r} is no number of tokens; write 32768, 32k or 1m")
+    return int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of a time such as `90`, `30s`, `10m` or `1.5h`. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smh]?)", text.strip())
+    if not match:
+        raise ValueError(f"{text[:40]!r} is no time; write 90, 30s, 10m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def parse_share(text: str) -> float:
+    """The share that `0.3` or `30%` is. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?|\.\d+)(%?)", text.strip())
+    if not match:
+        raise ValueError(f"{text[:40]!r} is no share; write 0.3 or 30%")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
+def in_words(seconds: int) -> str:
+    """A time for people, in its two largest units: `5 h 35 min`."""
+    hours, minutes = divmod(seconds // 60, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
 
 
 def format_size(num_bytes: float) -> str:

@@ -170,7 +170,7 @@ def serving(library: Path, folder: Path, control: Path, is_awaited: bool = True)
         shutil.copytree(POCKET, model)
     under = f"{model}:{cache}"
     env = {name: value for name, value in os.environ.items() if not name.startswith("GLMSERVE_")}
-    env |= {"LD_PRELOAD": str(library), "GLMSERVE_SHIM": str(control), "GLMSERVE_SHIM_UNDER": under}
+    env |= {"LD_PRELOAD": str(library), "SYSCALL_SHIM": str(control), "SYSCALL_SHIM_UNDER": under}
     flags = ["--port", "0", "--stream-experts", "--ram-budget", BUDGET, "--prefix-cache-dir", str(cache)]
     flags += ["--model", str(model), "--prefix-cache-size", "50M", "--step-timeout", "20"]
     log = folder / "log"

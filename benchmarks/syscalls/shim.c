@@ -1,7 +1,7 @@
 /* Makes system calls fail, fall short or take long, by a seed. Loaded by LD_PRELOAD into both processes.
  *
- * The file named by GLMSERVE_SHIM is mapped by all of them: whoever writes to it turns faults on and off. File
- * faults meet only regular files under the folders of GLMSERVE_SHIM_UNDER (separated by colons), so that Python
+ * The file named by SYSCALL_SHIM is mapped by all of them: whoever writes to it turns faults on and off. File
+ * faults meet only regular files under the folders of SYSCALL_SHIM_UNDER (separated by colons), so that Python
  * itself can be read. Every call that is interfered with is counted.
  */
 #define _GNU_SOURCE
@@ -37,8 +37,8 @@ static const char *under;
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 __attribute__((constructor)) static void begin(void) {
-    const char *path = getenv("GLMSERVE_SHIM");
-    under = getenv("GLMSERVE_SHIM_UNDER");
+    const char *path = getenv("SYSCALL_SHIM");
+    under = getenv("SYSCALL_SHIM_UNDER");
     if (!path) return;
     int fd = REAL(open)(path, O_RDWR | O_CLOEXEC);
     if (fd < 0) return;

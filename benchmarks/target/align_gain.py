@@ -93,14 +93,26 @@ def reading(index: ExpertIndex) -> str:
     )
 
 
-def digests(folder: Path) -> dict[str, bytes]:
-    """Of each tensor, read through the index that stands there."""
-    found = {}
-    for name, entry in read_headers(folder).items():
-        with entry.path.open("rb") as file:
-            file.seek(entry.offset)
-            found[name] = hashlib.blake2b(file.read(entry.nbytes)).digest()
+def digests(folder: Path) -> dict[object, bytes]:
+    """Of each expert, and of each other tensor, as the index that stands there names them."""
+    entries = read_headers(folder)
+    index = ExpertIndex.from_entries(entries)
+    found: dict[object, bytes] = {
+        name: _digest(entry.path, entry.offset, entry.nbytes)
+        for name, entry in entries.items()
+        if ".switch_mlp." not in name and ".experts." not in name
+    }
+    for layer in index.layers:
+        for expert in range(index.num_experts):
+            for piece in index.pieces(layer, expert):
+                found[layer, expert, piece.part.name] = _digest(piece.path, piece.offset, piece.part.nbytes)
     return found
+
+
+def _digest(path: Path, offset: int, nbytes: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return hashlib.blake2b(file.read(nbytes)).digest()
 
 
 def kill_and_repeat(folder: Path, times: int, most_s: float) -> int:

@@ -59,6 +59,9 @@ _KIND = re.compile(r"(str|int)$|[A-Z]|[a-z-]+[\[-]")
 # Where its own words are about classes of ours.
 _MESSAGES = {"model_type": "Input should be an object", "dict_type": "Input should be an object"}
 
+# What a 404 and a 405 say that no route of ours has raised.
+NO_DETAILS = ("Not Found", "Method Not Allowed")
+
 log = logging.getLogger(__name__)
 
 
@@ -135,6 +138,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def _respond(request: Request, error: Exception) -> JSONResponse:
     path, body = request.url.path, describe(error)
+    if isinstance(error, HTTPException) and error.status_code in (404, 405) and error.detail in NO_DETAILS:
+        body["message"] = f"there is no {request.method} {path[:100]} here; docs/api.md lists what there is"
     status = body["code"]
     note_reason(request.scope, body["metadata"]["error_type"])
     if isinstance(error, ContextOverflow):

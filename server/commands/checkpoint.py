@@ -88,6 +88,11 @@ def find_checkpoint(path_or_repo: str) -> Path:
     path, repo = Path(os.path.expanduser(path_or_repo)), None
     if not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
         path = _find_in_cache(*repo)
+    if path.suffix == ".gguf":
+        raise CheckpointError(
+            f"--model {path}: GGUF cannot be served here; take a folder in MLX's format, such as that of "
+            "mlx-community/GLM-5.2-mxfp4"
+        )
     if not os.path.isdir(path):
         raise CheckpointError(f"--model {path_or_repo}: there is no such folder, or it may not be read")
     if not os.path.exists(path / "config.json"):

@@ -130,3 +130,37 @@ def test_mirrors_come_from_flags_and_from_the_environment(monkeypatch: pytest.Mo
     assert parse_settings(["--mirror", "/a", "--mirror", "/b"]).mirror == (Path("/a"), Path("/b"))
     monkeypatch.setenv("GLMSERVE_MIRROR", "/c:/d")
     assert parse_settings([]).mirror == (Path("/c"), Path("/d"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("max_context", "32k", 32_768), ("max_context", "1m", 2**20), ("sweep_tokens", "8K", 8192),
+        ("max_context", "4096", 4096), ("request_timeout", "10m", 600), ("queue_timeout", "1.5h", 5400),
+        ("step_timeout", "90s", 90), ("request_timeout", "7.5", 7.5), ("decode_share", "30%", 0.3),
+        ("decode_share", "0.5", 0.5),
+    ],
+)  # fmt: skip
+def test_counts_times_and_shares_take_units(name: str, text: str, value: float) -> None:
+    assert getattr(load_settings({name: text}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("max_context", "32kb"), ("max_context", "30%"), ("max_context", "0k"), ("request_timeout", "10 days"),
+     ("request_timeout", "-1m"), ("decode_share", "130%"), ("decode_share", "30m"), ("sweep_tokens", "")],
+)  # fmt: skip
+def test_other_units_are_refused_with_the_flag(name: str, text: str) -> None:
+    with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
+        load_settings({name: text})
+
+
+@pytest.mark.parametrize("origin", ["a.example", "localhost:3000", "https://", "https://a b", "//a.example"])
+def test_an_origin_that_can_never_match_is_refused(origin: str) -> None:
+    with pytest.raises(UsageError, match="no origin; write it as https://"):
+        load_settings({"cors_origins": f"https://b.example,{origin}"})
+
+
+def test_a_slash_behind_an_origin_is_none_of_it() -> None:
+    given = "https://a.example/, app://obsidian.md ,*"
+    assert load_settings({"cors_origins": given}).cors_origins == "https://a.example,app://obsidian.md,*"

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from config.errors import MAX_RETRY_AFTER_S, RequestError
+from config.sizes import in_words
 from server.api.access.keys import Key, KeyRing, digest, key_of
 from server.api.access.quotas import Accounts, Spent
 from server.api.error_bodies import error_body, error_object, note_reason
@@ -195,7 +196,7 @@ def _without_port(host: str) -> str:
 
 async def _refuse_spent(scope: Scope, send: Send, name: str, spent: Spent) -> None:
     limit = f"{spent.amount} {spent.limit}"
-    message = f"the key of {name!r} has used its {limit}; there is more in {spent.wait_s} s"
+    message = f"the key of {name!r} has used its {limit}; there is more in {in_words(spent.wait_s)}"
     can_wait = spent.wait_s <= MAX_RETRY_AFTER_S
     headers = {
         "retry-after": str(min(spent.wait_s, MAX_RETRY_AFTER_S)),

@@ -26,7 +26,8 @@ class ModelNames:
         ours = [name for name in wanted if self.means_us(name)]
         if wanted and not ours:
             message = f"{wanted[0][:100]} is not a valid model ID"
-            raise RequestError(f"{message}; this server has {self.served}", param="model")
+            hint = "--served-model-name gives it another name, --model-policy any takes every name"
+            raise RequestError(f"{message}; this server has {self.served} ({hint})", param="model")
         if ours and all(map(_is_online, ours)):
             message = f"{ours[0][:100]}: ':online' is not supported, this server does not read the web"
             raise RequestError(message, param="model")

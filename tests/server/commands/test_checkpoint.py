@@ -145,3 +145,12 @@ def write_snapshot(folder: Path, model_type: str) -> Path:
     (snapshot / "config.json").write_text(json.dumps({"model_type": model_type}))
     write_shard(snapshot / "model.safetensors")
     return snapshot
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "GLM-5.2-Q4_K_M.gguf", "no/such.gguf"])
+def test_a_gguf_is_called_one(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.parent == tmp_path:
+        path.touch()
+    with pytest.raises(CheckpointError, match="GGUF cannot be served here"):
+        find_checkpoint(str(path))

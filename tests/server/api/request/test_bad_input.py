@@ -274,3 +274,21 @@ def test_what_a_turn_held_and_this_model_cannot_read_is_refused(client: TestClie
     assert refused(client, body_with(messages=[USER, said, USER]))["param"] == f"messages[1].{field}"
     refused_not = body_with(messages=[USER, said | {field: None, "refusal": None, "annotations": []}, USER])
     assert client.post(CHAT, content=refused_not).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/nothing", 404), ("POST", "/api/generate", 404), ("GET", "/v1/chat/completions", 405)],
+)
+def test_a_path_with_nothing_there_is_named(client: TestClient, method: str, path: str, status: int) -> None:
+    response = client.request(method, path)
+    assert response.status_code == status
+    assert f"{method} {path}" in response.json()["error"]["message"]
+
+
+def test_a_wrong_model_is_told_the_flags_that_help(client: TestClient) -> None:
+    body = {"model": "gpt-9", "messages": [{"role": "user", "content": "x"}]}
+    message = client.post("/v1/chat/completions", json=body).json()["error"]["message"]
+    assert message.startswith("gpt-9 is not a valid model ID")
+    assert "--served-model-name" in message
+    assert "--model-policy" in message
