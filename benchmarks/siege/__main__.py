@@ -144,7 +144,7 @@ def main() -> int:
     """Runs all of it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.siege", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two minutes instead of ten")
-    parser.add_argument("--budget", type=int, default=800, help="megabytes of the budget and of the cgroup")
+    parser.add_argument("--budget", type=int, default=850, help="megabytes of the budget and of the cgroup")
     parser.add_argument("--only", default="", help="parts of the names of attacks and rounds, with commas")
     options = parser.parse_args()
     seconds, number = (2.5, 1) if options.quick else (9.0, 3)

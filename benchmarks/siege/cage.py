@@ -16,6 +16,8 @@ import httpx
 from server.commands.checkpoint import POCKET
 
 DESCRIPTORS = 256
+# After so long a silent engine is ended; less would end one that only waits for a busy machine.
+STEP_S = 15
 KEYS = {"bystander": "b-1f6c", "attacker": "a-9d20", "miser": "m-77aa"}
 ROOT = Path(__file__).parents[2]
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
@@ -103,7 +105,7 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        flags = [*self._flags, "--ram-budget", str(self.cage.budget), "--step-timeout", "6"]
+        flags = [*self._flags, "--ram-budget", str(self.cage.budget), "--step-timeout", str(STEP_S)]
         with self.log.open("ab") as log:
             start = log.tell()
             self.process = subprocess.Popen(

@@ -13,7 +13,7 @@ from contextlib import suppress
 import httpx
 
 from benchmarks.siege.bodies import chat
-from benchmarks.siege.cage import KEYS, Server
+from benchmarks.siege.cage import KEYS, STEP_S, Server
 
 HEADERS = {"authorization": f"Bearer {KEYS['attacker']}"}
 # After a fault's end; an engine that starts slowly, on a busy machine, has three times its last start.
@@ -72,11 +72,11 @@ def engine_killed(server: Server) -> list[str]:
 
 
 def engine_stopped(server: Server) -> list[str]:
-    """SIGSTOP: the server has to notice by itself, after --step-timeout (6 s)."""
+    """SIGSTOP: the server has to notice by itself, after --step-timeout."""
     pid = server.engine
     if pid:
         os.kill(pid, signal.SIGSTOP)
-    deadline = time.monotonic() + 6 + max(BACK_S, 3 * server.start_s)
+    deadline = time.monotonic() + STEP_S + max(BACK_S, 3 * server.start_s)
     while time.monotonic() < deadline:
         time.sleep(0.2)
         if server.engine not in (0, pid) and server.is_ready():
