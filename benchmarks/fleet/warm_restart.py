@@ -1,4 +1,4 @@
-"""Decode after a restart, with and without the saved hot set: `python -m benchmarks.warm_restart`.
+"""Decode after a restart, with and without the saved hot set: `python -m benchmarks.fleet.warm_restart`.
 
 A store of a quarter of the experts on a simulated disk, asked for what a recorded routing of 256 experts
 asked for. A server that goes on, one that starts again with the experts that were in memory, and one that
@@ -28,7 +28,7 @@ from streaming.eviction.hot_set import HotSet
 from streaming.files.index import ExpertIndex
 from streaming.store import ExpertStore
 
-TRACES = Path(__file__).parent / "traces"
+TRACES = Path(__file__).parents[1] / "traces"
 EXPERTS, TOP, SLOTS, SPARSE = 256, 8, 64, 8
 GEOMETRY = BENCH | {
     "hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 1 + SPARSE,
