@@ -67,7 +67,7 @@ def fuzz(app: FastAPI, num_cases: int) -> dict[str, int]:
     under_test = [
         one for one in operations if one.path.startswith("/v1/") or one.path in ("/health", "/metrics")
     ]
-    bodiless = ("/cache/clear", "/engine/start")
+    bodiless = ("/cache/clear", "/engine/start", "/cancel")
     with_body = [one for one in under_test if one.method == "post" and not one.path.endswith(bodiless)]
     num_each = num_cases // (2 * len(with_body)) + 1
     statuses: dict[str, int] = {}

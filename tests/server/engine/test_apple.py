@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from config.plan import NOT_MLX
 from models.arithmetic import choose_arithmetic
 from models.loading.loading import open_checkpoint
 from server.engine import apple
@@ -124,8 +125,7 @@ def test_memory_is_wired_only_where_that_was_asked_for_and_then_all_of_mlx(
     config = EngineConfig(tmp_path, True, 10**9, 64, "error", prefix_memory_bytes=0, wires_memory=is_wanted)
     open_backend(config, lambda *words: None)
     plan = plan_memory(open_checkpoint(tmp_path), choose_arithmetic(), config)
-    beside = ("reader buffers", "Python and libraries", "prefix cache")
-    wanted = sum(nbytes for name, nbytes in plan.lines.items() if name not in beside)
+    wanted = sum(nbytes for name, nbytes in plan.lines.items() if name not in NOT_MLX)
     assert wired == ([pytest.approx(wanted, rel=0.2)] if is_wanted else [])
     assert wanted > plan.lines["trunk"] + plan.lines["experts"] + plan.lines["KV cache"]
 

@@ -237,9 +237,10 @@ async def _find_way_out(world: _World) -> None:
         world.tasks[name] = world.loop.create_task(world.client(name))
         await asyncio.sleep(2.0)
         number += 1
-        if not world.open_tasks() and isinstance(world.ends[name][-1], Finished):
+        is_answered = name in world.ends and isinstance(world.ends[name][-1], Finished)
+        if not world.open_tasks() and is_answered:
             break
-    assert isinstance(world.ends[name][-1], Finished), "a new request is never answered"
+    assert is_answered, "a new request is never answered"
     assert not world.open_tasks(), "a request never ends"
     for events in world.ends.values():
         assert sum(isinstance(event, Finished | Failed) for event in events) <= 1, "a request ended twice"
@@ -312,9 +313,9 @@ def test_every_state_of_the_supervisor_has_a_way_out() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["_fail_all", "_start_later", "_too_late", "_look_after"])
+@pytest.mark.parametrize("method", ["_fail_all", "_start_later", "cancel", "_look_after"])
 def test_a_planted_fault_is_found(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that nobody ends, an engine that nobody starts, time-outs and silence that nobody notices."""
+    """Requests that nobody ends or forgets, an engine that nobody starts, silence that nobody notices."""
     monkeypatch.setattr(EngineProcess, method, lambda self, *given: None)
     _, stuck = explore(5)
     assert stuck

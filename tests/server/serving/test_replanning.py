@@ -48,13 +48,13 @@ def engine_of(server: Server) -> int:
 def test_a_budget_and_a_policy_are_changed_shown_and_outlive_the_engine(streamed: Server) -> None:
     before, slots = ask(streamed, SUM), metric(streamed, "expert_slots")
     assert "42" in before
-    answer = change(streamed, ram_budget="790M", expert_policy="lru")
+    answer = change(streamed, ram_budget="795M", expert_policy="lru")
     assert answer.status_code == 202, answer.text
     plan = answer.json()["data"]
-    assert (plan["budget_bytes"], plan["expert_policy"]) == (790 * 10**6, "lru")
+    assert (plan["budget_bytes"], plan["expert_policy"]) == (795 * 10**6, "lru")
     assert sum(plan["slots_per_layer"]) < slots
     wait_for(streamed, "expert_slots", sum(plan["slots_per_layer"]))
-    wait_for(streamed, "ram_budget_bytes", 790e6)
+    wait_for(streamed, "ram_budget_bytes", 795e6)
     assert metric(streamed, 'expert_policy{policy="lru"}') == 1
     assert metric(streamed, 'memory_planned_bytes{line="experts"}') == plan["lines"]["experts"]
     assert metric(streamed, 'memory_used_bytes{line="experts"}') == plan["lines"]["experts"]
@@ -67,7 +67,7 @@ def test_a_budget_and_a_policy_are_changed_shown_and_outlive_the_engine(streamed
         assert time.monotonic() < deadline
         time.sleep(0.02)
     wait_for(streamed, "ready", 1)
-    wait_for(streamed, "ram_budget_bytes", 790e6)
+    wait_for(streamed, "ram_budget_bytes", 795e6)
     assert metric(streamed, 'expert_policy{policy="lru"}') == 1
     assert metric(streamed, 'expert_policy{policy="nearness"}') == 0
     assert ask(streamed, SUM) == before

@@ -205,16 +205,22 @@ def test_a_third_disk_serves_too_and_two_may_fail(
     folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(folders[0], tmp_path / "more")
-    disks = [FaultyDisk(), FaultyDisk(), FaultyDisk()]
-    index, store = open_store((*folders, tmp_path / "more"), *disks)
-    store.acquire(1, [0])
-    for disk in disks[1:]:
-        disk.fault = lambda number, buffer, offset: raise_(OSError(5, "Input/output error"))
-    assert_all_arrive(index, store)
-    assert len(caplog.records) >= 2
-    dropped = [record.message for record in caplog.records if "is dropped" in record.message]
-    assert len(dropped) == 2, "one line for each"
-    assert store.statistics().failures == 0
+    for _ in range(5):  # a disk that a busy machine has made look slow is asked for nothing
+        caplog.clear()
+        disks = [FaultyDisk(), FaultyDisk(), FaultyDisk()]
+        index, store = open_store((*folders, tmp_path / "more"), *disks)
+        store.acquire(1, [0])
+        for disk in disks[1:]:
+            disk.fault = lambda number, buffer, offset: raise_(OSError(5, "Input/output error"))
+        assert_all_arrive(index, store)
+        assert store.statistics().failures == 0
+        if len(dropped_in(caplog)) == 2:
+            break
+    assert len(dropped_in(caplog)) == 2, "one line for each"
+
+
+def dropped_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if "is dropped" in record.message]
 
 
 @pytest.mark.parametrize("hung", [1, 2])
@@ -223,22 +229,27 @@ def test_of_three_disks_one_that_hangs_drops_out(
 ) -> None:
     shutil.copytree(folders[0], tmp_path / "more")
     release = threading.Event()
-    disks = [FaultyDisk(), FaultyDisk(), FaultyDisk()]
 
     def hang(number: int, buffer: Bytes, offset: int) -> int | None:
         release.wait()
         return None
 
-    disks[hung].fault = hang
-    index, store = open_store((*folders, tmp_path / "more"), *disks, timeout_s=0.3)
-    slots = store.acquire(2, range(NUM_EXPERTS)).tolist()
-    for slot, expert in zip(slots, range(NUM_EXPERTS), strict=True):
-        assert_holds(index, store, 2, slot, expert)
-    assert store.statistics().failures == 0
-    [line] = [record.message for record in caplog.records if "is dropped" in record.message]
+    for _ in range(5):  # a disk that a busy machine has made look slow is asked for nothing
+        caplog.clear()
+        disks = [FaultyDisk(), FaultyDisk(), FaultyDisk()]
+        disks[hung].fault = hang
+        index, store = open_store((*folders, tmp_path / "more"), *disks, timeout_s=0.3)
+        slots = store.acquire(2, range(NUM_EXPERTS)).tolist()
+        for slot, expert in zip(slots, range(NUM_EXPERTS), strict=True):
+            assert_holds(index, store, 2, slot, expert)
+        assert store.statistics().failures == 0
+        release.set()
+        store.close()
+        release.clear()
+        if dropped_in(caplog):
+            break
+    [line] = dropped_in(caplog)
     assert "a read did not come back in time" in line
-    release.set()
-    store.close()
 
 
 def steady_rate(disks: Sequence[SimulatedDisk]) -> float:

@@ -22,7 +22,7 @@ def test_what_a_chat_begins_with_can_be_pinned_and_let_go(client: TestClient, en
     for action in ("pin", "unpin"):
         response = client.post(f"/v1/cache/{action}", json=CHAT)
         assert response.status_code == 202
-        assert engine.administered[-1] == Administer(action, engine.requests[0].token_ids)
+        assert engine.administered[-1] == Administer(action, tuple(engine.requests[0].token_ids))
         assert response.json()["data"]["prompt_tokens"] == len(engine.requests[0].token_ids)
     assert client.post("/v1/cache/pin", json={"messages": []}).status_code == 400
 

@@ -299,7 +299,7 @@ def test_events_are_named_and_pings_go_between_them(service: Service, engine: Sc
     for event, name in zip(events, names, strict=True):
         data = json.loads(event.partition("data: ")[2])
         assert data["type"] == name
-        assert event.startswith(": OPENROUTER PROCESSING\n") == (name == "ping")
+        assert event.startswith(": OPENROUTER PROCESSING") == (name == "ping")
 
 
 def test_an_error_after_blanks_has_anthropics_shape(service: Service, engine: ScriptedEngine) -> None:

@@ -110,7 +110,7 @@ def test_one_conversation_is_one_prompt(client: TestClient, engine: ScriptedEngi
         for base in ("/v1", "/api/v1", ""):
             response = client.post(f"{base}/{path}", json={"model": GLM} | body)
             assert response.status_code == 200, response.text
-    prompts = {request.token_ids for request in engine.requests}
+    prompts = {tuple(request.token_ids) for request in engine.requests}
     assert len(engine.requests) == 9
     assert len(prompts) == 1
     counted = client.post(

@@ -117,6 +117,7 @@ def test_each_phase_is_named_alike_in_comments_and_in_the_activity(service: Serv
             return dict(now)
 
         assert (seen["phase"], seen["queue_place"]) == ("queued", 3)
+        until(lambda: any("queue=3" in line for line in talk.lines))
         engine.events[name].put_nowait(Started(name))
         assert send(Progress(name, 0, 90, 0, "restoring"), "restoring", "restoring=0/90")["eta_s"] is None
         assert send(Progress(name, 30, 90), "reading", "prefill=30/90")["prefilled_tokens"] == 30

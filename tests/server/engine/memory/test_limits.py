@@ -10,7 +10,7 @@ MB = 10**6
 
 
 @pytest.mark.parametrize(
-    ("workspace", "budget"), [(780 * MB, 60_000 * MB), (90 * MB, 17_000 * MB), (3_000 * MB, 90_000 * MB)]
+    ("workspace", "budget"), [(780 * MB, 60_000 * MB), (90 * MB, 17_500 * MB), (3_000 * MB, 90_000 * MB)]
 )
 def test_freed_buffers_of_a_whole_step_may_be_kept(
     workspace: int, budget: int, monkeypatch: pytest.MonkeyPatch
