@@ -42,7 +42,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 # takes the time on two cores.
 LARGE = BENCH | {
     "num_hidden_layers": 6, "first_k_dense_replace": 2, "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4,
-    "n_routed_experts": 152, "num_experts_per_tok": 4, "moe_intermediate_size": 1024,
+    "n_routed_experts": 256, "num_experts_per_tok": 4, "moe_intermediate_size": 1024,
 }  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def _explain(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="written there if it is not")
-    parser.add_argument("--budget", default="500M")
+    parser.add_argument("--budget", default="850M")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=64)
