@@ -135,14 +135,14 @@ def walk_of_a_prompt() -> Walk:
     async def send(message: object) -> None:
         pass
 
-    for profile in (None, walk.note):  # at first what is made once is made
+    def ask(is_counted: bool) -> None:
         parts.append(raw)
-        walk.is_over = False
-        threading.setprofile(profile)
-        sys.setprofile(profile)
+        walk.is_over = not is_counted
         asyncio.run(app(dict(scope), receive, send))
-    sys.setprofile(None)
-    threading.setprofile(None)
+
+    with watched(walk):  # from the first, in which what is made once is made, threads that are kept among it
+        ask(is_counted=False)
+        ask(is_counted=True)
     return walk
 
 

@@ -100,7 +100,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--budget", default="396M", help="--ram-budget of the server")
+    parser.add_argument("--budget", default="766M", help="--ram-budget of the server")
     parser.add_argument("--kills", action="store_true", help="kill the engine every two minutes")
     given = parser.parse_args()
     server = start_server("--stream-experts", "--ram-budget", given.budget)

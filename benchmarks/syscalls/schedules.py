@@ -3,8 +3,8 @@
     python -m benchmarks.syscalls.schedules --schedules 500 --starts 50
 
 Each request must end with the answer that it has without faults, or with an error in words, and a request
-must be answered rightly within ten seconds of a schedule's end, beyond the time that a round of eight
-requests, or a start, takes on this machine without faults. Prints the schedules of which that is not true.
+must be answered rightly within ten seconds of a schedule's end. Prints the schedules of which that is not
+true.
 """
 
 import argparse
@@ -39,7 +39,7 @@ NUM_CLIENTS = 8
 RECOVERY_S = 10.0
 # A request that has no end after so long hangs.
 PATIENCE_S = 60.0
-BUDGET = "391M"  # the least: most experts come from the disk
+BUDGET = "766M"  # the least: most experts come from the disk
 QUESTIONS = [f"What is {17 + number}+{25 + 3 * number}?" for number in range(NUM_CLIENTS)]
 
 
@@ -130,16 +130,16 @@ class Server:
         expected = self.expected.setdefault(question, content)
         return "right" if content == expected else f"WRONG: {content[:80]!r} is not {expected[:80]!r}"
 
-    def recovers(self, since_s: float, right_at: Sequence[float], most_s: float) -> float | None:
+    def recovers(self, since_s: float, right_at: Sequence[float]) -> float | None:
         """Seconds from `since_s` to a right answer, maybe one of those at `right_at`; None if it is late."""
         while not (after := [at for at in right_at if at > since_s]):
-            if time.monotonic() > since_s + most_s:
+            if time.monotonic() > since_s + RECOVERY_S:
                 return None
             if self.ask(QUESTIONS[0]) == "right":
                 right_at = [time.monotonic()]
             time.sleep(0.2)
         seconds = min(after) - since_s
-        return seconds if seconds <= most_s else None
+        return seconds if seconds <= RECOVERY_S else None
 
 
 def _said(message: dict[str, Any]) -> str:
@@ -237,9 +237,6 @@ def run_schedules(library: Path, folder: Path, seeds: Sequence[int]) -> Findings
         assert _is_served(server, 120), server.log.read_text(errors="replace")
         for question in QUESTIONS:
             server.ask(question)
-        started = time.monotonic()
-        list(clients.map(server.ask, QUESTIONS))
-        most_s = RECOVERY_S + time.monotonic() - started
         for number, seed in enumerate(seeds):
             one = Schedule.of(seed)
             control.begin(one)
@@ -252,7 +249,7 @@ def run_schedules(library: Path, folder: Path, seeds: Sequence[int]) -> Findings
             found.num_failed_calls += control.end()
             ended = time.monotonic()
             outcomes = [outcome for client in running for outcome in client.result()]
-            found.note(one, outcomes, server.recovers(ended, right_at, most_s))
+            found.note(one, outcomes, server.recovers(ended, right_at))
     return found
 
 
@@ -273,10 +270,9 @@ def run_starts(library: Path, folder: Path, seeds: Sequence[int]) -> Findings:
     """Over servers that start, each under its own schedule. A start that is given up ends in one line."""
     found, path = Findings(), folder / "control"
     control = Control(path)
-    started = time.monotonic()
     with serving(library, folder, path) as server:
         assert _is_served(server, 120), server.log.read_text(errors="replace")
-        expected, most_s = server.expected, RECOVERY_S + time.monotonic() - started
+        expected = server.expected
     for seed in seeds:
         one = Schedule.of(seed)
         control.begin(one)
@@ -290,7 +286,7 @@ def run_starts(library: Path, folder: Path, seeds: Sequence[int]) -> Findings:
                 is_said = bool(lines) and lines[-1].startswith("glmserve: ") and "Traceback" not in str(lines)
                 outcomes = ["ended in words" if is_said else f"WRONG: {' / '.join(lines[-3:])}"]
             is_over = server.process.poll() is not None
-            recovery_s = 0.0 if is_over else server.recovers(time.monotonic(), (), most_s)
+            recovery_s = 0.0 if is_over else server.recovers(time.monotonic(), ())
             found.note(one, outcomes, recovery_s)
     return found
 

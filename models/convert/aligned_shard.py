@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from config.errors import CheckpointError
 from models.convert.shards import layout, write_fully
+from streaming.disk.disk import forget_pages
 
 CHUNK_BYTES = 16 * 2**20
 PARTIAL = ".partial"
@@ -77,7 +78,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _verify(path: Path, copies: Sequence[Copy], starts: Mapping[str, int]) -> None:
     with _opened(path, os.O_RDONLY) as fd:
-        _forget(fd)
+        forget_pages(fd)
         for copy in copies:
             for done, chunk in _chunks(copy):
                 if os.pread(fd, len(chunk), starts[copy.name] + done) != chunk:
@@ -116,11 +117,3 @@ def _sync(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
         os.fsync(fd)
-
-
-def _forget(fd: int) -> None:
-    """What is read next through this descriptor comes from the disk, where the system can be told so."""
-    if sys.platform == "darwin":
-        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
-    elif hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,5 +1,7 @@
 """CUDA source of attention for few rows. Called by `models.cuda.few_rows`."""
 
+from models.cuda.product_source import TENSOR_CORES
+
 ROTATION = r"""
 // Cosine and sine of the angle of pair i at a position, as MLX's rope has them.
 __device__ __forceinline__ float2 turn_of(const float* periods, int i, int position) {
@@ -125,18 +127,9 @@ SCORES = r"""
 NONE = r"""
 #define NONE __uint_as_float(0xFF800000u)  // minus infinity
 """
-FRAGMENTS = r"""
-#include <cuda_bf16.h>
-using Bf16 = __nv_bfloat16;
-
-// Adds A[16, 16] B[16, 8] to d; the four words of A and two of B are this lane's.
-__device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
+FRAGMENTS = (
+    TENSOR_CORES
+    + r"""
 // Four 8 x 8 matrices out of shared memory, transposed; each lane names one row of them.
 __device__ __forceinline__ void load_transposed(unsigned (&to)[4], const Bf16* from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -149,6 +142,7 @@ __device__ __forceinline__ void copy_16_bytes(Bf16* to, const Bf16* from) {
                :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
 }
 """
+)
 # 64 keys and 16 heads of one row a block of eight warps. Block x writes what its keys come to; `parts` has
 # the largest score of each head and the sum of its exponentials.
 ATTENDED = r"""

@@ -7,7 +7,8 @@ bfloat16 and multiply on tensor cores; scales and biases are applied in float32,
 # Groups of packed values that a warp has on their way from memory at a time.
 GROUPS_AT_ONCE = 4
 
-HEADER = r"""
+# For every source that multiplies on tensor cores.
+TENSOR_CORES = r"""
 #include <cuda_bf16.h>
 using Bf16 = __nv_bfloat16;
 
@@ -18,7 +19,10 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsig
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
+"""
+HEADER = (
+    TENSOR_CORES
+    + r"""
 // Values i and i + 4 of a word's eight: as bfloat16, affine ones with 128 added.
 template <bool AFFINE>
 __device__ __forceinline__ unsigned pair_of(unsigned word, int i) {
@@ -109,6 +113,7 @@ __device__ __forceinline__ void add_warps(float* shared, const float (&sum)[4], 
   __syncthreads();
 }
 """.replace("GROUPS_AT_ONCE;", f"{GROUPS_AT_ONCE};")
+)
 
 # Which matrix, and which rows of x with it: up to eight with one matrix, the same for each of several, for
 # each of several heads of a row, or one with the matrix in its slot.

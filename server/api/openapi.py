@@ -52,6 +52,18 @@ BODIES = {
 }
 
 
+# Of every dialect.
+ERROR: Json = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message"],
+            "properties": {"message": {"type": "string", "minLength": 1}},
+        }
+    },
+}
 SECURITY: Json = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
     "x-api-key": {
@@ -96,12 +108,15 @@ def _describe(document: Json) -> None:
             answers = described["responses"]
             answers.pop("422", None)
             for status in ("4XX", "5XX"):
-                answers[status] = {"description": "an error", "content": {"application/json": {}}}
+                answers[status] = {
+                    "description": "an error",
+                    "content": {"application/json": {"schema": ERROR}},
+                }
             success = answers[next(status for status in answers if status.startswith("20"))]
             if path == "/metrics":
                 success["content"] = {"text/plain": {"schema": {"type": "string"}}}
                 continue
-            success["content"] = {"application/json": {}}
+            success["content"] = {"application/json": {"schema": {"type": "object"}}}
             if takes and takes.may_stream:
                 success["content"]["text/event-stream"] = {}
             if takes:

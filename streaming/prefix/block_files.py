@@ -11,13 +11,11 @@ access time, set by us; its modification time is when it was written.
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import logging
 import os
 import re
 import stat
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -27,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from config.sizes import format_size
+from streaming.disk.disk import forget_pages
 from streaming.files.floats import Bytes
 from streaming.prefix.block_format import (
     HEADER_BYTES,
@@ -268,7 +267,7 @@ def _read_file(path: Path) -> Bytes:
         done = 0
         while done < size and (count := os.preadv(fd, [raw[done:].data], done)):
             done += count
-        _forget_pages(fd)
+        forget_pages(fd)
         return raw[:done]
     finally:
         os.close(fd)
@@ -283,22 +282,14 @@ def _is_plain(path: Path) -> bool:
 def _write_file(path: Path, parts: list[bytes | memoryview]) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        _forget_pages(fd)
+        forget_pages(fd)
         for part in parts:
             rest = memoryview(part)
             while rest:
                 rest = rest[os.write(fd, rest) :]
-        _forget_pages(fd)
+        forget_pages(fd)
     finally:
         os.close(fd)
-
-
-def _forget_pages(fd: int) -> None:
-    """Leave the page cache to others: memory is what experts are short of. F_NOCACHE was not run by us."""
-    if sys.platform == "darwin":
-        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
-    elif hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _remove(path: Path) -> bool:
