@@ -10,7 +10,7 @@ reader's threads, by its owner when a read hangs, and by the comparison that fin
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,10 +66,20 @@ class Side:
 
 
 class MirroredDisk:
-    """Opens each file of `directory` there and in each of the mirrors; `disks`: one for each, ours first."""
+    """Opens each file of `directory` there and in each of the mirrors; `disks`: one for each, ours first.
 
-    def __init__(self, directory: Path, mirrors: Sequence[Mirror], disks: Sequence[Disk]) -> None:
+    `clock` returns seconds: the sides' rates are measured with it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        mirrors: Sequence[Mirror],
+        disks: Sequence[Disk],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.mirrors = tuple(mirrors)
+        self._clock = clock
         names = [str(directory), *(f"--mirror {mirror.path}" for mirror in mirrors)]
         self._sides = [Side(name, disk) for name, disk in zip(names, disks, strict=True)]
         self._doubted: set[tuple[int, Path]] = set()
@@ -106,7 +116,7 @@ class MirroredDisk:
     def idle_s(self) -> float:
         """How long no read has been asked for."""
         with self._lock:
-            return time.monotonic() - self._last_read_s
+            return self._clock() - self._last_read_s
 
     def rates(self) -> Mapping[str, float]:
         """Returns the measured bytes a second of each side that is left."""
@@ -117,10 +127,10 @@ class MirroredDisk:
         """Whether a side, 0 for our own and from 1 on for the mirrors, is read from no more."""
         return self._sides[number].is_dropped
 
-    def start(self, nbytes: int, path: Path | None = None) -> int:
-        """Returns the number of the side that serves this thread's next read, of this file."""
+    def start(self, thread: int, nbytes: int, path: Path | None = None) -> int:
+        """Returns the number of the side that serves the next read of a thread, of this file."""
         with self._lock:
-            now_s = self._last_read_s = time.monotonic()
+            now_s = self._last_read_s = self._clock()
             sides = [
                 (number, side)
                 for number, side in enumerate(self._sides)
@@ -128,14 +138,14 @@ class MirroredDisk:
             ]
             fastest = max((side.bytes_per_s or 0.0 for _, side in sides), default=0.0) or 1.0
             number, side = min(sides, key=lambda item: item[1].done_s(nbytes, fastest))
-            side.start(threading.get_ident(), nbytes, now_s)
+            side.start(thread, nbytes, now_s)
             return number
 
-    def end(self, number: int, *, arrived: bool) -> None:
-        """Ends this thread's read."""
+    def end(self, thread: int, number: int, *, arrived: bool) -> None:
+        """Ends the read of a thread."""
         with self._lock:
-            self._last_read_s = now_s = time.monotonic()
-            self._sides[number].end(threading.get_ident(), now_s, arrived=arrived)
+            self._last_read_s = now_s = self._clock()
+            self._sides[number].end(thread, now_s, arrived=arrived)
 
     def drop(self, number: int, why: object) -> bool:
         """Reads no more from this side. Returns whether another is left, without which it is kept."""
@@ -154,7 +164,7 @@ class MirroredDisk:
     def give_up(self, thread: int) -> bool:
         """Drops the side where the read of this thread hangs. Returns whether another can be asked."""
         with self._lock:
-            now_s = time.monotonic()
+            now_s = self._clock()
             numbers = [number for number, side in enumerate(self._sides) if thread in side.reads]
             for number in numbers:
                 self._sides[number].end(thread, now_s, arrived=False)
@@ -169,8 +179,9 @@ class _MirroredFile:
         self._disk, self._path, self._files = disk, path, files
 
     def read_into(self, buffers: Sequence[Bytes], offset: int) -> int:
+        thread = threading.get_ident()
         while True:
-            number, arrived = self._disk.start(sum(map(len, buffers)), self._path), False
+            number, arrived = self._disk.start(thread, sum(map(len, buffers)), self._path), False
             try:
                 count = self._files[number].read_into(buffers, offset)
                 self._files[number].check()
@@ -182,7 +193,7 @@ class _MirroredFile:
                 if not self._disk.drop(number, error):
                     raise
             finally:
-                self._disk.end(number, arrived=arrived)
+                self._disk.end(thread, number, arrived=arrived)
 
     def check(self) -> None:
         """Each read was, by the side that served it."""

@@ -7,6 +7,7 @@ import pytest
 
 from server.engine.schedule.limits import Limits
 from server.link.messages import Cancel, Event, Failed, Finished, Progress, Started, Token
+from tests.grids import few
 from tests.server.engine.driven import TimedModel, World, answer, ask, longest_gap
 
 STEP_S = 0.1  # ten layers
@@ -87,7 +88,7 @@ def test_a_flood_of_prompts_does_not_make_a_pass_start_again_for_ever(
     assert sum(rows >= 200 for rows in model.forwards) <= 4, "three layers are lost, no more"
 
 
-@pytest.mark.parametrize(("rows", "length"), [(20, 400), (400, 16_000), (2000, 16_000)])
+@pytest.mark.parametrize(("rows", "length"), few([(20, 400), (400, 16_000), (2000, 16_000)], [400]))
 def test_steps_run_between_the_layers_of_a_pass(
     world: World, model: TimedModel, rows: int, length: int
 ) -> None:
@@ -147,7 +148,7 @@ def test_steps_that_a_pass_slows_down_keep_their_rate_but_not_at_any_price(
     assert end_s - 10 <= 1.6 * 20 + 2 * slower * STEP_S
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("share", few([0.1, 0.5, 0.9], [0.5]))
 def test_the_share_of_decode_is_what_was_asked_for(world: World, model: TimedModel, share: float) -> None:
     world.at(0, ask("a", 20, 1100))
     world.at(10, ask("long", 1000, 1))

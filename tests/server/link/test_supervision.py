@@ -26,6 +26,7 @@ from server.link.messages import (
     Token,
 )
 from server.link.supervisor import MAX_STARTS_IN_A_ROW, Deadlines, EngineProcess
+from tests.grids import few
 from tests.server.link.fake_worker import FATAL_TOKEN
 from tests.server.link.test_supervisor import collect, engine_of, ready, until
 
@@ -59,7 +60,7 @@ def test_a_step_that_never_ends_is_noticed_told_and_healed() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("patience_s", [0.02, 0.1, 0.4])
+@pytest.mark.parametrize("patience_s", few([0.02, 0.1, 0.4], [0.1]))
 @pytest.mark.parametrize("is_stopped_idle", [False, True])
 def test_a_stopped_engine_is_noticed_however_impatient_the_clients_are(
     patience_s: float, is_stopped_idle: bool
@@ -90,7 +91,7 @@ def test_a_stopped_engine_is_noticed_however_impatient_the_clients_are(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("pause_s", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("pause_s", few([0.01, 0.05, 0.2], [0.05]))
 def test_health_asks_the_engine_itself(pause_s: float) -> None:
     async def scenario() -> None:
         async with engine_of("well", deadlines=Deadlines(step_s=1.2)) as engine:
@@ -229,7 +230,9 @@ def test_an_engine_that_gets_ready_and_dies_again_and_again_is_given_up(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN])
+@pytest.mark.parametrize(
+    "number", few([errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN], [errno.EMFILE])
+)
 def test_an_engine_that_finds_no_descriptor_or_memory_has_not_died(
     number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -246,7 +249,7 @@ def test_an_engine_that_finds_no_descriptor_or_memory_has_not_died(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("way", ["time", "asked", "asked twice"])
+@pytest.mark.parametrize("way", few(["time", "asked", "asked twice"], ["asked"]))
 def test_an_engine_that_was_given_up_is_tried_again(
     way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

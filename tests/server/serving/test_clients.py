@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from server.commands.checkpoint import POCKET
+from tests.grids import few
 from tests.server.serving.clients.common import NUM_TOP
 from tests.server.serving.running import ROOT, Server
 
@@ -88,6 +89,9 @@ CLIENTS = {
     "@openrouter/ai-sdk-provider": Client(None, "ai_sdk_talk", ("openrouter",), SCORES),
 }
 
+# Who talks in `make test`, one for each kind: OpenAI's and Anthropic's shapes, the fleet's client, and node.
+KEPT = frozenset(["openai-python", "anthropic-python", "openrouter 1.x", "openai-node"])
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (POCKET / "config.json").exists(), reason="Pocket is not in this checkout"),
@@ -99,17 +103,19 @@ Talks = dict[str, Future[dict[str, Any]]]
 def that_have(feature: str) -> pytest.MarkDecorator:
     """For every client with this feature."""
     names = [name for name, client in CLIENTS.items() if feature not in client.lacks]
-    return pytest.mark.parametrize("client", names, indirect=True)
+    return pytest.mark.parametrize("client", few(names, KEPT.intersection(names)), indirect=True)
 
 
 @pytest.fixture(scope="module")
-def talks(server: Server) -> Iterator[Talks]:
-    """All clients; some of them talk at the same time."""
+def talks(server: Server, request: pytest.FixtureRequest) -> Iterator[Talks]:
+    """All clients that the chosen tests ask for; some of them talk at the same time."""
+    ours = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = {item.callspec.params["client"] for item in ours}
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
         yield {
             name: pool.submit(client.talk_with, server.url)
             for name, client in CLIENTS.items()
-            if client.absence is None
+            if client.absence is None and name in names
         }
 
 

@@ -91,6 +91,7 @@ def test_two_servers_share_a_directory_and_streamed_experts_share_it_too(tmp_pat
         assert said(again) == said(first)
 
 
+@pytest.mark.long
 def test_a_directory_that_cannot_be_made_costs_the_disk_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     with serving(*flags(tmp_path / "file" / "prefix")) as server:

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from server.commands.checkpoint import POCKET
+from tests.grids import few
 from tests.server.serving.running import ROOT, SUM, Server, ask, children_of, start_server, stop_server
 
 
@@ -169,7 +170,7 @@ def test_whoever_still_waits_when_the_server_is_stopped_is_told_so() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", few([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM]))
 def test_a_server_that_is_stopped_closes_what_it_keeps(tmp_path: Path, number: signal.Signals) -> None:
     stopped = start_server("--prefix-cache-dir", str(tmp_path), "--prefix-cache-size", "100M")
     ask(stopped, SUM)

@@ -15,6 +15,7 @@ from config.settings import Settings
 from server.link.messages import EngineConfig
 from streaming.eviction.contest import COUNTED_STEPS, MARGIN, WARM_STEPS, Contest, make_rule
 from streaming.eviction.policy import LeastNearlyChosen, LeastRecentlyUsed
+from tests.grids import few
 
 TRACES = Path(benchmarks.__file__).parent / "traces"
 TRIAL = WARM_STEPS + COUNTED_STEPS
@@ -37,7 +38,10 @@ def rates(routing: Routing, share: float, warm: int) -> tuple[float, float, floa
 
 @pytest.mark.parametrize(
     "name",
-    ["many-sources", "many-chat", "pocket-router", "pocket-live", "pocket-shared", "synthetic", "slow"],
+    few(
+        ["many-sources", "many-chat", "pocket-router", "pocket-live", "pocket-shared", "synthetic", "slow"],
+        ["many-chat", "pocket-live", "slow"],
+    ),
 )
 @pytest.mark.slow
 def test_in_the_second_half_of_each_routing_the_better_policy_decides(name: str) -> None:

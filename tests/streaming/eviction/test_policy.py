@@ -7,6 +7,7 @@ import benchmarks
 from benchmarks.policies import UnjudgedNearness, belady_hits, count_hits
 from benchmarks.rig.routing import Routing, load_routing, make_routing
 from streaming.eviction.policy import OBSERVED_ROWS, LeastNearlyChosen, LeastRecentlyUsed
+from tests.grids import few
 
 
 def test_the_expert_that_came_least_near_goes_though_it_was_used_last() -> None:
@@ -73,7 +74,7 @@ def test_of_a_prompts_rows_the_last_count(rows: int, num_experts: int, k: int) -
 
 
 @pytest.mark.parametrize(
-    "name", ["many-sources", "many-chat", "pocket-router", "pocket-live", "pocket-shared"]
+    "name", few(["many-sources", "many-chat", "pocket-router", "pocket-live", "pocket-shared"], ["many-chat"])
 )
 def test_the_last_rows_of_a_prompt_say_as_much_as_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three quarters of each recorded routing as one prompt, the rest decoded after it."""

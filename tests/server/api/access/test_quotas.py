@@ -22,6 +22,7 @@ from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.glm.tokenizer import Tokenizer
 from server.link.messages import Failed, Generate, Queued, RequestEvent
+from tests.grids import few
 from tests.server.api.conftest import running_app
 from tests.server.api.scripted import ScriptedEngine
 
@@ -138,7 +139,7 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("path", "fields"), ASKED)
-@pytest.mark.parametrize("is_streaming", [False, True])
+@pytest.mark.parametrize("is_streaming", few([False, True], [True]))
 def test_requests_that_come_together_share_what_is_left(
     clocked: Service, engine: ScriptedEngine, path: str, fields: dict[str, Any], is_streaming: bool
 ) -> None:

@@ -11,6 +11,7 @@ from server.api.prompt.grammar_desk import GrammarDesk
 from server.commands.checkpoint import POCKET
 from server.glm.schemas.grammar_order import GrammarOrder, Tags
 from server.glm.schemas.trial import Vocabulary
+from tests.grids import few
 
 VOCABULARY = Vocabulary(POCKET, 4096, frozenset([0]))
 
@@ -35,7 +36,7 @@ BOMBS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+@pytest.mark.parametrize("bomb", few(BOMBS.values(), [next(iter(BOMBS.values()))]), ids=BOMBS)
 def test_a_plain_schema_is_read_beside_a_flood_of_costly_ones(bomb: Any) -> None:
     async def scenario() -> float:
         desk = GrammarDesk()
