@@ -1,6 +1,6 @@
 """A client that does no harm: what it is answered, and how long it waits, beside whatever others do.
 
-`python -m benchmarks.siege.bystander URL` is a process of its own, that asks on three threads with plain
+`python -m benchmarks.siege.bystander URL` is a process of its own, that asks on two threads with plain
 sockets: what it measures is the server, not the making of a client (56 ms of a processor for one of httpx).
 """
 
@@ -88,14 +88,14 @@ class Bystander:
 
 
 class Watcher:
-    """Asks on three threads, for ever. The first answers to its questions are the right ones."""
+    """Asks on two threads, for ever. The first answers to its questions are the right ones."""
 
     def __init__(self, url: str) -> None:
         self._host = urlsplit(url).netloc
         self._right = {question: self._ask(question)[0] for question in QUESTIONS}
         self._form()
         self._seen = Seen()
-        for work in (self._talk, self._fill_forms, self._probe):
+        for work in (self._ask_and_fill, self._probe):
             threading.Thread(target=work, daemon=True).start()
 
     def turn(self) -> Seen:
@@ -103,23 +103,27 @@ class Watcher:
         seen, self._seen = self._seen, Seen()
         return seen
 
-    def _talk(self) -> None:
-        number = 0
+    def _ask_and_fill(self) -> None:
+        """One after the other: beside a form of its own a question would take either 60 or 110 ms."""
         while True:
+            for question in QUESTIONS:
+                self._talk(question)
+                time.sleep(0.05)
+            self._fill_form()
             time.sleep(0.05)
-            question = QUESTIONS[number % len(QUESTIONS)]
-            number += 1
-            try:
-                text, first_s = self._ask(question)
-            except FAULTS as error:
-                self._seen.failed.append(f"{type(error).__name__}: {error}"[:200])
-                continue
-            self._seen.first_s.append(first_s)
-            if text != self._right[question]:
-                self._seen.wrong.append(f"{question!r}: {text!r}")
+
+    def _talk(self, question: str) -> None:
+        try:
+            text, first_s = self._ask(question)
+        except FAULTS as error:
+            self._seen.failed.append(f"{type(error).__name__}: {error}"[:200])
+            return
+        self._seen.first_s.append(first_s)
+        if text != self._right[question]:
+            self._seen.wrong.append(f"{question!r}: {text!r}")
 
     def _ask(self, question: str) -> tuple[str, float]:
-        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 12}
+        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 4}
         body |= {"stream": True, "reasoning": {"enabled": False}}
         started_at, first_s, text = time.monotonic(), 0.0, ""
         for piece in self._pieces(body):
@@ -143,20 +147,18 @@ class Watcher:
                     yield from (text for one in chunk["choices"] if (text := one["delta"].get("content")))
             raise RuntimeError("the stream broke off")
 
-    def _fill_forms(self) -> None:
-        while True:
-            time.sleep(0.3)
-            started_at = time.monotonic()
-            try:
-                text = self._form()
-            except FAULTS as error:
-                self._seen.failed.append(f"form: {type(error).__name__}: {error}"[:200])
-                continue
-            self._seen.json_s.append(time.monotonic() - started_at)
-            try:
-                assert len(json.loads(text)["answer"]) <= 12
-            except (ValueError, KeyError, TypeError, AssertionError):
-                self._seen.wrong.append(f"form: {text!r}")
+    def _fill_form(self) -> None:
+        started_at = time.monotonic()
+        try:
+            text = self._form()
+        except FAULTS as error:
+            self._seen.failed.append(f"form: {type(error).__name__}: {error}"[:200])
+            return
+        self._seen.json_s.append(time.monotonic() - started_at)
+        try:
+            assert len(json.loads(text)["answer"]) <= 12
+        except (ValueError, KeyError, TypeError, AssertionError):
+            self._seen.wrong.append(f"form: {text!r}")
 
     def _form(self) -> str:
         body = {"messages": [{"role": "user", "content": "Fill the form."}], "temperature": 0}

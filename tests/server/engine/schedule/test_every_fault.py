@@ -189,7 +189,6 @@ def test_requests_that_share_a_prompt_end_rightly_in_every_order() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_three_of_them_do() -> None:
     assert play(2, "abc", (0.5, 2.5, 4.5)) > 5000
     assert play(3, "ab", (1.5,), TIMES[1:5]) > 2000
