@@ -36,7 +36,7 @@ class Presence:
             raise ClientGone
 
 
-class Gate:
+class Sluice:
     """Lets a few of those that wait through in each round of the event loop, so that each round is short."""
 
     def __init__(self, num_at_once: int) -> None:

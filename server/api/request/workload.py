@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from config.errors import BusyError, RequestError
 from config.plan import MIN_REQUEST_BYTES
-from server.api.request.turns import Gate, Lane, Presence
+from server.api.request.turns import Lane, Presence, Sluice
 from server.heap import trim_heap
 
 # Bodies up to this size are read between two steps of the event loop, and never wait behind larger ones.
@@ -40,7 +40,7 @@ class Workload:
         self._lock = threading.Lock()
         self._num_bytes = 0
         self._incomplete: dict[Allowance, float] = {}  # since when; the oldest first
-        self.gate = Gate(PARTS_AT_ONCE)
+        self.sluice = Sluice(PARTS_AT_ONCE)
         self._quick, self._slow = Lane(2, "requests"), Lane(1, "large-requests")
 
     def lease(self) -> "Allowance":
@@ -111,7 +111,7 @@ class Allowance:
     async def await_more(self) -> None:
         """Returns when more of the body may come: of large ones a few parts in each round of the loop."""
         if not self.is_small:
-            await self._workload.gate.pass_through()
+            await self._workload.sluice.pass_through()
 
     def complete(self) -> None:
         """All of the body has come, or no more of it is wanted."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+import llguidance.numpy
 import pytest
 from llguidance import LLMatcher
 
@@ -112,13 +113,13 @@ def test_a_grammar_whose_masks_take_long_sits_steps_out(
     make: Callable[[int], Grammars], monkeypatch: pytest.MonkeyPatch, seconds: float, is_slow: bool
 ) -> None:
     """Else everybody's step waits for the mask of one client's costly schema."""
-    fill, release = token_masks.llguidance.numpy.fill_next_token_bitmask, threading.Event()
+    fill, release = llguidance.numpy.fill_next_token_bitmask, threading.Event()
 
     def fill_slowly(*given: object) -> None:
         time.sleep(seconds)
-        fill(*given)  # type: ignore[arg-type]
+        fill(*given)
 
-    monkeypatch.setattr(token_masks.llguidance.numpy, "fill_next_token_bitmask", fill_slowly)
+    monkeypatch.setattr(llguidance.numpy, "fill_next_token_bitmask", fill_slowly)
     scheduler = Scheduler(Limits(kv_tokens=1000))
     costly, plain = (decoding(scheduler, name) for name in ("costly", "plain"))
     matcher = costly.constraint._matcher = make(LARGE).make_matcher(grammar("abcdef"), STOPS)

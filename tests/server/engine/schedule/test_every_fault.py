@@ -171,7 +171,7 @@ def play(depth: int, names: str, arrivals: Sequence[float], times: Sequence[floa
     kinds = [kind for kind in KINDS if kind[-1] in names or not kind.startswith("leave")]
     moments = list(product(times, kinds))
     num_played = 0
-    for kv_tokens, *later in product((ROOMY, TIGHT), *[arrivals] * (len(names) - 1)):
+    for kv_tokens, later in product((ROOMY, TIGHT), product(arrivals, repeat=len(names) - 1)):
         came = dict(zip(names, (0.0, *later), strict=True))
         for events in combinations_with_replacement(moments, depth):
             if list(events) != sorted(set(events)) and depth > 1:
