@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import llguidance.numpy
 import pytest
@@ -115,7 +116,7 @@ def test_a_grammar_whose_masks_take_long_sits_steps_out(
     """Else everybody's step waits for the mask of one client's costly schema."""
     fill, release = llguidance.numpy.fill_next_token_bitmask, threading.Event()
 
-    def fill_slowly(*given: object) -> None:
+    def fill_slowly(*given: Any) -> None:
         time.sleep(seconds)
         fill(*given)
 
