@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.errors import CheckpointError
-from models.args import ModelArgs
+from models.families import parse_args
 from models.loading.checkpoint_tensors import read_config, read_tensors
 from models.loading.vendor_formats import refuse_vendor_format
 from models.pocket import FOLDER
@@ -69,7 +69,7 @@ def _what_is_missing() -> str:
 def _is_half_a_glm(snapshot: Path) -> bool:
     try:
         config = read_config(snapshot)
-        read_tensors(snapshot, ModelArgs.from_config(config))
+        read_tensors(snapshot, parse_args(config))
     except CheckpointError:
         return (snapshot / "config.json").exists() and '"glm_moe_dsa"' in _text_of(snapshot / "config.json")
     return False
@@ -147,7 +147,7 @@ def _dtypes_of_glm(snapshot: Path) -> set[str] | None:
 def _read_tensors(directory: Path) -> dict[str, TensorEntry]:
     """Headers of all tensors; those that the index lists where the config does not say which are needed."""
     try:
-        args = ModelArgs.from_config(read_config(directory))
+        args = parse_args(read_config(directory))
     except CheckpointError:  # the engine says what is wrong with it
         return read_headers(directory)
     return read_tensors(directory, args)

@@ -1,0 +1,103 @@
+"""GLM-5.3-Flash's language model (`glm5_next`): blocks between mixed streams, and the flat forward.
+
+Each row of a forward is as wide as all its residual streams together, [N, S H]; a block sees one stream made of
+them.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+
+import mlx.core as mx
+
+from models.arithmetic import Arithmetic
+from models.attention.attention import Attention, RowPart, Span, make_parts
+from models.attention.cache import SequenceCache
+from models.experts.experts import Experts
+from models.glm5_next.delta_attention import DeltaAttention
+from models.glm5_next.flash_args import LINEAR, FlashArgs
+from models.glm5_next.flash_cache import FlashCache
+from models.glm5_next.hyper_connection import HyperConnection
+from models.glm5_next.pooled_attention import PooledAttention
+from models.glm_moe_dsa import DecoderLayer, Model, MoeMlp
+
+
+class FlashLayer(DecoderLayer):
+    """Attention and MLP, each behind a norm and between streams that are mixed anew."""
+
+    def __init__(self, args: FlashArgs, layer: int, arithmetic: Arithmetic, experts: Experts | None) -> None:
+        self._kind = args.layer_types[layer]
+        super().__init__(args, layer, arithmetic, experts)
+        self.attn_hc = HyperConnection(args, arithmetic)
+        self.ffn_hc = HyperConnection(args, arithmetic)
+
+    def _make_attention(
+        self, args: FlashArgs, layer: int, arithmetic: Arithmetic
+    ) -> Attention | DeltaAttention:
+        kind = DeltaAttention if args.layer_types[layer] == LINEAR else PooledAttention
+        return kind(args, layer, arithmetic)
+
+    def mlp_input(self, h: mx.array) -> mx.array:
+        """What the MLP sees of the streams, [N, S H] -> [N, H]."""
+        return self.post_attention_layernorm(self.ffn_hc(h)[0])
+
+    def __call__(self, x: mx.array, parts: Sequence[RowPart]) -> mx.array:
+        """x [N, S H] -> [N, S H], of few rows."""
+        [part] = parts
+        h = self._attended(x, part)
+        collapsed, mix = self.ffn_hc(h)
+        return self.ffn_hc.join(h, self._through_mlp(h, self.post_attention_layernorm(collapsed), []), mix)
+
+    def piece_by_piece(self, pieces: list[mx.array], parts: Sequence[RowPart]) -> Generator[None, None, None]:
+        """The same for many rows, a list of parts [n, S H] that are replaced; pauses when nothing is pending."""
+        for i, part in enumerate(parts):
+            pieces[i] = self._attended(pieces[i], part)
+            mx.eval(pieces[i])
+            yield
+        inputs, mixes = [], []
+        for piece in pieces:
+            collapsed, mix = self.ffn_hc(piece)
+            mx.eval(collapsed, *mix)
+            inputs.append(collapsed)
+            mixes.append(mix)
+        if isinstance(self.mlp, MoeMlp):
+            yield from self.mlp.sweep(inputs, self.post_attention_layernorm, parts, is_residual=False)
+        for i, mix in enumerate(mixes):
+            out = inputs[i] if isinstance(self.mlp, MoeMlp) else self.mlp(self.post_attention_layernorm(inputs[i]))
+            pieces[i] = self.ffn_hc.join(pieces[i], out, mix)
+            mx.eval(pieces[i])
+        yield
+
+    def _attended(self, x: mx.array, part: RowPart) -> mx.array:
+        collapsed, mix = self.attn_hc(x)
+        return self.attn_hc.join(x, self.self_attn.attended(self.input_layernorm(collapsed), part), mix)
+
+
+class FlashModel(Model):
+    """The language model. Its parameters carry the checkpoint's names; experts are not among them."""
+
+    args: FlashArgs
+
+    def __init__(
+        self, args: FlashArgs, arithmetic: Arithmetic, make_experts: Callable[[int], Experts]
+    ) -> None:
+        super().__init__(args, arithmetic, make_experts, FlashLayer)
+
+    def _empty_cache(self) -> SequenceCache:
+        return FlashCache(self.args, self.arithmetic.dtype)
+
+    def _begin(self, spans: Sequence[Span]) -> list[RowPart]:
+        for span in spans:
+            assert isinstance(span.cache, FlashCache), "the model made this cache"
+            if isinstance(span.origin, FlashCache):
+                span.origin.lend(span.num_shared)
+        for span in spans:
+            span.cache.begin()  # type: ignore[attr-defined]
+        return make_parts(spans, grain=FlashCache.grain)
+
+    def _embed(self, tokens: mx.array) -> mx.array:
+        """tokens int32 [n] -> [n, S H]: each stream begins with the embedding."""
+        return mx.tile(super()._embed(tokens), (1, self.args.hc_mult))
+
+    def _last_norm(self, x: mx.array) -> mx.array:
+        """The norm of the streams' mean, [N, S H] -> [N, H]."""
+        streams = x.reshape(x.shape[0], self.args.hc_mult, -1)
+        return super()._last_norm(streams.astype(mx.float32).mean(axis=1).astype(x.dtype))
