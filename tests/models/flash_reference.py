@@ -74,10 +74,9 @@ def _exact() -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
-    right = torch.Tensor.float
     with (
         patch.object(reference, "torch", Exact()),
-        patch.object(torch.Tensor, "float", lambda self: right(self) if self.dtype == torch.bool else self.double()),
+        patch.object(torch.Tensor, "float", torch.Tensor.double),
         patch.object(torch.Tensor, "type", lambda self, kind: self.double()),
     ):
         yield
