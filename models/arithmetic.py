@@ -24,6 +24,9 @@ AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 # Multiplications of queries with keys that take MLX's CPU wheel as long as evaluating them at once takes.
 NUMPY_PRODUCTS = 2**16
+# A packed weight that is larger when it is unpacked goes through NumPy's product by parts of its outputs:
+# GLM-5.2's head, which is 3.8 GB, as much as all else of a step.
+MAX_UNPACKED_BYTES = 2**29
 # Of packed weights whose rows MLX's CUDA kernel multiplies in one order, however many there are.
 GROUPED_BITS = (4, 8)
 
@@ -134,7 +137,7 @@ class Arithmetic:
         """x times the transpose of w. x [..., rows, in], w [..., out, in] -> [..., rows, out]."""
         q, rows = w.quantization, x.shape[-2]
         if self._goes_to_numpy(rows):
-            return _delivered(_floats(x), self._transposed(w))
+            return self._numpy_product(_floats(x), w)
         if q is None:
             return self._dense_product(x, w.weight.swapaxes(-1, -2))
         if rows <= products.TILE_ROWS and self._has_kernel(x, w):
@@ -367,6 +370,28 @@ class Arithmetic:
 
     def _goes_to_numpy(self, rows: int) -> bool:
         return self.uses_numpy and not self.is_few(rows)
+
+    def outputs_at_once(self, num_outputs: int, width: int) -> int:
+        """Of a packed matrix [outputs, width]: how many are unpacked together."""
+        return min(num_outputs, MAX_UNPACKED_BYTES // (4 * width)) if self.uses_numpy else num_outputs
+
+    def _numpy_product(self, x: NDArray[np.float32], w: Weight) -> mx.array:
+        """As `product`; a large packed weight is unpacked part by part."""
+        if (q := w.quantization) is None or w.weight.ndim > 2:
+            return _delivered(x, self._transposed(w))
+        num_outputs = w.weight.shape[0]
+        at_once = self.outputs_at_once(num_outputs, x.shape[-1])
+        if at_once == num_outputs:
+            return _delivered(x, self._transposed(w))
+        out, biases = mx.zeros((*x.shape[:-1], num_outputs)), w.get("biases")
+        for first in range(0, num_outputs, at_once):
+            part = slice(first, first + at_once)
+            dense = mx.dequantize(
+                w.weight[part], scales_of(w)[part], None if biases is None else biases[part],
+                q.group_size, q.bits, q.mode, dtype=self.dtype,
+            )  # fmt: skip
+            _view(out)[..., part] = _times(x, _floats(dense).T)
+        return out
 
     def _transposed(self, w: Weight) -> NDArray[np.float32]:
         """The unpacked weight [..., in, out]."""

@@ -163,6 +163,7 @@ class _Unpacked:
     ) -> None:
         self._args, self._trunk, self._index = args, trunk, index
         self._unpacks, self._itemsize = arithmetic.max_packed_rows is not None, arithmetic.dtype.size
+        self._outputs_at_once = arithmetic.outputs_at_once
         self._one_by_one = arithmetic.uses_numpy
 
     def attention(self) -> Size:
@@ -219,5 +220,6 @@ class _Unpacked:
             return 0, 0
         bits = words[-1] * 32 // width
         copies = FLOAT4_COPIES if scales_dtype == "U8" and bits == 4 else UNPACKED_COPIES.get(bits, 7)
-        unpacked = prod(words[:-1]) * width * self._itemsize
+        outputs = self._outputs_at_once(words[0], width) if len(words) == 2 else prod(words[:-1])
+        unpacked = outputs * width * self._itemsize
         return unpacked, (copies - 1) * unpacked

@@ -87,13 +87,14 @@ def find_format(name: str) -> PublicFormat | None:
     return PUBLIC_FORMATS[0] if is_served_id else None
 
 
-def write_hollow(directory: Path, one: PublicFormat) -> Path:
-    """Writes config.json and a file for the trunk and for each layer's experts."""
+def write_hollow(directory: Path, one: PublicFormat, num_layers: int = GLM_5_2["num_hidden_layers"]) -> Path:
+    """Writes config.json and a file for the trunk and for each layer's experts, of the first layers."""
     overrides: dict[str, Any] = {}
-    trunk = list(_trunk(one, overrides))
+    trunk = list(_trunk(one, num_layers, overrides))
     write_holes(directory / "model-trunk.safetensors", trunk)
-    config = dict(GLM_5_2)
-    for layer in range(config["first_k_dense_replace"], config["num_hidden_layers"]):
+    kinds = GLM_5_2["mlp_layer_types"][:num_layers]
+    config = {**GLM_5_2, "num_hidden_layers": num_layers, "mlp_layer_types": kinds}
+    for layer in range(config["first_k_dense_replace"], num_layers):
         path = directory / f"model-{layer:05}.safetensors"
         write_holes(path, list(_experts(one, f"model.layers.{layer}.mlp.switch_mlp.", overrides)))
     config["quantization"] = one.rest.described | overrides
@@ -135,12 +136,12 @@ def _packed(
     return packing.tensors(path, shape)
 
 
-def _trunk(one: PublicFormat, overrides: dict[str, Any]) -> Iterator[Tensor]:
+def _trunk(one: PublicFormat, num_layers: int, overrides: dict[str, Any]) -> Iterator[Tensor]:
     hidden, vocab = GLM_5_2["hidden_size"], GLM_5_2["vocab_size"]
     for path in ("model.embed_tokens", "lm_head"):
         yield from _packed(one, one.embeddings, path, (vocab, hidden), overrides)
     yield "model.norm.weight", "BF16", (hidden,)
-    for layer in range(GLM_5_2["num_hidden_layers"]):
+    for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}{name}.weight", "BF16", (hidden,)
