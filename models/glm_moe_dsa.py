@@ -93,8 +93,8 @@ class MoeMlp(nn.Module):
     ) -> Generator[None, None, None]:
         """Adds what it makes of norm(x) to x, for many rows, with pauses; `pieces` are x by parts, [n, H].
 
-        Unless `is_residual` it takes the place of x. As long as the prompt are x, twice at the end, the experts' sum, and ids and weights of the routing.
-        All else is made part by part.
+        Unless `is_residual` it takes the place of x. As long as the prompt are x, twice at the end, the
+        experts' sum, and ids and weights of the routing. All else is made part by part.
         """
         ids, weights, choice = self._route(pieces, norm)
         x = joined(pieces)
@@ -184,7 +184,7 @@ class DecoderLayer(nn.Module):
         return self._through_mlp(h, self.mlp_input(h), [h])
 
     def _through_mlp(self, h: mx.array, normed: mx.array, onto: list[mx.array]) -> mx.array:
-        """The MLP's output for its input [N, H], on top of `onto`; by h the next layer's experts are guessed."""
+        """The MLP's output for its input [N, H], on top of `onto`; by h the next experts are guessed."""
         guess = self._guess_next
         if isinstance(self.mlp, MoeMlp) and guess and self.mlp.wants_guess(h.shape[0]):
             return self.mlp(normed, onto, guess(h))

@@ -53,9 +53,7 @@ def workspace_bytes(
     )
 
 
-def loading_bytes(
-    trunk: Mapping[str, TensorEntry], arithmetic: Arithmetic, exact: tuple[str, ...]
-) -> int:
+def loading_bytes(trunk: Mapping[str, TensorEntry], arithmetic: Arithmetic, exact: tuple[str, ...]) -> int:
     """What lies beside the trunk while it is loaded: a tensor as it is stored, until it is cast or split.
 
     `exact`: last words of the names that are held in float32.

@@ -100,7 +100,7 @@ def make_parts(spans: Sequence[Span], num_rows: int = PART_ROWS, grain: int = 1)
 
 
 def _cut(span: Span, start: int, stop: int, grain: int) -> int:
-    """The last row up to `stop` before which the span may be cut, or `stop` if a part from `start` has none."""
+    """The last row up to `stop` before which a span may be cut; `stop` if none lies behind `start`."""
     back = (span.position + stop - span.start) % grain
     last = max(stop - back, span.start)
     return last if last > start else stop

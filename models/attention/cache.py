@@ -72,10 +72,12 @@ class RowCache:
 class SequenceCache:
     """All rows of one sequence: latents for each layer, index keys for each full layer.
 
-    `grain`: other sequences go on, and passes pause, behind multiples of so many tokens.
+    `grain`: other sequences go on, and passes pause, behind multiples of so many tokens. `keeps_state`: rows
+    are not all that is remembered.
     """
 
     grain = 1
+    keeps_state = False
 
     def __init__(self, args: ModelArgs, dtype: mx.Dtype) -> None:
         self.latents = [RowCache(args.latent_dim, dtype) for _ in range(args.num_hidden_layers)]
@@ -85,6 +87,11 @@ class SequenceCache:
     def length(self) -> int:
         """Tokens held by every layer (between forwards all layers agree)."""
         return self.latents[-1].length
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens whose rows are there."""
+        return self.length
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +123,12 @@ class SequenceCache:
         return [*self.latents, *self.index_keys.values()]
 
     def want(self, lengths: Iterable[int]) -> None:
-        """Rows can be cut anywhere: nothing is kept beside them."""
+        """Forwards to come keep the state at these lengths; there is none."""
+
+    @property
+    def kept_lengths(self) -> list[int]:
+        """Lengths at which a state is kept because it was wanted, ascending."""
+        return []
 
     def can_lend(self, length: int) -> bool:
         """Whether another sequence may go on behind the first `length` tokens."""

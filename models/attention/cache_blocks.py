@@ -2,9 +2,9 @@
 
 A block of n tokens is, for each layer in order, its latents [n, latent_dim], then for each full layer its
 index keys [n, index_head_dim], in the cache's own dtype and the machine's byte order; of a kind whose rows
-stand for several tokens each, those that are full. A block begins at a multiple of every such number. Not a bit changes on
-the way: rows that are filled in are the rows that were read out. They need not be the bits that computing the
-same tokens again would give, because passes over few rows and over many round differently
+stand for several tokens each, those that are full. A block begins at a multiple of every such number. Not a
+bit changes on the way: rows that are filled in are the rows that were read out. They need not be the bits
+that computing the same tokens again would give, because passes over few rows and over many round differently
 (models/arithmetic.py).
 """
 

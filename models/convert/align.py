@@ -14,9 +14,9 @@ from typing import Any
 
 from config.errors import CheckpointError, UsageError
 from config.sizes import format_size
-from models.families import parse_args
 from models.convert.align_plan import plan_steps
 from models.convert.aligned_shard import PARTIAL, read_metadata, replace_file, sync_folder, write_shard
+from models.families import parse_args
 from models.loading.checkpoint_names import is_complete, unwrapped
 from models.loading.checkpoint_tensors import read_config
 from models.loading.vendor_formats import refuse_vendor_format

@@ -1,8 +1,8 @@
 """Kimi Delta Attention: a linear layer, whose memory is a state for each head. Called by the decoder block.
 
-Numerics follow transformers 5.24, `Glm5NextTextLinearAttention`: convolution, norms of queries and keys, gates
-and state in float32. Several rows of a sequence go through chunks, a single one through one step; the two
-differ in their last bits.
+Numerics follow transformers 5.24, `Glm5NextTextLinearAttention`: convolution, norms of queries and keys,
+gates and state in float32. Several rows of a sequence go through chunks, a single one through one step; the
+two differ in their last bits.
 """
 
 from itertools import pairwise
@@ -137,7 +137,7 @@ def lend_state(state: LayerState, span: Span, layer: int) -> None:
 
 
 def _cuts(position: int, rows: int, marks: list[int]) -> list[int]:
-    """Where rows from `position` on are cut: at marks, and into slices that end at multiples of their size."""
+    """Where rows from `position` on are cut: at marks, and into slices that end at multiples of a size."""
     ends = {mark - position for mark in marks}
     ends |= set(range(SLICE_ROWS - position % SLICE_ROWS, rows, SLICE_ROWS))
     return sorted({0, rows} | ends)

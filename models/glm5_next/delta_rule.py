@@ -7,17 +7,17 @@ then what S holds of the key is moved towards the value by beta. Pure functions 
 
 import mlx.core as mx
 
-# Rows of a chunk, which lie at multiples of it. Exponents within a chunk are taken from its middle: with a gate
-# of at least -5 a row they stay within 16 times 5, and exp(80) is a float32.
+# Rows of a chunk, which lie at multiples of it. Exponents within a chunk are taken from its middle: with a
+# gate of at least -5 a row they stay within 16 times 5, and exp(80) is a float32.
 CHUNK = 32
 
 
 def step(
     state: mx.array, q: mx.array, k: mx.array, v: mx.array, gate: mx.array, beta: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """One row: state [heads, D, V], q, k, gate [heads, D], v [heads, V], beta [heads] -> out [heads, V], state.
+    """One row: state [heads, D, V], q, k, gate [heads, D], v [heads, V], beta [heads].
 
-    The gate is the logarithm of the decay.
+    Returns what is read, [heads, V], and the state behind the row. The gate is the logarithm of the decay.
     """
     state = state * mx.exp(gate)[..., None]
     held = (k[:, None, :] @ state)[:, 0]  # [heads, V]

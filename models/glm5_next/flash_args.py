@@ -158,6 +158,6 @@ def _check_flash(args: FlashArgs) -> None:
         if args.indexer_types[layer] != FULL and layer - 1 not in args.full_layers:
             before = args.layer_types[layer - 1] if layer else "no"
             raise CheckpointError(
-                f"config.json: layer {layer} has a 'shared' indexer behind a layer of {before!r} that hands no "
-                "selection on; a shared one must follow a full one at once"
+                f"config.json: layer {layer} has a 'shared' indexer behind a layer of {before!r} that hands "
+                "no selection on; a shared one must follow a full one at once"
             )

@@ -1,9 +1,9 @@
 """What a `glm5_next` model remembers of one sequence: rows of sparse layers, states of all layers.
 
-A linear layer keeps one matrix for each head and the last inputs of its convolution, however long the sequence
-is. A sparse layer keeps the raw keys of a pool that is not full. Such states cannot be cut, so the cache keeps
-marks: the states as they were at some lengths. No array of a state is written into, so a mark costs memory
-only once the sequence has gone on.
+A linear layer keeps one matrix for each head and the last inputs of its convolution, however long the
+sequence is. A sparse layer keeps the raw keys of a pool that is not full. Such states cannot be cut, so the
+cache keeps marks: the states as they were at some lengths. No array of a state is written into, so a mark
+costs memory only once the sequence has gone on.
 """
 
 from collections.abc import Iterable
@@ -96,6 +96,7 @@ class FlashCache(SequenceCache):
     """
 
     grain = GRAIN
+    keeps_state = True
     latents: dict[int, RowCache]  # type: ignore[assignment]
     index_keys: dict[int, PooledKeys]  # type: ignore[assignment]
 
@@ -112,6 +113,7 @@ class FlashCache(SequenceCache):
         self.layer_states = {layer: LayerState(linear) for layer in args.linear_layers}
         self.layer_states |= {layer: LayerState(pool) for layer in args.full_layers}
         self._wanted: set[int] = set()
+        self._lent: set[int] = set()  # in the forward that is under way
 
     @property
     def length(self) -> int:
@@ -139,21 +141,21 @@ class FlashCache(SequenceCache):
         rows = [kind[layer].state for kind in (self.latents, self.index_keys) if layer in kind]
         return rows + (self.layer_states[layer].all_arrays if layer in self.layer_states else [])
 
-    def begin(self) -> None:
-        """A forward begins: the state that it may be taken back to is marked, marks of no use are dropped."""
+    def begin(self, lent: Iterable[int]) -> None:
+        """A forward begins, in which other sequences go on behind the lengths `lent`.
+
+        The state that it may be taken back to is marked; marks of no use are dropped.
+        """
         length = self.length
+        self._lent = set(lent)
         self.trim(length)
         for state in self.layer_states.values():
-            state.keep([*self._wanted, length])
+            state.keep([*self._wanted, *self._lent, length])
             state.mark(length, state.arrays)
 
     def want(self, lengths: Iterable[int]) -> None:
         """Forwards to come keep the states at these lengths, instead of those wanted before."""
         self._wanted = set(lengths)
-
-    def lend(self, length: int) -> None:
-        """The forward to come keeps the state at this length too."""
-        self._wanted.add(length)
 
     def can_lend(self, length: int) -> bool:
         """Whether another sequence may go on behind the first `length` tokens."""
@@ -161,7 +163,18 @@ class FlashCache(SequenceCache):
 
     def marks_between(self, start: int, stop: int) -> list[int]:
         """Lengths behind `start` and up to `stop` at which the state is to be kept, ascending."""
-        return sorted(length for length in self._wanted if start < length <= stop)
+        return sorted(length for length in self._wanted | self._lent if start < length <= stop)
+
+    @property
+    def kept_lengths(self) -> list[int]:
+        """Lengths at which a state is kept because it was wanted, ascending."""
+        states = self.layer_states.values()
+        return sorted(length for length in self._wanted if all(state.at(length) for state in states))
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens whose rows are there, perhaps without a state."""
+        return min((rows.length for rows in self.latents.values()), default=self.length)
 
     def read_state(self, length: int) -> Bytes | None:
         """The states after `length` tokens as bytes, or None if they were not kept."""

@@ -38,7 +38,9 @@ def flash_names(tensors: Mapping[str, mx.array], args: ModelArgs) -> dict[str, m
             tensor = tensor.swapaxes(1, 2)
         if is_joined and tensor.shape[0] % 3 == 0:
             thirds: Any = mx.split(tensor, 3)
-            out |= {f"{path}.{which}_conv1d.weight": third for which, third in zip("qkv", thirds, strict=True)}
+            out |= {
+                f"{path}.{which}_conv1d.weight": third for which, third in zip("qkv", thirds, strict=True)
+            }
         else:
             out[name] = tensor
     return out

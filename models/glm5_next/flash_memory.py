@@ -46,7 +46,7 @@ def _linear_bytes(args: FlashArgs, arithmetic: Arithmetic, rows: int) -> int:
 
 
 def sweep_row_bytes(args: ModelArgs, arithmetic: Arithmetic, max_context: int) -> int:
-    """What each row of a sweep takes from layer to layer: its streams, their mix, and what one stream takes."""
+    """What each row of a sweep takes from layer to layer: streams, their mix, and what one stream takes."""
     flash = cast(FlashArgs, args)
     streams = flash.hc_mult * flash.hidden_size * arithmetic.dtype.size
     mix = 4 * flash.hc_mult * (flash.hc_mult + 1)

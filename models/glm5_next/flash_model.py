@@ -1,7 +1,7 @@
 """GLM-5.3-Flash's language model (`glm5_next`): blocks between mixed streams, and the flat forward.
 
-Each row of a forward is as wide as all its residual streams together, [N, S H]; a block sees one stream made of
-them.
+Each row of a forward is as wide as all its residual streams together, [N, S H]; a block sees one stream made
+of them.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -47,7 +47,7 @@ class FlashLayer(DecoderLayer):
         return self.ffn_hc.join(h, self._through_mlp(h, self.post_attention_layernorm(collapsed), []), mix)
 
     def piece_by_piece(self, pieces: list[mx.array], parts: Sequence[RowPart]) -> Generator[None, None, None]:
-        """The same for many rows, a list of parts [n, S H] that are replaced; pauses when nothing is pending."""
+        """The same for many rows, parts [n, S H] that are replaced; pauses when nothing is pending."""
         for i, part in enumerate(parts):
             pieces[i] = self._attended(pieces[i], part)
             mx.eval(pieces[i])
@@ -61,7 +61,11 @@ class FlashLayer(DecoderLayer):
         if isinstance(self.mlp, MoeMlp):
             yield from self.mlp.sweep(inputs, self.post_attention_layernorm, parts, is_residual=False)
         for i, mix in enumerate(mixes):
-            out = inputs[i] if isinstance(self.mlp, MoeMlp) else self.mlp(self.post_attention_layernorm(inputs[i]))
+            out = (
+                inputs[i]
+                if isinstance(self.mlp, MoeMlp)
+                else self.mlp(self.post_attention_layernorm(inputs[i]))
+            )
             pieces[i] = self.ffn_hc.join(pieces[i], out, mix)
             mx.eval(pieces[i])
         yield
@@ -85,12 +89,13 @@ class FlashModel(Model):
         return FlashCache(self.args, self.arithmetic.dtype)
 
     def _begin(self, spans: Sequence[Span]) -> list[RowPart]:
+        lent: dict[int, list[int]] = {}
         for span in spans:
-            assert isinstance(span.cache, FlashCache), "the model made this cache"
-            if isinstance(span.origin, FlashCache):
-                span.origin.lend(span.num_shared)
-        for span in spans:
-            span.cache.begin()  # type: ignore[attr-defined]
+            if span.origin:
+                lent.setdefault(id(span.origin), []).append(span.num_shared)
+        for cache in (span.cache for span in spans):
+            assert isinstance(cache, FlashCache), "the model made this cache"
+            cache.begin(lent.get(id(cache), ()))
         return make_parts(spans, grain=FlashCache.grain)
 
     def _embed(self, tokens: mx.array) -> mx.array:

@@ -91,13 +91,20 @@ class PooledAttention(Attention):
     def _add_keys(self, span: Span, rows: mx.array) -> mx.array:
         """Appends raw rows [n, 2 D] of a span; returns the keys of all full pools, [pools, D]."""
         cache = cast(FlashCache, span.cache)
-        state, pools, size = cache.layer_states[self._layer], cache.index_keys[self._layer], self._args.index_kpool
+        state, pools, size = (
+            cache.layer_states[self._layer],
+            cache.index_keys[self._layer],
+            self._args.index_kpool,
+        )
         if span.origin:
             pools.adopt(cast(FlashCache, span.origin).index_keys[self._layer], span.num_shared)
         lend_state(state, span, self._layer)
         [rest] = state.arrays
         raw = mx.concatenate([rest, rows.astype(rest.dtype)])
-        begin, marks = state.length - rest.shape[0], cache.marks_between(state.length, state.length + span.rows)
+        begin, marks = (
+            state.length - rest.shape[0],
+            cache.marks_between(state.length, state.length + span.rows),
+        )
         for mark in marks:
             kept = slice((mark - begin) // size * size, mark - begin)
             state.mark(mark, (mx.contiguous(raw[kept]),))

@@ -1,8 +1,8 @@
 """From named tensors to a model that holds them. Called by loading, and by tests with their own tensors."""
 
 from collections.abc import Callable, Mapping
-from math import prod
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +21,7 @@ from streaming.files.floats import MLX_TYPES
 from streaming.files.headers import TensorEntry
 from streaming.files.index import PROJECTIONS, ExpertIndex, Part
 from streaming.store import ExpertStore
+
 Names = tuple[str, ...]
 
 
@@ -179,8 +180,8 @@ def held_dtype(name: str, stored: mx.Dtype, arithmetic: Arithmetic, exact: Names
 
     On the CPU that is float32 for all, or each product would cast every scale again. Elsewhere it is that of
     the activations, as in the experts' banks: float16 beside bfloat16 makes float32 of both, and from the
-    first norm on of all activations. Names that end with `exact` are float32, and the indexer, which computes in float32,
-    keeps the precision it was stored in.
+    first norm on of all activations. Names that end with `exact` are float32, and the indexer, which
+    computes in float32, keeps the precision it was stored in.
     """
     if not mx.issubdtype(stored, mx.floating):
         return stored

@@ -16,7 +16,7 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One family. `planted_in`: the schedule in which every mutant shows; `wide`: rows long enough to pack."""
+    """One family. `planted_in`: the schedule in which every mutant shows; `wide`: rows that can be packed."""
 
     schedules: dict[str, Config]
     planted_in: str
@@ -28,9 +28,7 @@ class Case:
 
 
 CASES = {
-    "glm_moe_dsa": Case(
-        SCHEDULES, "shared", WIDER, make_weights, reference_model, reference_logits, MUTANTS
-    ),
+    "glm_moe_dsa": Case(SCHEDULES, "shared", WIDER, make_weights, reference_model, reference_logits, MUTANTS),
     "glm5_next": Case(
         FLASH_SCHEDULES,
         "sparse_first",

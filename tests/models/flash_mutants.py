@@ -1,4 +1,4 @@
-"""The faults that a `glm5_next` implementation is likely to have, to be planted: see tests/models/mutants.py."""
+"""The faults that a `glm5_next` implementation is likely to have, planted as in mutants.py."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 import models.glm5_next.pooled_selection as selection
 from models.arithmetic import Arithmetic
 from models.attention.rope import Rope
+from models.attention.selection import select
 from models.glm5_next import delta_attention
 from models.glm5_next.delta_attention import DeltaAttention
 from models.glm5_next.flash_args import FlashArgs
@@ -57,7 +58,7 @@ def lower_bound_as_a_clamp(patch: pytest.MonkeyPatch) -> None:
 def unfinished_pools_are_selected(patch: pytest.MonkeyPatch) -> None:
     def chosen(scores: mx.array, positions: mx.array, args: FlashArgs, arithmetic: Any) -> mx.array:
         starts = mx.arange(scores.shape[1]) * args.index_kpool
-        return selection.select(scores, starts[None, :] <= positions[:, None], args.topk_pools)
+        return select(scores, starts[None, :] <= positions[:, None], args.topk_pools)
 
     patch.setattr(selection, "_chosen", chosen)
 

@@ -133,7 +133,9 @@ def test_streamed_experts_give_the_bits_of_resident_ones(family: str, slots: int
 
 def forward(model: Model, spans: Sequence[tuple[SequenceCache, Sequence[int]]]) -> list[Array]:
     """One forward over the next tokens of several sequences: logits of each."""
-    flat, cut, out = [], [], []
+    flat: list[int] = []
+    cut: list[Span] = []
+    out: list[Array] = []
     for cache, ids in spans:
         cut.append(Span(cache, len(flat), len(flat) + len(ids)))
         flat += list(ids)

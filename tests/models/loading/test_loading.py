@@ -310,7 +310,7 @@ def test_the_geometry_counts_what_the_model_holds(tmp_path: Path) -> None:
     banks = [sum(a.nbytes for a in opened.store.bank(layer).values()) for layer in range(3, 11)]
     assert [8 * nbytes for nbytes in geometry.expert_bytes] == banks
     cache = opened.model.make_cache()
-    for rows in cache._all():
+    for rows in cache.parts:
         rows.append(mx.zeros((256, rows.state.shape[1])))
     assert cache.nbytes == cache_rows(256) * geometry.context_bytes_per_token
 
