@@ -32,10 +32,9 @@ def attention_names(path: str, layer: int, args: ModelArgs) -> Iterator[Layouts]
 GLM_MOE_DSA = Family(
     model_types=(MODEL_TYPE,),
     title="GLM-5, 5.1, 5.2 and 5.3",
-    served_ids=("z-ai/glm-5.2",),
+    served_id="z-ai/glm-5.2",
     hugging_face_id="zai-org/GLM-5.2",
     parse=parse,
     layer_names=layer_names,
     computing="models.dsa_computing",
-    template="glm52.jinja",
 )

@@ -22,20 +22,20 @@ class Family:
     """One architecture.
 
     `model_types`: in config.json, the first at its top, others where a language model's config lies inside.
-    `title`: the models' names, for people. `served_ids`: ids under which clients ask for them, the default
-    first. `hugging_face_id`: the original. `parse`: config.json's values, or CheckpointError.
-    `layer_names`: the tensors of a layer but those of its MLP. `plain_name`: a tensor's name among those.
-    `computing`: the module that holds `COMPUTING`, the half that needs MLX.
+    `title`: the models' names, for people. `served_id`: the name that clients use. `hugging_face_id`: the
+    original. `parse`: config.json's values, or CheckpointError. `layer_names`: the tensors of a layer but
+    those of its MLP. `plain_name`: a tensor's name among those. `always_thinks`: there is no answer without a
+    thought. `computing`: the module that holds `COMPUTING`, the half that needs MLX.
     """
 
     model_types: tuple[str, ...]
     title: str
-    served_ids: tuple[str, ...]
+    served_id: str
     hugging_face_id: str
     parse: Callable[[Mapping[str, Any]], ModelArgs]
     layer_names: Callable[[str, int, ModelArgs], Iterator[Layouts]]
     computing: str
-    template: str
+    always_thinks: bool = False
     plain_name: Callable[[str], str] = field(default=lambda name: name)
 
     @property

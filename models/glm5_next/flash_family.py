@@ -38,11 +38,11 @@ def layer_names(path: str, layer: int, args: ModelArgs) -> Iterator[Layouts]:
 GLM5_NEXT = Family(
     model_types=("glm5_next", "glm5_next_text"),
     title="GLM-5.3-Flash",
-    served_ids=("z-ai/glm-5.3-flash",),
+    served_id="z-ai/glm-5.3-flash",
     hugging_face_id="zai-org/GLM-5.3-Flash",
     parse=FlashArgs.from_config,
     layer_names=layer_names,
     plain_name=plain_name,
     computing="models.glm5_next.flash_computing",
-    template="glm53_flash.jinja",
+    always_thinks=True,
 )

@@ -130,6 +130,7 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
         sweep_row_bytes=computing.sweep_row_bytes(args, arithmetic, context),
         ring_slot_bytes=_ring_slot_bytes(index, arithmetic),
         vocab_size=args.vocab_size,
+        state_bytes=cache.state,
     )
 
 

@@ -112,11 +112,13 @@ class PrefixCache:
         start: int = 0,
         keeps_tail: bool = False,
         group: str = "",
+        keeps_state: bool = False,
     ) -> int:
         """Keep what the cache holds of these tokens from `start` on, where all before is saved already.
 
-        With `keeps_tail` a last part of less than a block is kept too. Returns the `start` of the next call,
-        which is not the end where memory cannot take all of it now.
+        With `keeps_tail` a last part of less than a block is kept too, with `keeps_state` the state behind
+        it; states that the cache has kept are saved in any case. Returns the `start` of the next call, which
+        is not the end where memory cannot take all of it now.
         """
         tokens = as_tokens(token_ids)[: cache.length]
         names, root = self._names(tokens, group), self._root(group)
@@ -138,7 +140,7 @@ class PrefixCache:
             fresh.append(tail.name)
             names.append(tail.name)
             stop += 1
-        if keeps_tail and stop == len(names):
+        if keeps_state and stop == len(names):
             lengths.append(tokens.size)
         states = self._keep_states(tokens, names, root, cache, lengths)
         if fresh or states:

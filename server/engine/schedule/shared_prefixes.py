@@ -118,12 +118,9 @@ class SavedPrefixes:
         is_pausing = sequence.is_cancelled or sequence.num_unread <= 1
         tokens = sequence.tokens(0, cache.length)
         start, group = sequence.num_saved_tokens, sequence.cache_group
-        sequence.num_saved_tokens = self._saved.save(tokens, cache, start, is_pausing, group)
-        if (
-            cache.keeps_state
-            and is_pausing
-            and sequence.num_saved_tokens == cache.length // BLOCK_TOKENS * BLOCK_TOKENS
-        ):
+        is_ending = cache.keeps_state and is_pausing and bool(sequence.generated)
+        sequence.num_saved_tokens = self._saved.save(tokens, cache, start, is_pausing, group, is_ending)
+        if is_ending and sequence.num_saved_tokens == cache.length - cache.length % BLOCK_TOKENS:
             self._saved.discard_states(tokens, _superseded(sequence), group)
 
     def distrust(self, sequence: Sequence) -> None:
@@ -232,12 +229,10 @@ def _save_points(sequence: Sequence) -> list[int]:
 
 
 def _superseded(sequence: Sequence) -> list[int]:
-    """Lengths whose states the one at the sequence's end makes needless: ends of turns, the first apart."""
-    prompt, stops = sequence.request.token_ids, set(sequence.request.stop_token_ids)
-    begins = [at for at, token in enumerate(prompt) if token in stops]
-    kept = {end - end % BLOCK_TOKENS for end in (*begins[:1], *begins[-1:])}
-    ends = {end - end % BLOCK_TOKENS for end in (*begins, len(prompt) - 1)} | {sequence.num_restored_tokens}
-    return sorted(end for end in ends - kept if 0 < end < sequence.running_cache.length and end % STATE_GRID)
+    """Lengths whose states the one at the sequence's end makes needless, if there are any."""
+    length = sequence.running_cache.length
+    ends = {sequence.num_restored_tokens, *range(BLOCK_TOKENS, length, BLOCK_TOKENS)}
+    return sorted(ends - {0, length, *_save_points(sequence)})
 
 
 def _read_anew(sequence: Sequence, error: Exception) -> None:
