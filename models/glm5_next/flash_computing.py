@@ -1,7 +1,7 @@
 """GLM-5.3-Flash as a family: the half that computes."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
@@ -27,23 +27,43 @@ def make_model(args: ModelArgs, arithmetic: Arithmetic, make_experts: MakeExpert
 
 
 def flash_names(tensors: Mapping[str, mx.array], args: ModelArgs) -> dict[str, mx.array]:
-    """As `to_model_names`; a convolution of queries, keys and values together is split.
+    """As `to_model_names`; matrices that a converter put one under the other are parted again.
 
     A convolution's weight is [channels, 1, kernel], in MLX's layout [channels, kernel, 1].
     """
     out: dict[str, mx.array] = {}
     for name, tensor in to_model_names(tensors, args).items():
-        path, is_joined, _ = name.rpartition(".conv1d.weight")
         if "conv1d.weight" in name and tensor.ndim == 3 and tensor.shape[1] != 1:
             tensor = tensor.swapaxes(1, 2)
-        if is_joined and tensor.shape[0] % 3 == 0:
-            thirds: Any = mx.split(tensor, 3)
-            out |= {
-                f"{path}.{which}_conv1d.weight": third for which, third in zip("qkv", thirds, strict=True)
-            }
-        else:
-            out[name] = tensor
+        out |= _parted(name, tensor, cast(FlashArgs, args))
     return out
+
+
+def _parted(name: str, tensor: mx.array, args: FlashArgs) -> dict[str, mx.array]:
+    """The tensors that one holds, rows one under the other: mostly itself."""
+    path, _, kind = name.rpartition(".")
+    room, _, module = path.rpartition(".")
+    parts = _joined_modules(args).get(module)
+    if parts is None or tensor.shape[0] != sum(rows or tensor.shape[0] // 2 for rows in parts.values()):
+        return {name: tensor}
+    out, start = {}, 0
+    for part, rows in parts.items():
+        stop = start + (rows or tensor.shape[0] // 2)
+        out[f"{room}.{part}.{kind}"] = mx.contiguous(tensor[start:stop])
+        start = stop
+    return out
+
+
+def _joined_modules(args: FlashArgs) -> dict[str, dict[str, int]]:
+    """Modules that mlx-vlm and transformers join, with the rows of each; 0 stands for a half."""
+    width, head, heads = args.linear_dim, args.linear_head_dim, args.linear_num_heads
+    return {
+        "conv1d": {f"{one}_conv1d": width for one in "qkv"},
+        "qkv_proj": {f"{one}_proj": width for one in "qkv"},
+        "fbg_a_proj": {"f_a_proj": head, "b_proj": heads, "g_a_proj": head},
+        "qkv_a_proj": {"q_a_proj": args.q_lora_rank, "kv_a_proj_with_mqa": args.latent_dim},
+        "gate_up_proj": {"gate_proj": 0, "up_proj": 0},
+    }
 
 
 def cache_bytes(args: ModelArgs, itemsize: int) -> CacheBytes:

@@ -18,6 +18,7 @@ from streaming.files.index import ExpertIndex
 SLICE_COPIES = 16
 # Of the streams of a part, in float32: themselves, normed, mixed and joined.
 STREAM_COPIES = 4
+UNPACKED_COPIES = 8
 
 
 def workspace_bytes(
@@ -42,7 +43,11 @@ def _linear_bytes(args: FlashArgs, arithmetic: Arithmetic, rows: int) -> int:
     sliced = min(rows, delta_attention.SLICE_ROWS) + CHUNK
     chunks = sliced * (SLICE_COPIES * width + 8 * CHUNK * args.linear_num_heads) * 4
     states = 2 * sliced // CHUNK * width * args.linear_head_dim * 4
-    return part + arithmetic.pieces_in_flight * (chunks + states)
+    # A packed matrix lies unpacked, beside what unpacking it takes.
+    unpacked = (
+        0 if arithmetic.max_packed_rows is None else UNPACKED_COPIES * args.hidden_size * width * itemsize
+    )
+    return part + unpacked + arithmetic.pieces_in_flight * (chunks + states)
 
 
 def sweep_row_bytes(args: ModelArgs, arithmetic: Arithmetic, max_context: int) -> int:

@@ -92,15 +92,19 @@ def _wanted(args: ModelArgs) -> Iterator[Layouts]:
 
 def _wanted_mlp(path: str, layer: int, args: ModelArgs) -> Iterator[Layouts]:
     if layer not in args.moe_layers:
-        yield (_gated(path),)
+        yield _gated(path), _joined(path)
         return
     yield ([f"{path}gate.weight", f"{path}gate.e_score_correction_bias"],)
     if args.n_shared_experts:
-        yield (_gated(f"{path}shared_experts."),)
+        yield _gated(f"{path}shared_experts."), _joined(f"{path}shared_experts.")
     experts = range(args.n_routed_experts)  # perhaps without number: a config may claim anything
     separate = (name for expert in experts for name in _gated(f"{path}experts.{expert}."))
     fused = [f"{path}experts.gate_up_proj", f"{path}experts.down_proj"]
     yield _gated(f"{path}switch_mlp."), separate, fused
+
+
+def _joined(path: str) -> list[str]:
+    return [f"{path}gate_up_proj.weight", f"{path}down_proj.weight"]
 
 
 def _gated(path: str) -> list[str]:

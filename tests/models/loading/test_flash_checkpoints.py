@@ -42,11 +42,22 @@ def old_names(weights: dict[str, Array]) -> dict[str, Array]:
 
 
 def mlx_vlm_names(weights: dict[str, Array]) -> dict[str, Array]:
-    """As MLX's own converters write them: convolutions with the channel last."""
-    out = {}
-    for name, tensor in weights.items():
-        swapped = tensor.swapaxes(1, 2) if "conv1d" in name else tensor
-        out[f"language_model.{name}"] = np.ascontiguousarray(swapped)
+    """As mlx-vlm writes them: matrices one under the other, convolutions with the channel last."""
+    joined = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "fbg_a_proj": ("f_a_proj", "b_proj", "g_a_proj"),
+        "qkv_conv.conv": ("q_conv1d", "k_conv1d", "v_conv1d"),
+        "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+    left = {name: w.swapaxes(1, 2) if "conv1d" in name else w for name, w in weights.items()}
+    for name in list(left):
+        for module, parts in joined.items():
+            if name.endswith(f".{parts[0]}.weight") and ".experts." not in name:
+                room = name.removesuffix(f"{parts[0]}.weight")
+                rows = [left.pop(f"{room}{part}.weight") for part in parts]
+                left[f"{room}{module}.weight"] = np.concatenate(rows)
+    out = {f"language_model.{name}": np.ascontiguousarray(tensor) for name, tensor in left.items()}
     return out | {"vision_tower.blocks.0.norm1.weight": np.ones(4, np.float32)}
 
 
