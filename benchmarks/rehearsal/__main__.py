@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -88,6 +89,7 @@ def main() -> None:
         began = time.monotonic()
         write(folder, given.form, given.layers, given.small_trunk)
         report["written"] = f"{format_size(on_disk_bytes(folder))} in {time.monotonic() - began:.0f} s"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the server ends as well
     stage = Stage(folder, given.ram_budget, given.max_context)
     report |= {
         "machine": f"{platform.system()}, {os.cpu_count()} cores, {format_size(physical_memory_bytes())}",
