@@ -107,17 +107,9 @@ def template_options(effort: Effort | None, is_enabled: bool | None) -> dict[str
 
 
 def always_thinking_options(effort: Effort | None, is_enabled: bool | None) -> dict[str, Any]:
-    """The same for a model that always thinks, with little, much or the most effort.
-
-    Raises RequestError for a request that wants no thought.
-    """
-    if is_enabled is False or effort == "none":
-        raise RequestError(
-            "this model always thinks, and thinking cannot be switched off; the least is effort 'low'",
-            param="reasoning",
-        )
-    words = {"minimal": "low", "low": "low", "medium": "high", "high": "high"}
-    word = words.get(effort or "max", "max")
+    """The same for a model that always thinks: a request that wants no thought gets the least."""
+    words = {"none": "low", "minimal": "low", "low": "low", "medium": "high", "high": "high"}
+    word = "low" if is_enabled is False else words.get(effort or "max", "max")
     return {"enable_thinking": True, "reasoning_effort": word, "always_thinks": True}
 
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from config.errors import CheckpointError
-from models.arithmetic import CPU
+from config.plan import MAX_RUNNING, make_plan
+from models.arithmetic import CPU, METAL
 from models.convert.convert import convert
 from models.convert.recipe import make_recipe
 from models.families import parse_args
 from models.glm5_next.flash_args import FlashArgs
 from models.loading.loading import make_geometry, open_checkpoint
+from models.loading.public_formats import find_format, write_hollow
 from tests.checkpoints import open_model
 from tests.tiny_flash import DSA, FLASH, KDA, make_flash_weights
 from tests.tiny_glm import Array, fuse_experts, save_checkpoint, tokens
@@ -184,3 +186,24 @@ def test_the_public_schedule_is_three_linear_layers_to_a_sparse_one() -> None:
     args = parse_args(config)
     assert isinstance(args, FlashArgs)
     assert (len(args.linear_layers), len(args.full_layers), args.moe_layers.start) == (34, 11, 1)
+
+
+def test_the_true_shapes_as_holes_open_and_are_planned(tmp_path: Path) -> None:
+    one = find_format("z-ai/glm-5.3-flash")
+    assert one is not None
+    geometry = make_geometry(open_checkpoint(write_hollow(tmp_path, one)), METAL, 32_768)
+    assert geometry.state_bytes // 10**6 == 147  # 34 layers' states and convolutions
+    assert geometry.kv_bytes_per_token == 11 * 512 * 2
+    assert geometry.sweep_row_bytes * 32_768 > 4 * 4096 * 2 * 32_768  # four streams a row
+    plan = make_plan(geometry, 100 * 10**9, 32_768, physical_bytes=128 * 10**9)
+    assert plan.lines["states"] >= 4 * geometry.state_bytes * plan.max_running
+    assert min(plan.slots_per_layer) > 100
+
+
+def test_a_plain_model_has_no_line_of_states(tmp_path: Path) -> None:
+    one = find_format("z-ai/glm-5.2")
+    assert one is not None
+    geometry = make_geometry(open_checkpoint(write_hollow(tmp_path, one)), METAL, 32_768)
+    plan = make_plan(geometry, 100 * 10**9, 32_768, physical_bytes=128 * 10**9)
+    assert "states" not in plan.lines
+    assert plan.max_running == MAX_RUNNING
