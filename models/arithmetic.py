@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.attention.selection import kth_by_bits, kth_by_numpy, kth_by_partition
-from models.cuda import choices, few_rows, products, sums
+from models.cuda import choices, few_rows, products, streams, sums
 from models.cuda.fused_attention import AttentionLayer, FusedAttention
 from models.cuda.products import parts_of
 
@@ -259,6 +259,21 @@ class Arithmetic:
     def best_mask(self, scores: mx.array, k: int) -> mx.array | None:
         """As `choices.best_mask`; None where that is not the fastest way."""
         return choices.best_mask(scores, k) if self.has_kernels else None
+
+    def mix_weights(
+        self, raw: mx.array, base: mx.array, scale: mx.array, count: int, rounds: int, eps: float
+    ) -> list[mx.array] | None:
+        """As `streams.mix_weights`; None where that is not the fastest way."""
+        if not self.has_kernels or count > streams.MOST_STREAMS:
+            return None
+        return streams.mix_weights(raw, base, scale, count, rounds, eps)
+
+    def delta_step(self, state: mx.array, *row: mx.array) -> list[mx.array] | None:
+        """As `streams.delta_step`; None where that is not the fastest way."""
+        if not self.has_kernels or max(state.shape[1:]) > streams.MOST_CHANNELS:
+            return None
+        q, k, v, gate, beta = row
+        return streams.delta_step(state, q, k, v, gate, beta)
 
     def fused_attention(self, layer: AttentionLayer, top_k: int, scale: float) -> FusedAttention | None:
         """Attention of few rows in the fewest kernels, where all weights of the layer are packed for them."""

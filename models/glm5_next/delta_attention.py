@@ -5,7 +5,10 @@ gates and state in float32. Several rows of a sequence go through chunks, a sing
 two differ in their last bits.
 """
 
+from collections.abc import Callable
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -69,8 +72,9 @@ class DeltaAttention(nn.Module):
 
     def attended(self, x: mx.array, part: RowPart) -> mx.array:
         """x [N, H] -> [N, H]; the states in the caches of the spans go on behind their rows."""
-        mixed = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
-        gate, beta = self._gates(x)
+        is_compiled = self._arithmetic.compiles and not part.is_large
+        project, finish, _ = self._compiled if is_compiled else (self._project, self._finish, None)
+        mixed, gate, beta, output_gate = project(x)
         in_flight = InFlight(self._arithmetic.pieces_in_flight) if part.is_large else None
         outs = []
         for span in part.spans:
@@ -85,10 +89,22 @@ class DeltaAttention(nn.Module):
                     state.mark(state.length, state.arrays)
                 if in_flight:
                     in_flight.launch(outs[-1], *state.arrays)
-        out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
-        output_gate = self.g_b_proj(self.g_a_proj(x)).reshape(out.shape)
-        normed = self.o_norm(out, output_gate).astype(x.dtype)
-        return self.o_proj(normed.reshape(x.shape[0], -1))
+        return finish(outs[0] if len(outs) == 1 else mx.concatenate(outs), output_gate)
+
+    @cached_property
+    def _compiled(self) -> tuple[Callable[..., Any], ...]:
+        """What comes before the states are used, after, and between, for few rows."""
+        return mx.compile(self._project), mx.compile(self._finish), mx.compile(self._step)
+
+    def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """What rows x [N, H] bring: the convolution's inputs [N, 3 width], gate, beta, and the output's gate."""
+        mixed = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        return mixed, *self._gates(x), self.g_b_proj(self.g_a_proj(x))
+
+    def _finish(self, out: mx.array, output_gate: mx.array) -> mx.array:
+        """float32 [N, heads, D], [N, width] -> [N, H]."""
+        normed = self.o_norm(out, output_gate.reshape(out.shape)).astype(output_gate.dtype)
+        return self.o_proj(normed.reshape(out.shape[0], -1))
 
     def _gates(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The logarithm of each channel's decay, float32 [N, heads, D], and each head's beta, [N, heads].
@@ -105,17 +121,31 @@ class DeltaAttention(nn.Module):
         """The next rows of one sequence: [n, 3 width], ... -> float32 [n, heads, D]."""
         matrix, before = state.arrays
         rows, position = mixed.shape[0], state.length
-        inputs = mx.concatenate([before, mixed])
-        q, k, v = self._convolved(inputs, rows)
-        q, k = _unit(q) * q.shape[-1] ** -0.5, _unit(k)
         if rows == 1:
-            out, matrix = step(matrix, q[0], k[0], v[0], gate[0], beta[0])
-            out = out[None]
-        else:
-            out, matrix = by_chunks(matrix, q, k, v, gate, beta, position)
+            one = self._compiled[2] if self._arithmetic.compiles else self._step
+            out, *arrays = one(matrix, before, mixed, gate, beta)
+            state.advance(tuple(arrays), 1)
+            return out
+        inputs = mx.concatenate([before, mixed])
+        q, k, v = self._prepared(inputs, rows)
+        out, matrix = by_chunks(matrix, q, k, v, gate, beta, position)
         # A copy: a slice would keep all rows of the part in memory as long as the state is kept.
         state.advance((matrix, mx.contiguous(inputs[rows:])), rows)
         return out
+
+    def _step(
+        self, matrix: mx.array, before: mx.array, mixed: mx.array, gate: mx.array, beta: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """A single row: what it reads [1, heads, D], and the two arrays of the state behind it."""
+        inputs = mx.concatenate([before, mixed])
+        row = [one[0] for one in (*self._prepared(inputs, 1), gate, beta)]
+        out, matrix = self._arithmetic.delta_step(matrix, *row) or step(matrix, *row)
+        return out[None], matrix, mx.contiguous(inputs[1:])
+
+    def _prepared(self, inputs: mx.array, rows: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries and keys of length one, scaled, and values: float32 [n, heads, D] each."""
+        q, k, v = self._convolved(inputs, rows)
+        return _unit(q) * q.shape[-1] ** -0.5, _unit(k), v
 
     def _convolved(self, inputs: mx.array, rows: int) -> list[mx.array]:
         """inputs [kernel - 1 + n, 3 width] -> queries, keys and values, float32 [n, heads, D] each."""

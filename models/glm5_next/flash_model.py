@@ -5,6 +5,8 @@ of them.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 
@@ -15,7 +17,7 @@ from models.experts.experts import Experts
 from models.glm5_next.delta_attention import DeltaAttention
 from models.glm5_next.flash_args import LINEAR, FlashArgs
 from models.glm5_next.flash_cache import FlashCache
-from models.glm5_next.hyper_connection import HyperConnection
+from models.glm5_next.hyper_connection import HyperConnection, Mix
 from models.glm5_next.pooled_attention import PooledAttention
 from models.glm_moe_dsa import DecoderLayer, Model, MoeMlp
 
@@ -24,7 +26,7 @@ class FlashLayer(DecoderLayer):
     """Attention and MLP, each behind a norm and between streams that are mixed anew."""
 
     def __init__(self, args: FlashArgs, layer: int, arithmetic: Arithmetic, experts: Experts | None) -> None:
-        self._kind = args.layer_types[layer]
+        self._compiles = arithmetic.compiles
         super().__init__(args, layer, arithmetic, experts)
         self.attn_hc = HyperConnection(args, arithmetic)
         self.ffn_hc = HyperConnection(args, arithmetic)
@@ -37,14 +39,33 @@ class FlashLayer(DecoderLayer):
 
     def mlp_input(self, h: mx.array) -> mx.array:
         """What the MLP sees of the streams, [N, S H] -> [N, H]."""
-        return self.post_attention_layernorm(self.ffn_hc(h)[0])
+        return self._between(h)[0]
 
     def __call__(self, x: mx.array, parts: Sequence[RowPart]) -> mx.array:
         """x [N, S H] -> [N, S H], of few rows."""
         [part] = parts
-        h = self._attended(x, part)
+        before, join_attention, between, join_mlp = self._compiled if self._compiles else self._pieces
+        normed, mix = before(x)
+        h = join_attention(x, self.self_attn.attended(normed, part), mix)
+        normed, mix = between(h)
+        return join_mlp(h, self._through_mlp(h, normed, []), mix)
+
+    @property
+    def _pieces(self) -> tuple[Callable[..., Any], ...]:
+        """What stands around attention and MLP, in order."""
+        return self._before, self.attn_hc.join, self._between, self.ffn_hc.join
+
+    @cached_property
+    def _compiled(self) -> tuple[Callable[..., Any], ...]:
+        return tuple(mx.compile(piece) for piece in self._pieces)
+
+    def _before(self, x: mx.array) -> tuple[mx.array, Mix]:
+        collapsed, mix = self.attn_hc(x)
+        return self.input_layernorm(collapsed), mix
+
+    def _between(self, h: mx.array) -> tuple[mx.array, Mix]:
         collapsed, mix = self.ffn_hc(h)
-        return self.ffn_hc.join(h, self._through_mlp(h, self.post_attention_layernorm(collapsed), []), mix)
+        return self.post_attention_layernorm(collapsed), mix
 
     def piece_by_piece(self, pieces: list[mx.array], parts: Sequence[RowPart]) -> Generator[None, None, None]:
         """The same for many rows, parts [n, S H] that are replaced; pauses when nothing is pending."""
@@ -71,8 +92,8 @@ class FlashLayer(DecoderLayer):
         yield
 
     def _attended(self, x: mx.array, part: RowPart) -> mx.array:
-        collapsed, mix = self.attn_hc(x)
-        return self.attn_hc.join(x, self.self_attn.attended(self.input_layernorm(collapsed), part), mix)
+        normed, mix = self._before(x)
+        return self.attn_hc.join(x, self.self_attn.attended(normed, part), mix)
 
 
 class FlashModel(Model):

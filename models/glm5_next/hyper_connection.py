@@ -39,17 +39,28 @@ class HyperConnection(nn.Module):
 
     def __call__(self, x: mx.array) -> tuple[mx.array, Mix]:
         """Streams x [N, S H] -> the block's input [N, H], and the mix for `join`."""
-        args, count = self._args, self._args.hc_mult
+        args = self._args
         exact = x.astype(mx.float32)
         normed = mx.fast.rms_norm(exact, None, args.rms_norm_eps)
-        pre, post, among = mx.split(self._arithmetic.product(normed, self), [count, 2 * count], axis=-1)
+        pre, *mix = self._weights(self._arithmetic.product(normed, self))
+        streams = exact.reshape(-1, args.hc_mult, args.hidden_size)
+        collapsed = (pre[..., None] * streams).sum(axis=1).astype(x.dtype)
+        return collapsed, Mix(*mix)
+
+    def _weights(self, raw: mx.array) -> list[mx.array]:
+        """Weights that collapse [N, S], expand [N, S] and mix [N, S, S], from float32 [N, S (S + 2)]."""
+        args, count = self._args, self._args.hc_mult
+        found = self._arithmetic.mix_weights(
+            raw, self.base, self.scale, count, args.hc_sinkhorn_iters, args.hc_eps
+        )
+        if found is not None:
+            return found
+        pre, post, among = mx.split(raw, [count, 2 * count], axis=-1)
         pre_base, post_base, among_base = mx.split(self.base, [count, 2 * count])
         pre = mx.sigmoid(pre * self.scale[0] + pre_base) + args.hc_eps
         post = 2 * mx.sigmoid(post * self.scale[1] + post_base)
         among = (among * self.scale[2] + among_base).reshape(-1, count, count)
-        streams = exact.reshape(-1, count, args.hidden_size)
-        collapsed = (pre[..., None] * streams).sum(axis=1).astype(x.dtype)
-        return collapsed, Mix(post, self._doubly_stochastic(among))
+        return [pre, post, self._doubly_stochastic(among)]
 
     def _doubly_stochastic(self, logits: mx.array) -> mx.array:
         """[N, S, S] with rows and columns that sum to one, nearly."""

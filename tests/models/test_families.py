@@ -3,6 +3,7 @@ computed. Parametrised over the registry: a family without a case fails."""
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from models.arithmetic import Quantization
+from models.arithmetic import CPU, Quantization
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
 from models.attention.cache_blocks import fill_blocks, read_blocks
@@ -220,3 +221,18 @@ def test_a_prompt_cut_at_multiples_of_the_grain_keeps_its_bits(model: Model) -> 
     ids, cache = prompt_of(model, 256), model.make_cache()
     parts = [run(model, ids[start:stop], cache) for start, stop in ((0, 64), (64, 192), (192, 256))]
     assert distance(np.concatenate(parts), logits(model, ids)) <= 1e-5
+
+
+def test_compiled_steps_give_the_bits_of_described_ones(family_weights: tuple[Any, dict[str, Array]]) -> None:
+    config, weights = family_weights
+    plain, compiled = make_model(config, weights), make_model(config, weights, replace(CPU, compiles=True))
+    ids = tokens(config, 40)
+    assert np.array_equal(logits(compiled, ids, 1), logits(plain, ids, 1))
+    assert distance(logits(compiled, ids, 7), logits(plain, ids, 7)) <= 1e-5
+
+
+@pytest.fixture(params=CASES)
+def family_weights(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Array]]:
+    case = CASES[request.param]
+    config = case.schedules[case.planted_in]
+    return config, case.make_weights(config, SEED)
