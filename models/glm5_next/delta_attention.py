@@ -97,7 +97,7 @@ class DeltaAttention(nn.Module):
         return mx.compile(self._project), mx.compile(self._finish), mx.compile(self._step)
 
     def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """What rows x [N, H] bring: the convolution's inputs [N, 3 width], gate, beta, and the output's gate."""
+        """What rows x [N, H] bring: inputs to convolve [N, 3 width], gate, beta, and the output's gate."""
         mixed = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         return mixed, *self._gates(x), self.g_b_proj(self.g_a_proj(x))
 

@@ -120,8 +120,12 @@ class Scheduler:
         return self.shares.rank(sequences, self._clock(), self._cost)
 
     def decode_batch(self) -> list[Sequence]:
-        """The sequences of the next decode step: all that decode, or as many as fit, by turns."""
+        """The sequences of the next decode step: all that decode, or as many as fit, by turns.
+
+        Those whose grammar is slow to say what may come next sit out, unless there are no others.
+        """
         decoding = [item for item in self.running if item.state is State.DECODING and not item.is_boarded]
+        decoding = [item for item in decoding if not item.constraint.is_slow] or decoding
         width = self._limits.batch_width or self._limits.decode_rows
         if len(decoding) <= width:
             return decoding
