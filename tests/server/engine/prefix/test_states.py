@@ -42,7 +42,7 @@ def speak(
 ) -> tuple[list[int], int, int]:
     """An answer, the tokens that were cached, and the rows that were computed."""
     model.take_rows()
-    request = Generate("a", tuple(prompt), num_tokens, GREEDY, stop_token_ids=(USER,))
+    request = Generate("a", tuple(prompt), num_tokens, GREEDY, stop_token_ids=frozenset([USER]))
     outcome = generate(model, prefix, request)["a"]
     return outcome.tokens, outcome.usage.num_cached_tokens, model.take_rows()
 
