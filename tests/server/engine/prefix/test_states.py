@@ -6,6 +6,7 @@ import pytest
 
 from server.engine.prefix.lookup import PrefixCache
 from server.link.messages import Generate
+from tests.models.families.tiny_flash import FLASH, make_flash_weights
 from tests.server.engine.prefix.prefix_runs import (
     GREEDY,
     CountedModel,
@@ -14,7 +15,6 @@ from tests.server.engine.prefix.prefix_runs import (
     leave_after,
     open_prefix,
 )
-from tests.tiny_flash import FLASH, make_flash_weights
 from tests.tiny_glm import tokens
 from tests.tiny_model import make_model
 

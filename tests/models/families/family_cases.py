@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.models.flash_mutants import FLASH_MUTANTS
-from tests.models.flash_reference import flash_reference, flash_reference_logits
+from tests.models.families.flash_mutants import FLASH_MUTANTS
+from tests.models.families.flash_reference import flash_reference, flash_reference_logits
+from tests.models.families.tiny_flash import FLASH, FLASH_SCHEDULES, make_flash_weights
 from tests.models.make_golden import reference_logits, reference_model
 from tests.models.mutants import MUTANTS, Plant
-from tests.tiny_flash import FLASH, FLASH_SCHEDULES, make_flash_weights
 from tests.tiny_glm import SCHEDULES, SHARED, WIDER, Array, make_weights
 
 Config = dict[str, Any]

@@ -18,7 +18,7 @@ from models.glm5_next.flash_args import FlashArgs
 from models.loading.loading import make_geometry, open_checkpoint
 from models.loading.public_formats import find_format, write_hollow
 from tests.checkpoints import open_model
-from tests.tiny_flash import DSA, FLASH, KDA, make_flash_weights
+from tests.models.families.tiny_flash import DSA, FLASH, KDA, make_flash_weights
 from tests.tiny_glm import Array, fuse_experts, save_checkpoint, tokens
 from tests.tiny_model import logits, make_model
 

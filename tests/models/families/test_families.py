@@ -18,7 +18,7 @@ from models.attention.cache_blocks import fill_blocks, read_blocks
 from models.families import FAMILIES
 from models.glm_moe_dsa import Model
 from tests.checkpoints import greedy, open_model, save_packed
-from tests.models.family_cases import CASES, Case
+from tests.models.families.family_cases import CASES, Case
 from tests.models.mutants import Plant
 from tests.tiny_glm import Array, tokens
 from tests.tiny_model import logits, make_model, run
