@@ -30,7 +30,7 @@ from server.api.prompt.remembered import Remembered
 from server.api.request.model_names import ModelNames
 from server.api.request.parameters import Parameters
 from server.api.service import Dialect, Service
-from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
+from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint, family_of_folder
 from server.commands.start_lines import tell_start
 from server.glm.files import load_sampling_defaults
 from server.glm.templates.template import load_chat_template
@@ -107,11 +107,13 @@ def _listed(text: str) -> list[str]:
 
 def load_dialect(checkpoint: Path) -> Dialect:
     """How this checkpoint writes."""
+    family = family_of_folder(checkpoint)
     return Dialect(
         load_tokenizer(checkpoint),
-        load_chat_template(checkpoint),
+        load_chat_template(checkpoint, always_thinks=family.always_thinks),
         load_sampling_defaults(checkpoint),
         checkpoint,
+        family.hugging_face_id,
     )
 
 

@@ -129,6 +129,7 @@ def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig)
         agent_inflight=config.max_inflight_per_agent,
         decode_share=config.decode_share,
         batch_width=config.batch_width,
+        max_running=plan.max_running,
     )
 
 
