@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from docs.pictures.draw import HERE, PICTURES
+from docs.pictures.plots import PLOTS, sensitivity, table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +38,12 @@ def test_every_class_that_a_page_names_exists(name: str) -> None:
     assert [one for one in sorted(classes) if not re.search(rf"class {one}\b", sources)] == []
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", PICTURES | PLOTS)
 def test_pictures_are_what_the_script_draws(name: str) -> None:
-    assert (HERE / name).read_text(encoding="utf-8") == PICTURES[name]().svg()
+    assert (HERE / name).read_text(encoding="utf-8") == (PICTURES | PLOTS)[name]().svg()
+
+
+def test_what_a_buyer_reads_is_what_plan_prints() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert table() in page
+    assert sensitivity() in page

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import UsageError
-from config.forecast import forecast
+from config.forecast import MACHINES, forecast
 from config.plan_report import as_dict, render_plan
 from config.settings import load_settings
 from config.sizes import format_size, parse_size
@@ -50,7 +50,8 @@ def plan_command(words: Sequence[str]) -> int:
             config = replace(config, ram_budget_bytes=_budget(budget, memory))
         checkpoint, arithmetic = open_checkpoint(directory), METAL if memory else choose_arithmetic()
         plan = plan_memory(checkpoint, arithmetic, config, physical_bytes=memory)
-        expected = forecast(make_geometry(checkpoint, arithmetic, plan.max_context), plan, disk)
+        geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
+        expected = forecast(geometry, plan, disk, MACHINES[arithmetic.name])
     if is_json:
         print(json.dumps(as_dict(plan) | {"disk_bytes_per_s": disk, "forecast": asdict(expected)}, indent=2))
     else:

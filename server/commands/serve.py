@@ -25,7 +25,7 @@ from server.api.prompt.remembered import Remembered
 from server.api.request.model_names import ModelNames
 from server.api.request.parameters import Parameters
 from server.api.service import Dialect, Service
-from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
+from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint, family_of_folder
 from server.commands.http_server import MAX_BACKLOG, Complaints, HttpServer, bind, make_server_config
 from server.commands.start_lines import tell_start
 from server.glm.files import load_sampling_defaults
@@ -95,11 +95,13 @@ def _listed(text: str) -> list[str]:
 
 def load_dialect(checkpoint: Path) -> Dialect:
     """How this checkpoint writes."""
+    family = family_of_folder(checkpoint)
     return Dialect(
         load_tokenizer(checkpoint),
-        load_chat_template(checkpoint),
+        load_chat_template(checkpoint, always_thinks=family.always_thinks),
         load_sampling_defaults(checkpoint),
         checkpoint,
+        family.hugging_face_id,
     )
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from config.defaults import ExpertPolicy
 from config.errors import CheckpointError, DiskError, UsageError
-from config.forecast import forecast
+from config.forecast import MACHINES, forecast
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
 from config.sizes import format_size
@@ -119,7 +119,7 @@ def _open_hot_set(store: ExpertStore, config: EngineConfig, fingerprint: str) ->
 
 def _forecast(checkpoint: Checkpoint, arithmetic: Arithmetic, plan: MemoryPlan, probe: DiskProbe) -> str:
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
-    return forecast(geometry, plan, probe.bytes_per_s).describe()
+    return forecast(geometry, plan, probe.bytes_per_s, MACHINES[arithmetic.name]).describe()
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
@@ -130,6 +130,7 @@ def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig)
         agent_inflight=config.max_inflight_per_agent,
         decode_share=config.decode_share,
         batch_width=config.batch_width,
+        max_running=plan.max_running,
     )
 
 

@@ -36,6 +36,30 @@ class Presence:
             raise ClientGone
 
 
+class Sluice:
+    """Lets a few of those that wait through in each round of the event loop, so that each round is short."""
+
+    def __init__(self, num_at_once: int) -> None:
+        self._num_at_once = num_at_once
+        self._line: deque[asyncio.Future[None]] = deque()
+
+    async def pass_through(self) -> None:
+        """Wait for a place in a round."""
+        loop = asyncio.get_running_loop()
+        place = loop.create_future()
+        self._line.append(place)
+        if len(self._line) == 1:
+            loop.call_soon(self._open, loop)
+        await place
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> None:
+        for place in [self._line.popleft() for _ in range(min(self._num_at_once, len(self._line)))]:
+            if not place.done():  # its client may have gone
+                place.set_result(None)
+        if self._line:
+            loop.call_soon(self._open, loop)
+
+
 class Turns:
     """Gives a number of places to holders, which may come many times."""
 

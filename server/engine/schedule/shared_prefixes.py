@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Protocol, TypeVar
 
 from server.engine.faults import Contained
-from server.engine.prefix.lookup import PrefixCache
+from server.engine.prefix.lookup import BLOCK_TOKENS, PrefixCache
 from server.engine.schedule.sequence import Sequence, State
 from server.link.messages import Administer, Administered, Pin
 from streaming.prefix.block_format import BlockName
@@ -26,6 +26,8 @@ COPY_S = 0.2
 LONE_COPY_S = 2.0
 # How long a disk is waited for then, before commands are looked at again.
 DISK_WAIT_S = 0.05
+# A state of GLM-5.3-Flash is worth 12,000 tokens of rows: such a grid costs less than the rows between.
+STATE_GRID = 16_384
 
 Given = TypeVar("Given")
 
@@ -109,6 +111,7 @@ class SavedPrefixes:
 
     def restore(self, sequence: Sequence) -> None:
         """Begins to fill the cache with saved rows. They are copied in `settle`, some between two steps."""
+        sequence.running_cache.want(_save_points(sequence))
         if not sequence.trusts_saved:
             return
         with Contained(partial(_read_anew, sequence)):
@@ -122,7 +125,10 @@ class SavedPrefixes:
         is_pausing = sequence.is_cancelled or sequence.num_unread <= 1
         tokens = sequence.tokens(0, cache.length)
         start, group = sequence.num_saved_tokens, sequence.cache_group
-        sequence.num_saved_tokens = self._saved.save(tokens, cache, start, is_pausing, group)
+        is_ending = cache.keeps_state and is_pausing and bool(sequence.generated)
+        sequence.num_saved_tokens = self._saved.save(tokens, cache, start, is_pausing, group, is_ending)
+        if is_ending and sequence.num_saved_tokens == cache.length - cache.length % BLOCK_TOKENS:
+            self._saved.discard_states(tokens, _superseded(sequence), group)
 
     def distrust(self, sequence: Sequence) -> None:
         """Forgets the blocks that were restored of it, and the one of which they may be a part."""
@@ -213,9 +219,29 @@ class SavedPrefixes:
         if shared:
             # At least one token stays unread, so that there are logits to go on from.
             follows_to = min(self._saved.end_of(shared[-1]), sequence.num_tokens - 1)
+            follows_to -= follows_to % sequence.running_cache.grain
             if follows_to > sequence.running_cache.length:
                 sequence.follow(self._claims[shared[-1]], follows_to)
         self._claims |= {name: sequence for name in names[len(shared) :] if name not in self._claims}
+
+
+def _save_points(sequence: Sequence) -> list[int]:
+    """Lengths at which a state is worth saving, all at the end of whole blocks.
+
+    They are the end of the system prompt and its tools, the last turn's end, the prompt's, and a coarse grid.
+    A turn begins with a token at which answers stop.
+    """
+    prompt, stops = sequence.request.token_ids, set(sequence.request.stop_token_ids)
+    begins = [at for at, token in enumerate(prompt) if token in stops]
+    ends = [*begins[:1], *begins[-1:], len(prompt) - 1, *range(STATE_GRID, len(prompt), STATE_GRID)]
+    return sorted({end - end % BLOCK_TOKENS for end in ends} - {0})
+
+
+def _superseded(sequence: Sequence) -> list[int]:
+    """Lengths whose states the one at the sequence's end makes needless, if there are any."""
+    length = sequence.running_cache.length
+    ends = {sequence.num_restored_tokens, *range(BLOCK_TOKENS, length, BLOCK_TOKENS)}
+    return sorted(ends - {0, length, *_save_points(sequence)})
 
 
 def _read_anew(sequence: Sequence, error: Exception) -> None:

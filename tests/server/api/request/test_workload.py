@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from config.errors import BusyError
 from config.plan import MIN_REQUEST_BYTES
 from server.api.app import make_app
-from server.api.request.body import MAX_CONTAINERS, Extent
+from server.api.request.body import MAX_CONTAINERS, PIECE_BYTES, Extent
 from server.api.request.model_names import ModelNames
 from server.api.request.workload import GRACE_S, SMALL_BYTES, Allowance, Workload
 from server.api.service import Dialect, Service
@@ -177,6 +177,29 @@ def test_two_million_ids_fit_into_the_least_line_of_the_plan() -> None:
     for ids in ([1], [300, 301], [99_999, 3]):
         raw = json.dumps({"tokens": ids * (2_000_000 // len(ids))}, separators=(",", ":")).encode()[: 8 * MIB]
         assert Extent.of(raw).peak_bytes + len(raw) < MIN_REQUEST_BYTES
+
+
+ENDLESS = {
+    "escaped quotation marks": b"[" * 70_000 + b'"' + b'\\"' * 200_000,
+    "and an escape at the end": b"{" * 70_000 + b'"' + b'\\"' * 200_000 + b"\\",
+    "a broken line": b"[" * 70_000 + b'"' + b'\\"' * 200_000 + b"\\\n",
+    "escapes only": b"[" * 70_000 + b'"' + b"\\" * 399_999 + b'"' * 3,
+}
+
+
+@pytest.mark.parametrize("raw", ENDLESS.values(), ids=ENDLESS)
+def test_a_string_without_an_end_is_read_once(raw: bytes) -> None:
+    """Each quotation mark in it was tried as a beginning: hours, in which nothing else of the server ran."""
+    started_at = time.process_time()
+    assert Extent.of(raw).num_containers == 70_000
+    assert time.process_time() - started_at < 5
+
+
+def test_parts_are_counted_across_the_pieces_of_a_body() -> None:
+    for shift in range(3):
+        raw = b" " * (PIECE_BYTES - 3 - shift) + b'["\\"", "\\"", {}, 1]' * 2 + b" " * PIECE_BYTES
+        extent = Extent.of(raw)
+        assert (extent.num_containers, extent.num_strings, extent.num_items) == (4, 4, 6)
 
 
 def test_braces_in_texts_are_no_parts(client: TestClient) -> None:
