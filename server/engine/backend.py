@@ -8,10 +8,10 @@ import mlx.core as mx
 
 from config.defaults import ExpertPolicy
 from config.errors import CheckpointError, DiskError, UsageError
-from config.forecast import MACHINES, forecast
+from config.forecast import forecast, machine_with
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
-from config.sizes import format_size
+from config.sizes import format_size, physical_memory_bytes
 from models.arithmetic import Arithmetic, choose_arithmetic
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
@@ -119,7 +119,8 @@ def _open_hot_set(store: ExpertStore, config: EngineConfig, fingerprint: str) ->
 
 def _forecast(checkpoint: Checkpoint, arithmetic: Arithmetic, plan: MemoryPlan, probe: DiskProbe) -> str:
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
-    return forecast(geometry, plan, probe.bytes_per_s, MACHINES[arithmetic.name]).describe()
+    machine = machine_with(arithmetic.name, physical_memory_bytes())
+    return forecast(geometry, plan, probe.bytes_per_s, machine).describe()
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
