@@ -7,17 +7,19 @@ makes of a machine (how often experts are found, what reading ahead hides, what 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from config.plan import Geometry, MemoryPlan
 from config.sizes import format_size
 
-# LRU finds this share of what a token asks for where this share of the experts lies in memory, to this power;
-# published are 60 % at 0.18 (mlx-lm #1438), 68 and 74 % at 0.28 (colibri #387, #537).
-HIT_EXPONENT = 0.27
-# Where several agents write, each finds an expert again after as many others as all of them ask for.
-AGENTS_EXPONENT = 0.3
-# Of the shorter one of computing and reading, what the other hides, of a step and of a prompt's sweep.
-HIDDEN_SHARE, SWEEP_HIDDEN_SHARE = 0.5, 0.95
+# What LRU finds of a token's experts, by the share of all that lies in memory: routings of the published
+# locality through the product's books. Published are 60 % at 0.18 (mlx-lm #1438), 68 to 74 % at 0.2 to 0.28
+# (colibri #387, #537).
+HITS = ((0.0, 0.0), (1 / 32, 0.43), (1 / 16, 0.53), (1 / 8, 0.605), (1 / 4, 0.67), (1 / 2, 0.78), (1.0, 1.0))
+# Where n agents write, what is found falls by n to this power, less where there is room for all.
+AGENTS_EXPONENT = 0.19
+# While a step reads so much of its computing goes on, and while it computes so much of what it reads arrives.
+COMPUTING_HIDDEN, READING_HIDDEN, SWEEP_HIDDEN = 0.6, 0.95, 0.95
 PROMPT_TOKENS = 1000
 
 
@@ -46,8 +48,16 @@ MACHINES: Mapping[str, Machine] = {
     "cuda": Machine(3.2e12, 0.0025, 13e12, "about 20 %", 16.3e9),
     "cpu": Machine(0.2e9, 0.0, 6e9, "a factor of two"),
 }
-# Not an arithmetic's: 819 GB/s, and 190 tokens/s of a prompt with experts of four bits (omlx #3006).
+# 819 GB/s, and 190 tokens/s of a prompt with experts of four bits (omlx #3006).
 M3_ULTRA = Machine(655e9, 0.001, 4.3e12, "about 20 %")
+# Of Macs only those called Ultra have more.
+MOST_OF_A_MAX = 160 * 10**9
+
+
+def machine_with(arithmetic: str, memory_bytes: int) -> Machine:
+    """The constants of a machine, by what computes there and how much memory it has."""
+    is_ultra = arithmetic == "metal" and memory_bytes > MOST_OF_A_MAX
+    return M3_ULTRA if is_ultra else MACHINES[arithmetic]
 
 
 @dataclass(frozen=True)
@@ -90,13 +100,13 @@ def forecast(
     rate = min(disk_bytes_per_s, machine.copy_bytes_per_s)
     num_layers, expert_bytes = len(geometry.expert_bytes), sum(geometry.expert_bytes)
     share = sum(plan.slots_per_layer) / max(1, num_layers * geometry.num_experts)
-    hit_rate = 1.0 if plan.is_resident else share**HIT_EXPONENT / agents ** (AGENTS_EXPONENT * (1 - share))
+    hit_rate = 1.0 if plan.is_resident else found(share, agents)
     wanted = _distinct(geometry, agents) * expert_bytes
     kept = context * geometry.index_key_bytes_per_token + min(context, 2048) * geometry.kv_bytes_per_token
     computed_s = (geometry.trunk_bytes + wanted + agents * kept) / machine.memory_bytes_per_s
     computed_s += machine.layer_s * num_layers
     read_s = (1 - hit_rate) * wanted / rate
-    step_s = max(computed_s, read_s) + (1 - HIDDEN_SHARE) * min(computed_s, read_s)
+    step_s = computed_s + read_s - min(COMPUTING_HIDDEN * computed_s, READING_HIDDEN * read_s)
     return Forecast(
         agents / step_s,
         _first_token_s(geometry, plan, rate, machine, share, prompt),
@@ -107,6 +117,15 @@ def forecast(
         prompt,
         machine.error,
     )
+
+
+def found(share: float, agents: int = 1) -> float:
+    """What of the experts asked for lies in memory, where this share of all does."""
+    for (low, less), (high, more) in pairwise(HITS):
+        if share <= high:
+            alone = less + (more - less) * (share - low) / (high - low)
+            return alone / float(agents ** (AGENTS_EXPONENT * (1 - share) ** 2))
+    return 1.0
 
 
 def _distinct(geometry: Geometry, rows: int) -> float:
@@ -125,4 +144,4 @@ def _first_token_s(
     computed_s = prompt * token_bytes / machine.prompt_bytes_per_s
     sweeps = -(-prompt // max(1, plan.sweep_tokens))
     read_s = sweeps * (1 - share) * _distinct(geometry, prompt) * expert_bytes / rate
-    return max(computed_s, read_s) + (1 - SWEEP_HIDDEN_SHARE) * min(computed_s, read_s)
+    return max(computed_s, read_s) + (1 - SWEEP_HIDDEN) * min(computed_s, read_s)

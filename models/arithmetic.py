@@ -4,6 +4,7 @@ Everything else in `models/` asks an `Arithmetic` for a product and never looks 
 in benchmarks/notes.md; the command is `python -m benchmarks.arithmetic`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.attention.selection import kth_by_bits, kth_by_numpy, kth_by_partition
-from models.cuda import choices, few_rows, products, sums
+from models.cuda import choices, few_rows, products, streams, sums
 from models.cuda.fused_attention import AttentionLayer, FusedAttention
 from models.cuda.products import parts_of
 
@@ -95,6 +96,8 @@ class Arithmetic:
     `launches_early`: a layer of few rows is computed while the next one's graph is built.
     `compiles`: what few rows go through between two uses of the cache is compiled once for their number.
     `has_kernels`: what `models.cuda` can compute is computed there.
+    `swiglu_limit`: bound of what a gated MLP multiplies, of the model at hand: above for silu's argument,
+    on both sides for the other factor.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Arithmetic:
     launches_early: bool = False
     compiles: bool = False
     has_kernels: bool = False
+    swiglu_limit: float = math.inf
 
     def launch(self, x: mx.array) -> None:
         """Starts to compute what a layer of few rows comes to, where that is not left to its reader."""
@@ -156,23 +160,22 @@ class Arithmetic:
         """silu(x gate) * (x up): x [rows, in], weights [width, in] -> [rows, width]."""
         if self._goes_to_numpy(x.shape[-2]):
             values = _floats(x)
-            out = _delivered(values, self._transposed(gate))
+            out, factor = _delivered(values, self._transposed(gate)), values @ self._transposed(up)
+            if self.swiglu_limit < math.inf:
+                np.minimum(_view(out), self.swiglu_limit, out=_view(out))
+                np.clip(factor, -self.swiglu_limit, self.swiglu_limit, out=factor)
             _silu(_view(out))
-            np.multiply(_view(out), values @ self._transposed(up), out=_view(out))
+            np.multiply(_view(out), factor, out=_view(out))
             return out
         if x.shape[-2] <= products.TILE_ROWS and self._has_kernel(x, gate, up):
-            assert gate.quantization is not None, "a kernel multiplies packed weights"
-            return products.multiply(x, [parts_of(gate), parts_of(up)], gate.quantization.group_size)
+            return self._gated_by_kernel(x, gate, up)
         return self.gated(self.product(x, gate), self.product(x, up))
 
     def pairs(self, x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array) -> mx.array:
         """Each row through the gated MLPs in its slots: x [N, in], weights [slots, ...], slots [N, k] ->
         [N, k, out]."""
         if self._has_kernel(x, gate, up) and (q := down.quantization) is not None:
-            assert gate.quantization is not None, "a kernel multiplies packed weights"
-            hidden = products.multiply(
-                x, [parts_of(gate), parts_of(up)], gate.quantization.group_size, slots=slots
-            )
+            hidden = self._gated_by_kernel(x, gate, up, slots)
             if self._has_kernel(hidden, down):
                 return products.multiply(hidden, [parts_of(down)], q.group_size, slots=slots)
             return self._gathered_product(hidden[..., None, :], down, slots)[..., 0, :]
@@ -257,6 +260,21 @@ class Arithmetic:
         """As `choices.best_mask`; None where that is not the fastest way."""
         return choices.best_mask(scores, k) if self.has_kernels else None
 
+    def mix_weights(
+        self, raw: mx.array, base: mx.array, scale: mx.array, count: int, rounds: int, eps: float
+    ) -> list[mx.array] | None:
+        """As `streams.mix_weights`; None where that is not the fastest way."""
+        if not self.has_kernels or count > streams.MOST_STREAMS:
+            return None
+        return streams.mix_weights(raw, base, scale, count, rounds, eps)
+
+    def delta_step(self, state: mx.array, *row: mx.array) -> list[mx.array] | None:
+        """As `streams.delta_step`; None where that is not the fastest way."""
+        if not self.has_kernels or max(state.shape[1:]) > streams.MOST_CHANNELS:
+            return None
+        q, k, v, gate, beta = row
+        return streams.delta_step(state, q, k, v, gate, beta)
+
     def fused_attention(self, layer: AttentionLayer, top_k: int, scale: float) -> FusedAttention | None:
         """Attention of few rows in the fewest kernels, where all weights of the layer are packed for them."""
         weights: list[Any] = [layer.q_a_proj, layer.q_b_proj, layer.kv_a_proj_with_mqa, layer.embed_q]
@@ -338,7 +356,20 @@ class Arithmetic:
 
     def gated(self, gate: mx.array, up: mx.array) -> mx.array:
         """silu(gate) * up, [..., rows, width]."""
+        if self.swiglu_limit < math.inf:
+            gate = mx.minimum(gate, self.swiglu_limit)
+            up = mx.clip(up, -self.swiglu_limit, self.swiglu_limit)
         return nn.silu(gate) * up
+
+    def _gated_by_kernel(
+        self, x: mx.array, gate: Weight, up: Weight, slots: mx.array | None = None
+    ) -> mx.array:
+        """The same of x gate and x up, where the kernels take the weights; unbounded in one of them."""
+        assert gate.quantization is not None, "a kernel multiplies packed weights"
+        size, parts = gate.quantization.group_size, [parts_of(gate), parts_of(up)]
+        if self.swiglu_limit == math.inf:
+            return products.multiply(x, parts, size, slots=slots)
+        return self.gated(*(products.multiply(x, [one], size, slots=slots) for one in parts))
 
     def add_rows(self, out: mx.array, rows: NDArray[np.int64], added: mx.array) -> mx.array:
         """out [N, H] with added [n, H] on top of these rows, each named once; nobody else refers to out."""

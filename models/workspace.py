@@ -53,11 +53,14 @@ def workspace_bytes(
     )
 
 
-def loading_bytes(trunk: Mapping[str, TensorEntry], arithmetic: Arithmetic) -> int:
-    """What lies beside the trunk while it is loaded: a tensor as it is stored, until it is cast or split."""
+def loading_bytes(trunk: Mapping[str, TensorEntry], arithmetic: Arithmetic, exact: tuple[str, ...]) -> int:
+    """What lies beside the trunk while it is loaded: a tensor as it is stored, until it is cast or split.
+
+    `exact`: last words of the names that are held in float32.
+    """
     most = 0
     for name, entry in trunk.items():
-        is_cast = not is_held_as_stored(entry, arithmetic)
+        is_cast = not is_held_as_stored(name, entry, arithmetic, exact)
         most = max(most, entry.nbytes * (is_cast + (".kv_b_proj." in name)))
     return most
 

@@ -84,7 +84,7 @@ def nunspark(folder: Path, share: int = 1) -> Begin:
     from nunspark.kv_store import KVStore
     from nunspark.packer import pack
 
-    packed = folder.parent / "nunspark"
+    packed = folder.parent / f"nunspark-{share}"
     manifest = pack(folder, packed)
     size = sum(path.stat().st_size for path in packed.rglob("*") if path.is_file())
     engine = StreamingEngine(packed, manifest, budget_bytes=2 * size // share, wire_limit=False)

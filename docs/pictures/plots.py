@@ -1,6 +1,6 @@
 """Draws the plots of docs/performance.md, for light and dark pages: `python -m docs.pictures.plots`.
 
-Lines are `config.forecast`, which `glmserve plan` prints; dots are what `benchmarks.simulator` played.
+All is `config.forecast`, which `glmserve plan` prints too.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from models.loading.loading import make_geometry, open_checkpoint
 from models.loading.public_formats import PUBLIC_FORMATS, write_hollow
 
 GB, CONTEXT = 10**9, 32_768
-COLOURS = ("a", "b", "c", "d")
+COLOURS = ("first", "second", "third", "fourth")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Buyer:
 
     def expects(self, budget_bytes: int | None = None, disk: float | None = None, **what: int) -> Forecast:
         """GLM-5.2 at 3.5 bits a weight on it, as `glmserve plan` has it."""
-        plan = planned(budget_bytes or self.budget_bytes)
+        plan = planned(budget_bytes or self.budget_bytes, max(CONTEXT, what.get("context", 0)))
         return forecast(geometry(), plan, disk or self.disk_bytes_per_s, self.machine, **what)
 
 
@@ -51,22 +51,22 @@ def geometry() -> Geometry:
 
 
 @cache
-def planned(budget_bytes: int) -> MemoryPlan:
+def planned(budget_bytes: int, context: int = CONTEXT) -> MemoryPlan:
     """The plan of this budget, on a machine that has it."""
-    return make_plan(geometry(), budget_bytes, CONTEXT, physical_bytes=max(budget_bytes, 128 * GB))
+    return make_plan(geometry(), budget_bytes, context, physical_bytes=max(budget_bytes, 128 * GB))
 
 
 Line = tuple[str, Sequence[tuple[float, float]]]
 
 
 def plot(
-    title: str, across: str, up: str, lines: Sequence[Line], *, dots: Sequence[tuple[float, float]] = (),
+    title: str, across: str, up: str, lines: Sequence[Line], *,
     is_log: bool = False,
 ) -> Picture:  # fmt: skip
     """Lines over a grid; `is_log`: both axes by factors."""
     page = Picture(720, 380, title)
     page.text(20, 24, title, "title")
-    points = [point for _, line in lines for point in line] + list(dots)
+    points = [point for _, line in lines for point in line]
     place = _axes(page, points, is_log)
     page.text(560, 350, across)
     page.text(20, 44, up)
@@ -75,9 +75,6 @@ def plot(
         page.parts.append(f'<polyline class="line {COLOURS[number]}" points="{path}"/>')
         x, y = place(line[-1])
         page.text(min(x + 6, 590), y + 4, name)
-    for point in dots:
-        x, y = place(point)
-        page.parts.append(f'<circle class="dot" cx="{x}" cy="{y}" r="4"/>')
     return page
 
 
@@ -117,9 +114,13 @@ def budgets() -> Picture:
         (f"{rate:g} GB/s", [(n, M5_MAX.expects(n * GB, rate * 1e9).tokens_per_s) for n in sizes])
         for rate in (27, 13.5, 7, 4)
     ]
-    return plot(
-        "M5 Max: tokens/s of one agent by --ram-budget and disk (computed)", "budget, GB", "tokens/s", lines
-    )
+    title = "M5 Max: tokens/s of one agent by --ram-budget and disk (computed)"
+    page = plot(title, "budget, GB", "tokens/s", lines)
+    page.text(60, 366, "of the experts asked for are found in memory:")
+    for number, size in enumerate(sizes):
+        found = M5_MAX.expects(size * GB).hit_rate
+        page.text(320 + 75 * number, 366, f"{size}G {found:.0%}")
+    return page
 
 
 def prompts() -> Picture:
@@ -164,10 +165,31 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def sensitivity() -> str:
+    """Tokens/s of an M5 Max where the disk's rate, or what is found, is not what was assumed."""
+    off, own = (0.5, 0.75, 1.0, 1.25, 1.5), M5_MAX.disk_bytes_per_s
+    disks = [f"{M5_MAX.expects(disk=part * own).tokens_per_s:.1f}" for part in off]
+    # A tenth more that is found is a tenth less of the rest: the disk has as much less to read.
+    rest = 1 - M5_MAX.expects().hit_rate
+    points = (-10, -5, 0, 5, 10)
+    hits = [
+        f"{M5_MAX.expects(disk=own * rest / (rest - change / 100)).tokens_per_s:.1f}" for change in points
+    ]
+    return "\n".join(
+        [
+            "| the disk's rate | " + " | ".join(f"{part:g} x" for part in off) + " |", "|---" * 6 + "|",
+            "| tokens/s | " + " | ".join(disks) + " |",
+            "| **points found more or less** | " + " | ".join(f"**{change:+d}**" for change in points) + " |",
+            "| tokens/s | " + " | ".join(hits) + " |",
+        ]
+    )  # fmt: skip
+
+
 def main() -> None:
     for name, draw in PLOTS.items():
         (HERE / name).write_text(draw().svg(), encoding="utf-8")
     print(table())
+    print(sensitivity())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ How sequences board passes over prompts stands in `boarding.py`, the order of tu
 from collections.abc import Callable, Iterable
 from time import monotonic
 
-from config.plan import MAX_RUNNING
 from models.attention.cache import SequenceCache
 from server.engine.schedule.fairness import AGING_S, Shares
 from server.engine.schedule.limits import Limits
@@ -96,7 +95,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         now_s = self._clock()
         for sequence in self.line:
-            if len(self.running) >= MAX_RUNNING:
+            if len(self.running) >= self._limits.max_running:
                 break
             if self._num_inflight(sequence.request.agent) >= self._limits.agent_inflight:
                 continue
