@@ -32,7 +32,7 @@ from server.glm.files import load_sampling_defaults
 from server.glm.templates.template import load_chat_template
 from server.glm.templates.template_files import DEFAULT, find_templates
 from server.glm.tokenizer import load_tokenizer
-from server.heap import bound_heap
+from server.heap import bound_heap, look_rarely
 from server.launcher import take_hangups
 from server.link.engine_protocol import Engine
 from server.link.messages import EngineConfig
@@ -144,6 +144,7 @@ class _Serving:
         asyncio.get_running_loop().set_exception_handler(Complaints())
         doors = make_doors(raise_descriptor_limit())
         self.server = HttpServer(make_server_config(self.settings, app, doors), engine)
+        look_rarely()
         engine.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
         take_hangups()
