@@ -106,9 +106,10 @@ def _budget(text: str | None, memory_bytes: int) -> int:
 @contextmanager
 def _checkpoint_of(name: str | None) -> Iterator[tuple[Path, bool]]:
     """A folder with the model's shapes, and whether only streaming makes sense of it."""
-    repo = parse_repo(name) if name and not Path(name).expanduser().exists() else None
+    is_local = name is None or name.endswith(".gguf") or Path(name).expanduser().exists()
+    repo = parse_repo(name) if name and not is_local else None
     is_here = name is None or repo is None or find_snapshot(*repo) is not None
-    one = find_format(name) if name and not Path(name).expanduser().exists() else None
+    one = find_format(name) if name and not is_local else None
     if is_here and (one is None or repo is not None):
         yield choose_checkpoint(name).directory, False
         return

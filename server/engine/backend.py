@@ -54,6 +54,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     probe = _probe(disk, checkpoint, plan) if config.stream_experts else None
     if probe:
         plan = plan_memory(checkpoint, arithmetic, config, probe.depth)
+    report(0.01, "the plan fits")  # and nothing more is refused: the HTTP side opens its port
     _limit(plan)
     rule = _make_rule(checkpoint, config.expert_policy)
     slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
