@@ -48,8 +48,16 @@ MACHINES: Mapping[str, Machine] = {
     "cuda": Machine(3.2e12, 0.0025, 13e12, "about 20 %", 16.3e9),
     "cpu": Machine(0.2e9, 0.0, 6e9, "a factor of two"),
 }
-# Not an arithmetic's: 819 GB/s, and 190 tokens/s of a prompt with experts of four bits (omlx #3006).
+# 819 GB/s, and 190 tokens/s of a prompt with experts of four bits (omlx #3006).
 M3_ULTRA = Machine(655e9, 0.001, 4.3e12, "about 20 %")
+# Of Macs only those called Ultra have more.
+MOST_OF_A_MAX = 160 * 10**9
+
+
+def machine_with(arithmetic: str, memory_bytes: int) -> Machine:
+    """The constants of a machine, by what computes there and how much memory it has."""
+    is_ultra = arithmetic == "metal" and memory_bytes > MOST_OF_A_MAX
+    return M3_ULTRA if is_ultra else MACHINES[arithmetic]
 
 
 @dataclass(frozen=True)

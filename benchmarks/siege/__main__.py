@@ -150,14 +150,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="parts of the names of attacks and rounds, with commas")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # through the ends of all processes
-    seconds, number = (2.5, 1) if options.quick else (7.0, 2)
+    seconds, number = (2.5, 1) if options.quick else (5.0, 2)
     cage = Cage(options.budget * 10**6)
     with make_folder() as folder:
         server = Server(cage, Path(folder))
         bystander = Bystander(server.url)
         siege = Siege(server, bystander)
         try:
-            siege.measure_calm(3 * seconds)
+            siege.measure_calm(4 * seconds)
             for name, _ in attacks():
                 if any(part in name for part in options.only.split(",")):
                     siege.attack(name, seconds)

@@ -124,7 +124,7 @@ class Server:
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, preexec_fn=self.cage.enter,
             )  # fmt: skip
         while not (found := re.search(rb"listening on http://[^:]+:(\d+)", self.log.read_bytes()[start:])):
-            assert self.process.poll() is None, self.log.read_text()[-2000:]
+            assert self.process.poll() is None, f"{self.process.poll()}: {self.log.read_text()[-2000:]}"
             time.sleep(0.05)
         self.port = int(found[1])
         started_at = time.monotonic()

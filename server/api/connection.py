@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httptools
@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.api.doors import Doors
 from server.api.error_bodies import error_object
+from server.api.watch.record import RequestRecord
 
 MAX_HEAD_BYTES = 64 * 2**10
 MAX_LINE_BYTES = 16 * 2**10
@@ -48,9 +49,16 @@ class HttpConnection(HttpToolsProtocol):
     other protocol, so the request is parsed again without the offer.
     """
 
-    def __init__(self, *args: Any, doors: Doors | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        doors: Doors | None = None,
+        note: Callable[[RequestRecord], None] = lambda record: None,
+        **kwargs: Any,
+    ) -> None:
+        """`note` is told of each request that is refused here, before the app could."""
         super().__init__(*args, **kwargs)
-        self._doors = doors or Doors()
+        self._doors, self._note = doors or Doors(), note
         self._in_head = True
         self._is_chunked = False  # between a head and the end of its body
         self._num_head_bytes = 0  # or of a chunked body since the last that was content: of a trailer
@@ -130,8 +138,8 @@ class HttpConnection(HttpToolsProtocol):
                 return
             end = self._end_of_piece(data, start)
             if (self._in_head or self._is_chunked) and not self._has_room_for(data[start:end]):
-                is_busy = self.cycle is not None and not self.cycle.response_complete
-                self._refuse(b"" if is_busy else _head_too_large())
+                self._tell_refused(431, "invalid_request")
+                self._refuse(b"" if self._is_busy else _head_too_large())
                 return
             try:
                 is_first = not self._is_chunked
@@ -140,6 +148,7 @@ class HttpConnection(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 data, start = self._without_offer() + data[start + upgrade.args[0] :], 0
             except httptools.HttpParserError:
+                self._tell_refused(400, "invalid_request")
                 self.send_400_response("Invalid HTTP request received.")
 
     def _end_of_piece(self, data: bytes, start: int) -> int:
@@ -182,6 +191,7 @@ class HttpConnection(HttpToolsProtocol):
             if self._doors.admit(self, is_monitor=self.url.partition(b"?")[0] == MONITORED):
                 super().on_headers_complete()
             else:
+                self._tell_refused(503, "provider_overloaded")
                 self._refuse(_no_place())
 
     def on_body(self, body: bytes) -> None:
@@ -227,6 +237,19 @@ class HttpConnection(HttpToolsProtocol):
         if piece.endswith(b"\n"):
             self._num_line_bytes = 0
         return has_room and self._num_lines <= MAX_LINES
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether a request was taken whose answer is not complete."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _tell_refused(self, status: int, reason: str) -> None:
+        """Notes a request that the app never sees; what it has begun with is noted by its record."""
+        if self._is_busy:
+            if not self.cycle.response_started:
+                self.cycle.scope["state"]["refused"] = status, reason
+            return
+        self._note(RequestRecord("-", "-", status=status, reason=reason))
 
     def _refuse(self, answer: bytes) -> None:
         """Sends an answer, if there is one, and closes the connection."""

@@ -105,7 +105,7 @@ def find_checkpoint(path_or_repo: str) -> Path:
     """The complete checkpoint that the user means. Never downloads."""
     # os.path's questions, and not Path's: what may not be looked at, or has no possible name, is not there.
     path, repo = Path(os.path.expanduser(path_or_repo)), None
-    if not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
+    if path.suffix != ".gguf" and not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
         path = _find_in_cache(*repo)
     if path.suffix == ".gguf":
         raise CheckpointError(

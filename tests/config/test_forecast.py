@@ -18,6 +18,7 @@ DISK = 13.5e9
 # Slots, agents, the disk's rate in times of 13.5 GB/s, seconds of a step: `benchmarks.simulator --target`.
 PLAYED = (
     (32, 1, 1.0, 0.344), (64, 1, 1.0, 0.298), (128, 1, 1.0, 0.218), (64, 1, 0.3, 0.919), (64, 1, 4.0, 0.122),
+    (64, 4, 1.0, 1.191), (64, 8, 1.0, 2.554), (64, 16, 1.0, 5.069),
 )  # fmt: skip
 
 

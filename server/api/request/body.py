@@ -66,8 +66,11 @@ class Extent:
         num_strings = (_count(raw, b'"') - _count(raw, b'\\"')) // 2
         num_containers, num_items = _count(raw, b"{", b"["), _count(raw, b",")
         if num_containers > MAX_CONTAINERS and num_strings <= MAX_STRINGS:
-            structure = _STRING.sub(lambda string: b"", raw)  # a function lets the event loop go on meanwhile
-            num_containers, num_items = _count(structure, b"{", b"["), _count(structure, b",")
+            quoted = raw[: raw.rfind(b'"') + 1]
+            # A function lets the event loop go on between two strings.
+            structure = _STRING.sub(lambda string: b"", quoted)
+            num_containers -= _count(quoted, b"{", b"[") - _count(structure, b"{", b"[")
+            num_items -= _count(quoted, b",") - _count(structure, b",")
         extent = cls(num_containers, num_strings, num_items, 0)
         if extent.has_too_many_parts:
             return extent

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config.errors import UsageError
-from config.forecast import MACHINES, forecast
+from config.forecast import forecast, machine_with
 from config.settings import Settings
-from config.sizes import format_size
+from config.sizes import format_size, physical_memory_bytes
 from server.commands.checkpoint import POCKET, choose_checkpoint
 from server.commands.doctor.finding import Finding, Verdict
 
@@ -116,7 +116,8 @@ def check_speed(settings: Settings) -> Iterator[Finding]:
         return
     probe = probe_disk(DirectDisk(), checkpoint.experts, plan.reader_threads, limit_s=SPEED_S)
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
-    expected = forecast(geometry, plan, probe.bytes_per_s, MACHINES[arithmetic.name])
+    machine = machine_with(arithmetic.name, physical_memory_bytes())
+    expected = forecast(geometry, plan, probe.bytes_per_s, machine)
     text = f"the disk reads experts at {format_size(probe.bytes_per_s)}/s: {expected.describe()}"
     is_slow = probe.bytes_per_s < SLOW_BYTES_PER_S and not plan.is_resident
     figures = {"bytes_per_s": probe.bytes_per_s, "tokens_per_s": expected.tokens_per_s}

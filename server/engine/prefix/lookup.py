@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from models.attention.cache import SequenceCache
 from models.attention.cache_blocks import bytes_per_token, read_blocks
@@ -33,6 +34,9 @@ from streaming.prefix.block_format import (
 )
 from streaming.prefix.block_memory import BlockMemory
 from streaming.prefix.block_writer import BlockWriter
+from streaming.prefix.pins import PinnedChain, list_pins
+
+Known = TypeVar("Known")
 
 READERS = 4
 # Blocks beside those in `BlockMemory`: one group being copied, one being read.
@@ -198,14 +202,21 @@ class PrefixCache:
             count += BLOCK_TOKENS
         return count
 
-    def pin(self, token_ids: Sequence[int], is_pinned: bool = True, group: str = "") -> None:
-        """Keep the blocks of a prompt on disk, or no longer, whatever else wants their room.
+    def pin(self, token_ids: Sequence[int], is_pinned: bool = True, group: str = "") -> "Future[int]":
+        """Keep the blocks of a prompt on disk, or no longer, whatever else wants their room; how many.
 
         It happens behind what waits to be written; blocks that are not there then are not pinned.
         """
-        if self._files and self._writer:
-            names = self._names(as_tokens(token_ids), group)
-            self._writer.call(partial(self._files.pin, names, is_pinned))
+        if not (self._files and self._writer):
+            return _known(0)
+        names = self._names(as_tokens(token_ids), group)
+        return self._writer.call(partial(self._files.pin, names, is_pinned))
+
+    def pins(self) -> "Future[tuple[PinnedChain, ...]]":
+        """What is pinned, behind what waits to be written."""
+        if not (self._files and self._writer):
+            return _known(())
+        return self._writer.call(partial(list_pins, self._files))
 
     def discard(self, token_ids: Sequence[int], group: str = "") -> None:
         """Forget the blocks of a prompt, its last part too, in memory at once and then on disk."""
@@ -220,12 +231,13 @@ class PrefixCache:
         ]
         self._forget([*names, *states])
 
-    def clear(self) -> None:
-        """Forget everything, in memory at once and then on disk, pinned or not."""
+    def clear(self) -> "Future[int]":
+        """Forget everything, in memory at once and then on disk, pinned or not; how many blocks that were."""
         self._memory.clear()
-        if self._files and self._writer:
-            self._writer.forget()
-            self._writer.call(self._files.clear)
+        if not (self._files and self._writer):
+            return _known(0)
+        self._writer.forget()
+        return self._writer.call(self._files.clear)
 
     def close(self, timeout_s: float) -> None:
         """Writes what waits, for at most `timeout_s`, and ends the threads."""
@@ -352,9 +364,9 @@ def _key_before(names: Sequence[BlockName], index: int, root: bytes) -> bytes:
     return names[index - 1].key if index else root
 
 
-def _known(block: Block | None) -> "Future[Block | None]":
-    future: Future[Block | None] = Future()
-    future.set_result(block)
+def _known(value: Known) -> "Future[Known]":
+    future: Future[Known] = Future()
+    future.set_result(value)
     return future
 
 

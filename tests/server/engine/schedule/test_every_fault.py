@@ -99,7 +99,7 @@ class Life:
             if kind.startswith("leave"):
                 self.world.at(at, Cancel(kind[-1]))
             if kind == "clear":
-                self.world.at(at, Administer("clear"))
+                self.world.at(at, Administer("clear 1", "clear"))
         while not self._live(model):
             self.num_deaths += 1
             self._ask_again(arrivals)
