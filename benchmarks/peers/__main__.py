@@ -29,6 +29,7 @@ def measure(given: argparse.Namespace, folder: Path) -> Seen:
 
     def note(what: str, side: str, value: float) -> None:
         seen.setdefault(what, {}).setdefault(side, []).append(value)
+        print(f"{what}, {side}: {value:.2f} tokens/s", flush=True)
 
     workers = {side: Worker(side, folder, given.nunspark) for side in given.sides}
     workers = {side: worker for side, worker in workers.items() if worker.is_ready}
@@ -45,7 +46,7 @@ def measure(given: argparse.Namespace, folder: Path) -> Seen:
     for name in COMMANDS if given.together else ():
         with serving(name, folder) as client:
             rate(client, folder, 1, 4)
-            for _ in range(given.rounds):
+            for _ in range(max(1, given.rounds)):
                 note(f"{CLIENTS} at once", name, rate(client, folder, CLIENTS, 24))
                 note("one alone", name, rate(client, folder, 1, 24))
     return seen

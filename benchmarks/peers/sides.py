@@ -110,8 +110,8 @@ def transformers(folder: Path) -> Begin:
 
         def step(ids: list[int]) -> int:
             with torch.no_grad():
-                out = model(torch.tensor([ids]), past_key_values=past[0], use_cache=True)
-            past[0] = out.past_key_values
+                out = model(torch.tensor([ids]), cache=past[0], use_cache=True)
+            past[0] = out.cache
             return int(out.logits[0, -1].argmax())
 
         return step

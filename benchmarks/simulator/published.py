@@ -51,7 +51,7 @@ POINTS = (
     Point("colibri #387, int4", 370, 14, 2.285, 0.68),
     Point("colibri, 46.9 GB pinned", 370, 14, 2.06, 0.725, remark="not known; another version than #537"),
     Point("ds4, 2 bit, 188 GiB", 188 * FACTOR, 13.5, 4.8, cache_gb=61 * FACTOR),
-    Point("ds4, 2 bit, 197 GiB, 61 GiB cache", 197 * FACTOR, 13.5, 5.11, cache_gb=61 * FACTOR),
+    Point("ds4, 2 bit, 197 GiB", 197 * FACTOR, 13.5, 5.11, cache_gb=65.5, remark="it reads a layer ahead"),
     Point("ds4 #491, 2 bit", 211, 13.5, 2.4, cache_gb=65.5, remark="its cache is not told"),
     Point("argodrive, 4 bit, one drive", 434, 14, 2.02, cache_gb=75),
     Point("argodrive, four drives", 434, 14 + 3 * 6, 3.70, cache_gb=75),

@@ -40,6 +40,8 @@ from server.link.messages import (
 
 MAX_STARTS_IN_A_ROW = 5
 FIRST_RESTART_DELAY_S = 0.5
+# Doubled with each start that fails, and never longer: a fault that has ended is over within seconds.
+MOST_RESTART_DELAY_S = 2.0
 # After that many starts in a row the engine is started so often, unless somebody asks for it.
 GIVEN_UP_DELAY_S = 180.0
 # How long to wait for descriptors, memory or a process of the system; having none is no death of the engine.
@@ -365,7 +367,8 @@ class EngineProcess:
         self._ready_since = None
         self._num_deaths += 1
         if self._num_deaths < MAX_STARTS_IN_A_ROW:
-            self._start_later(reason, FIRST_RESTART_DELAY_S * 2 ** (self._num_deaths - 1))
+            delay_s = FIRST_RESTART_DELAY_S * 2 ** (self._num_deaths - 1)
+            self._start_later(reason, min(delay_s, MOST_RESTART_DELAY_S))
         elif self._on_given_up:
             self._status = EngineStatus("down", reason)
             self._on_given_up(f"{reason}; given up after {self._num_deaths} starts")
