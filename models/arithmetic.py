@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.attention.selection import kth_by_bits, kth_by_numpy, kth_by_partition
-from models.cuda import choices, few_rows, products, streams, sums
+from models.cuda import choices, delta, few_rows, products, streams, sums
+from models.cuda.delta import DeltaLayer
 from models.cuda.fused_attention import AttentionLayer, FusedAttention
 from models.cuda.products import parts_of
 
@@ -260,20 +261,49 @@ class Arithmetic:
         """As `choices.best_mask`; None where that is not the fastest way."""
         return choices.best_mask(scores, k) if self.has_kernels else None
 
-    def mix_weights(
-        self, raw: mx.array, base: mx.array, scale: mx.array, count: int, rounds: int, eps: float
-    ) -> list[mx.array] | None:
-        """As `streams.mix_weights`; None where that is not the fastest way."""
-        if not self.has_kernels or count > streams.MOST_STREAMS:
-            return None
-        return streams.mix_weights(raw, base, scale, count, rounds, eps)
+    def collapses(self, x: mx.array, count: int) -> bool:
+        """Whether so many streams of few rows are mixed by kernels of our own."""
+        few = x.shape[0] <= products.TILE_ROWS and x.dtype == mx.bfloat16
+        return self.has_kernels and few and count == streams.STREAMS
 
-    def delta_step(self, state: mx.array, *row: mx.array) -> list[mx.array] | None:
-        """As `streams.delta_step`; None where that is not the fastest way."""
-        if not self.has_kernels or max(state.shape[1:]) > streams.MOST_CHANNELS:
-            return None
-        q, k, v, gate, beta = row
-        return streams.delta_step(state, q, k, v, gate, beta)
+    def collapse(
+        self,
+        x: mx.array,
+        weights: tuple[mx.array, mx.array, mx.array],
+        norm: mx.array,
+        rounds: int,
+        eps: float,
+        norm_eps: float,
+    ) -> list[mx.array]:
+        """As `streams.collapse`, where `collapses` says so."""
+        return streams.collapse(x, weights, norm, rounds, eps, norm_eps)
+
+    def join(self, x: mx.array, added: mx.array, post: mx.array, among: mx.array) -> mx.array:
+        """As `streams.join`, where `collapses` says so."""
+        return streams.join(x, added, post, among)
+
+    def can_step(self, x: mx.array, width: int, *weights: Weight) -> bool:
+        """Whether `projected` and `delta_step` take these rows and weights, of heads of this width."""
+        few = x.shape[0] <= products.TILE_ROWS and x.dtype == mx.bfloat16
+        return few and delta.can_step(width) and self._has_kernel(x, *weights)
+
+    def projected(self, x: mx.array, *weights: Weight) -> list[mx.array]:
+        """The rows' products with each of these weights, where `can_step` says so."""
+        assert weights[0].quantization is not None, "a kernel multiplies packed weights"
+        parts = [parts_of(w) for w in weights]
+        return products.multiply_each(x, parts, weights[0].quantization.group_size, [x.dtype] * len(parts))
+
+    def delta_step(
+        self,
+        layer: DeltaLayer,
+        state: tuple[mx.array, mx.array],
+        row: tuple[mx.array, mx.array, mx.array, mx.array],
+        bound: float,
+        norm_eps: float,
+        unit_eps: float,
+    ) -> list[mx.array]:
+        """As `delta.step`, where `can_step` says so."""
+        return delta.step(layer, state, row, bound, norm_eps, unit_eps)
 
     def fused_attention(self, layer: AttentionLayer, top_k: int, scale: float) -> FusedAttention | None:
         """Attention of few rows in the fewest kernels, where all weights of the layer are packed for them."""

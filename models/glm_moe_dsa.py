@@ -86,29 +86,30 @@ class MoeMlp(nn.Module):
     def sweep(
         self,
         pieces: list[mx.array],
-        norm: nn.RMSNorm,
+        norm: nn.RMSNorm | None,
         parts: Sequence[RowPart],
-        *,
-        is_residual: bool = True,
     ) -> Generator[None, None, None]:
         """Adds what it makes of norm(x) to x, for many rows, with pauses; `pieces` are x by parts, [n, H].
 
-        Unless `is_residual` it takes the place of x. As long as the prompt are x, twice at the end, the
-        experts' sum, and ids and weights of the routing. All else is made part by part.
+        Without a norm, x is normed already, and what is made takes its place. As long as the prompt are x,
+        twice at the end, the experts' sum, and ids and weights of the routing. All else is made part by part.
         """
-        ids, weights, choice = self._route(pieces, norm)
+        normed = norm or (lambda rows: rows)
+        ids, weights, choice = self._route(pieces, normed)
         x = joined(pieces)
         pieces.clear()  # or x would lie in memory twice while experts are read
-        routed = yield from self._experts.sweep(lambda rows: norm(x[rows]), ids, weights, choice)
+        routed = yield from self._experts.sweep(lambda rows: normed(x[rows]), ids, weights, choice)
         for part in parts:
             rows = x[part.rows]
             added = routed[part.rows].astype(x.dtype)
             if "shared_experts" in self:
-                added = added + self.shared_experts(norm(rows))
-            pieces.append(rows + added if is_residual else added)
+                added = added + self.shared_experts(normed(rows))
+            pieces.append(rows + added if norm else added)
             mx.eval(pieces[-1])
 
-    def _route(self, pieces: Sequence[mx.array], norm: nn.RMSNorm) -> tuple[mx.array, mx.array, mx.array]:
+    def _route(
+        self, pieces: Sequence[mx.array], norm: Callable[[mx.array], mx.array]
+    ) -> tuple[mx.array, mx.array, mx.array]:
         """Ids and weights of all rows, and by what they were chosen, of the last ones that are observed."""
         in_flight = InFlight(self._pieces_in_flight)
         routing = []

@@ -72,6 +72,8 @@ class DeltaAttention(nn.Module):
 
     def attended(self, x: mx.array, part: RowPart) -> mx.array:
         """x [N, H] -> [N, H]; the states in the caches of the spans go on behind their rows."""
+        if self._steps(x, part):
+            return self._in_few_kernels(x, part)
         is_compiled = self._arithmetic.compiles and not part.is_large
         project, finish, _ = self._compiled if is_compiled else (self._project, self._finish, None)
         mixed, gate, beta, output_gate = project(x)
@@ -90,6 +92,36 @@ class DeltaAttention(nn.Module):
                 if in_flight:
                     in_flight.launch(outs[-1], *state.arrays)
         return finish(outs[0] if len(outs) == 1 else mx.concatenate(outs), output_gate)
+
+    def _steps(self, x: mx.array, part: RowPart) -> bool:
+        """Whether each sequence has one row, for which there are kernels of our own."""
+        weights = (self.q_proj, self.k_proj, self.v_proj, self.f_a_proj, self.b_proj, self.g_a_proj)
+        is_decode = len(part.spans) == x.shape[0]
+        return is_decode and self._arithmetic.can_step(x, self._args.linear_head_dim, *weights)
+
+    def _in_few_kernels(self, x: mx.array, part: RowPart) -> mx.array:
+        """As `attended`, for one row of each sequence."""
+        args = self._args
+        q, k, v, forget, beta, gate = self._arithmetic.projected(
+            x, self.q_proj, self.k_proj, self.v_proj, self.f_a_proj, self.b_proj, self.g_a_proj
+        )
+        rows = (mx.concatenate([q, k, v], axis=-1), self.f_b_proj(forget), beta, self.g_b_proj(gate))
+        outs = []
+        for span in part.spans:
+            assert isinstance(span.cache, FlashCache), "the model made this cache"
+            state = span.cache.layer_states[self._layer]
+            lend_state(state, span, self._layer)
+            mixed, forgets, strength, opens = (span.cut(array) for array in rows)
+            matrix, before = state.arrays
+            out, *arrays = self._arithmetic.delta_step(
+                self, (matrix, before), (mixed, forgets, strength, opens),
+                float(args.linear_lower_bound), args.rms_norm_eps, NORM_EPS,
+            )  # fmt: skip
+            state.advance(tuple(arrays), 1)
+            if state.length in span.cache.marks_between(state.length - 1, state.length):
+                state.mark(state.length, state.arrays)
+            outs.append(out)
+        return self.o_proj(outs[0] if len(outs) == 1 else mx.concatenate(outs))
 
     @cached_property
     def _compiled(self) -> tuple[Callable[..., Any], ...]:
@@ -138,8 +170,8 @@ class DeltaAttention(nn.Module):
     ) -> tuple[mx.array, mx.array, mx.array]:
         """A single row: what it reads [1, heads, D], and the two arrays of the state behind it."""
         inputs = mx.concatenate([before, mixed])
-        row = [one[0] for one in (*self._prepared(inputs, 1), gate, beta)]
-        out, matrix = self._arithmetic.delta_step(matrix, *row) or step(matrix, *row)
+        row = [one.reshape(one.shape[1:]) for one in (*self._prepared(inputs, 1), gate, beta)]
+        out, matrix = step(matrix, *row)
         return out[None], matrix, mx.contiguous(inputs[1:])
 
     def _prepared(self, inputs: mx.array, rows: int) -> tuple[mx.array, mx.array, mx.array]:

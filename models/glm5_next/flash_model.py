@@ -60,12 +60,10 @@ class FlashLayer(DecoderLayer):
         return tuple(mx.compile(piece) for piece in self._pieces)
 
     def _before(self, x: mx.array) -> tuple[mx.array, Mix]:
-        collapsed, mix = self.attn_hc(x)
-        return self.input_layernorm(collapsed), mix
+        return self.attn_hc(x, self.input_layernorm)
 
     def _between(self, h: mx.array) -> tuple[mx.array, Mix]:
-        collapsed, mix = self.ffn_hc(h)
-        return self.post_attention_layernorm(collapsed), mix
+        return self.ffn_hc(h, self.post_attention_layernorm)
 
     def piece_by_piece(self, pieces: list[mx.array], parts: Sequence[RowPart]) -> Generator[None, None, None]:
         """The same for many rows, parts [n, S H] that are replaced; pauses when nothing is pending."""
@@ -75,18 +73,14 @@ class FlashLayer(DecoderLayer):
             yield
         inputs, mixes = [], []
         for piece in pieces:
-            collapsed, mix = self.ffn_hc(piece)
-            mx.eval(collapsed, *mix)
-            inputs.append(collapsed)
+            normed, mix = self._between(piece)
+            mx.eval(normed, *mix)
+            inputs.append(normed)
             mixes.append(mix)
         if isinstance(self.mlp, MoeMlp):
-            yield from self.mlp.sweep(inputs, self.post_attention_layernorm, parts, is_residual=False)
+            yield from self.mlp.sweep(inputs, None, parts)
         for i, mix in enumerate(mixes):
-            out = (
-                inputs[i]
-                if isinstance(self.mlp, MoeMlp)
-                else self.mlp(self.post_attention_layernorm(inputs[i]))
-            )
+            out = inputs[i] if isinstance(self.mlp, MoeMlp) else self.mlp(inputs[i])
             pieces[i] = self.ffn_hc.join(pieces[i], out, mix)
             mx.eval(pieces[i])
         yield

@@ -37,30 +37,30 @@ class HyperConnection(nn.Module):
         """The matrix that makes the weights, float32 [S (2 + S), S H]."""
         return self.fn
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, Mix]:
-        """Streams x [N, S H] -> the block's input [N, H], and the mix for `join`."""
+    def __call__(self, x: mx.array, norm: nn.RMSNorm) -> tuple[mx.array, Mix]:
+        """Streams x [N, S H] -> the block's input, normed, [N, H], and the mix for `join`."""
         args = self._args
+        if self._arithmetic.collapses(x, args.hc_mult):
+            weights, rounds = (self.fn, self.base, self.scale), args.hc_sinkhorn_iters
+            normed, *mix = self._arithmetic.collapse(
+                x, weights, norm.weight, rounds, args.hc_eps, args.rms_norm_eps
+            )
+            return normed, Mix(*mix)
         exact = x.astype(mx.float32)
-        normed = mx.fast.rms_norm(exact, None, args.rms_norm_eps)
-        pre, *mix = self._weights(self._arithmetic.product(normed, self))
+        raw = self._arithmetic.product(mx.fast.rms_norm(exact, None, args.rms_norm_eps), self)
+        pre, mixed = self._weights(raw)
         streams = exact.reshape(-1, args.hc_mult, args.hidden_size)
-        collapsed = (pre[..., None] * streams).sum(axis=1).astype(x.dtype)
-        return collapsed, Mix(*mix)
+        return norm((pre[..., None] * streams).sum(axis=1).astype(x.dtype)), mixed
 
-    def _weights(self, raw: mx.array) -> list[mx.array]:
-        """Weights that collapse [N, S], expand [N, S] and mix [N, S, S], from float32 [N, S (S + 2)]."""
+    def _weights(self, raw: mx.array) -> tuple[mx.array, Mix]:
+        """Weights that collapse the streams, [N, S], and the mix, from float32 [N, S (S + 2)]."""
         args, count = self._args, self._args.hc_mult
-        found = self._arithmetic.mix_weights(
-            raw, self.base, self.scale, count, args.hc_sinkhorn_iters, args.hc_eps
-        )
-        if found is not None:
-            return found
         pre, post, among = mx.split(raw, [count, 2 * count], axis=-1)
         pre_base, post_base, among_base = mx.split(self.base, [count, 2 * count])
         pre = mx.sigmoid(pre * self.scale[0] + pre_base) + args.hc_eps
         post = 2 * mx.sigmoid(post * self.scale[1] + post_base)
         among = (among * self.scale[2] + among_base).reshape(-1, count, count)
-        return [pre, post, self._doubly_stochastic(among)]
+        return pre, Mix(post, self._doubly_stochastic(among))
 
     def _doubly_stochastic(self, logits: mx.array) -> mx.array:
         """[N, S, S] with rows and columns that sum to one, nearly."""
@@ -74,6 +74,8 @@ class HyperConnection(nn.Module):
 
     def join(self, x: mx.array, out: mx.array, mix: Mix) -> mx.array:
         """Streams x [N, S H] mixed among themselves, and a block's output [N, H] added to each."""
+        if self._arithmetic.collapses(x, self._args.hc_mult):
+            return self._arithmetic.join(x, out, mix.post, mix.among)
         streams = x.reshape(x.shape[0], self._args.hc_mult, -1).astype(mx.float32)
         mixed = (mix.among[..., None] * streams[:, :, None, :]).sum(axis=1)
         joined = mix.post[..., None] * out[:, None, :].astype(mx.float32) + mixed

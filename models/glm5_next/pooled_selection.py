@@ -41,6 +41,10 @@ def select_pools(
             scores = index_scores(
                 queries[start:stop], weights[start:stop], pools[:num_pools], arithmetic, in_flight
             )
+            best = arithmetic.best_positions(scores, args.topk_pools) if stop - start == 1 else None
+            if best is not None:  # a single row sees every full pool
+                tiles.append(Tile(start, stop, seen, _spread(best, num_pools, positions, seen, args)))
+                continue
             chosen = _chosen(scores, positions, args, arithmetic)
         if chosen is None:
             keys = None if stop - start == 1 else causal_mask(seen - (stop - start), stop - start, seen)
@@ -71,10 +75,15 @@ def _mask(chosen: mx.array, positions: mx.array, num_keys: int, args: FlashArgs)
 
 def _positions(chosen: mx.array, positions: mx.array, num_keys: int, args: FlashArgs) -> mx.array:
     """The same as positions, int32 [n, index_topk + pool - 1], ascending; `num_keys` stands for nothing."""
-    size, num_pools = args.index_kpool, chosen.shape[1]
-    pools = selected_positions(chosen, args.topk_pools)[..., None]
+    pools = selected_positions(chosen, args.topk_pools)
+    return _spread(pools, chosen.shape[1], positions, num_keys, args)
+
+
+def _spread(best: mx.array, num_pools: int, positions: mx.array, num_keys: int, args: FlashArgs) -> mx.array:
+    """Positions of the keys in chosen pools [n, index_topk / pool] and in the row's own tail."""
+    size, pools = args.index_kpool, best[..., None]
     spread = mx.where(pools < num_pools, pools * size + mx.arange(size, dtype=mx.int32), num_keys)
     own = positions[:, None]
     tail = (own + 1) // size * size + mx.arange(size - 1, dtype=mx.int32)
     tail = mx.where(tail <= own, tail, num_keys)
-    return mx.concatenate([spread.reshape(chosen.shape[0], -1), tail], axis=-1).astype(mx.int32)
+    return mx.concatenate([spread.reshape(best.shape[0], -1), tail], axis=-1).astype(mx.int32)

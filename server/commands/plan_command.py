@@ -5,6 +5,7 @@ id by which GLM-5.2 is served. With `--memory` the plan is for another machine, 
 """
 
 import json
+import logging
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +127,10 @@ def _remote(repo: str, revision: str | None, folder: Path) -> Path:
     import httpx
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it tries again is its own affair
     try:
         hf_hub_download(repo, "config.json", revision=revision, local_dir=folder)
         described = get_safetensors_metadata(repo, revision=revision)

@@ -218,10 +218,10 @@ async def _receive(request: Request, lease: Allowance) -> bytes:
                 lease.receive(num_bytes)
             except BusyError:
                 body.clear()
-                await _drain(parts)
+                await _drain(parts, lease)
                 raise
             body += part
-            await lease.await_more()
+        await lease.await_more()
         if num_bytes > MAX_DRAINED_BYTES:
             break
     if num_bytes > MAX_BODY_BYTES:
@@ -230,11 +230,12 @@ async def _receive(request: Request, lease: Allowance) -> bytes:
     return bytes(body)
 
 
-async def _drain(parts: AsyncGenerator[bytes, None]) -> None:
+async def _drain(parts: AsyncGenerator[bytes, None], lease: Allowance) -> None:
     """Reads on for a while, so that a client which still sends gets to see the refusal."""
     try:
         async with asyncio.timeout(DRAIN_S):
             async for _ in parts:
                 await asyncio.sleep(DRAIN_PAUSE_S)
+                await lease.await_more()
     except TimeoutError:
         pass

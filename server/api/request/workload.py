@@ -25,8 +25,9 @@ INCOMPLETE = 0.5
 # One that has come for so long is given up for another.
 GRACE_S = 10.0
 RETRY_AFTER_S = 5
-# Parts of large bodies that are read in one round of the event loop, of 256 kB at most.
-PARTS_AT_ONCE = 2
+# Parts of large bodies that are read at once, of 256 kB at most, and the pause after them: 100 MB a second,
+# which one client can have alone. Without it bodies take the event loop and a processor for themselves.
+PARTS_AT_ONCE, PARTS_PAUSE_S = 2, 0.005
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Workload:
         self._lock = threading.Lock()
         self._num_bytes = 0
         self._incomplete: dict[Allowance, float] = {}  # since when; the oldest first
-        self.sluice = Sluice(PARTS_AT_ONCE)
+        self.sluice = Sluice(PARTS_AT_ONCE, PARTS_PAUSE_S)
         self._quick, self._slow = Lane(2, "requests"), Lane(1, "large-requests")
 
     def lease(self) -> "Allowance":

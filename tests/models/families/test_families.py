@@ -15,6 +15,7 @@ from models.arithmetic import CPU, Quantization
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
 from models.attention.cache_blocks import fill_blocks, read_blocks
+from models.convert.align import align
 from models.families import FAMILIES
 from models.glm_moe_dsa import Model
 from tests.checkpoints import greedy, open_model, save_packed
@@ -236,3 +237,14 @@ def family_weights(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Array
     case = CASES[request.param]
     config = case.schedules[case.planted_in]
     return config, case.make_weights(config, SEED)
+
+
+@pytest.mark.slow
+@every_family
+def test_an_aligned_checkpoint_computes_the_same_bits(family: str, tmp_path: Path) -> None:
+    folder, ids = pack(CASES[family], tmp_path), tokens(CASES[family].wide, 30)
+    before = logits(open_model(folder).model, ids)
+    assert align(folder) > 0
+    streamed = open_model(folder, 5)
+    assert np.array_equal(logits(streamed.model, ids), before)
+    streamed.store.close()

@@ -139,3 +139,17 @@ def test_a_sluice_lets_a_few_through_in_each_round(crowd: int, num_at_once: int)
     rounds = asyncio.run(scenario())
     assert max(rounds) <= num_at_once
     assert sum(rounds) == 3 * (crowd - (crowd == 7))
+
+
+def test_a_sluice_pauses_and_the_first_does_not_wait() -> None:
+    async def scenario() -> tuple[float, float]:
+        loop = asyncio.get_running_loop()
+        sluice, began_s = Sluice(2, 0.05), loop.time()
+        await sluice.pass_through()
+        first_s = loop.time() - began_s
+        await asyncio.gather(*(sluice.pass_through() for _ in range(4)))
+        return first_s, loop.time() - began_s
+
+    first_s, all_s = asyncio.run(scenario())
+    assert first_s < 0.05
+    assert all_s >= 0.1

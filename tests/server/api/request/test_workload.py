@@ -242,3 +242,17 @@ def test_python_looks_for_cycles_rarely() -> None:
         [sys.executable, "-c", COUNT_LOOKS], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert int(done.stdout) <= 20
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "is_tidied"), [(SMALL_BYTES, False), (MIB, False), (MIB + 1, True), (8 * MIB, True)]
+)
+def test_memory_is_given_back_after_a_large_body(
+    monkeypatch: pytest.MonkeyPatch, num_bytes: int, is_tidied: bool
+) -> None:
+    tidied = threading.Event()
+    monkeypatch.setattr("server.api.request.workload.trim_heap", tidied.set)
+    lease = Workload().lease()
+    lease.receive(num_bytes)
+    lease.release()
+    assert tidied.wait(2 if is_tidied else 0.1) == is_tidied
