@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # other's way.
 PYTEST := $(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help install serve test test-fast test-long test-agents lint clean
+.PHONY: help install serve test test-fast test-long test-agents rehearsal lint clean
 
 help:
 	@echo "make serve      install what serving needs, then start the server; flags: make serve ARGS='--port 9000'"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-fast  the inner loop: ruff and the quick tests"
 	@echo "make test-long  tests that take minutes each"
 	@echo "make test-agents  Claude Code, Codex, opencode and aider against the server; needs npm"
+	@echo "make rehearsal  GLM-5.2 at full size without its weights; flags: make rehearsal ARGS='--layers 6'"
 	@echo "make install    a complete $(VENV) and nothing else"
 
 $(SERVING): pyproject.toml constraints.txt
@@ -86,6 +87,10 @@ test-agents: install
 	@$(call install-into,$(VENV)/aider,aider-chat==0.86.2)
 	cd $(AGENTS) && npm install --silent --no-package-lock --no-audit --no-fund
 	$(VENV)/bin/python -m $(subst /,.,$(AGENTS)).talk
+
+# GLM-5.2 at full size without its weights, from plan to shutdown; docs/rehearsal.md has flags and figures.
+rehearsal: install
+	$(VENV)/bin/python -m benchmarks.rehearsal $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(NODE)/node_modules $(AGENTS)/node_modules build dist *.egg-info

@@ -33,6 +33,7 @@ from server.commands.serve import load_dialect
 from server.link.engine_protocol import EngineStatus
 from server.link.messages import (
     Administer,
+    Administered,
     Failed,
     Finished,
     Generate,
@@ -74,8 +75,9 @@ class WrittenEngine:
     def reserve(self) -> None:
         """There is always room."""
 
-    def administer(self, command: Administer) -> None:
+    async def administer(self, command: Administer) -> Administered:
         """Nothing is saved."""
+        return Administered(command.request_id)
 
     def cancel(self, request_id: str) -> None:
         """Nothing runs on."""

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from benchmarks.rig.checkpoint import BENCH, write_checkpoint
 from config.sizes import parse_size
-from server.commands.checkpoint import GLM_ID
+from models.dsa_family import GLM_MOE_DSA
 from tests.tiny_tokenizer import build_tokenizer
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
@@ -189,7 +189,7 @@ def run(directory: Path, budget: str, requests: int, prompt_tokens: int, tokens:
 
 def _ask(client: httpx.Client, number: int, prompt: NDArray[np.int64], tokens: int) -> None:
     start_s = time.monotonic()
-    body = {"model": GLM_ID, "prompt": prompt.tolist(), "max_tokens": tokens}
+    body = {"model": GLM_MOE_DSA.served_id, "prompt": prompt.tolist(), "max_tokens": tokens}
     answer = client.post("/v1/completions", json=body)
     if answer.status_code != 200:
         raise SystemExit(f"request {number}: {answer.status_code} {answer.text}")

@@ -79,6 +79,12 @@ NOT_MLX = (
     "Python and libraries",
 )
 PREFIX_CONTEXTS = 4
+# States of a sequence: its own, the one before the step, and two that wait to be saved. More sequences than
+# one get a share of what the budget has beyond the minimum.
+STATE_COPIES = 4
+STATE_SHARE = 0.05
+# Saved states that the prefix cache has room for at least: of a prompt's beginning and of its end.
+SAVED_STATES = 3
 MIN_PREFIX_TOKENS = 2048
 
 
@@ -107,6 +113,7 @@ class Geometry:
     vocab_size: int = 0
     sweep_row_bytes: int = 0  # what each row of a prompt takes on its way through the layers
     ring_slot_bytes: int = 0  # one expert of each kind, on its way through the ring
+    state_bytes: int = 0  # what a sequence's cache takes beside its rows, once
 
     @property
     def context_bytes_per_token(self) -> int:
@@ -127,6 +134,7 @@ class MemoryPlan:
     reader_threads: int  # at most; the disk's probe decides
     sweep_tokens: int  # of all prompts that share a sweep
     ring_slots: int
+    max_running: int = MAX_RUNNING  # sequences whose caches are in memory at once
 
     @property
     def cache_limit_bytes(self) -> int:
@@ -176,13 +184,18 @@ def make_plan(
     threads = reader_threads or _reader_threads(geometry, spare)
     tokens += 0 if sweep_tokens else _more_tokens(geometry, spare, max_context - tokens)
     ring_slots = 0 if is_resident else _ring_slots(geometry, spare)
-    lines = fixed | {
-        "reader buffers": reader_buffers(threads) * geometry.reader_buffer_bytes,
-        "prefix cache": max(least, min(most, budget_bytes // PREFIX_DIVISOR, least + int(spare * 0.8))),
-        "requests": _request_bytes(budget_bytes, spare),
-        "sweep rows": tokens * geometry.sweep_row_bytes,
-        "sweep ring": ring_slots * geometry.ring_slot_bytes,
-    }
+    running = _most_running(geometry, spare)
+    lines = (
+        fixed
+        | {
+            "reader buffers": reader_buffers(threads) * geometry.reader_buffer_bytes,
+            "prefix cache": max(least, min(most, budget_bytes // PREFIX_DIVISOR, least + int(spare * 0.8))),
+            "requests": _request_bytes(budget_bytes, spare),
+            "sweep rows": tokens * geometry.sweep_row_bytes,
+            "sweep ring": ring_slots * geometry.ring_slot_bytes,
+        }
+        | _state_line(geometry, running)
+    )
     if is_resident:
         slots = (geometry.num_experts,) * len(geometry.expert_bytes)
     else:
@@ -198,7 +211,21 @@ def make_plan(
         reader_threads=threads,
         sweep_tokens=tokens,
         ring_slots=ring_slots,
+        max_running=running,
     )
+
+
+def _most_running(geometry: Geometry, spare: int) -> int:
+    """Sequences that may run at once: one, and as many more as a share of the budget has states for."""
+    if not geometry.state_bytes:
+        return MAX_RUNNING
+    return min(MAX_RUNNING, 1 + int(spare * STATE_SHARE) // (STATE_COPIES * geometry.state_bytes))
+
+
+def _state_line(geometry: Geometry, running: int) -> dict[str, int]:
+    """The line of states, of models that have any."""
+    nbytes = running * STATE_COPIES * geometry.state_bytes
+    return {"states": nbytes} if nbytes else {}
 
 
 def _fixed_point(needed: Callable[[int], int]) -> int:
@@ -256,14 +283,15 @@ def _fixed_lines(geometry: Geometry, max_context: int, max_queue: int) -> dict[s
         "requests": MIN_REQUEST_BYTES,
         "grammars": GRAMMAR_BYTES + 2 * VOCABULARY_BYTES_PER_TOKEN * geometry.vocab_size,
         "Python and libraries": RUNTIME_BYTES + VOCABULARY_BYTES_PER_TOKEN * geometry.vocab_size,
-    }
+    } | _state_line(geometry, 1)
 
 
 def _prefix_bounds(geometry: Geometry, max_context: int, given: int | None) -> tuple[int, int]:
     """The least and the most that the prefix cache gets."""
-    least = geometry.context_bytes_per_token * MIN_PREFIX_TOKENS
+    least = geometry.context_bytes_per_token * MIN_PREFIX_TOKENS + SAVED_STATES * geometry.state_bytes
     if given is None:
-        return least, max(least, PREFIX_CONTEXTS * geometry.context_bytes_per_token * max_context)
+        contexts = geometry.context_bytes_per_token * max_context + SAVED_STATES * geometry.state_bytes
+        return least, max(least, PREFIX_CONTEXTS * contexts)
     if 0 < given < least:
         raise BudgetError(
             f"--prefix-cache-memory {format_size(given)} is too little to copy blocks: give at least "

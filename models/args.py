@@ -1,5 +1,6 @@
 """What config.json says about the architecture, parsed once into a type. Called by loading and the model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,18 @@ from config.errors import CheckpointError
 # GLM-5, 5.1, 5.2 and 5.3. Relatives that share much of the name compute something else.
 MODEL_TYPE = "glm_moe_dsa"
 FULL, SHARED = "full", "shared"
-_REALS = ("routed_scaling_factor", "rope_theta", "rms_norm_eps")
+_REALS = ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "swiglu_limit", "hc_eps")
 _MAY_BE_ZERO = ("n_shared_experts", "first_k_dense_replace")
+_PARSED = ("indexer_types", "layer_types", "linear_lower_bound")
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "scoring_func": ("sigmoid", None),
+    "topk_method": ("noaux_tc", None),
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "moe_layer_freq": (1, None),
+    "tie_word_embeddings": (False, None),
+}
+_ROTATION = {"rope_interleave": (True, None), "indexer_rope_interleave": (True, None)}
 _MOST = {"num_hidden_layers": 10_000}  # lists are made of them; of other sizes what an int32 holds
 
 
@@ -50,6 +61,21 @@ class ModelArgs:
     max_position_embeddings: int
 
     @property
+    def model_type(self) -> str:
+        """The architecture's name in config.json."""
+        return MODEL_TYPE
+
+    @property
+    def gate_limit(self) -> float:
+        """Bound of what a gated MLP multiplies."""
+        return math.inf
+
+    @property
+    def inner_norm_eps(self) -> float:
+        """Epsilon of the norms of the query residual and the latent: fixed in the reference."""
+        return 1e-6
+
+    @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
@@ -70,38 +96,38 @@ class ModelArgs:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelArgs":
         """Parse config.json. Raises CheckpointError for what this implementation does not compute."""
-        _refuse_unsupported(config)
+        refuse_unsupported(config, _ROTATION)
         derived_names = {"indexer_types", "rope_theta", "first_k_dense_replace", "n_group", "topk_group"}
         names = cls.__dataclass_fields__.keys() - derived_names
         missing = sorted(name for name in names if config.get(name) is None)
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}")
-        _check_sizes({name: config[name] for name in names})
+        check_sizes({name: config[name] for name in names})
         derived: dict[str, Any] = {
             "indexer_types": indexer_schedule(config),
             "rope_theta": _rope_theta(config),
-            "first_k_dense_replace": _first_sparse_layer(config),
+            "first_k_dense_replace": first_sparse_layer(config),
             "n_group": config.get("n_group") or 1,
             "topk_group": config.get("topk_group") or 1,
         }
-        _check_sizes(derived)
+        check_sizes(derived)
         derived["rope_theta"] = float(derived["rope_theta"])
         args = cls(**{name: config[name] for name in names}, **derived)
         if args.index_head_dim < args.qk_rope_head_dim:
             raise CheckpointError("config.json: index_head_dim is smaller than qk_rope_head_dim")
-        _check_routing(args)
+        check_routing(args)
         return args
 
 
-def indexer_schedule(config: Mapping[str, Any]) -> tuple[str, ...]:
+def indexer_schedule(config: Mapping[str, Any], needs_first: bool = True) -> tuple[str, ...]:
     """Which layers own an indexer: `indexer_types`, else `index_topk_pattern`, else frequency and offset.
 
     The formula and its defaults (1 and 2: every layer full) are those of transformers 5.24,
     `configuration_glm_moe_dsa.py`.
     """
     num_layers: int = config["num_hidden_layers"]
-    types: Sequence[str] | None = _words(config, "indexer_types")
-    pattern: Sequence[str] | None = _words(config, "index_topk_pattern")
+    types: Sequence[str] | None = words_of(config, "indexer_types")
+    pattern: Sequence[str] | None = words_of(config, "index_topk_pattern")
     if types is None and pattern is not None:
         types = [{"F": FULL, "S": SHARED}.get(letter, letter) for letter in pattern]
     if types is None:
@@ -119,15 +145,15 @@ def indexer_schedule(config: Mapping[str, Any]) -> tuple[str, ...]:
         raise CheckpointError(
             f"config.json: the indexer schedule must name {num_layers} layers full or shared"
         )
-    if types[0] != FULL:
+    if needs_first and types[0] != FULL:
         raise CheckpointError("config.json: layer 0 is 'shared', but no full layer comes before it")
     return tuple(types)
 
 
-def _first_sparse_layer(config: Mapping[str, Any]) -> int:
+def first_sparse_layer(config: Mapping[str, Any]) -> int:
     """Number of leading dense layers; `mlp_layer_types`, when given, must be dense ones, then sparse ones."""
     num_layers: int = config["num_hidden_layers"]
-    kinds = _words(config, "mlp_layer_types")
+    kinds = words_of(config, "mlp_layer_types")
     if kinds is None:
         first_k = config.get("first_k_dense_replace")
         return min(3, num_layers) if first_k is None else first_k  # 3 as in transformers
@@ -137,7 +163,7 @@ def _first_sparse_layer(config: Mapping[str, Any]) -> int:
     return int(first)
 
 
-def _words(config: Mapping[str, Any], name: str) -> Sequence[str] | None:
+def words_of(config: Mapping[str, Any], name: str) -> Sequence[str] | None:
     words = config.get(name)
     is_list = isinstance(words, list) and all(isinstance(word, str) for word in words)
     if words is not None and not isinstance(words, str) and not is_list:
@@ -145,14 +171,14 @@ def _words(config: Mapping[str, Any], name: str) -> Sequence[str] | None:
     return words
 
 
-def _check_sizes(values: Mapping[str, Any]) -> None:
+def check_sizes(values: Mapping[str, Any]) -> None:
     """Every number of a kind and size that can be computed with; config.json is somebody else's."""
     for name, value in values.items():
         if name in _REALS:
             fits = type(value) in (int, float) and 0 < value < 2**63  # no NaN, no infinity
         elif name == "norm_topk_prob":
             fits = type(value) is bool
-        elif name == "indexer_types":
+        elif name in _PARSED:
             fits = True  # its own parser said so
         else:
             fits = type(value) is int and (name not in _MAY_BE_ZERO) <= value <= _MOST.get(name, 2**31 - 1)
@@ -160,7 +186,7 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
             raise CheckpointError(f"config.json: {name} {value!r} makes no sense")
 
 
-def _check_routing(args: ModelArgs) -> None:
+def check_routing(args: ModelArgs) -> None:
     group_size, rest = divmod(args.n_routed_experts, args.n_group)
     if rest or args.topk_group > args.n_group or (args.n_group > 1 and group_size < 2):
         raise CheckpointError(
@@ -207,19 +233,12 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     return 10000.0 if theta is None else theta
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Each of these would change the numbers silently if it were ignored."""
-    only: dict[str, tuple[Any, ...]] = {
-        "scoring_func": ("sigmoid", None),
-        "topk_method": ("noaux_tc", None),
-        "hidden_act": ("silu", None),
-        "attention_bias": (False, None),
-        "moe_layer_freq": (1, None),
-        "tie_word_embeddings": (False, None),
-        "rope_interleave": (True, None),
-        "indexer_rope_interleave": (True, None),
-    }
-    for name, allowed in only.items():
+def refuse_unsupported(config: Mapping[str, Any], others: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises CheckpointError for a value that would change the numbers silently if it were ignored.
+
+    `others`: an architecture's own names, each with the values that are computed.
+    """
+    for name, allowed in (_COMPUTED | dict(others)).items():
         if config.get(name) not in allowed:
             raise CheckpointError(
                 f"config.json: {name} {config[name]!r} is not supported, only {allowed[0]!r}"

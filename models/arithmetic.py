@@ -4,6 +4,7 @@ Everything else in `models/` asks an `Arithmetic` for a product and never looks 
 in benchmarks/notes.md; the command is `python -m benchmarks.arithmetic`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.attention.selection import kth_by_bits, kth_by_numpy, kth_by_partition
-from models.cuda import choices, few_rows, products, sums
+from models.cuda import choices, delta, few_rows, products, streams, sums
+from models.cuda.delta import DeltaLayer
 from models.cuda.fused_attention import AttentionLayer, FusedAttention
 from models.cuda.products import parts_of
 
@@ -23,6 +25,9 @@ AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 # Multiplications of queries with keys that take MLX's CPU wheel as long as evaluating them at once takes.
 NUMPY_PRODUCTS = 2**16
+# A packed weight that is larger when it is unpacked goes through NumPy's product by parts of its outputs:
+# GLM-5.2's head, which is 3.8 GB, as much as all else of a step.
+MAX_UNPACKED_BYTES = 2**29
 # Of packed weights whose rows MLX's CUDA kernel multiplies in one order, however many there are.
 GROUPED_BITS = (4, 8)
 
@@ -92,6 +97,8 @@ class Arithmetic:
     `launches_early`: a layer of few rows is computed while the next one's graph is built.
     `compiles`: what few rows go through between two uses of the cache is compiled once for their number.
     `has_kernels`: what `models.cuda` can compute is computed there.
+    `swiglu_limit`: bound of what a gated MLP multiplies, of the model at hand: above for silu's argument,
+    on both sides for the other factor.
     """
 
     name: str
@@ -112,6 +119,7 @@ class Arithmetic:
     launches_early: bool = False
     compiles: bool = False
     has_kernels: bool = False
+    swiglu_limit: float = math.inf
 
     def launch(self, x: mx.array) -> None:
         """Starts to compute what a layer of few rows comes to, where that is not left to its reader."""
@@ -130,7 +138,7 @@ class Arithmetic:
         """x times the transpose of w. x [..., rows, in], w [..., out, in] -> [..., rows, out]."""
         q, rows = w.quantization, x.shape[-2]
         if self._goes_to_numpy(rows):
-            return _delivered(_floats(x), self._transposed(w))
+            return self._numpy_product(_floats(x), w)
         if q is None:
             return self._dense_product(x, w.weight.swapaxes(-1, -2))
         if rows <= products.TILE_ROWS and self._has_kernel(x, w):
@@ -153,23 +161,22 @@ class Arithmetic:
         """silu(x gate) * (x up): x [rows, in], weights [width, in] -> [rows, width]."""
         if self._goes_to_numpy(x.shape[-2]):
             values = _floats(x)
-            out = _delivered(values, self._transposed(gate))
+            out, factor = _delivered(values, self._transposed(gate)), values @ self._transposed(up)
+            if self.swiglu_limit < math.inf:
+                np.minimum(_view(out), self.swiglu_limit, out=_view(out))
+                np.clip(factor, -self.swiglu_limit, self.swiglu_limit, out=factor)
             _silu(_view(out))
-            np.multiply(_view(out), values @ self._transposed(up), out=_view(out))
+            np.multiply(_view(out), factor, out=_view(out))
             return out
         if x.shape[-2] <= products.TILE_ROWS and self._has_kernel(x, gate, up):
-            assert gate.quantization is not None, "a kernel multiplies packed weights"
-            return products.multiply(x, [parts_of(gate), parts_of(up)], gate.quantization.group_size)
+            return self._gated_by_kernel(x, gate, up)
         return self.gated(self.product(x, gate), self.product(x, up))
 
     def pairs(self, x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array) -> mx.array:
         """Each row through the gated MLPs in its slots: x [N, in], weights [slots, ...], slots [N, k] ->
         [N, k, out]."""
         if self._has_kernel(x, gate, up) and (q := down.quantization) is not None:
-            assert gate.quantization is not None, "a kernel multiplies packed weights"
-            hidden = products.multiply(
-                x, [parts_of(gate), parts_of(up)], gate.quantization.group_size, slots=slots
-            )
+            hidden = self._gated_by_kernel(x, gate, up, slots)
             if self._has_kernel(hidden, down):
                 return products.multiply(hidden, [parts_of(down)], q.group_size, slots=slots)
             return self._gathered_product(hidden[..., None, :], down, slots)[..., 0, :]
@@ -254,6 +261,50 @@ class Arithmetic:
         """As `choices.best_mask`; None where that is not the fastest way."""
         return choices.best_mask(scores, k) if self.has_kernels else None
 
+    def collapses(self, x: mx.array, count: int) -> bool:
+        """Whether so many streams of few rows are mixed by kernels of our own."""
+        few = x.shape[0] <= products.TILE_ROWS and x.dtype == mx.bfloat16
+        return self.has_kernels and few and count == streams.STREAMS
+
+    def collapse(
+        self,
+        x: mx.array,
+        weights: tuple[mx.array, mx.array, mx.array],
+        norm: mx.array,
+        rounds: int,
+        eps: float,
+        norm_eps: float,
+    ) -> list[mx.array]:
+        """As `streams.collapse`, where `collapses` says so."""
+        return streams.collapse(x, weights, norm, rounds, eps, norm_eps)
+
+    def join(self, x: mx.array, added: mx.array, post: mx.array, among: mx.array) -> mx.array:
+        """As `streams.join`, where `collapses` says so."""
+        return streams.join(x, added, post, among)
+
+    def can_step(self, x: mx.array, width: int, *weights: Weight) -> bool:
+        """Whether `projected` and `delta_step` take these rows and weights, of heads of this width."""
+        few = x.shape[0] <= products.TILE_ROWS and x.dtype == mx.bfloat16
+        return few and delta.can_step(width) and self._has_kernel(x, *weights)
+
+    def projected(self, x: mx.array, *weights: Weight) -> list[mx.array]:
+        """The rows' products with each of these weights, where `can_step` says so."""
+        assert weights[0].quantization is not None, "a kernel multiplies packed weights"
+        parts = [parts_of(w) for w in weights]
+        return products.multiply_each(x, parts, weights[0].quantization.group_size, [x.dtype] * len(parts))
+
+    def delta_step(
+        self,
+        layer: DeltaLayer,
+        state: tuple[mx.array, mx.array],
+        row: tuple[mx.array, mx.array, mx.array, mx.array],
+        bound: float,
+        norm_eps: float,
+        unit_eps: float,
+    ) -> list[mx.array]:
+        """As `delta.step`, where `can_step` says so."""
+        return delta.step(layer, state, row, bound, norm_eps, unit_eps)
+
     def fused_attention(self, layer: AttentionLayer, top_k: int, scale: float) -> FusedAttention | None:
         """Attention of few rows in the fewest kernels, where all weights of the layer are packed for them."""
         weights: list[Any] = [layer.q_a_proj, layer.q_b_proj, layer.kv_a_proj_with_mqa, layer.embed_q]
@@ -335,7 +386,20 @@ class Arithmetic:
 
     def gated(self, gate: mx.array, up: mx.array) -> mx.array:
         """silu(gate) * up, [..., rows, width]."""
+        if self.swiglu_limit < math.inf:
+            gate = mx.minimum(gate, self.swiglu_limit)
+            up = mx.clip(up, -self.swiglu_limit, self.swiglu_limit)
         return nn.silu(gate) * up
+
+    def _gated_by_kernel(
+        self, x: mx.array, gate: Weight, up: Weight, slots: mx.array | None = None
+    ) -> mx.array:
+        """The same of x gate and x up, where the kernels take the weights; unbounded in one of them."""
+        assert gate.quantization is not None, "a kernel multiplies packed weights"
+        size, parts = gate.quantization.group_size, [parts_of(gate), parts_of(up)]
+        if self.swiglu_limit == math.inf:
+            return products.multiply(x, parts, size, slots=slots)
+        return self.gated(*(products.multiply(x, [one], size, slots=slots) for one in parts))
 
     def add_rows(self, out: mx.array, rows: NDArray[np.int64], added: mx.array) -> mx.array:
         """out [N, H] with added [n, H] on top of these rows, each named once; nobody else refers to out."""
@@ -351,6 +415,28 @@ class Arithmetic:
 
     def _goes_to_numpy(self, rows: int) -> bool:
         return self.uses_numpy and not self.is_few(rows)
+
+    def outputs_at_once(self, num_outputs: int, width: int) -> int:
+        """Of a packed matrix [outputs, width]: how many are unpacked together."""
+        return min(num_outputs, MAX_UNPACKED_BYTES // (4 * width)) if self.uses_numpy else num_outputs
+
+    def _numpy_product(self, x: NDArray[np.float32], w: Weight) -> mx.array:
+        """As `product`; a large packed weight is unpacked part by part."""
+        if (q := w.quantization) is None or w.weight.ndim > 2:
+            return _delivered(x, self._transposed(w))
+        num_outputs = w.weight.shape[0]
+        at_once = self.outputs_at_once(num_outputs, x.shape[-1])
+        if at_once == num_outputs:
+            return _delivered(x, self._transposed(w))
+        out, biases = mx.zeros((*x.shape[:-1], num_outputs)), w.get("biases")
+        for first in range(0, num_outputs, at_once):
+            part = slice(first, first + at_once)
+            dense = mx.dequantize(
+                w.weight[part], scales_of(w)[part], None if biases is None else biases[part],
+                q.group_size, q.bits, q.mode, dtype=self.dtype,
+            )  # fmt: skip
+            _view(out)[..., part] = _times(x, _floats(dense).T)
+        return out
 
     def _transposed(self, w: Weight) -> NDArray[np.float32]:
         """The unpacked weight [..., in, out]."""

@@ -55,8 +55,8 @@ class MoeMlp(nn.Module):
             self.shared_experts = DenseMlp(args.hidden_size, width, arithmetic)
         self._compiles, self._pieces_in_flight = arithmetic.compiles, arithmetic.pieces_in_flight
 
-    def __call__(self, x: mx.array, onto: mx.array, guess: mx.array | None = None) -> mx.array:
-        """What x [N, H] comes to, on top of `onto`, [N, H].
+    def __call__(self, x: mx.array, onto: list[mx.array], guess: mx.array | None = None) -> mx.array:
+        """What x [N, H] comes to, on top of `onto`, [N, H] each.
 
         `guess`: the next layer's experts, as `Router.ranked` gives them.
         """
@@ -64,7 +64,7 @@ class MoeMlp(nn.Module):
         if self._experts.are_resident_for(x.shape[0]):
             return self._compiled(x, onto) if compiles else self._whole(x, onto)
         (ids, weights, choice), added = (self._compiled_begin if compiles else self._begin)(x)
-        return self._experts(x, ids, weights, choice, guess=guess, added=(*added, onto))
+        return self._experts(x, ids, weights, choice, guess=guess, added=(*added, *onto))
 
     @cached_property
     def _compiled(self) -> Callable[..., mx.array]:
@@ -74,36 +74,42 @@ class MoeMlp(nn.Module):
     def _compiled_begin(self) -> Callable[..., Any]:
         return mx.compile(self._begin)
 
-    def _whole(self, x: mx.array, onto: mx.array) -> mx.array:
+    def _whole(self, x: mx.array, onto: list[mx.array]) -> mx.array:
         """The same where experts are resident."""
         routing, added = self._begin(x)
-        return self._experts(x, *routing, added=(*added, onto))
+        return self._experts(x, *routing, added=(*added, *onto))
 
     def _begin(self, x: mx.array) -> tuple[tuple[mx.array, mx.array, mx.array], list[mx.array]]:
         """The routing, as `Router` gives it, and what is added to the routed experts' outputs."""
         return self.gate(x), [self.shared_experts(x)] if "shared_experts" in self else []
 
     def sweep(
-        self, pieces: list[mx.array], norm: nn.RMSNorm, parts: Sequence[RowPart]
+        self,
+        pieces: list[mx.array],
+        norm: nn.RMSNorm | None,
+        parts: Sequence[RowPart],
     ) -> Generator[None, None, None]:
         """Adds what it makes of norm(x) to x, for many rows, with pauses; `pieces` are x by parts, [n, H].
 
-        As long as the prompt are x, twice at the end, the experts' sum, and ids and weights of the routing.
-        All else is made part by part.
+        Without a norm, x is normed already, and what is made takes its place. As long as the prompt are x,
+        twice at the end, the experts' sum, and ids and weights of the routing. All else is made part by part.
         """
-        ids, weights, choice = self._route(pieces, norm)
+        normed = norm or (lambda rows: rows)
+        ids, weights, choice = self._route(pieces, normed)
         x = joined(pieces)
         pieces.clear()  # or x would lie in memory twice while experts are read
-        routed = yield from self._experts.sweep(lambda rows: norm(x[rows]), ids, weights, choice)
+        routed = yield from self._experts.sweep(lambda rows: normed(x[rows]), ids, weights, choice)
         for part in parts:
             rows = x[part.rows]
             added = routed[part.rows].astype(x.dtype)
             if "shared_experts" in self:
-                added = added + self.shared_experts(norm(rows))
-            pieces.append(rows + added)
+                added = added + self.shared_experts(normed(rows))
+            pieces.append(rows + added if norm else added)
             mx.eval(pieces[-1])
 
-    def _route(self, pieces: Sequence[mx.array], norm: nn.RMSNorm) -> tuple[mx.array, mx.array, mx.array]:
+    def _route(
+        self, pieces: Sequence[mx.array], norm: Callable[[mx.array], mx.array]
+    ) -> tuple[mx.array, mx.array, mx.array]:
         """Ids and weights of all rows, and by what they were chosen, of the last ones that are observed."""
         in_flight = InFlight(self._pieces_in_flight)
         routing = []
@@ -143,7 +149,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, args: ModelArgs, layer: int, arithmetic: Arithmetic, experts: Experts | None) -> None:
         super().__init__()
-        self.self_attn = Attention(args, layer, arithmetic)
+        self.self_attn = self._make_attention(args, layer, arithmetic)
         self.mlp = (
             MoeMlp(args, arithmetic, experts)
             if experts is not None
@@ -154,12 +160,19 @@ class DecoderLayer(nn.Module):
         self._guess_next: Callable[[mx.array], mx.array] | None = None
         self._first_sparse: Callable[[], MoeMlp] | None = None
 
+    def _make_attention(self, args: Any, layer: int, arithmetic: Arithmetic) -> Any:
+        return Attention(args, layer, arithmetic)
+
+    def mlp_input(self, h: mx.array) -> mx.array:
+        """What the MLP sees of the residual state, [N, H]."""
+        return self.post_attention_layernorm(h)
+
     def precede(self, following: "DecoderLayer") -> None:
         """Guess the next layer's experts: its own norm and router on this layer's residual state."""
         if not isinstance(sparse := following.mlp, MoeMlp):
             return
-        router, norm = sparse.gate, following.post_attention_layernorm
-        self._guess_next = lambda h: router.ranked(norm(h))
+        router, mlp_input = sparse.gate, following.mlp_input
+        self._guess_next = lambda h: router.ranked(mlp_input(h))
         if isinstance(self.mlp, MoeMlp):
             self.mlp.precede(sparse)
         else:
@@ -169,13 +182,16 @@ class DecoderLayer(nn.Module):
         """x [N, H] -> [N, H], of few rows."""
         [part] = parts
         h = self._attended(x, part)
-        normed = self.post_attention_layernorm(h)
+        return self._through_mlp(h, self.mlp_input(h), [h])
+
+    def _through_mlp(self, h: mx.array, normed: mx.array, onto: list[mx.array]) -> mx.array:
+        """The MLP's output for its input [N, H], on top of `onto`; by h the next experts are guessed."""
         guess = self._guess_next
         if isinstance(self.mlp, MoeMlp) and guess and self.mlp.wants_guess(h.shape[0]):
-            return self.mlp(normed, h, guess(h))
+            return self.mlp(normed, onto, guess(h))
         if self._first_sparse and guess:
             self._first_sparse().anticipate(lambda: guess(h), h.shape[0])
-        return self.mlp(normed, h) if isinstance(self.mlp, MoeMlp) else h + self.mlp(normed)
+        return self.mlp(normed, onto) if isinstance(self.mlp, MoeMlp) else sum(onto, self.mlp(normed))
 
     def piece_by_piece(self, pieces: list[mx.array], parts: Sequence[RowPart]) -> Generator[None, None, None]:
         """The same for many rows, a list of parts [n, H] that are replaced; pauses when nothing is pending.
@@ -208,12 +224,16 @@ class Trunk(nn.Module):
     """Everything under the checkpoint's prefix `model.`: embedding, layers, last norm."""
 
     def __init__(
-        self, args: ModelArgs, arithmetic: Arithmetic, make_experts: Callable[[int], Experts]
+        self,
+        args: ModelArgs,
+        arithmetic: Arithmetic,
+        make_experts: Callable[[int], Experts],
+        make_layer: Callable[..., DecoderLayer],
     ) -> None:
         super().__init__()
         self.embed_tokens: nn.Module = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [
-            DecoderLayer(args, i, arithmetic, make_experts(i) if i in args.moe_layers else None)
+            make_layer(args, i, arithmetic, make_experts(i) if i in args.moe_layers else None)
             for i in range(args.num_hidden_layers)
         ]
         for layer, following in pairwise(self.layers):
@@ -225,19 +245,26 @@ class Model(nn.Module):
     """The language model. Its parameters carry the checkpoint's names; experts are not among them."""
 
     def __init__(
-        self, args: ModelArgs, arithmetic: Arithmetic, make_experts: Callable[[int], Experts]
+        self,
+        args: ModelArgs,
+        arithmetic: Arithmetic,
+        make_experts: Callable[[int], Experts],
+        make_layer: Callable[..., DecoderLayer] = DecoderLayer,
     ) -> None:
         super().__init__()
         self.args, self.arithmetic = args, arithmetic
-        self.model = Trunk(args, arithmetic, make_experts)
+        self.model = Trunk(args, arithmetic, make_experts, make_layer)
         self.lm_head = Linear(args.hidden_size, args.vocab_size, arithmetic)
         self._caches: WeakSet[SequenceCache] = WeakSet()
 
     def make_cache(self) -> SequenceCache:
         """An empty cache for one sequence."""
-        cache = SequenceCache(self.args, self.arithmetic.dtype)
+        cache = self._empty_cache()
         self._caches.add(cache)
         return cache
+
+    def _empty_cache(self) -> SequenceCache:
+        return SequenceCache(self.args, self.arithmetic.dtype)
 
     @property
     def num_layers(self) -> int:
@@ -269,7 +296,7 @@ class Model(nn.Module):
         graph stays small; a pass over few rows stays lazy until somebody reads its result. Amid a layer
         other passes over few rows may run, but not over many: they would take over the experts on their way.
         """
-        parts = make_parts(spans)
+        parts = self._begin(spans)
         for span in spans:
             span.cache.expect(span.position + span.rows - span.cache.length)
         if tokens.shape[0] > EAGER_ROWS and (sparse := self._first_sparse) is not None:
@@ -284,7 +311,15 @@ class Model(nn.Module):
                 yield from layer.piece_by_piece(pieces, parts)
                 mx.eval(*pieces, *(state for span in spans for state in span.cache.states(i)))
             yield i
-        return self.model.norm(joined(pieces))
+        return joined([self._last_norm(piece) for piece in pieces])
+
+    def _begin(self, spans: Sequence[Span]) -> list[RowPart]:
+        """The rows of a forward, cut into parts."""
+        return make_parts(spans)
+
+    def _last_norm(self, x: mx.array) -> mx.array:
+        """The hidden state after the last norm, [N, H]."""
+        return self.model.norm(x)
 
     def _embed(self, tokens: mx.array) -> mx.array:
         """tokens int32 [n] -> [n, H]."""

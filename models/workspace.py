@@ -53,11 +53,14 @@ def workspace_bytes(
     )
 
 
-def loading_bytes(trunk: Mapping[str, TensorEntry], arithmetic: Arithmetic) -> int:
-    """What lies beside the trunk while it is loaded: a tensor as it is stored, until it is cast or split."""
+def loading_bytes(trunk: Mapping[str, TensorEntry], arithmetic: Arithmetic, exact: tuple[str, ...]) -> int:
+    """What lies beside the trunk while it is loaded: a tensor as it is stored, until it is cast or split.
+
+    `exact`: last words of the names that are held in float32.
+    """
     most = 0
     for name, entry in trunk.items():
-        is_cast = not is_held_as_stored(entry, arithmetic)
+        is_cast = not is_held_as_stored(name, entry, arithmetic, exact)
         most = max(most, entry.nbytes * (is_cast + (".kv_b_proj." in name)))
     return most
 
@@ -158,6 +161,7 @@ class _Unpacked:
     ) -> None:
         self._args, self._trunk, self._index = args, trunk, index
         self._unpacks, self._itemsize = arithmetic.max_packed_rows is not None, arithmetic.dtype.size
+        self._outputs_at_once = arithmetic.outputs_at_once
         self._one_by_one = arithmetic.uses_numpy
 
     def attention(self) -> Size:
@@ -214,5 +218,6 @@ class _Unpacked:
             return 0, 0
         bits = words[-1] * 32 // width
         copies = FLOAT4_COPIES if scales_dtype == "U8" and bits == 4 else UNPACKED_COPIES.get(bits, 7)
-        unpacked = prod(words[:-1]) * width * self._itemsize
+        outputs = self._outputs_at_once(words[0], width) if len(words) == 2 else prod(words[:-1])
+        unpacked = outputs * width * self._itemsize
         return unpacked, (copies - 1) * unpacked

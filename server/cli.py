@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from server.launcher import hold_hangups, take_hangups
+from server.launcher import flushed, hold_hangups, take_hangups
 
 if __name__ == "__main__":  # before the imports that take half a second
     hold_hangups()
@@ -36,7 +37,10 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand that the words name; `serve` may be left out."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    return flushed(partial(_run, list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(words: list[str]) -> int:
     name = words.pop(0) if words and not words[0].startswith("-") else "serve"
     if name == "serve":
         hold_hangups()
@@ -58,9 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GaveUp as error:
         print(f"glmserve: {error}", file=sys.stderr)
         return os.EX_TEMPFAIL
-    except BrokenPipeError:  # of a reader such as `head`, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except KeyboardInterrupt:  # of a conversion, which goes on when it is asked for again
         print("glmserve: interrupted", file=sys.stderr)
         return 130

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 PACKAGES = ("config", "models", "server", "streaming")
@@ -24,18 +25,34 @@ def main() -> int:
     if clash:
         print(f"glmserve: {clash}", file=sys.stderr)
         return 2
-    if sys.argv[1:] == ["--version"]:  # answered here, in half the time that settings take to be imported
-        from server.version import VERSION
-
-        print(f"glmserve {VERSION}")
-        return 0
     try:
+        if sys.argv[1:] == ["--version"]:  # answered here, in half the time that settings take to be imported
+            return flushed(_say_version)
         from server.cli import main as run_command
 
         return run_command()
     except KeyboardInterrupt:
         print("glmserve: interrupted", file=sys.stderr)
         return 130
+
+
+def _say_version() -> int:
+    from server.version import VERSION
+
+    print(f"glmserve {VERSION}")
+    return 0
+
+
+def flushed(run: Callable[[], int]) -> int:
+    """Runs a command until all that it printed is read; 141 where its reader, such as `head`, had enough."""
+    try:
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def hold_hangups() -> None:

@@ -1,15 +1,16 @@
 """A host row's way into a discrete GPU's memory. Called by the banks, on the store's thread.
 
-Rows in pinned memory are read by a kernel over the bus, 40 GB/s on an H200. Where memory cannot be pinned,
-`mx.load`, which reads from anything that behaves like a file, makes the driver copy them, 4 to 5 GB/s;
-`mx.array` makes managed memory, whose pages a GPU fetches one fault at a time, 2 GB/s.
+Rows in pinned memory are read by a kernel over the bus, 40 GB/s on an H200, and one kernel brings all parts
+of several experts. Where memory cannot be pinned, `mx.load`, which reads from anything that behaves like a
+file, makes the driver copy them, 4 to 5 GB/s; `mx.array` makes managed memory, whose pages a GPU fetches one
+fault at a time, 2 GB/s.
 """
 
 import ctypes
 import io
 import mmap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import prod
 from typing import Any, cast
@@ -22,11 +23,21 @@ import numpy.typing as npt
 _RUNTIMES = ("libcudart.so.13", "libcudart.so.12")
 _PORTABLE_AND_MAPPED = 3
 _WORD_BYTES = 16
-_FETCH = r"""
-  const uint4* from = reinterpret_cast<const uint4*>(addresses[0]);
-  uint4* to = reinterpret_cast<uint4*>(out);
-  const long me = blockIdx.x * static_cast<long>(blockDim.x) + threadIdx.x, all = gridDim.x * blockDim.x;
-  for (long i = me; i < WORDS; i += all) to[i] = from[i];
+# A bank is an input of the kernel that fills it: MLX has no kernels that write into what is there. Nothing
+# reads a bank while it is filled, and the kernel is waited for.
+_FILL = r"""
+  const unsigned long long* mine = plan + blockIdx.y * (PARTS + 1);
+  const long me = blockIdx.x * static_cast<long>(blockDim.x) + threadIdx.x;
+  const long all = static_cast<long>(gridDim.x) * blockDim.x, slot = mine[0];
+  COPIES
+  if (me == 0) out[blockIdx.y] = 1;
+"""
+_COPY = r"""
+  {
+    const uint4* from = reinterpret_cast<const uint4*>(mine[PART + 1]);
+    uint4* to = (uint4*)(bankPART) + slot * WORDSPART;
+    for (long i = me; i < WORDSPART; i += all) to[i] = from[i];
+  }
 """
 _THREADS, _BLOCKS = 512, 32
 
@@ -40,32 +51,45 @@ class HostRows:
         self._is_pinned = row_bytes % _WORD_BYTES == 0 and _pin(memory)
         self.array = memory[: num_rows * row_bytes].view(dtype).reshape(num_rows, *shape)
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether `fill_slots` can take rows from here."""
+        return self._is_pinned
+
+    def anew(self) -> "HostRows":
+        """Rows like these in other memory; these live on while anybody holds one."""
+        return HostRows(len(self.array), self.array.shape[1:], self.array.dtype)
+
     def to_device(self, row: int) -> mx.array:
         """The numbered row as an MLX array, lazy: its memory is read when the array is evaluated."""
-        source = self.array[row]
-        if not self._is_pinned:
-            return copy_to_device(source)
-        words = source.nbytes // _WORD_BYTES
-        return _fetch_kernel()(
-            inputs=[mx.array(np.array([source.ctypes.data], np.uint64))],
-            template=[("WORDS", words)],
-            grid=(min(_BLOCKS, -(-words // _THREADS)) * _THREADS, 1, 1),
-            threadgroup=(_THREADS, 1, 1),
-            output_shapes=[source.shape],
-            output_dtypes=[_MLX_DTYPES[source.dtype]],
-        )[0]
+        return copy_to_device(self.array[row])
 
 
-_MLX_DTYPES = {
-    np.dtype(np.uint8): mx.uint8, np.dtype(np.uint16): mx.uint16, np.dtype(np.uint32): mx.uint32,
-    np.dtype(np.float16): mx.float16, np.dtype(np.float32): mx.float32,
-}  # fmt: skip
+def fill_slots(banks: Sequence[mx.array], staged: Sequence[HostRows], row_of: Mapping[int, int]) -> None:
+    """Copies rows of pinned memory into slots of the banks, part by part: `row_of` maps slots to rows.
+
+    Banks [slots, ...] and rows have the same sizes. Returns once the bytes are there.
+    """
+    starts = [(rows.array.ctypes.data, rows.array[0].nbytes) for rows in staged]
+    plan = [[slot, *(start + row * nbytes for start, nbytes in starts)] for slot, row in row_of.items()]
+    [done] = _fill_kernel(len(banks))(
+        inputs=[mx.array(np.array(plan, np.uint64)), *banks],
+        template=[(f"WORDS{i}", nbytes // _WORD_BYTES) for i, (_, nbytes) in enumerate(starts)],
+        grid=(_BLOCKS * _THREADS, len(plan), 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=[(len(plan),)],
+        output_dtypes=[mx.int32],
+    )
+    mx.eval(done)
 
 
 @cache
-def _fetch_kernel() -> Callable[..., list[mx.array]]:
+def _fill_kernel(num_parts: int) -> Callable[..., list[mx.array]]:
+    names = [f"bank{i}" for i in range(num_parts)]
+    copies = "".join(_COPY.replace("PART", str(i)) for i in range(num_parts))
+    source = _FILL.replace("COPIES", copies).replace("PARTS", str(num_parts))
     return cast(
-        Callable[..., list[mx.array]], mx.fast.cuda_kernel("fetch_row", ["addresses"], ["out"], _FETCH)
+        Callable[..., list[mx.array]], mx.fast.cuda_kernel("fill_slots", ["plan", *names], ["out"], source)
     )
 
 

@@ -152,8 +152,12 @@ class StoreLayer:
 
     def start(self, missed: Sequence[int], keep: Collection[int]) -> Sequence[Fill]:
         """Starts to read at most `bank.max_fill` experts, into slots of experts not in `keep`."""
-        fills = [self._make(expert, keep, ReadClass.DEMAND) for expert in missed]
-        self.bank.begin([fill.slot for fill in fills])
+        slots = [self.books.take(keep) for _ in missed]
+        self.bank.begin(slots)
+        fills = [
+            self._filler.make(self.number, self.bank, expert, slot, ReadClass.DEMAND)
+            for expert, slot in zip(missed, slots, strict=True)
+        ]
         if fills:
             self._filler.submit(fills)
         return fills

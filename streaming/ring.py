@@ -121,29 +121,34 @@ class Ring:
             lane = self._lane_of[self._wanted[0][0]]
             if not lane.bank.is_in_place or self._usable(lane) is None:
                 return
-            self._filler.submit([self._make(lane, *self._wanted.popleft())])
+            self._filler.submit([self._make(lane, *self._wanted.popleft(), self._take(lane))])
 
     def _usable(self, lane: _Lane) -> int | None:
         """A free slot that no read which hangs may yet write into."""
         return next((slot for slot in lane.free if not self._filler.is_written(lane.name, slot)), None)
 
-    def _make(self, lane: _Lane, layer: int, expert: int) -> Fill:
+    def _take(self, lane: _Lane) -> int:
         slot = self._usable(lane)
         assert slot is not None, "an expert is read once there is a slot for it"
         lane.free.remove(slot)
+        return slot
+
+    def _make(self, lane: _Lane, layer: int, expert: int, slot: int) -> Fill:
         fill = self._filler.make(layer, lane.bank, expert, slot, ReadClass.SWEEP, owner=lane.name)
         self._fills[layer, expert] = fill
         return fill
 
     def _bring_staged(self, lane: _Lane, layer: int, experts: Sequence[int]) -> tuple[list[Fill], float]:
-        """Reads experts into a bank that is filled by scatter.
+        """Reads experts into a bank that is filled by way of staging rows.
 
-        Nothing ahead, because layers share the staging rows.
+        Nothing ahead, because layers share those rows.
         """
         fills, waited_s = [], 0.0
         for first in range(0, len(experts), lane.bank.max_fill):
-            part = [self._make(lane, layer, e) for e in experts[first : first + lane.bank.max_fill]]
-            lane.bank.begin([fill.slot for fill in part])
+            some = experts[first : first + lane.bank.max_fill]
+            slots = [self._take(lane) for _ in some]
+            lane.bank.begin(slots)
+            part = [self._make(lane, layer, *pair) for pair in zip(some, slots, strict=True)]
             self._filler.submit(part)
             waited_s += self._filler.wait(part)
             lane.bank.finish([fill.slot for fill in part if fill.error is None])

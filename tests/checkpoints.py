@@ -10,6 +10,7 @@ import mlx.core as mx
 from models.args import ModelArgs
 from models.arithmetic import CPU, Arithmetic, Quantization
 from models.attention.attention import Span
+from models.families import parse_args
 from models.glm_moe_dsa import Model
 from models.loading.loading import Checkpoint, load_model, open_checkpoint
 from models.loading.tensor_names import split_kv_b
@@ -25,7 +26,7 @@ def save_packed(directory: Path, config: dict[str, Any], weights: dict[str, Arra
 
     The router stays as it is, as in the public checkpoints.
     """
-    args = ModelArgs.from_config(config)
+    args = parse_args(config)
     out: dict[str, mx.array] = {}
     overrides: dict[str, Any] = {}
     for name, tensor in _mlx_layout(weights, args).items():

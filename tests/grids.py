@@ -4,11 +4,13 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
-from _pytest.mark.structures import ParameterSet
 
 
-def few(cases: Iterable[Any], keep: Collection[Any]) -> list[ParameterSet]:
-    """Marks as `long` every case but those in `keep`; a case of several values is kept by its first."""
+def few(cases: Iterable[Any], keep: Collection[Any]) -> list[Any]:
+    """Marks as `long` every case but those in `keep`; a case of several values is kept by its first.
+
+    Returns what `parametrize` takes.
+    """
     found = [case if isinstance(case, tuple) else (case,) for case in cases]
     assert all(any(case[0] == one for case in found) for one in keep), "a case that is kept must be there"
     return [pytest.param(*case, marks=() if case[0] in keep else pytest.mark.long) for case in found]

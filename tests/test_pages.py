@@ -1,11 +1,15 @@
 """Pages name files that exist, and pictures are what their script draws."""
 
+import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from docs.pictures.draw import HERE, PICTURES
+from docs.pictures.plots import M5_MAX, PLOTS, ULTRA, sensitivity, table
+from server.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +41,18 @@ def test_every_class_that_a_page_names_exists(name: str) -> None:
     assert [one for one in sorted(classes) if not re.search(rf"class {one}\b", sources)] == []
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", PICTURES | PLOTS)
 def test_pictures_are_what_the_script_draws(name: str) -> None:
-    assert (HERE / name).read_text(encoding="utf-8") == PICTURES[name]().svg()
+    assert (HERE / name).read_text(encoding="utf-8") == (PICTURES | PLOTS)[name]().svg()
+
+
+def test_what_a_buyer_reads_is_what_plan_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert table() in page
+    assert sensitivity() in page
+    for buyer, memory in ((M5_MAX, "128G"), (ULTRA, "256G")):
+        words = ["plan", "z-ai/glm-5.2", "--json", "--memory", memory]
+        words += ["--ram-budget", str(buyer.budget_bytes), "--disk", f"{buyer.disk_bytes_per_s / 1e9:g}GB/s"]
+        assert main(words) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["forecast"] == asdict(buyer.expects())

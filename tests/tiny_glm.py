@@ -119,16 +119,16 @@ def _attention_shapes(c: dict[str, Any], p: str, full: bool) -> Iterator[tuple[s
 def _mlp_shapes(c: dict[str, Any], p: str, dense: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     h, width = c["hidden_size"], c["moe_intermediate_size"]
     if dense:
-        yield from _glu_shapes(p, h, c["intermediate_size"])
+        yield from glu_shapes(p, h, c["intermediate_size"])
         return
     yield p + "gate.weight", (c["n_routed_experts"], h)
     yield p + "gate.e_score_correction_bias", (c["n_routed_experts"],)
     for e in range(c["n_routed_experts"]):
-        yield from _glu_shapes(f"{p}experts.{e}.", h, width)
-    yield from _glu_shapes(p + "shared_experts.", h, width * c["n_shared_experts"])
+        yield from glu_shapes(f"{p}experts.{e}.", h, width)
+    yield from glu_shapes(p + "shared_experts.", h, width * c["n_shared_experts"])
 
 
-def _glu_shapes(p: str, h: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def glu_shapes(p: str, h: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield p + "gate_proj.weight", (width, h)
     yield p + "up_proj.weight", (width, h)
     yield p + "down_proj.weight", (h, width)

@@ -10,6 +10,7 @@ from models.args import ModelArgs
 from models.arithmetic import CPU, Arithmetic
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
+from models.families import parse_args
 from models.glm_moe_dsa import Model
 from models.loading.building import as_held, build_model
 from models.loading.tensor_names import trunk_names
@@ -85,7 +86,7 @@ class MemoryExperts:
 def make_model(
     config: Mapping[str, Any], weights: Mapping[str, Array], arithmetic: Arithmetic = CPU
 ) -> Model:
-    args = ModelArgs.from_config(config)
+    args = parse_args(config)
     tensors = {name: mx.array(weights[name]) for name in trunk_names(weights, args)}
     source = cast(ExpertStore, MemoryExperts(args, weights))
     return build_model(args, arithmetic, source, as_held(tensors, args, arithmetic))

@@ -6,7 +6,7 @@ With a checkpoint's folder also through its store, from disk to slot: experts as
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,12 +14,12 @@ import numpy as np
 
 from models.arithmetic import choose_arithmetic
 from models.loading.loading import open_checkpoint
-from streaming.device_copy import HostRows, copy_to_device
+from streaming.device_copy import HostRows, copy_to_device, fill_slots
 from streaming.store import ExpertStore
 
 NUM_SLOTS, ROWS, ROW_BYTES = 64, 6, 20 * 2**20
 SLOTS = (1, 8, 9, 20, 33, 60)
-EXPERTS_AT_ONCE = 16
+EXPERTS_AT_ONCE = (3, 16)  # what a step misses in one layer; what is staged together
 
 
 def measure(name: str, copy: Callable[[], None], nbytes: int, rounds: int = 5) -> None:
@@ -49,22 +49,25 @@ def measure_ways() -> None:
     measure("mx.array of contiguous rows, not read by the GPU", lambda: mx.eval(mx.array(rows.array)), nbytes)
     measure("mx.array into the bank", through(lambda row: mx.array(rows.array[row])), nbytes)
     measure("mx.load into the bank", through(lambda row: copy_to_device(rows.array[row])), nbytes)
-    measure("as the store does, into the bank", through(rows.to_device), nbytes)
+    row_of = {slot: row for row, slot in enumerate(SLOTS)}
+    measure("as the store does, into the bank", lambda: fill_slots([bank], [rows], row_of), nbytes)
 
 
 def measure_store(folder: Path) -> None:
     checkpoint, arithmetic = open_checkpoint(folder), choose_arithmetic()
     index = checkpoint.experts
     layer = index.layers[0]
-    store = ExpertStore(index, EXPERTS_AT_ONCE, float_dtype=arithmetic.dtype)
-    starts = iter(range(0, index.num_experts, EXPERTS_AT_ONCE))
+    store = ExpertStore(index, max(EXPERTS_AT_ONCE), float_dtype=arithmetic.dtype)
+    for count in EXPERTS_AT_ONCE:
+        starts = iter(range(0, index.num_experts, count))
 
-    def bring() -> None:
-        start = next(starts)
-        store.acquire(layer, range(start, start + EXPERTS_AT_ONCE))
+        def bring(starts: Iterator[int] = starts, count: int = count) -> None:
+            start = next(starts)
+            store.acquire(layer, range(start, start + count))
 
-    nbytes = EXPERTS_AT_ONCE * index.expert_bytes(layer)
-    measure(f"{EXPERTS_AT_ONCE} experts through the store, disk included", bring, nbytes)
+        measure(
+            f"{count} experts through the store, disk included", bring, count * index.expert_bytes(layer), 10
+        )
     store.close()
 
 

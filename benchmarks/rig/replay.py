@@ -145,13 +145,15 @@ class ReplayedModel:
         at = [(routing, agent, position % len(routing.experts)) for routing, agent, position in rows]
         experts = np.stack([routing.experts[token, layer] for routing, _, token in at]).astype(np.int32)
         scores = np.stack([routing.scores[token, layer] for routing, _, token in at])
-        guess = np.stack([_guess(experts[i], (*row[1:], layer)) for i, row in enumerate(at)])
+        guess = np.stack(
+            [_guess(experts[i], (*row[1:], layer), scores.shape[-1]) for i, row in enumerate(at)]
+        )
         return experts, scores, guess
 
 
-def _guess(wanted: NDArray[np.int32], seed: tuple[int, ...]) -> NDArray[np.int32]:
+def _guess(wanted: NDArray[np.int32], seed: tuple[int, ...], num_experts: int) -> NDArray[np.int32]:
     rng = np.random.default_rng(seed)
-    others = np.setdiff1d(np.arange(EXPERTS, dtype=np.int32), wanted)
+    others = np.setdiff1d(np.arange(num_experts, dtype=np.int32), wanted)
     wrong = rng.choice(others, len(wanted), replace=False)
     return np.where(rng.random(len(wanted)) < PRECISION, rng.permutation(wanted), wrong)
 

@@ -37,11 +37,11 @@ class SimulatedDisk:
     ) -> None:
         self.bytes_per_s, self.latency_s = bytes_per_s, latency_s
         self.services: list[Service] = []
-        self._contents = contents
+        self.contents = contents
         self._lock = threading.Lock()
 
     def open(self, path: Path, stamp: FileStamp) -> DiskFile:
-        inner = self._contents.open(path, stamp) if self._contents else None
+        inner = self.contents.open(path, stamp) if self.contents else None
         return _SimulatedFile(self, inner)
 
     @property

@@ -6,6 +6,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -85,13 +86,14 @@ class Siege:
         act = dict(ROUNDS)[name]
         self._bystander.turn()
         faults: list[str] = []
-        with Crowd(self._server.url) as crowd:
+        with Crowd(self._server.port) as crowd:
             for _ in range(number):
                 time.sleep(0.5)
                 faults += act(self._server)
         seen = self._bystander.turn()
         faults += crowd.faults[:3] + [f"wrong: {one}" for one in seen.wrong]
-        self._add(Row(name, str(number), seen, faults, f"{crowd.num_answers} answers beside it"))
+        told = f"{crowd.num_answers} answers beside it, {crowd.num_told} of them errors in words"
+        self._add(Row(name, str(number), seen, faults, told))
 
     def _judge(self, seen: Seen) -> list[str]:
         faults = [f"wrong: {one}" for one in seen.wrong]
@@ -105,7 +107,7 @@ class Siege:
         return faults
 
     def _add(self, row: Row) -> None:
-        kills = self._server.cage.num_oom_kills
+        kills = self._server.cage.num_oom_kills - self._server.cage.num_wanted_kills
         if kills > self._num_oom_kills:
             row.faults.append(f"{kills - self._num_oom_kills} OOM kills")
             self._num_oom_kills = kills
@@ -147,15 +149,14 @@ def main() -> int:
     parser.add_argument("--budget", type=int, default=850, help="megabytes of the budget and of the cgroup")
     parser.add_argument("--only", default="", help="parts of the names of attacks and rounds, with commas")
     options = parser.parse_args()
-    seconds, number = (2.5, 1) if options.quick else (9.0, 3)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # through the ends of all processes
+    seconds, number = (2.5, 1) if options.quick else (5.0, 2)
     cage = Cage(options.budget * 10**6)
     with make_folder() as folder:
         server = Server(cage, Path(folder))
         bystander = Bystander(server.url)
         siege = Siege(server, bystander)
         try:
-            bystander.learn()
-            bystander.start()
             siege.measure_calm(4 * seconds)
             for name, _ in attacks():
                 if any(part in name for part in options.only.split(",")):

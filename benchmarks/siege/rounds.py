@@ -5,15 +5,16 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
+from pathlib import Path
 
-import httpx
-
-from benchmarks.siege.bodies import chat
-from benchmarks.siege.cage import KEYS, STEP_S, Server
+from benchmarks.siege.bodies import CHAT, chat
+from benchmarks.siege.cage import KEYS, STEP_S, Server, ask
 
 HEADERS = {"authorization": f"Bearer {KEYS['attacker']}"}
 # After a fault's end; an engine that starts slowly, on a busy machine, has three times its last start.
@@ -23,10 +24,10 @@ BACK_S = 10.0
 class Crowd:
     """Six clients that ask all the time. Each answer ends right or in words; anything else is a fault."""
 
-    def __init__(self, url: str) -> None:
-        self._url, self._stopping = url, threading.Event()
+    def __init__(self, port: int) -> None:
+        self._port, self._stopping = port, threading.Event()
         self.faults: list[str] = []
-        self.num_answers = 0
+        self.num_answers = self.num_told = 0
         self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(6)]
 
     def __enter__(self) -> "Crowd":
@@ -42,20 +43,22 @@ class Crowd:
     def _ask(self, number: int) -> None:
         while not self._stopping.wait(0.05):
             body = chat(f"Count from {number}.", stream=bool(number % 2), max_tokens=40)
-            with suppress(httpx.TransportError):  # the HTTP process itself was killed
-                url = f"{self._url}/v1/chat/completions"
-                answer = httpx.post(url, json=body, headers=HEADERS, timeout=60)
+            with suppress(OSError, HTTPException):  # the HTTP process itself was killed
+                status, raw = ask(self._port, "POST", CHAT, HEADERS, json.dumps(body).encode())
                 self.num_answers += 1
-                if answer.status_code == 200 and number % 2:
-                    last = answer.text.rstrip().rpartition("\n\n")[2]
-                    if last != "data: [DONE]" and '"error"' not in last:
-                        self.faults.append(f"a stream ended in {last[-80:]!r}")
-                elif answer.status_code == 200:
-                    said = answer.json()
-                    if "choices" not in said and "error" not in said:
-                        self.faults.append(f"an answer holds neither choices nor an error: {str(said)[:80]}")
-                elif "error" not in json.loads(answer.text):
-                    self.faults.append(f"{answer.status_code} without words")
+                self._judge(status, raw.decode(), is_stream=bool(number % 2))
+
+    def _judge(self, status: int, text: str, *, is_stream: bool) -> None:
+        if status == 200 and is_stream:
+            last = text.rstrip().rpartition("\n\n")[2]
+            is_told = '"error"' in last
+            if last != "data: [DONE]" and not is_told:
+                self.faults.append(f"a stream ended in {last[-80:]!r}")
+        else:
+            is_told = "error" in json.loads(text)
+            if not is_told and (status != 200 or "choices" not in json.loads(text)):
+                self.faults.append(f"{status} with neither an answer nor an error: {text[:80]}")
+        self.num_told += is_told
 
 
 def _until_back(server: Server, what: str) -> list[str]:
@@ -97,7 +100,7 @@ def http_killed(server: Server) -> list[str]:
     return faults
 
 
-def asked_to_stop(server: Server) -> list[str]:
+def asked_to_stop(server: Server, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
     """SIGTERM amid answers, as a service sends it."""
     server.process.terminate()
     faults = []
@@ -108,6 +111,7 @@ def asked_to_stop(server: Server) -> list[str]:
         faults = ["no end 20 s after SIGTERM"]
         server.process.kill()
         server.process.wait()
+    meanwhile()
     server.start()
     return faults
 
@@ -133,6 +137,69 @@ def memory_short(server: Server) -> list[str]:
     return _until_back(server, "memory was short")
 
 
+HOG = """
+import time
+held = []
+while True:
+    held.append(bytearray(b"x") * 2**22)
+    time.sleep(0.004)
+"""
+
+
+def memory_gone(server: Server) -> list[str]:
+    """The kernel's OOM killer ends the engine: another process of the group takes all that there is."""
+    kills, engine = server.cage.num_oom_kills, server.engine
+    # A real model is the largest of the group by far; Pocket is not, so the kernel is told to begin with it.
+    Path(f"/proc/{engine}/oom_score_adj").write_text("1000")
+    hog = subprocess.Popen([sys.executable, "-c", HOG], preexec_fn=server.cage.enter)
+    deadline = time.monotonic() + 30
+    while server.cage.num_oom_kills == kills and time.monotonic() < deadline:
+        time.sleep(0.01)
+    hog.kill()
+    hog.wait()
+    time.sleep(0.3)
+    faults = _until_back(server, "the engine was killed for memory")
+    num_kills = server.cage.num_oom_kills - kills
+    server.cage.num_wanted_kills += num_kills
+    if server.process.poll() is not None:
+        return ["the HTTP process was killed for memory"]
+    return faults + ([] if num_kills and server.engine != engine else ["the engine was not killed"])
+
+
+@contextmanager
+def _small_disk(server: Server) -> Iterator[None]:
+    """A real filesystem of 8 MB where the server saves prompts, over a restart at either end."""
+    image = server.folder / "disk"
+    with open(image, "wb") as file:
+        file.truncate(8 * 2**20)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    asked_to_stop(server, lambda: subprocess.run(["mount", "-o", "loop", image, server.cache], check=True))
+    try:
+        yield
+    finally:
+        asked_to_stop(server, lambda: subprocess.run(["umount", server.cache], check=True))
+
+
+def disk_full(server: Server) -> list[str]:
+    """The filesystem of saved prompts is filled to the last byte amid answers, and so it is at a start."""
+    faults = []
+    with _small_disk(server):
+        with suppress(OSError), open(server.cache / "filler", "wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        start = server.log.stat().st_size
+        for is_restarted in (False, True):
+            if is_restarted:
+                faults += asked_to_stop(server)
+            for number in range(3):
+                body = chat(f"{number} {is_restarted} " + "a word " * 600)
+                status, raw = ask(server.port, "POST", CHAT, HEADERS, json.dumps(body).encode())
+                faults += [] if status == 200 else [f"a full disk: {status} {raw[:80]!r}"]
+        if b"No space left" not in server.log.read_bytes()[start:]:
+            faults.append("no write failed: the round shows nothing")
+    return faults
+
+
 def descriptors_short(server: Server) -> list[str]:
     """300 connections stay open while the engine is killed: it is started again all the same."""
     import socket
@@ -154,5 +221,7 @@ ROUNDS: list[tuple[str, Callable[[Server], list[str]]]] = [
     ("the HTTP process is killed", http_killed),
     ("SIGTERM amid answers", asked_to_stop),
     ("the prefix cache's folder is gone", disk_gone),
+    ("the disk is full (ENOSPC)", disk_full),
     ("the page cache is squeezed", memory_short),
+    ("the engine is killed for memory (OOM)", memory_gone),
 ]

@@ -108,7 +108,7 @@ class Server:
 
     def ask(self, question: str, is_streaming: bool = False) -> str:
         """What became of a request: right, or the kind of its error; anything else begins with WRONG."""
-        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 8}
+        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 4}
         try:
             url = f"{self.url}/v1/chat/completions"
             answer = httpx.post(url, json=body | {"stream": is_streaming}, timeout=PATIENCE_S)

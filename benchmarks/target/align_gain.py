@@ -1,8 +1,9 @@
 """What `glmserve align` gives: `python -m benchmarks.target.align_gain --folder DIR` (needs 5 GB there).
 
 Writes a checkpoint by MLX's own saver, with experts of GLM-5.2's shape at 3 bits. Prints the share of bytes
-that go straight into slots, the rate and the CPU time of an expert's read, before and after; and kills the
-command at random moments, after each of which every tensor must be right through the committed index.
+that go straight into slots, the rate and the CPU time of an expert's read, before and after, each in the
+engine's environment and without its pages of 2 MB; and kills the command at random moments, after each of
+which every tensor must be right through the committed index.
 """
 
 import argparse
@@ -10,10 +11,12 @@ import hashlib
 import json
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from models.loading.loading import open_checkpoint
+from server.link.child import ENGINE_ENVIRONMENT, engine_environment
 from streaming.banks import BankMaker
 from streaming.disk.reads import aligned_range, scatter
 from streaming.files.headers import read_headers
@@ -93,6 +97,18 @@ def reading(index: ExpertIndex) -> str:
     )
 
 
+def measure(folder: Path, rounds: int) -> None:
+    """Prints shares and rates, with small and with large pages by turns."""
+    index = open_checkpoint(folder).experts
+    print(f"  {straight_share(index):.1%} straight", flush=True)
+    command = [sys.executable, "-P", "-m", "benchmarks.target.align_gain", "--folder", str(folder), "--read"]
+    for _ in range(rounds):
+        for pages, tunables in (("4 kB", ""), ("2 MB", ENGINE_ENVIRONMENT["GLIBC_TUNABLES"])):
+            env = engine_environment() | {"GLIBC_TUNABLES": tunables}
+            done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+            print(f"  pages of {pages}: {done.stdout.strip()}", flush=True)
+
+
 def digests(folder: Path) -> dict[object, bytes]:
     """Of each expert, and of each other tensor, as the index that stands there names them."""
     entries = read_headers(folder)
@@ -115,20 +131,25 @@ def _digest(path: Path, offset: int, nbytes: int) -> bytes:
         return hashlib.blake2b(file.read(nbytes)).digest()
 
 
-def kill_and_repeat(folder: Path, times: int, most_s: float) -> int:
-    """Kills the command so often, at random moments; returns in how many runs it was not done yet."""
-    expected, num_cut, chance = digests(folder), 0, random.Random(1)
+def kill_and_repeat(folder: Path, times: int, most_s: float, make: Callable[[], None]) -> int:
+    """Kills the command so often while it works, at random moments; returns how often it was made anew."""
+    expected, num_cut, num_made, chance = digests(folder), 0, 0, random.Random(1)
     command = [sys.executable, "-P", "-m", "server.cli", "align", str(folder)]
-    for _ in range(times):
+    while num_cut < times:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(0.2, most_s))
-        num_cut += process.poll() is None
+        is_done = process.poll() is not None
         process.kill()
         process.wait()
         assert digests(folder) == expected, "the committed index names a tensor that is not what it was"
+        num_cut += not is_done
+        if is_done:
+            shutil.rmtree(folder)
+            make()
+            num_made += 1
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert digests(folder) == expected, "a tensor was changed"
-    return num_cut
+    return num_made
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -139,16 +160,28 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--most-seconds", type=float, default=4.0, help="latest moment of a kill")
+    parser.add_argument("--rounds", type=int, default=3, help="of reading, each way")
+    parser.add_argument("--read", action="store_true", help="only read, in this process, what is there")
     options = parser.parse_args(words)
+    if options.read:
+        print(reading(open_checkpoint(options.folder).experts))
+        return 0
     make_checkpoint(options.folder, options.experts, options.layers)
     index = open_checkpoint(options.folder).experts
     nbytes = sum(index.num_experts * index.expert_bytes(layer) for layer in index.layers)
     print(json.dumps({"experts_bytes": nbytes, "experts": options.experts, "layers": options.layers}))
-    print(f"before: {straight_share(index):.1%} straight, {reading(index)}", flush=True)
-    num_cut = kill_and_repeat(options.folder, options.kills, options.most_seconds)
-    print(f"killed {options.kills} times, {num_cut} of them at work: every tensor was right each time")
-    index = open_checkpoint(options.folder).experts
-    print(f"after: {straight_share(index):.1%} straight, {reading(index)}", flush=True)
+    print("before")
+    measure(options.folder, options.rounds)
+    num_made = kill_and_repeat(
+        options.folder,
+        options.kills,
+        options.most_seconds,
+        partial(make_checkpoint, options.folder, options.experts, options.layers),
+    )
+    text = "killed %d times at work (begun anew %d times): every tensor was right through the index each time"
+    print(text % (options.kills, num_made), flush=True)
+    print("after")
+    measure(options.folder, options.rounds)
     return 0
 
 

@@ -13,6 +13,10 @@ text{font:13px system-ui,sans-serif;fill:#1f2328} .small{font-size:11px;fill:#59
 @media (prefers-color-scheme:dark){text{fill:#f0f6fc} .small{fill:#9198a1} .box{fill:#151b23;stroke:#9198a1}
 .room{fill:#0d1117;stroke:#656c76} .arrow{stroke:#4493f8} .head{fill:#4493f8} .page{fill:#0d1117}}
 .page{fill:#fff}
+.line{fill:none;stroke-width:2} .first{stroke:#0969da} .second{stroke:#bf3989} .third{stroke:#1a7f37}
+.fourth{stroke:#9a6700} .grid{stroke:#818b98;stroke-width:.5;stroke-dasharray:2 3}
+@media (prefers-color-scheme:dark){.first{stroke:#4493f8} .second{stroke:#f778ba} .third{stroke:#3fb950}
+.fourth{stroke:#d29922} .grid{stroke:#656c76}}
 """
 
 

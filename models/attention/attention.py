@@ -84,10 +84,26 @@ class RowPart:
         return self.rows.stop - self.rows.start > EAGER_ROWS
 
 
-def make_parts(spans: Sequence[Span], num_rows: int = PART_ROWS) -> list[RowPart]:
-    """The rows of all spans in order, cut into parts."""
+def make_parts(spans: Sequence[Span], num_rows: int = PART_ROWS, grain: int = 1) -> list[RowPart]:
+    """The rows of all spans in order, cut into parts of at most `num_rows`.
+
+    A span is cut behind a multiple of `grain` tokens of its sequence.
+    """
     total = max(span.stop for span in spans)
-    return [_make_part(spans, start, min(start + num_rows, total)) for start in range(0, total, num_rows)]
+    parts, start = [], 0
+    while start < total:
+        stop = min(start + num_rows, total)
+        stop = next((_cut(span, start, stop, grain) for span in spans if span.start < stop < span.stop), stop)
+        parts.append(_make_part(spans, start, stop))
+        start = stop
+    return parts
+
+
+def _cut(span: Span, start: int, stop: int, grain: int) -> int:
+    """The last row up to `stop` before which a span may be cut; `stop` if none lies behind `start`."""
+    back = (span.position + stop - span.start) % grain
+    last = max(stop - back, span.start)
+    return last if last > start else stop
 
 
 def _make_part(spans: Sequence[Span], start: int, stop: int) -> RowPart:
@@ -109,18 +125,20 @@ class Attention(nn.Module):
         self._args, self._layer = args, layer
         self._arithmetic = arithmetic
         heads = args.num_attention_heads
-        # The eps of the two inner norms is fixed at 1e-6 in the reference, whatever rms_norm_eps says.
         self.q_a_proj = Linear(args.hidden_size, args.q_lora_rank, arithmetic)
-        self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=1e-6)
+        self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=args.inner_norm_eps)
         self.q_b_proj = Linear(args.q_lora_rank, heads * args.qk_head_dim, arithmetic)
         self.kv_a_proj_with_mqa = Linear(args.hidden_size, args.latent_dim, arithmetic)
-        self.kv_a_layernorm = nn.RMSNorm(args.kv_lora_rank, eps=1e-6)
+        self.kv_a_layernorm = nn.RMSNorm(args.kv_lora_rank, eps=args.inner_norm_eps)
         self.embed_q = Linear(args.qk_nope_head_dim, args.kv_lora_rank, arithmetic, num_heads=heads)
         self.unembed_out = Linear(args.kv_lora_rank, args.v_head_dim, arithmetic, num_heads=heads)
         self.o_proj = Linear(heads * args.v_head_dim, args.hidden_size, arithmetic)
         if args.indexer_types[layer] == FULL:
-            self.indexer = Indexer(args, arithmetic)
+            self.indexer = self._make_indexer()
         self._rope = Rope(args.qk_rope_head_dim, args.rope_theta)
+
+    def _make_indexer(self) -> Indexer:
+        return Indexer(self._args, self._arithmetic)
 
     @property
     def periods(self) -> mx.array:
@@ -131,6 +149,10 @@ class Attention(nn.Module):
         """What x [N, H] attends to, on top of `onto`, [N, H]; appends rows to the caches of the spans."""
         if self._arithmetic.fuses(x.shape[0]) and self._fused is not None:
             return self._in_few_kernels(self._fused, x, part, onto)
+        return onto + self.attended(x, part)
+
+    def attended(self, x: mx.array, part: RowPart) -> mx.array:
+        """What x [N, H] attends to, [N, H]; appends rows to the caches of the spans."""
         is_compiled = self._arithmetic.compiles and not part.is_large
         project, finish = self._compiled if is_compiled else (self._project, self._finish)
         q_residual, queries, rows, *new_keys = project(x, part.positions)
@@ -142,7 +164,7 @@ class Attention(nn.Module):
             self._attend(queries[:, span.start : span.stop], span_keys, selected, in_flight)
             for span, span_keys, selected in zip(part.spans, keys, part.selected, strict=True)
         ]
-        return onto + finish(mx.concatenate(outs, axis=1))
+        return finish(mx.concatenate(outs, axis=1))
 
     @cached_property
     def _fused(self) -> "FusedAttention | None":

@@ -4,14 +4,19 @@ A layer's row is the normed latent followed by the rotated key that all heads sh
 one row of index keys. Shared layers keep no index keys: they reuse a selection of positions.
 """
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 
 from config.plan import cache_rows
 from models.args import ModelArgs
+from streaming.files.floats import Bytes
 
 
 class RowCache:
     """Rows `[length, width]` of one kind in one layer, appended at the end, cut from the end."""
+
+    stride = 1  # tokens that a row stands for
 
     def __init__(self, width: int, dtype: mx.Dtype) -> None:
         self._buffer = mx.zeros((0, width), dtype=dtype)
@@ -65,7 +70,14 @@ class RowCache:
 
 
 class SequenceCache:
-    """All rows of one sequence: latents for each layer, index keys for each full layer."""
+    """All rows of one sequence: latents for each layer, index keys for each full layer.
+
+    `grain`: other sequences go on, and passes pause, behind multiples of so many tokens. `keeps_state`: rows
+    are not all that is remembered.
+    """
+
+    grain = 1
+    keeps_state = False
 
     def __init__(self, args: ModelArgs, dtype: mx.Dtype) -> None:
         self.latents = [RowCache(args.latent_dim, dtype) for _ in range(args.num_hidden_layers)]
@@ -77,18 +89,23 @@ class SequenceCache:
         return self.latents[-1].length
 
     @property
+    def num_rows(self) -> int:
+        """Tokens whose rows are there."""
+        return self.length
+
+    @property
     def nbytes(self) -> int:
-        return sum(rows.nbytes for rows in self._all())
+        return sum(rows.nbytes for rows in self.parts)
 
     def trim(self, length: int) -> None:
         """Forget all tokens behind the first `length`, in latents and index keys alike."""
-        for rows in self._all():
+        for rows in self.parts:
             rows.trim(min(length, rows.length))
 
     def expect(self, tokens: int) -> None:
         """A forward is about to append so many tokens."""
-        for rows in self._all():
-            rows.expect(tokens)
+        for rows in self.parts:
+            rows.expect(-(-tokens // rows.stride))
 
     def states(self, layer: int) -> list[mx.array]:
         """The arrays of one layer, for evaluation."""
@@ -97,11 +114,32 @@ class SequenceCache:
 
     def check_integrity(self) -> None:
         """All layers hold the same number of tokens."""
-        lengths = {rows.length for rows in self._all()}
+        lengths = {rows.length for rows in self.parts}
         assert len(lengths) == 1, f"layers disagree about the length: {sorted(lengths)}"
 
-    def _all(self) -> list[RowCache]:
+    @property
+    def parts(self) -> list[RowCache]:
+        """All kinds of rows, in the order in which they are saved."""
         return [*self.latents, *self.index_keys.values()]
+
+    def want(self, lengths: Iterable[int]) -> None:
+        """Forwards to come keep the state at these lengths; there is none."""
+
+    @property
+    def kept_lengths(self) -> list[int]:
+        """Lengths at which a state is kept because it was wanted, ascending."""
+        return []
+
+    def can_lend(self, length: int) -> bool:
+        """Whether another sequence may go on behind the first `length` tokens."""
+        return length <= self.length
+
+    def read_state(self, length: int) -> Bytes | None:
+        """What is kept of the first `length` tokens beside their rows, as bytes: nothing."""
+        return None
+
+    def fill_state(self, payload: Bytes, length: int) -> None:
+        """Takes over what `read_state` gave."""
 
 
 def cache_bytes_per_token(args: ModelArgs, itemsize: int) -> int:

@@ -14,10 +14,10 @@ from typing import Any
 
 from config.errors import CheckpointError, UsageError
 from config.sizes import format_size
-from models.args import ModelArgs
 from models.convert.align_plan import plan_steps
 from models.convert.aligned_shard import PARTIAL, read_metadata, replace_file, sync_folder, write_shard
-from models.loading.checkpoint_names import is_complete, plain_names
+from models.families import parse_args
+from models.loading.checkpoint_names import is_complete, unwrapped
 from models.loading.checkpoint_tensors import read_config
 from models.loading.vendor_formats import refuse_vendor_format
 from streaming.files.headers import INDEX_NAME, TensorEntry, read_headers
@@ -56,10 +56,10 @@ def align(
 def _open(directory: Path) -> tuple[Tensors, ExpertIndex]:
     """All tensors by the names that their files have, and where the experts lie."""
     config = read_config(directory)
-    args = ModelArgs.from_config(config)
+    args = parse_args(config)
     tensors = read_headers(directory, partial(is_complete, args=args))
     refuse_vendor_format(directory, config, tensors)
-    plain = plain_names(tensors)
+    plain = unwrapped(tensors)
     if not is_complete(plain, args):
         raise CheckpointError(f"{directory} is not a complete model; finish the download")
     return tensors, ExpertIndex.from_entries(plain, args.num_hidden_layers)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from models.convert.aligned_shard import Copy
 from models.convert.shards import PAGE
-from models.loading.checkpoint_names import plain_names
+from models.loading.checkpoint_names import unwrapped
 from streaming.files.headers import TensorEntry
 from streaming.files.index import ExpertIndex
 
@@ -59,7 +59,7 @@ def plan_steps(tensors: Mapping[str, TensorEntry], index: ExpertIndex) -> Iterat
 def _expert_names(tensors: Mapping[str, TensorEntry], index: ExpertIndex) -> dict[int, frozenset[str]]:
     """The tensors of each layer's experts that are still to be rewritten, by the names that files have."""
     found: dict[int, set[str]] = {layer: set() for layer in index.layers}
-    for name, entry in plain_names(tensors).items():
+    for name, entry in unwrapped(tensors).items():
         layer = ExpertIndex.layer_of(name)
         if layer is not None and layer in found and entry.path.name != experts_name(layer):
             found[layer].add(entry.name)

@@ -26,6 +26,7 @@ from models.args import ModelArgs
 from models.convert.recipe import Matrix, Recipe, group_by_layer, make_matrices, make_recipe
 from models.convert.shards import ShardWriter, TensorSpec
 from models.convert.source import Source, scale_name
+from models.families import parse_args
 from models.loading.building import check_dense
 from models.loading.checkpoint_tensors import read_config, read_tensors
 from models.loading.vendor_formats import refuse_vendor_format
@@ -53,7 +54,7 @@ def convert(
 ) -> None:
     """Converts a checkpoint; `on_progress` hears bytes done, of how many, in the target."""
     config = _read_config(source_dir)
-    args = ModelArgs.from_config(config)
+    args = parse_args(config)
     entries = read_tensors(source_dir, args)
     refuse_vendor_format(source_dir, config, entries)
     source = Source(entries, _block_shape(config))

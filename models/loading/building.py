@@ -1,6 +1,7 @@
 """From named tensors to a model that holds them. Called by loading, and by tests with their own tensors."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import cast
@@ -13,16 +14,15 @@ from config.errors import CheckpointError
 from models.args import ModelArgs
 from models.arithmetic import AFFINE_BITS, AFFINE_GROUPS, CPU, Arithmetic, Quantization
 from models.experts.experts import Experts
+from models.families import family_of
 from models.glm_moe_dsa import DenseMlp, Model
 from models.linear import Linear
-from models.loading.tensor_names import to_model_names
 from streaming.files.floats import MLX_TYPES
 from streaming.files.headers import TensorEntry
 from streaming.files.index import PROJECTIONS, ExpertIndex, Part
 from streaming.store import ExpertStore
 
-# Control paths stay in float32 whatever the activations are (reference, section 0, point 4).
-_FLOAT32 = (".gate.weight", ".e_score_correction_bias", ".k_norm.weight", ".k_norm.bias")
+Names = tuple[str, ...]
 
 
 def build_model(
@@ -32,11 +32,12 @@ def build_model(
 
     Raises CheckpointError naming the missing, unexpected or misshapen tensors.
     """
+    arithmetic = replace(arithmetic, swiglu_limit=args.gate_limit)
 
     def make_experts(layer: int) -> Experts:
         return Experts(layer, source, bank_quantizations(source.bank(layer), args), arithmetic)
 
-    model = Model(args, arithmetic, make_experts)
+    model = family_of(args).load().make_model(args, arithmetic, make_experts)
     _pack_like(model, tensors)
     wanted = dict(tree_flatten(model.parameters()))
     _check(wanted, tensors)
@@ -48,8 +49,10 @@ def build_model(
 
 def as_held(tensors: Mapping[str, mx.array], args: ModelArgs, arithmetic: Arithmetic) -> dict[str, mx.array]:
     """Tensors of a checkpoint under the names and in the types in which the model holds them, evaluated."""
-    named = to_model_names(tensors, args).items()
-    held = {name: tensor.astype(held_dtype(name, tensor.dtype, arithmetic)) for name, tensor in named}
+    computing = family_of(args).load()
+    named = computing.to_model_names(tensors, args).items()
+    exact = computing.float32
+    held = {name: tensor.astype(held_dtype(name, tensor.dtype, arithmetic, exact)) for name, tensor in named}
     mx.eval(held)
     return held
 
@@ -91,6 +94,7 @@ def check_trunk(trunk: Mapping[str, TensorEntry], args: ModelArgs) -> None:
     """
     given: dict[str, mx.array] = {}
     paths: dict[str, Path] = {}
+    to_model_names = family_of(args).load().to_model_names
     for name, entry in trunk.items():
         tensor = _placeholder(f"{entry.path}: {name}", entry)
         made = to_model_names({name: tensor}, args)
@@ -142,7 +146,7 @@ def _without_experts(args: ModelArgs) -> Model:
     """A model of placeholders, lazy: it takes no memory, whatever sizes config.json claims."""
     nowhere = cast(ExpertStore, None)
     try:
-        return Model(args, CPU, lambda layer: Experts(layer, nowhere, {}, CPU))
+        return family_of(args).load().make_model(args, CPU, lambda layer: Experts(layer, nowhere, {}, CPU))
     except OverflowError as error:
         raise CheckpointError("config.json: its sizes make matrices that MLX cannot hold") from error
 
@@ -157,38 +161,33 @@ def _placeholder(where: str, tensor: Part | TensorEntry) -> mx.array:
         raise CheckpointError(f"{where} is {tensor.shape}, which MLX cannot hold") from error
 
 
-def held_bytes(entry: TensorEntry, arithmetic: Arithmetic) -> int:
+def held_bytes(name: str, entry: TensorEntry, arithmetic: Arithmetic, exact: Names) -> int:
     """What a tensor of the trunk takes in the model.
 
     GLM-5.2's routers, 118 million weights, are published in bfloat16 and held in float32.
     """
-    return prod(entry.shape) * held_dtype(entry.name, MLX_TYPES[entry.dtype], arithmetic).size
+    return prod(entry.shape) * held_dtype(name, MLX_TYPES[entry.dtype], arithmetic, exact).size
 
 
-def is_held_as_stored(entry: TensorEntry, arithmetic: Arithmetic) -> bool:
+def is_held_as_stored(name: str, entry: TensorEntry, arithmetic: Arithmetic, exact: Names) -> bool:
     """Whether a tensor of the trunk is held in the type in which it lies on disk."""
     stored = MLX_TYPES[entry.dtype]
-    return held_dtype(entry.name, stored, arithmetic) == stored
+    return held_dtype(name, stored, arithmetic, exact) == stored
 
 
-def held_dtype(name: str, stored: mx.Dtype, arithmetic: Arithmetic) -> mx.Dtype:
+def held_dtype(name: str, stored: mx.Dtype, arithmetic: Arithmetic, exact: Names) -> mx.Dtype:
     """Packed words stay; float tensors become what the backend computes in.
 
     On the CPU that is float32 for all, or each product would cast every scale again. Elsewhere it is that of
     the activations, as in the experts' banks: float16 beside bfloat16 makes float32 of both, and from the
-    first norm on of all activations. Control paths are float32, and the indexer, which computes in float32,
-    keeps the precision it was stored in.
+    first norm on of all activations. Names that end with `exact` are float32, and the indexer, which
+    computes in float32, keeps the precision it was stored in.
     """
     if not mx.issubdtype(stored, mx.floating):
         return stored
-    if arithmetic.dtype == mx.float32 or is_control_path(name):
+    if arithmetic.dtype == mx.float32 or name.endswith(exact):
         return mx.float32
     return stored if ".indexer." in name and stored != mx.float32 else arithmetic.dtype
-
-
-def is_control_path(name: str) -> bool:
-    """Whether a tensor is kept in float32 whatever it was stored in."""
-    return name.endswith(_FLOAT32)
 
 
 def _pack_like(model: Model, tensors: Mapping[str, mx.array]) -> None:

@@ -10,23 +10,29 @@ from typing import TypeVar
 
 from config.errors import CheckpointError
 from models.args import ModelArgs
+from models.families import family_of
+from models.family import Layouts
 from streaming.files.index import NUMBER, PROJECTIONS
 
 _LAYER = re.compile(rf"model\.layers\.({NUMBER})\.(.*)")
 _EMBEDDING = re.compile(r"((?:(?!layers\.)[^.]+\.)*)embed_tokens\.weight")
 _HEAD = re.compile(r"(?:[^.]+\.)*lm_head\.(?=[^.]+$)")
-_ATTENTION = ("q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "o_proj")
-_INDEXER = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
 
 Tensor = TypeVar("Tensor")
 
 
-def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The language model's tensors under the names that transformers gives them without a wrapper.
+def plain_names(tensors: Mapping[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
+    """The language model's tensors under the names that its model gives them.
 
     Behind a wrapper (`language_model.model.` of mlx-vlm, `model.language_model.`) lies only a part of the
     checkpoint; tensors for images and sound are left out. CheckpointError where there are two models.
     """
+    rename = family_of(args).plain_name
+    return {rename(name): tensor for name, tensor in unwrapped(tensors).items()}
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what stands before their names."""
     wrapper = _find_wrapper(tensors)
     if wrapper == "model.":
         return dict(tensors)
@@ -69,41 +75,36 @@ def is_unused(name: str, args: ModelArgs) -> bool:
 
 def is_complete(names: Collection[str], args: ModelArgs) -> bool:
     """Whether tensors of these names, plain or behind a wrapper, are a whole model in a known layout."""
-    there = plain_names(dict.fromkeys(names)).keys()
+    there = plain_names(dict.fromkeys(names), args).keys()
     packed = {name.rpartition(".")[0] for name in there if name.endswith(".scales")}
     return all(
         any(all(name in there for name in layout) for layout in layouts) for layouts in _wanted(args)
     ) and all(f"{path}.weight" in there for path in packed)
 
 
-Layouts = tuple[Iterable[str], ...]  # each as good as another
-
-
 def _wanted(args: ModelArgs) -> Iterator[Layouts]:
     yield (["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"],)
     for layer in range(args.num_hidden_layers):
         path = f"model.layers.{layer}."
-        attention = f"{path}self_attn."
-        yield ([f"{path}input_layernorm.weight", f"{path}post_attention_layernorm.weight"],)
-        yield ([f"{attention}{module}.weight" for module in _ATTENTION],)
-        split = [f"{attention}embed_q.weight", f"{attention}unembed_out.weight"]
-        yield [f"{attention}kv_b_proj.weight"], split
-        if layer in args.full_layers:
-            yield ([f"{attention}indexer.{tensor}" for tensor in _INDEXER],)
+        yield from family_of(args).layer_names(path, layer, args)
         yield from _wanted_mlp(f"{path}mlp.", layer, args)
 
 
 def _wanted_mlp(path: str, layer: int, args: ModelArgs) -> Iterator[Layouts]:
     if layer not in args.moe_layers:
-        yield (_gated(path),)
+        yield _gated(path), _joined(path)
         return
     yield ([f"{path}gate.weight", f"{path}gate.e_score_correction_bias"],)
     if args.n_shared_experts:
-        yield (_gated(f"{path}shared_experts."),)
+        yield _gated(f"{path}shared_experts."), _joined(f"{path}shared_experts.")
     experts = range(args.n_routed_experts)  # perhaps without number: a config may claim anything
     separate = (name for expert in experts for name in _gated(f"{path}experts.{expert}."))
     fused = [f"{path}experts.gate_up_proj", f"{path}experts.down_proj"]
     yield _gated(f"{path}switch_mlp."), separate, fused
+
+
+def _joined(path: str) -> list[str]:
+    return [f"{path}gate_up_proj.weight", f"{path}down_proj.weight"]
 
 
 def _gated(path: str) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import CheckpointError
-from models.args import MODEL_TYPE, ModelArgs
+from models.args import ModelArgs
+from models.families import described_families, find_family
 from models.loading.checkpoint_names import is_complete, plain_names
 from streaming.files.headers import TensorEntry, read_headers
 
@@ -24,11 +25,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict) or (config := _language_config(config)).get("model_type") != MODEL_TYPE:
-        kind = config.get("model_type") if isinstance(config, dict) else None
+    config = _language_config(config) if isinstance(config, dict) else {}
+    if find_family(kind := config.get("model_type")) is None:
         raise CheckpointError(
-            f"{directory} holds a model of type {kind!r}; glmserve runs GLM-5, 5.1, 5.2 and 5.3, "
-            f"whose type is {MODEL_TYPE!r}"
+            f"{directory} holds a model of type {kind!r}; glmserve runs {described_families()}"
         )
     return config
 
@@ -37,7 +37,7 @@ def _language_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config of the language model, with what is said outside of it where it is silent."""
     inner: dict[str, Any] = next((config[name] for name in _INNER if isinstance(config.get(name), dict)), {})
     kind = inner.get("model_type") or config.get("model_type")
-    if not inner or kind != MODEL_TYPE:
+    if not inner or find_family(kind) is None:
         return config
     said = {name: value for name, value in inner.items() if value is not None}
     return {
@@ -52,4 +52,4 @@ def read_tensors(directory: Path, args: ModelArgs) -> dict[str, TensorEntry]:
 
     Each entry keeps the name under which its file has it. CheckpointError names the file at fault.
     """
-    return plain_names(read_headers(directory, partial(is_complete, args=args)))
+    return plain_names(read_headers(directory, partial(is_complete, args=args)), args)

@@ -19,6 +19,7 @@ COMPUTING = (
     "linear.py",
     "attention/*.py",
     "experts/*.py",
+    "glm5_next/*.py",
     "loading/building.py",
 )
 

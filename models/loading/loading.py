@@ -14,15 +14,15 @@ from config.errors import CheckpointError
 from config.plan import Geometry
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
-from models.attention.cache import cache_bytes_per_token
 from models.convert.convert import advise_conversion
+from models.families import family_of, parse_args
 from models.glm_moe_dsa import Model
 from models.loading.building import as_held, build_model, check_experts, check_trunk, held_bytes
 from models.loading.checkpoint_tensors import read_config as read_config
 from models.loading.checkpoint_tensors import read_tensors
 from models.loading.tensor_names import trunk_names
 from models.loading.vendor_formats import refuse_vendor_format
-from models.workspace import loading_bytes, sweep_row_bytes, workspace_bytes
+from models.workspace import loading_bytes
 from streaming.banks import slot_bytes
 from streaming.disk.reads import buffer_bytes
 from streaming.files.headers import FileStamp, TensorEntry
@@ -45,7 +45,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Read config and headers. Raises CheckpointError for anything that cannot be computed or is missing."""
     config = read_config(directory)
     refuse_vendor_format(directory, config, {})
-    args = ModelArgs.from_config(config)
+    args = parse_args(config)
     entries = read_tensors(directory, args)
     refuse_vendor_format(directory, config, entries)
     advise_conversion(directory, config, args, entries)
@@ -111,22 +111,26 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
     """What the checkpoint needs in memory when it is computed with this arithmetic, up to this context."""
     args, index = checkpoint.args, checkpoint.experts
     itemsize, context = arithmetic.dtype.size, max_context or args.max_position_embeddings
-    index_keys = args.index_head_dim * len(args.full_layers) * itemsize
+    computing = family_of(args).load()
+    cache = computing.cache_bytes(args, itemsize)
     return Geometry(
-        trunk_bytes=sum(held_bytes(entry, arithmetic) for entry in checkpoint.trunk.values()),
+        trunk_bytes=sum(
+            held_bytes(name, entry, arithmetic, computing.float32) for name, entry in checkpoint.trunk.items()
+        ),
         expert_bytes=tuple(slot_bytes(index.parts(layer), arithmetic.dtype) for layer in index.layers),
         num_experts=args.n_routed_experts,
         experts_per_token=args.num_experts_per_tok,
-        kv_bytes_per_token=cache_bytes_per_token(args, itemsize) - index_keys,
-        index_key_bytes_per_token=index_keys,
+        kv_bytes_per_token=cache.latents_per_token,
+        index_key_bytes_per_token=cache.index_keys_per_token,
         workspace_bytes=max(
-            workspace_bytes(args, arithmetic, checkpoint.trunk, index, context),
-            loading_bytes(checkpoint.trunk, arithmetic),  # before there are steps
+            computing.workspace_bytes(args, arithmetic, checkpoint.trunk, index, context),
+            loading_bytes(checkpoint.trunk, arithmetic, computing.float32),  # before there are steps
         ),
         reader_buffer_bytes=buffer_bytes(largest_run_bytes(index)),
-        sweep_row_bytes=sweep_row_bytes(args, arithmetic, context),
+        sweep_row_bytes=computing.sweep_row_bytes(args, arithmetic, context),
         ring_slot_bytes=_ring_slot_bytes(index, arithmetic),
         vocab_size=args.vocab_size,
+        state_bytes=cache.state,
     )
 
 

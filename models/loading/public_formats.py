@@ -1,4 +1,4 @@
-"""Public checkpoints of GLM-5.2 by their shapes alone: enough to plan for them without a byte of them.
+"""Public checkpoints by their shapes alone: enough to plan for them without a byte of them.
 
 `write_hollow` lays them out as files of the right headers and sizes that hold nothing and take no room; what
 opens a real checkpoint opens these.
@@ -6,10 +6,12 @@ opens a real checkpoint opens these.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from models.glm5_next.flash_shapes import GLM_5_3_FLASH, layer_shapes
 
 GLM_5_2: Mapping[str, Any] = {
     "model_type": "glm_moe_dsa", "vocab_size": 154880, "hidden_size": 6144, "num_hidden_layers": 78,
@@ -62,6 +64,7 @@ class PublicFormat:
     rest: Packing
     embeddings: Packing
     indexers: Packing | None
+    config: Mapping[str, Any] = field(default_factory=lambda: GLM_5_2)
 
 
 _FOUR, _SIX, _MXFP4 = Packing(4), Packing(6), Packing(4, 32, "mxfp4")
@@ -78,8 +81,16 @@ PUBLIC_FORMATS = (
 )  # fmt: skip
 
 
+# What `glmserve convert` makes of the original.
+FLASH_FORMAT = PublicFormat(
+    "zai-org/GLM-5.3-Flash", 180 * 10**9, "converted to 4 bits", _FOUR, _FOUR, _FOUR, None, GLM_5_3_FLASH
+)
+
+
 def find_format(name: str) -> PublicFormat | None:
-    """The format of a repository, or the first one for an id that GLM-5.2 is served by; None for others."""
+    """The format of a repository, or the first one for an id that a model is served by; None for others."""
+    if name.lower().rpartition("/")[2] == "glm-5.3-flash":
+        return FLASH_FORMAT
     for one in PUBLIC_FORMATS:
         if name.lower() == one.repo.lower():
             return one
@@ -87,13 +98,15 @@ def find_format(name: str) -> PublicFormat | None:
     return PUBLIC_FORMATS[0] if is_served_id else None
 
 
-def write_hollow(directory: Path, one: PublicFormat) -> Path:
-    """Writes config.json and a file for the trunk and for each layer's experts."""
+def write_hollow(directory: Path, one: PublicFormat, num_layers: int | None = None) -> Path:
+    """Writes config.json and a file for the trunk and for each layer's experts, of the first layers."""
     overrides: dict[str, Any] = {}
-    trunk = list(_trunk(one, overrides))
+    num_layers = num_layers or one.config["num_hidden_layers"]
+    trunk = list(_trunk(one, num_layers, overrides))
     write_holes(directory / "model-trunk.safetensors", trunk)
-    config = dict(GLM_5_2)
-    for layer in range(config["first_k_dense_replace"], config["num_hidden_layers"]):
+    kinds = one.config["mlp_layer_types"][:num_layers]
+    config = {**one.config, "num_hidden_layers": num_layers, "mlp_layer_types": kinds}
+    for layer in range(config["first_k_dense_replace"], num_layers):
         path = directory / f"model-{layer:05}.safetensors"
         write_holes(path, list(_experts(one, f"model.layers.{layer}.mlp.switch_mlp.", overrides)))
     config["quantization"] = one.rest.described | overrides
@@ -121,7 +134,7 @@ def write_header(path: Path, header: bytes, data_bytes: int) -> None:
 
 def _experts(one: PublicFormat, prefix: str, overrides: dict[str, Any]) -> Iterator[Tensor]:
     num, hidden, width = (
-        GLM_5_2[name] for name in ("n_routed_experts", "hidden_size", "moe_intermediate_size")
+        one.config[name] for name in ("n_routed_experts", "hidden_size", "moe_intermediate_size")
     )
     for part, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
         yield from _packed(one, one.experts, f"{prefix}{part}_proj", (num, *shape), overrides)
@@ -135,21 +148,38 @@ def _packed(
     return packing.tensors(path, shape)
 
 
-def _trunk(one: PublicFormat, overrides: dict[str, Any]) -> Iterator[Tensor]:
-    hidden, vocab = GLM_5_2["hidden_size"], GLM_5_2["vocab_size"]
+def _trunk(one: PublicFormat, num_layers: int, overrides: dict[str, Any]) -> Iterator[Tensor]:
+    hidden, vocab = one.config["hidden_size"], one.config["vocab_size"]
     for path in ("model.embed_tokens", "lm_head"):
         yield from _packed(one, one.embeddings, path, (vocab, hidden), overrides)
     yield "model.norm.weight", "BF16", (hidden,)
-    for layer in range(GLM_5_2["num_hidden_layers"]):
+    for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}{name}.weight", "BF16", (hidden,)
-        for name, shape in _attention():
-            yield from one.rest.tensors(f"{prefix}self_attn.{name}", shape)
-        for name, width in (("q_a_layernorm", "q_lora_rank"), ("kv_a_layernorm", "kv_lora_rank")):
-            yield f"{prefix}self_attn.{name}.weight", "BF16", (GLM_5_2[width],)
-        yield from _indexer(one, layer, overrides)
+        if one.config is GLM_5_3_FLASH:
+            yield from _flash(one, layer)
+        else:
+            yield from _latent(one, layer, overrides)
         yield from _mlp(one, layer)
+
+
+def _flash(one: PublicFormat, layer: int) -> Iterator[Tensor]:
+    for name, kind, shape in layer_shapes(layer):
+        path = f"model.layers.{layer}.{name}"
+        if kind is None:
+            yield from one.rest.tensors(path, shape)
+        else:
+            yield path, kind, shape
+
+
+def _latent(one: PublicFormat, layer: int, overrides: dict[str, Any]) -> Iterator[Tensor]:
+    prefix = f"model.layers.{layer}.self_attn."
+    for name, shape in _attention():
+        yield from one.rest.tensors(prefix + name, shape)
+    for name, width in (("q_a_layernorm", "q_lora_rank"), ("kv_a_layernorm", "kv_lora_rank")):
+        yield f"{prefix}{name}.weight", "BF16", (GLM_5_2[width],)
+    yield from _indexer(one, layer, overrides)
 
 
 def _attention() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -186,7 +216,7 @@ def _indexer(one: PublicFormat, layer: int, overrides: dict[str, Any]) -> Iterat
 
 
 def _mlp(one: PublicFormat, layer: int) -> Iterator[Tensor]:
-    c, prefix = GLM_5_2, f"model.layers.{layer}.mlp."
+    c, prefix = one.config, f"model.layers.{layer}.mlp."
     is_dense = layer < c["first_k_dense_replace"]
     width = c["intermediate_size"] if is_dense else c["moe_intermediate_size"] * c["n_shared_experts"]
     if not is_dense:

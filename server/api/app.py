@@ -86,6 +86,7 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     registry, history = CollectorRegistry(), History()
     lines = RequestLines(later=lambda flush: asyncio.get_running_loop().call_later(WINDOW_S, flush))
     watch = Watch(lambda: _stats(service), (lines, RequestMetrics(registry), history))
+    app.state.watch = watch  # hears of what is refused before it comes to the app, too
     names = RouteNames()
     routers = {base: _routers(service, access, watch, history, base) for base in BASES}
     routers[""] += [health_router(service), metrics_router(service, registry), page_router(access)]

@@ -41,6 +41,7 @@ class Dialect:
     template: ChatTemplate
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     folder: Path | None = None
+    hugging_face_id: str = "zai-org/GLM-5.2"
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ class SqliteFile:
         # Any thread may use it, under the lock; each statement is a transaction.
         connection = sqlite3.connect(self._path, timeout=2, isolation_level=None, check_same_thread=False)
         self._connection = connection
+        # Without an index that is mapped into memory: on a full disk whoever touches it gets SIGBUS.
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose the last rows, no others
         for table in tables:

@@ -52,11 +52,13 @@ def bench_command(words: Sequence[str]) -> int:
         before, after = (_read(path) for path in given.compare)
         _print_comparison(before, after)
         return 0
+    if given.output:
+        _write(given.output, "")  # what cannot be written is said before the time is spent
     turns, seconds = asyncio.run(_run(given))
     result = {"url": given.url, "seconds": round(seconds, 3), "turns": [asdict(one) for one in turns]}
     result |= {"summary": summary(turns, seconds)}
     if given.output:
-        given.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        _write(given.output, json.dumps(result, indent=1))
     if given.json:
         print(json.dumps(result["summary"], indent=2))
     else:
@@ -106,7 +108,8 @@ async def _run(given: Namespace) -> tuple[list[MeasuredTurn], float]:
             agents = [_Talker(client, model, number, given) for number in range(given.agents)]
             found = await asyncio.gather(*(agent.talk() for agent in agents))
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise UsageError(f"{given.url} does not answer: {error or type(error).__name__}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{given.url} does not answer: {reason}") from error
     return [turn for turns in found for turn in turns], time.monotonic() - started_s
 
 
@@ -177,12 +180,19 @@ def _percentile(values: Sequence[float], part: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[part - 1]
 
 
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--output {path} cannot be written: {error.strerror}") from error
+
+
 def _read(path: Path) -> Mapping[str, float]:
     try:
-        found: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8"))["summary"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))["summary"]
+        return {str(name): float(value) for name, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is no file of glmserve bench --output: {error}") from error
-    return found
 
 
 def _print_summary(found: Mapping[str, float]) -> None:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.errors import CheckpointError
-from models.args import ModelArgs
+from models.families import FAMILIES, find_family, parse_args
+from models.family import Family
 from models.loading.checkpoint_tensors import read_config, read_tensors
 from models.loading.vendor_formats import refuse_vendor_format
 from models.pocket import FOLDER
 from server.commands.hub_cache import cache_folder, cached_repos, find_snapshot, parse_repo, snapshot_of
 from streaming.files.headers import FP8, TensorEntry, read_headers
 
-GLM_ID = "z-ai/glm-5.2"
 # Pocket is a toy: it must never answer to the name of the real model unless somebody says so.
 POCKET_ID = "glmserve/pocket"
 POCKET = FOLDER
@@ -39,7 +39,8 @@ def choose_checkpoint(path_or_repo: str | None, *, needs_glm: bool = False) -> F
     """
     if path_or_repo is not None:
         directory = find_checkpoint(path_or_repo)
-        return FoundCheckpoint(directory, POCKET_ID if directory.resolve() == POCKET.resolve() else GLM_ID)
+        is_pocket = directory.resolve() == POCKET.resolve()
+        return FoundCheckpoint(directory, POCKET_ID if is_pocket else default_id(directory))
     if path_or_repo is None and needs_glm and next(_cached_glms(), None) is None:
         raise CheckpointError(
             f"--stream-experts is for GLM-5.2, and {_what_is_missing()}; to try this program with the small "
@@ -47,9 +48,23 @@ def choose_checkpoint(path_or_repo: str | None, *, needs_glm: bool = False) -> F
         )
     for directory in _cached_glms():
         remark = f"no --model given: serving {directory}, found in the Hugging Face cache"
-        return FoundCheckpoint(directory, GLM_ID, remark)
+        return FoundCheckpoint(directory, default_id(directory), remark)
     remark = f"no --model given: serving Pocket, a small demonstration model, since {_what_is_missing()}"
     return FoundCheckpoint(find_checkpoint(str(POCKET)), POCKET_ID, remark)
+
+
+def family_of_folder(directory: Path) -> Family:
+    """The architecture of a checkpoint; the first of all where its config says nothing that can be read."""
+    try:
+        found = find_family(read_config(directory).get("model_type"))
+    except CheckpointError:  # the engine says what is wrong with it
+        found = None
+    return found or FAMILIES[0]
+
+
+def default_id(directory: Path) -> str:
+    """The id under which a checkpoint is served unless another one is given."""
+    return family_of_folder(directory).served_id
 
 
 def _what_is_missing() -> str:
@@ -69,10 +84,14 @@ def _what_is_missing() -> str:
 def _is_half_a_glm(snapshot: Path) -> bool:
     try:
         config = read_config(snapshot)
-        read_tensors(snapshot, ModelArgs.from_config(config))
+        read_tensors(snapshot, parse_args(config))
     except CheckpointError:
-        return (snapshot / "config.json").exists() and '"glm_moe_dsa"' in _text_of(snapshot / "config.json")
+        return (snapshot / "config.json").exists() and _names_a_family(_text_of(snapshot / "config.json"))
     return False
+
+
+def _names_a_family(text: str) -> bool:
+    return any(f'"{kind}"' in text for family in FAMILIES for kind in family.model_types)
 
 
 def _text_of(path: Path) -> str:
@@ -86,7 +105,7 @@ def find_checkpoint(path_or_repo: str) -> Path:
     """The complete checkpoint that the user means. Never downloads."""
     # os.path's questions, and not Path's: what may not be looked at, or has no possible name, is not there.
     path, repo = Path(os.path.expanduser(path_or_repo)), None
-    if not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
+    if path.suffix != ".gguf" and not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
         path = _find_in_cache(*repo)
     if path.suffix == ".gguf":
         raise CheckpointError(
@@ -147,7 +166,7 @@ def _dtypes_of_glm(snapshot: Path) -> set[str] | None:
 def _read_tensors(directory: Path) -> dict[str, TensorEntry]:
     """Headers of all tensors; those that the index lists where the config does not say which are needed."""
     try:
-        args = ModelArgs.from_config(read_config(directory))
+        args = parse_args(read_config(directory))
     except CheckpointError:  # the engine says what is wrong with it
         return read_headers(directory)
     return read_tensors(directory, args)

@@ -5,19 +5,21 @@ id by which GLM-5.2 is served. With `--memory` the plan is for another machine, 
 """
 
 import json
+import logging
 import tempfile
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from config.errors import UsageError
-from config.forecast import forecast
+from config.forecast import Forecast, forecast, machine_with
 from config.plan_report import as_dict, render_plan
 from config.settings import load_settings
-from config.sizes import format_size, parse_size
+from config.sizes import format_size, parse_size, physical_memory_bytes
 from models.arithmetic import METAL, choose_arithmetic
 from models.loading.loading import make_geometry, open_checkpoint
 from models.loading.public_formats import find_format, write_header, write_hollow
@@ -50,13 +52,24 @@ def plan_command(words: Sequence[str]) -> int:
             config = replace(config, ram_budget_bytes=_budget(budget, memory))
         checkpoint, arithmetic = open_checkpoint(directory), METAL if memory else choose_arithmetic()
         plan = plan_memory(checkpoint, arithmetic, config, physical_bytes=memory)
-        expected = forecast(make_geometry(checkpoint, arithmetic, plan.max_context), plan, disk)
+        geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
+        machine = machine_with(arithmetic.name, memory or physical_memory_bytes())
+        expect = partial(forecast, geometry, plan, disk, machine)
+        expected = expect()
     if is_json:
         print(json.dumps(as_dict(plan) | {"disk_bytes_per_s": disk, "forecast": asdict(expected)}, indent=2))
     else:
         print(render_plan(plan))
         print(f"With a disk of {format_size(disk)}/s: {expected.describe()}.")
+        print(_more(expect))
     return 0
+
+
+def _more(expect: Callable[..., Forecast]) -> str:
+    """What a fleet and long prompts may expect, in one line."""
+    agents = ", ".join(f"{count}: {expect(agents=count).tokens_per_s:.1f}" for count in (4, 16))
+    prompts = ", ".join(f"{count}: {expect(prompt=count).first_token_s:.0f} s" for count in (4096, 32_768))
+    return f"Agents that write at once, tokens/s together: {agents}. Prompts, to the first token: {prompts}."
 
 
 def _add_flags(parser: ArgumentParser) -> None:
@@ -94,9 +107,10 @@ def _budget(text: str | None, memory_bytes: int) -> int:
 @contextmanager
 def _checkpoint_of(name: str | None) -> Iterator[tuple[Path, bool]]:
     """A folder with the model's shapes, and whether only streaming makes sense of it."""
-    repo = parse_repo(name) if name and not Path(name).expanduser().exists() else None
+    is_local = name is None or name.endswith(".gguf") or Path(name).expanduser().exists()
+    repo = parse_repo(name) if name and not is_local else None
     is_here = name is None or repo is None or find_snapshot(*repo) is not None
-    one = find_format(name) if name and not Path(name).expanduser().exists() else None
+    one = find_format(name) if name and not is_local else None
     if is_here and (one is None or repo is not None):
         yield choose_checkpoint(name).directory, False
         return
@@ -113,7 +127,10 @@ def _remote(repo: str, revision: str | None, folder: Path) -> Path:
     import httpx
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it tries again is its own affair
     try:
         hf_hub_download(repo, "config.json", revision=revision, local_dir=folder)
         described = get_safetensors_metadata(repo, revision=revision)

@@ -1,22 +1,18 @@
 """`glmserve serve`: checks what can be checked at once, then runs HTTP here and the engine beside it."""
 
 import asyncio
-import errno
 import hashlib
 import logging
-import math
 import os
 import signal
 import socket
 import sys
+import tempfile
+import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
 from config.errors import GaveUp, GlmserveError, UsageError
 from config.settings import Settings
@@ -24,38 +20,32 @@ from server.api.access.guard import LOOPBACK_NAMES, Access, is_loopback
 from server.api.access.keys import read_keys
 from server.api.access.receipts import Ledger
 from server.api.app import make_app
-from server.api.connection import HttpConnection
-from server.api.doors import Doors, make_doors, raise_descriptor_limit
+from server.api.doors import make_doors, raise_descriptor_limit
 from server.api.prompt.remembered import Remembered
 from server.api.request.model_names import ModelNames
 from server.api.request.parameters import Parameters
 from server.api.service import Dialect, Service
-from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint
+from server.commands.checkpoint import FoundCheckpoint, choose_checkpoint, family_of_folder
+from server.commands.http_server import MAX_BACKLOG, Complaints, HttpServer, bind, make_server_config
 from server.commands.start_lines import tell_start
 from server.glm.files import load_sampling_defaults
 from server.glm.templates.template import load_chat_template
+from server.glm.templates.template_files import DEFAULT, find_templates
 from server.glm.tokenizer import load_tokenizer
-from server.heap import bound_heap
+from server.heap import bound_heap, look_rarely
 from server.launcher import take_hangups
+from server.link.engine_protocol import Engine
 from server.link.messages import EngineConfig
 from server.link.supervisor import Deadlines, EngineProcess
 from server.logs import set_up_logging
 from streaming.files.in_use import shared_use
 
-# Answers under way have so long to end when the server is told to stop; then their clients are told,
-DRAIN_TIMEOUT_S = 5.0
-# which takes them less than this.
-FAREWELL_S = 2
 JSON_KEEPALIVE_S = 10.0
-# A thread that renders a prompt lets the event loop go on after so long; Python's default is 5 ms.
-SWITCH_S = 0.001
-# Clients that the system holds until they are accepted, and how many are before any of them gets a place.
-MAX_BACKLOG = 1024
-# It takes three rounds of the event loop until a client that gave way has given its descriptor back.
-ACCEPTED_AT_ONCE = 8
-# How often the log says that no client can be accepted.
-COMPLAINT_S = 30.0
-
+# A thread that reads a body or renders a prompt lets the event loop go on after so long, at each of the
+# loop's system calls; Python's default is 5 ms.
+SWITCH_S = 0.0002
+# How long clients find no open port while the engine looks at its settings, and how often that is looked at.
+ACCEPTED_WITHIN_S, LOOK_S = 20.0, 0.05
 log = logging.getLogger(__name__)
 
 
@@ -66,9 +56,8 @@ def serve(settings: Settings) -> int:
     sys.setswitchinterval(SWITCH_S)
     access = make_access(settings)
     checkpoint = choose_checkpoint(settings.model, needs_glm=settings.stream_experts)
-    if checkpoint.remark:
-        log.info("%s", checkpoint.remark)
-    with shared_use(checkpoint.directory), listen(settings.host, settings.port) as listener:
+    check_cache_folder(settings)
+    with shared_use(checkpoint.directory), bind(settings.host, settings.port) as listener:
         dialect = load_dialect(checkpoint.directory)
         fault = asyncio.run(_Serving(settings, access, checkpoint, dialect, listener).run())
     if fault:
@@ -107,103 +96,14 @@ def _listed(text: str) -> list[str]:
 
 def load_dialect(checkpoint: Path) -> Dialect:
     """How this checkpoint writes."""
+    family = family_of_folder(checkpoint)
     return Dialect(
         load_tokenizer(checkpoint),
-        load_chat_template(checkpoint),
+        load_chat_template(checkpoint, always_thinks=family.always_thinks),
         load_sampling_defaults(checkpoint),
         checkpoint,
+        family.hugging_face_id,
     )
-
-
-def make_server_config(settings: Settings, app: FastAPI, doors: Doors | None = None) -> uvicorn.Config:
-    """How uvicorn serves the app. Raises UsageError for a certificate that cannot be used."""
-    if settings.ssl_keyfile and not settings.ssl_certfile:
-        raise UsageError("--ssl-keyfile needs --ssl-certfile")
-    config = uvicorn.Config(
-        app,
-        http=partial(HttpConnection, doors=doors or Doors()),  # type: ignore[arg-type]
-        backlog=ACCEPTED_AT_ONCE,
-        ws="none",
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=int(DRAIN_TIMEOUT_S) + FAREWELL_S,
-        lifespan="off",
-        ssl_certfile=settings.ssl_certfile,
-        ssl_keyfile=settings.ssl_keyfile,
-    )
-    try:
-        config.load()
-    except (OSError, ValueError) as error:  # ssl's own errors are OSErrors
-        raise UsageError(f"--ssl-certfile or --ssl-keyfile cannot be used: {error}") from error
-    return config
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, taken before minutes are spent on loading."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return _bound(socket.socket(family, kind, protocol), address)
-    except (OSError, UnicodeError) as error:  # the latter where no name can be so
-        reason = error.strerror if isinstance(error, OSError) else "this is no name of a host"
-        raise UsageError(
-            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
-        ) from error
-
-
-def _bound(listener: socket.socket, address: Any) -> socket.socket:
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(MAX_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-class _Server(uvicorn.Server):
-    """Cuts no answer off without a word: an agent would take the part that it has for the whole."""
-
-    def __init__(self, config: uvicorn.Config, engine: EngineProcess) -> None:
-        super().__init__(config)
-        self._engine = engine
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stops the server; at a second SIGINT at once.
-
-        uvicorn's own raises the signal again at the end, which would end this process before the engine has
-        written what it keeps.
-        """
-        self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
-        self.should_exit = True
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; uvicorn's has asyncio make the system's line as short as its own."""
-        await super().startup(sockets)
-        for listener in sockets or ():
-            listener.listen(MAX_BACKLOG)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for the answers under way; those that take too long get an error."""
-        timer = asyncio.get_running_loop().call_later(DRAIN_TIMEOUT_S, self._engine.dismiss_all)
-        await super().shutdown(sockets)
-        timer.cancel()
-
-
-class _Complaints:
-    """Logs errors of the event loop, and now and then that no client can be accepted."""
-
-    def __init__(self) -> None:
-        self._said_at = -math.inf
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log one; asyncio calls this."""
-        error = context.get("exception")
-        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            loop.default_exception_handler(context)
-        elif loop.time() - self._said_at > COMPLAINT_S:
-            self._said_at = loop.time()
-            log.error("%s: %s", context.get("message"), error.strerror)
 
 
 @dataclass
@@ -242,24 +142,41 @@ class _Serving:
             parameters=Parameters(self.settings.strict_parameters),
         )
         app = make_app(service, self.access)
-        asyncio.get_running_loop().set_exception_handler(_Complaints())
+        asyncio.get_running_loop().set_exception_handler(Complaints())
         doors = make_doors(raise_descriptor_limit())
-        self.server = _Server(make_server_config(self.settings, app, doors), engine)
+        self.server = HttpServer(make_server_config(self.settings, app, doors), engine)
+        look_rarely()
         engine.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)
         take_hangups()
-        host, port = self.listener.getsockname()[:2]
-        scheme = "https" if self.settings.ssl_certfile else "http"
-        log.info("listening on %s://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", scheme, host, port)
-        telling = asyncio.create_task(tell_start(engine, model_id, f"{scheme}://{host}:{port}/"))
         try:
-            await self.server.serve(sockets=[self.listener])
+            await settled(engine)
+            if self.fault is None:
+                await self._answer(self.server, engine, model_id)
         finally:
-            telling.cancel()
             await engine.close()
             await asyncio.to_thread(remembered.close)
             await asyncio.to_thread(ledger.close_file)
         return self.fault
+
+    async def _answer(self, server: uvicorn.Server, engine: EngineProcess, model_id: str) -> None:
+        """Listens, and serves until the end."""
+        host, port = self.listener.getsockname()[:2]
+        try:
+            self.listener.listen(MAX_BACKLOG)
+        except OSError as error:  # another server has bound the same port, and was quicker
+            raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        if self.checkpoint.remark:
+            log.info("%s", self.checkpoint.remark)
+        if DEFAULT not in find_templates(self.checkpoint.directory):
+            log.info("the checkpoint has no chat template: GLM-5.2's is used")
+        scheme = "https" if self.settings.ssl_certfile else "http"
+        log.info("listening on %s://%s:%d (OpenAI: /v1, OpenRouter: /api/v1)", scheme, host, port)
+        telling = asyncio.create_task(tell_start(engine, model_id, f"{scheme}://{host}:{port}/"))
+        try:
+            await server.serve(sockets=[self.listener])
+        finally:
+            telling.cancel()
 
     def _read_keys_again(self) -> None:
         try:
@@ -274,6 +191,15 @@ class _Serving:
         self.server.should_exit = True
 
 
+async def settled(engine: Engine) -> None:
+    """Returns when the engine has accepted its settings, or has ended; else after a while all the same."""
+    patience_s = time.monotonic() + ACCEPTED_WITHIN_S
+    while time.monotonic() < patience_s:
+        if engine.status.state != "loading" or engine.status.fraction > 0:
+            return
+        await asyncio.sleep(LOOK_S)
+
+
 def is_service() -> bool:
     """Whether systemd or launchd has started this process, and starts it again when it fails."""
     by_launchd = os.environ.get("XPC_SERVICE_NAME", "0")  # "0" in a terminal; of an app, application.NAME
@@ -285,6 +211,22 @@ def prefix_directory(settings: Settings) -> Path | None:
     if settings.prefix_cache_size == 0 or settings.prefix_cache_memory == 0:
         return None
     return settings.prefix_cache_dir or cache_home() / "glmserve" / "prefix"
+
+
+def check_cache_folder(settings: Settings) -> None:
+    """Raises UsageError where the folder that the user named for saved prompts cannot be used."""
+    folder = settings.prefix_cache_dir
+    if folder is None or prefix_directory(settings) is None:
+        return
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--prefix-cache-dir {folder} cannot be used ({error.strerror}): name a folder that may be "
+            "written, or --prefix-cache-size 0 to keep nothing on disk"
+        ) from error
 
 
 def cache_home(platform: str = sys.platform) -> Path:

@@ -8,10 +8,10 @@ import mlx.core as mx
 
 from config.defaults import ExpertPolicy
 from config.errors import CheckpointError, DiskError, UsageError
-from config.forecast import forecast
+from config.forecast import forecast, machine_with
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
-from config.sizes import format_size
+from config.sizes import format_size, physical_memory_bytes
 from models.arithmetic import Arithmetic, choose_arithmetic
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
@@ -54,6 +54,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     probe = _probe(disk, checkpoint, plan) if config.stream_experts else None
     if probe:
         plan = plan_memory(checkpoint, arithmetic, config, probe.depth)
+    report(0.01, "the plan fits")  # and nothing more is refused: the HTTP side opens its port
     _limit(plan)
     rule = _make_rule(checkpoint, config.expert_policy)
     slots = dict(zip(checkpoint.experts.layers, plan.slots_per_layer, strict=True))
@@ -118,7 +119,8 @@ def _open_hot_set(store: ExpertStore, config: EngineConfig, fingerprint: str) ->
 
 def _forecast(checkpoint: Checkpoint, arithmetic: Arithmetic, plan: MemoryPlan, probe: DiskProbe) -> str:
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
-    return forecast(geometry, plan, probe.bytes_per_s).describe()
+    machine = machine_with(arithmetic.name, physical_memory_bytes())
+    return forecast(geometry, plan, probe.bytes_per_s, machine).describe()
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:
@@ -129,6 +131,7 @@ def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig)
         agent_inflight=config.max_inflight_per_agent,
         decode_share=config.decode_share,
         batch_width=config.batch_width,
+        max_running=plan.max_running,
     )
 
 

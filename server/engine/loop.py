@@ -7,6 +7,7 @@ fills; events leave through `send`.
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -28,13 +29,16 @@ from server.engine.schedule.shared_prefixes import NoPrefixes, Prefixes
 from server.engine.trials import Trials
 from server.link.messages import (
     Administer,
+    Administered,
     Cancel,
     Command,
     Event,
+    Failed,
     Generate,
     Ping,
     Pong,
     Queued,
+    Relay,
     Replan,
     Shutdown,
 )
@@ -132,7 +136,10 @@ class EngineLoop:
             case Cancel(request_id):
                 self._scheduler.cancel(request_id)
             case Administer():
-                self._prefixes.administer(command)
+                answer = self._prefixes.administer(command)
+                answer.add_done_callback(partial(self._pass_on, command.request_id))
+            case Relay(event):
+                self._send(event)
             case Replan():
                 self._send(self._memory.replan(command))
             case Ping():
@@ -141,6 +148,12 @@ class EngineLoop:
                 self._is_stopping = True
             case _:
                 raise AssertionError(f"the loop was sent {command!r}")
+
+    def _pass_on(self, request_id: str, answer: "Future[Administered]") -> None:
+        """Has the loop send what another thread has found; that thread calls this."""
+        error = answer.exception()
+        failed = Failed(request_id, "disk", f"the saved prompts cannot be changed: {error}")
+        self._inbox.put(Relay(failed if error else answer.result()))
 
     def _brings_back(self) -> bool:
         """Where nothing else is to be done: some of the experts that were in memory before a restart."""

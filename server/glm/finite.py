@@ -3,6 +3,9 @@
 import math
 from typing import Any
 
+# Of these none is a number that JSON does not have, and none holds one.
+PLAIN = frozenset([int, str, bool, type(None)])
+
 
 def all_finite(value: Any) -> bool:
     """Whether a parsed JSON value holds no infinity (1e999 is one) and no NaN."""
@@ -11,7 +14,9 @@ def all_finite(value: Any) -> bool:
         match values.pop():
             case dict() as members:
                 values.extend(members.values())
-            case list() as items:
+            case list() as items if not PLAIN.issuperset(
+                map(type, items)
+            ):  # millions of ids are looked at once
                 values.extend(items)
             case float(number) if not math.isfinite(number):
                 return False

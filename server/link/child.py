@@ -26,13 +26,20 @@ STOP_TIMEOUT_S = 5.0
 # intermediate on the CPU: with 1 MiB a prompt took a quarter longer. Other systems' libraries ignore it.
 # NumPy's OpenBLAS lets its threads look for work for 2^26 cycles before they sleep, on cores that the disk's
 # threads and MLX want: of 36 s of two cores they took 11. The shortest time that it takes is 2^4 cycles.
+# They also wait for each other in a loop, and one that has to wait for a core stops all of them: with
+# two threads on two busy cores a product took 11.4 ms, with one 0.54. So it leaves cores to everybody else.
 # MLX rounds float32 products to TF32's 10 bits on NVIDIA and on Apple's M5 unless it is told not to. Router,
 # indexer and head weights are float32 because they decide; wide products are bfloat16 and lose nothing.
+# glibc asks Linux for pages of 2 MB where it maps memory: the kernel then takes 0.1 to 0.2 ms of CPU to read
+# an expert of 16.5 MB past its cache, with pages of 4 kB 0.9 to 1.3 (`benchmarks.target.align_gain`).
 ENGINE_ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_THRESHOLD_": str(2**22),
     "OPENBLAS_THREAD_TIMEOUT": "4",
     "MLX_ENABLE_TF32": "0",
 }
+# For HTTP and for the disk's threads.
+CORES_OF_OTHERS = 2
 # MLX hands Metal a command buffer after so many operations, or when those name so many MB: by default 40 or
 # 50, and a gather names a whole bank of slots, so each would go alone. Larger ones gave 5 to 8 % (published,
 # never run by us). A step waits for its results once a layer in any case.
@@ -117,9 +124,15 @@ class Child:
         self._pipe.close()
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def engine_environment() -> dict[str, str]:
     """The environment that MLX computes in; a child with it imports this very code, wherever it starts."""
     root = str(Path(server.__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH")
     ours = ENGINE_ENVIRONMENT | (COMMAND_BUFFERS if sys.platform == "darwin" else {})
+    ours = ours | {"OPENBLAS_NUM_THREADS": str(max(1, num_cores() - CORES_OF_OTHERS))}
     return {**ours, **os.environ, "PYTHONPATH": ":".join(filter(None, [root, inherited]))}

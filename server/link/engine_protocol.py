@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from server.link.messages import (
     Administer,
+    Administered,
     Failed,
     FailureKind,
     Generate,
@@ -52,8 +53,8 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """Forget a request; unknown ids are ignored."""
 
-    def administer(self, command: Administer) -> None:
-        """Change what the prefix cache keeps."""
+    async def administer(self, command: Administer) -> Administered | Failed:
+        """Change what the prefix cache keeps, or list what is pinned there."""
 
     def start_now(self) -> None:
         """Start an engine that died and is to be started later; one that runs is left alone."""

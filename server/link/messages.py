@@ -132,13 +132,14 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Administer:
-    """Change what the prefix cache keeps. Nothing is answered; the counts that are sent next show it.
+    """Change what the prefix cache keeps. The answer is Administered, or Failed.
 
     `pin` keeps the whole blocks of this prompt that are on disk, whatever else needs their room;
-    `clear` forgets those of all cache groups.
+    `clear` forgets those of all cache groups; `pins` changes nothing and lists what is pinned.
     """
 
-    action: Literal["clear", "pin", "unpin"]
+    request_id: str
+    action: Literal["clear", "pin", "unpin", "pins"]
     token_ids: Sequence[int] = ()
     cache_group: str = ""
 
@@ -165,7 +166,14 @@ class Shutdown:
     """End after the current step."""
 
 
-Command = Load | Generate | Cancel | Administer | Replan | Ping | Shutdown
+@dataclass(frozen=True)
+class Relay:
+    """Send this event. It comes from another thread of the engine: only the loop writes to the pipe."""
+
+    event: "Event"
+
+
+Command = Load | Generate | Cancel | Administer | Replan | Ping | Relay | Shutdown
 
 
 # Events about the engine
@@ -333,6 +341,26 @@ class Replanned:
     memory_lines: tuple[str, ...]
 
 
-RequestEvent = Queued | Started | Progress | PromptScored | Token | Finished | Failed | Replanned
+@dataclass(frozen=True)
+class Pin:
+    """A pinned conversation, with the token ids of its first and of its last block."""
+
+    num_tokens: int
+    num_bytes: int
+    first_tokens: tuple[int, ...]
+    last_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Administered:
+    """So many blocks were pinned, let go or forgotten; or the conversations that are pinned."""
+
+    request_id: str
+    count: int = 0
+    pins: tuple[Pin, ...] = ()
+
+
+Answered = Finished | Failed | Replanned | Administered  # the last event of a request or command
+RequestEvent = Queued | Started | Progress | PromptScored | Token | Answered
 EngineEvent = Loading | Ready | LoadFailed | Heartbeat | Pong | Stats
 Event = EngineEvent | RequestEvent

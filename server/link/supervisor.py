@@ -16,6 +16,8 @@ from server.link.child import Child
 from server.link.engine_protocol import EngineStatus
 from server.link.messages import (
     Administer,
+    Administered,
+    Answered,
     Cancel,
     EngineConfig,
     Event,
@@ -38,6 +40,8 @@ from server.link.messages import (
 
 MAX_STARTS_IN_A_ROW = 5
 FIRST_RESTART_DELAY_S = 0.5
+# Doubled with each start that fails, and never longer: a fault that has ended is over within seconds.
+MOST_RESTART_DELAY_S = 2.0
 # After that many starts in a row the engine is started so often, unless somebody asks for it.
 GIVEN_UP_DELAY_S = 180.0
 # How long to wait for descriptors, memory or a process of the system; having none is no death of the engine.
@@ -46,6 +50,8 @@ SCARCITY_DELAY_S = 2.0
 STABLE_S = 60.0
 # An engine that has been silent for this part of the time that a step may take is not called ready any more.
 DOUBTFUL = 0.25
+# How long an administrator waits for a disk that hangs.
+ADMINISTERED_S = 30.0
 STOPPING = "the server is stopping"
 
 log = logging.getLogger(__name__)
@@ -200,25 +206,33 @@ class EngineProcess:
             self._child.send(Cancel(request_id))
             self._ask()
 
-    def administer(self, command: Administer) -> None:
-        """Change what the prefix cache keeps; without a child there is nobody to ask."""
-        if self._child:
-            self._child.send(command)
-            self._ask()
+    async def administer(self, command: Administer) -> Administered | Failed:
+        """Change what the prefix cache keeps, or list what is pinned there."""
+        event = await self._answer_to(command, ADMINISTERED_S)
+        assert isinstance(event, Administered | Failed), "there is one answer"
+        return event
 
     async def replan(self, command: Replan) -> Replanned | Failed:
         """Go on with another budget or policy; what the child has taken, the next one is started with."""
-        if self._child is None or self._status.state != "ready":
-            return Failed(command.request_id, "died", self._status.text)
-        events = self._send(command)
-        try:
-            event = await events.get()
-        finally:
-            self._requests.pop(command.request_id, None)
+        event = await self._answer_to(command, None)
         assert isinstance(event, Replanned | Failed), "there is one answer"
         return event
 
-    def _send(self, command: Generate | Replan) -> asyncio.Queue[RequestEvent]:
+    async def _answer_to(self, command: Replan | Administer, limit_s: float | None) -> RequestEvent:
+        """The one event that answers a command; Failed where there is no engine, or none comes in time."""
+        name = command.request_id
+        if self._child is None or self._status.state != "ready":
+            return Failed(name, "died", self._status.text)
+        events = self._send(command)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await events.get()
+        except TimeoutError:
+            return Failed(name, "timeout", f"the disk has not answered within {limit_s:g} s")
+        finally:
+            self._requests.pop(name, None)
+
+    def _send(self, command: Generate | Replan | Administer) -> asyncio.Queue[RequestEvent]:
         assert self._child, "requests are sent to a child"
         events: asyncio.Queue[RequestEvent] = asyncio.Queue()
         self._requests[command.request_id] = events
@@ -267,10 +281,11 @@ class EngineProcess:
             case Loading(fraction, text):
                 self._status = EngineStatus("loading", text, fraction)
             case Ready(info, marks):
+                if self._config.marks is not None:  # of the first start it is told with the plan
+                    log.info("the engine is ready again")
                 self._config = replace(self._config, marks=marks)
                 self._ready_since = time.monotonic()
                 self._status = EngineStatus("ready", info=info)
-                log.info("ready: context %d tokens", info.context_length)
             case Stats():
                 self._stats = event
             case LoadFailed():
@@ -302,7 +317,7 @@ class EngineProcess:
                 self._change = message  # as long as no request succeeds
             case Replanned():
                 self._note_plan(event)
-        is_over = isinstance(event, Finished | Failed | Replanned)
+        is_over = isinstance(event, Answered)
         if is_over:
             self._line.leave(event.request_id)
         events = (
@@ -352,7 +367,8 @@ class EngineProcess:
         self._ready_since = None
         self._num_deaths += 1
         if self._num_deaths < MAX_STARTS_IN_A_ROW:
-            self._start_later(reason, FIRST_RESTART_DELAY_S * 2 ** (self._num_deaths - 1))
+            delay_s = FIRST_RESTART_DELAY_S * 2 ** (self._num_deaths - 1)
+            self._start_later(reason, min(delay_s, MOST_RESTART_DELAY_S))
         elif self._on_given_up:
             self._status = EngineStatus("down", reason)
             self._on_given_up(f"{reason}; given up after {self._num_deaths} starts")

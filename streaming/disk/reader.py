@@ -174,29 +174,15 @@ class Reader:
         One turn under the lock for both: with small pieces, taking turns is most of what a read costs.
         """
         with self._lock:
-            worker.task, worker.is_delivering = None, False
-            self._statistics.device_bytes += worker.num_device_bytes
-            worker.num_device_bytes = 0
-            if worker.is_quarantined:
-                if not self._readmit(worker):
-                    return None
-            elif done is not None:
-                if error is None:
-                    self._statistics.num_reads += 1
-                    self._statistics.payload_bytes += done.read.nbytes
-                self._settle(done, error)
-            self._free(worker)
+            if not self._put_down(worker, done, error):
+                return None
             while not self._is_closed and (pause_s := self._pause_s()) != 0:
                 self._work.wait(pause_s)
             if self._is_closed:
                 self._workers.remove(worker)
                 self._work.notify_all()
                 return None
-            *_, task = heapq.heappop(self._queue)
-            task.started_s = time.monotonic()
-            worker.task = task
-            worker.is_background = self._precedence.start(task.read.read_class)
-            return task
+            return self._take_up(worker)
 
     def _perform(self, read: Read, worker: _Worker) -> None:
         file = self._files[read.path]
@@ -212,6 +198,30 @@ class Reader:
         perform(read, file, worker.buffer[:num_bytes], start, is_ours)
 
     # Under the lock.
+
+    def _put_down(self, worker: _Worker, done: Task | None, error: Exception | None) -> bool:
+        """Settles what the thread has done; False where it was written off and there is no room for it."""
+        worker.task, worker.is_delivering = None, False
+        self._statistics.device_bytes += worker.num_device_bytes
+        worker.num_device_bytes = 0
+        if worker.is_quarantined:
+            if not self._readmit(worker):
+                return False
+        elif done is not None:
+            if error is None:
+                self._statistics.num_reads += 1
+                self._statistics.payload_bytes += done.read.nbytes
+            self._settle(done, error)
+        self._free(worker)
+        return True
+
+    def _take_up(self, worker: _Worker) -> Task:
+        """The most urgent read, which may start now, is the thread's."""
+        *_, task = heapq.heappop(self._queue)
+        task.started_s = time.monotonic()
+        worker.task = task
+        worker.is_background = self._precedence.start(task.read.read_class)
+        return task
 
     def _settle(self, task: Task, error: Exception | None) -> None:
         self._precedence.note(task.read.read_class)

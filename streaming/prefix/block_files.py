@@ -67,7 +67,7 @@ class BlockFiles:
     def __init__(self, directory: Path, fingerprint: bytes, max_bytes: int) -> None:
         """Makes the directory, for its owner's eyes only: blocks hold what people wrote."""
         self.directory, self.max_bytes = directory, max_bytes
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._off_until = 0.0
         self._unlisted_bytes = 0
         self._numbers = itertools.count()
@@ -95,7 +95,7 @@ class BlockFiles:
         path = self.directory / name.file_name
         try:
             raw = _read_file(path)
-            block = decode(raw, self._fingerprint, name)
+            block = decode(raw, self.fingerprint, name)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -120,7 +120,7 @@ class BlockFiles:
                 header = np.frombuffer(opened.read(HEADER_BYTES), np.uint8)
         except OSError:
             return False
-        return fingerprint_of(header) == self._fingerprint
+        return fingerprint_of(header) == self.fingerprint
 
     def has(self, name: BlockName) -> bool:
         """Whether there is such a file, whole or not."""
@@ -136,7 +136,7 @@ class BlockFiles:
         temporary = self.directory / f".{os.getpid()}-{next(self._numbers)}.tmp"
         try:
             self.make_room(block.nbytes)
-            _write_file(temporary, encode(block, self._fingerprint))
+            _write_file(temporary, encode(block, self.fingerprint))
             os.replace(temporary, path)
         except OSError as error:
             _remove(temporary)

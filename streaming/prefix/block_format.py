@@ -18,6 +18,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ MAGIC = b"GLMKV\x00\x01\n"
 _HEADER = struct.Struct("<8s32s32sQQQ")
 _CHECKSUM = struct.Struct("<I")
 _FILE_NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.kv")
+# More than any block has.
+MOST_TOKENS = 2**16
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 
 Tokens = NDArray[np.int32]
@@ -125,6 +128,22 @@ def fingerprint_of(raw: Bytes) -> bytes | None:
         return None
     magic, found, *_ = _HEADER.unpack(raw[: _HEADER.size].tobytes())
     return found if magic == MAGIC else None
+
+
+def peek(path: Path, fingerprint: bytes) -> tuple[bytes, Tokens] | None:
+    """The parent's key and the tokens of a block of this checkpoint, unchecked; None for any other file."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(HEADER_BYTES)
+            if len(raw) < HEADER_BYTES:
+                return None
+            magic, found, parent, _, num_tokens, _ = _HEADER.unpack(raw[: _HEADER.size])
+            if magic != MAGIC or found != fingerprint or num_tokens > MOST_TOKENS:
+                return None
+            ids = np.frombuffer(file.read(4 * num_tokens), np.dtype("<i4"))
+    except (OSError, ValueError):
+        return None
+    return (parent, ids) if ids.size == num_tokens else None
 
 
 def _checksum(header: bytes, ids: bytes, payload: Bytes) -> int:

@@ -14,6 +14,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
 
 from config.sizes import format_size
 from streaming.prefix.block_files import BlockFiles
@@ -26,6 +29,8 @@ IDLE_WAIT_S = 60.0
 
 # A block to write, a chain to mark as used, or a change that an administrator wants.
 Work = BlockName | Sequence[BlockName] | Callable[[], object]
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +88,13 @@ class BlockWriter:
                 self._waiting.append(tuple(chain))
             self._changed.notify_all()
 
-    def call(self, work: Callable[[], object]) -> None:
-        """Queue something else that only this thread may do with the files."""
+    def call(self, work: Callable[[], Result]) -> "Future[Result]":
+        """Queue something else that only this thread may do with the files, and return what comes of it."""
+        future: Future[Result] = Future()
         with self._changed:
-            self._waiting.append(work)
+            self._waiting.append(partial(_settle, future, work))
             self._changed.notify_all()
+        return future
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing waits; whether that came in time."""
@@ -95,9 +102,11 @@ class BlockWriter:
             return self._changed.wait_for(lambda: not self._waiting and not self._is_busy, timeout_s)
 
     def forget(self) -> None:
-        """Drop what waits."""
+        """Drop the blocks that wait; what somebody waits for is still done."""
         with self._changed:
+            called = [item for item in self._waiting if callable(item)]
             self._waiting.clear()
+            self._waiting.extend(called)
 
     def close(self, timeout_s: float) -> None:
         """Writes what waits, for at most `timeout_s`, then ends the thread."""
@@ -152,6 +161,13 @@ class BlockWriter:
             )  # fmt: skip
         self._is_spent = not may
         return may
+
+
+def _settle(future: "Future[Result]", work: Callable[[], Result]) -> None:
+    try:
+        future.set_result(work())
+    except Exception as error:  # whoever waits hears of it
+        future.set_exception(error)
 
 
 def _lower_io_priority() -> None:

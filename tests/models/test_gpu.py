@@ -22,7 +22,7 @@ from models.glm_moe_dsa import Model
 from server.commands.checkpoint import POCKET
 from server.glm.templates.template import load_chat_template
 from server.glm.tokenizer import load_tokenizer
-from streaming.device_copy import HostRows
+from streaming.device_copy import HostRows, fill_slots
 from tests.checkpoints import greedy, open_model, save_packed
 from tests.models.make_golden import GOLDEN, LENGTHS, SEED
 from tests.tiny_glm import SCHEDULES, SHARED, WIDER, make_weights, save_checkpoint, tokens
@@ -223,17 +223,22 @@ def test_sums_of_our_own_are_those_of_mlx() -> None:
 
 
 @pytest.mark.skipif(not GPU.has_kernels, reason="rows are pinned for CUDA")
-@pytest.mark.parametrize("shape", [(4,), (37, 24), (3, 5, 7)])
-def test_pinned_rows_arrive_bit_for_bit(shape: tuple[int, ...]) -> None:
-    for dtype in (np.uint8, np.uint16, np.uint32, np.float16, np.float32):
-        rows = HostRows(3, shape, dtype)
-        raw = np.random.default_rng(0).bytes(rows.array.nbytes)
-        rows.array[...] = np.frombuffer(raw, dtype).reshape(rows.array.shape)
-        for number in (2, 0):
-            arrived = np.array(rows.to_device(number).view(mx.uint8))
-            assert arrived.tobytes() == rows.array[number].tobytes()
-        rows.array[0] = rows.array[1]
-        assert np.array(rows.to_device(0).view(mx.uint8)).tobytes() == rows.array[1].tobytes()
+def test_pinned_rows_fill_their_slots_bit_for_bit() -> None:
+    rng, dtypes = np.random.default_rng(0), (np.uint8, np.uint16, np.uint32, np.float16, np.float32)
+    shapes = ((16,), (37, 24), (3, 32), (8,), (5, 7, 4))
+    rows = [HostRows(3, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    wanted = [np.zeros((6, *one.array.shape[1:]), one.array.dtype) for one in rows]
+    banks = [mx.array(zeros) for zeros in wanted]
+    mx.eval(banks)
+    assert all(one.is_pinned for one in rows)
+    for row_of in ({5: 0, 2: 1}, {2: 2}, {0: 1, 1: 0, 4: 2}):
+        for one, copy in zip(rows, wanted, strict=True):
+            one.array[...] = rng.integers(0, 200, one.array.shape)
+            for slot, row in row_of.items():
+                copy[slot] = one.array[row]
+        fill_slots(banks, rows, row_of)
+        for bank, copy in zip(banks, wanted, strict=True):
+            assert np.array_equal(np.array(bank), copy)
 
 
 def test_pocket_adds_in_bfloat16() -> None:

@@ -11,6 +11,7 @@ import pytest
 from models import workspace
 from models.arithmetic import CPU, METAL, Arithmetic, Quantization
 from models.attention.attention import Span, make_parts
+from models.dsa_computing import FLOAT32
 from models.loading.loading import load_model, make_geometry, open_checkpoint
 from models.workspace import loading_bytes
 from streaming.store import ExpertStore
@@ -93,7 +94,7 @@ def test_loading_takes_a_tensor_more_than_what_it_loads(
     model = load_model(checkpoint, arithmetic, store)
     peak, held = mx.get_peak_memory() - before, mx.get_active_memory() - before
     trunk = make_geometry(checkpoint, arithmetic).trunk_bytes
-    beside = loading_bytes(checkpoint.trunk, arithmetic)
+    beside = loading_bytes(checkpoint.trunk, arithmetic, FLOAT32)
     small = 20_000  # scalars of the modules
     assert abs(held - trunk) < small
     assert peak <= trunk + beside + small

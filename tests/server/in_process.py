@@ -14,6 +14,7 @@ from server.engine.schedule.shared_prefixes import Prefixes
 from server.link.engine_protocol import EngineStatus
 from server.link.messages import (
     Administer,
+    Administered,
     Cancel,
     Command,
     Event,
@@ -56,8 +57,13 @@ class LoopEngine:
     def reserve(self) -> None:
         """There is always a place."""
 
-    def administer(self, command: Administer) -> None:
+    async def administer(self, command: Administer) -> Administered | Failed:
+        queue: asyncio.Queue[RequestEvent] = asyncio.Queue()
+        self._requests[command.request_id] = (asyncio.get_running_loop(), queue)
         self.inbox.put(command)
+        event = await queue.get()
+        assert isinstance(event, Administered | Failed)
+        return event
 
     def start_now(self) -> None:
         """It runs."""

@@ -53,11 +53,16 @@ def index(tmp_path: Path) -> ExpertIndex:
 
 @contextmanager
 def opened(
-    index: ExpertIndex, num_slots: int, disk: Disk | None = None, timeout_s: float = 5, ring_slots: int = 4
+    index: ExpertIndex,
+    num_slots: int,
+    disk: Disk | None = None,
+    timeout_s: float = 5,
+    ring_slots: int = 4,
+    shares_memory: bool = True,
 ) -> Iterator[ExpertStore]:
     store = ExpertStore(
         index, num_slots, float_dtype=mx.bfloat16, disk=disk, num_threads=3, timeout_s=timeout_s,
-        shares_memory=True, ring_slots=ring_slots,
+        shares_memory=shares_memory, ring_slots=ring_slots,
     )  # fmt: skip
     try:
         yield store

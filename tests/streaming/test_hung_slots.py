@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +74,27 @@ def test_a_sweep_whose_order_changes_reads_on_in_the_slots_that_are_left(tmp_pat
         assert seen == list(range(NUM_EXPERTS))
         hang.release(store)
         store.check_integrity()
+
+
+def test_a_hung_read_into_a_staging_row_changes_nothing_of_the_next_expert_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, hang = write(tmp_path, 0), Hang(1)
+    with opened(index, 4, hang.disk, timeout_s=0.1, shares_memory=False) as store:
+        with pytest.raises(DiskError, match="no answer"):
+            store.acquire(1, [0])
+        bank = store._layers[1].bank
+        really_finish = bank.finish
+
+        def finish(slots: Sequence[int]) -> None:
+            """The late bytes arrive when those of the next expert are in its row, and not in its slot yet."""
+            hang.release(store)
+            really_finish(slots)
+
+        monkeypatch.setattr(bank, "finish", finish)
+        assert_hold(index, store, store.acquire(1, [3]), (3,))
+        monkeypatch.undo()
+        assert_hold(index, store, store.acquire(1, [0, 3]), (0, 3))
 
 
 def shrink(store: ExpertStore) -> None:

@@ -144,10 +144,10 @@ class Receipt:
             sum(usage.num_cached_tokens for usage in firsts),
         )
 
-    def openrouter_cost(self, usage: Usage) -> float:
-        """US dollars that OpenRouter would have charged; 0 for a model that it has not."""
-        price = PRICES.get(self.model)
-        if price is None:
+    def openrouter_cost(self, answers: list[Answer]) -> float:
+        """US dollars that OpenRouter would have charged; 0 for a failure, or a model that it has not."""
+        price, usage = PRICES.get(self.model), self.usage(answers)
+        if price is None or any(answer.has_failed for answer in answers):
             return 0.0
         return price.of(usage.num_prompt_tokens, usage.num_cached_tokens, usage.num_completion_tokens)
 
@@ -179,7 +179,7 @@ class Receipt:
             "provider_name": PROVIDER,
             "total_cost": 0,
             "usage": 0,
-            "openrouter_cost": self.openrouter_cost(usage),
+            "openrouter_cost": self.openrouter_cost(answers),
             "upstream_inference_cost": 0,
             "is_byok": False,
             "origin": self.caller.referer or "",
@@ -255,7 +255,7 @@ class Ledger:
         """Keep a request that is over, however it ended."""
         self.num_rejected_calls += sum(answer.parser.num_rejected_calls for answer in answers)
         usage = receipt.usage(answers)
-        cost, caller = receipt.openrouter_cost(usage), receipt.caller
+        cost, caller = receipt.openrouter_cost(answers), receipt.caller
         caller.record.usage, caller.record.cost = usage, cost
         num_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
         self.accounts.charge(caller.key.account, num_tokens, receipt.id)

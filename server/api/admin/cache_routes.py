@@ -1,9 +1,10 @@
-"""What can be asked of the prefix cache, and changed: /cache/explain, /cache/stats, /cache/pin, /cache/clear.
+"""What can be asked of the prefix cache, and changed: /cache/explain, /cache/stats, /cache/pin, /cache/pins,
+/cache/clear.
 
-Changes are passed on to the engine, which answers nothing: the counts that come with the
-next request show them.
+The engine makes the changes, and answers with what came of them.
 """
 
+import secrets
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -13,6 +14,7 @@ from server.api.access.guard import Access, require_admin
 from server.api.access.keys import Key
 from server.api.access.receipts import Caller, holder_of
 from server.api.answer.json_answer import while_connected
+from server.api.error_bodies import GenerationFailed
 from server.api.prompt.explain import MAX_EXPLANATIONS
 from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
@@ -20,7 +22,14 @@ from server.api.request.chat_schema import ChatRequest
 from server.api.request.turns import Presence
 from server.api.request.workload import lease_of
 from server.api.service import Service
-from server.link.messages import Administer
+from server.link.messages import Administer, Administered, Failed
+
+# What is said where an act would change nothing.
+NOTHING = {
+    "pin": "nothing of these {count} tokens is saved on disk in whole blocks of 64, so nothing was pinned: "
+    "have them answered once, then pin them",
+    "unpin": "nothing of these {count} tokens is pinned; GET /v1/cache/pins lists what is",
+}
 
 
 def cache_router(service: Service, access: Access) -> APIRouter:
@@ -47,8 +56,24 @@ def cache_router(service: Service, access: Access) -> APIRouter:
     async def clear() -> dict[str, Any]:
         service.model_info()  # where there is no engine nobody clears the disk
         service.remembered.clear()
-        service.engine.administer(Administer("clear"))
-        return {"data": {"status": "accepted"}}
+        done = await _asked(service, Administer(_name(), "clear"))
+        return {"data": {"status": "accepted", "blocks": done.count}}
+
+    @router.get("/pins", dependencies=admin)
+    async def pins() -> dict[str, Any]:
+        service.model_info()
+        decode = service.dialect.tokenizer.decode
+        return {
+            "data": [
+                {
+                    "tokens": one.num_tokens,
+                    "bytes": one.num_bytes,
+                    "begins": decode(one.first_tokens),
+                    "ends": decode(one.last_tokens),
+                }
+                for one in (await _asked(service, Administer(_name(), "pins"))).pins
+            ]
+        }
 
     @router.post("/pin", status_code=202, dependencies=admin)
     async def pin(request: Request, body: Body) -> dict[str, Any]:
@@ -62,24 +87,32 @@ def cache_router(service: Service, access: Access) -> APIRouter:
         request: Request, body: ChatRequest, action: Literal["pin", "unpin"]
     ) -> dict[str, Any]:
         service.parameters.note(request, body, Caller.of(request, body.session_id, body.user))
-        work = lease_of(request).run(
-            holder_of(request),
-            lambda presence: _administer(service, body, request.state.key, action, presence),
-        )
-        return await while_connected(request, work)
+        work = lease_of(request).run(holder_of(request), lambda presence: _prompt(service, body, presence))
+        prompt = await while_connected(request, work)
+        key: Key = request.state.key
+        done = await _asked(service, Administer(_name(), action, tuple(prompt), key.cache_group))
+        if not done.count:
+            raise RequestError(NOTHING[action].format(count=len(prompt)), param="messages")
+        counts = {"prompt_tokens": len(prompt), "blocks": done.count}
+        return {"data": {"status": "accepted"} | counts}
 
     return router
 
 
-def _administer(
-    service: Service, body: ChatRequest, key: Key, action: Literal["pin", "unpin"], presence: Presence
-) -> dict[str, Any]:
-    """Pin what a chat with this body begins with: its tools and messages, in whole blocks.
+async def _asked(service: Service, command: Administer) -> Administered:
+    """What the engine answers. Raises GenerationFailed."""
+    answer = await service.engine.administer(command)
+    if isinstance(answer, Failed):
+        raise GenerationFailed.from_event(answer)
+    return answer
 
-    Blocks are those of the key's cache group.
-    """
+
+def _name() -> str:
+    return f"cache-{secrets.token_hex(10)}"
+
+
+def _prompt(service: Service, body: ChatRequest, presence: Presence) -> list[int]:
+    """What a chat with this body begins with: its tools and messages."""
     service.model_info()
     check = service.check_length(presence, None)
-    prompt = prompt_of(service.dialect.tokenizer, service.dialect.template, body, check)
-    service.engine.administer(Administer(action, tuple(prompt), key.cache_group))
-    return {"data": {"status": "accepted", "prompt_tokens": len(prompt)}}
+    return prompt_of(service.dialect.tokenizer, service.dialect.template, body, check)

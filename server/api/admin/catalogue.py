@@ -104,11 +104,11 @@ def model_card(service: Service) -> dict[str, Any]:
     """The model as catalogues describe it; the context is 0 until the engine has opened the model."""
     info = service.engine.status.info
     length = info.context_length if info else 0
-    defaults = service.dialect.defaults
+    defaults, always_thinks = service.dialect.defaults, service.dialect.template.always_thinks
     return {
         "id": service.model_id,
         "canonical_slug": service.model_id,
-        "hugging_face_id": "zai-org/GLM-5.2",
+        "hugging_face_id": service.dialect.hugging_face_id,
         "name": f"{service.model_id} (local)",
         "created": service.started_at,
         "description": "",
@@ -134,8 +134,8 @@ def model_card(service: Service) -> dict[str, Any]:
         "default_parameters": {"temperature": defaults.temperature, "top_p": defaults.top_p},
         "supported_voices": None,
         "reasoning": {
-            "mandatory": False,
-            "supported_efforts": ["high", "xhigh"],
+            "mandatory": always_thinks,
+            "supported_efforts": ["low", "high", "xhigh"] if always_thinks else ["high", "xhigh"],
             "default_effort": "xhigh",
             "supports_max_tokens": True,
         },

@@ -130,6 +130,7 @@ class Answer:
         self.token_gaps = array("f")  # seconds between tokens
         self.token_ids = array("i")
         self.has_begun = False  # the engine has worked on it
+        self.has_failed = False  # the engine gave up on it
         self.remark = ""  # for its line in the log
         self._progress: Progress | None = None
         self._pace = PrefillPace()
@@ -191,6 +192,7 @@ class Answer:
                         case PromptScored():
                             self.prompt_scores.extend(event.scores)
                         case Failed():
+                            self.has_failed = event.kind != "cancelled"
                             raise GenerationFailed.from_event(event)
                         case Finished():
                             self._reason, self._usage = event.reason, event.usage

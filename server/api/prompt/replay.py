@@ -17,7 +17,7 @@ from server.api.prompt.remembered import Remembered, Said
 from server.api.request.chat_schema import ChatRequest
 from server.glm.lexer import THINK_TAGS
 from server.glm.pieces import Check, unchecked
-from server.glm.templates.template import ChatTemplate, template_options
+from server.glm.templates.template import ChatTemplate
 from server.glm.tokenizer import Tokenizer
 
 THINK, END_THINK = THINK_TAGS
@@ -168,7 +168,7 @@ def render_messages(
         marks[index].message if index in marks else shield.hide(message)
         for index, message in enumerate(messages)
     ]
-    options = template_options(body.effort, body.is_thinking_enabled)
+    options = template.options(body.effort, body.is_thinking_enabled)
     options["clear_thinking"] = body.clears_thinking
     try:
         return template.render(hidden, shield.hide(body.template_tools()), options)

@@ -43,7 +43,10 @@ MAX_CONTAINERS, MAX_STRINGS = 2**16, 2**18
 CONTAINER_BYTES, STRING_BYTES, ITEM_BYTES = 1200, 100, 48
 # Copies of the text in use at once while a prompt is rendered.
 NUM_COPIES = 5
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+# One without an end goes on to the body's end: else each quotation mark in it is tried as a beginning.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+# Between two pieces of a body the event loop may have the interpreter.
+PIECE_BYTES = 2**18
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -60,15 +63,25 @@ class Extent:
     @classmethod
     def of(cls, raw: bytes) -> "Extent":
         """The extent of JSON. What stands in strings may be counted, unless that made the body too large."""
-        num_strings = (raw.count(b'"') - raw.count(b'\\"')) // 2
-        structure = raw
-        if raw.count(b"{") + raw.count(b"[") > MAX_CONTAINERS and num_strings <= MAX_STRINGS:
-            structure = _STRING.sub(b"", raw)
-        num_containers = structure.count(b"{") + structure.count(b"[")
-        num_items = structure.count(b",")
+        num_strings = (_count(raw, b'"') - _count(raw, b'\\"')) // 2
+        num_containers, num_items = _count(raw, b"{", b"["), _count(raw, b",")
+        if num_containers > MAX_CONTAINERS and num_strings <= MAX_STRINGS:
+            quoted = raw[: raw.rfind(b'"') + 1]
+            # A function lets the event loop go on between two strings.
+            structure = _STRING.sub(lambda string: b"", quoted)
+            num_containers -= _count(quoted, b"{", b"[") - _count(structure, b"{", b"[")
+            num_items -= _count(quoted, b",") - _count(structure, b",")
+        extent = cls(num_containers, num_strings, num_items, 0)
+        if extent.has_too_many_parts:
+            return extent
         is_numbers = num_items > 16 * num_strings
-        text = len(raw.translate(None, b"0123456789, \n")) if is_numbers else len(raw)
+        text = _num_bytes_beside_numbers(raw) if is_numbers else len(raw)
         return cls(num_containers, num_strings, num_items, text * _width(raw))
+
+    @property
+    def has_too_many_parts(self) -> bool:
+        """Whether the body is refused for its parts, whatever its text takes."""
+        return self.num_containers > MAX_CONTAINERS or self.num_strings > MAX_STRINGS
 
     @property
     def kept_bytes(self) -> int:
@@ -107,7 +120,7 @@ def _read(schema: type[T], raw: bytes, lease: Allowance) -> T:
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from error
     extent = Extent.of(raw)
-    if extent.num_containers > MAX_CONTAINERS or extent.num_strings > MAX_STRINGS:
+    if extent.has_too_many_parts:
         # A nesting without end is no JSON, and the parser says so at its start.
         _parse(raw[:SMALL_BYTES].decode(errors="ignore"), allow_partial=True)
         message = f"the body has more than {MAX_CONTAINERS} objects and arrays, or {MAX_STRINGS} strings"
@@ -133,11 +146,22 @@ def _parse(raw: bytes | str, *, allow_partial: bool = False) -> Any:
         raise RequestError(f"the body is not JSON: {error}") from error
 
 
+def _count(raw: bytes, *marks: bytes) -> int:
+    """How often these marks are in the body."""
+    starts = range(0, len(raw), PIECE_BYTES)
+    return sum(raw.count(one, start, start + PIECE_BYTES + len(one) - 1) for start in starts for one in marks)
+
+
+def _num_bytes_beside_numbers(raw: bytes) -> int:
+    starts = range(0, len(raw), PIECE_BYTES)
+    return sum(len(raw[at : at + PIECE_BYTES].translate(None, b"0123456789, \n")) for at in starts)
+
+
 def _width(raw: bytes) -> int:
     """Bytes of a character in Python's strings: all of a string have the width of its widest."""
     if raw.isascii() and b"\\u" not in raw:
         return 1
-    is_astral = b"\\ud" in raw.lower() or any(byte in raw for byte in range(0xF0, 0xF5))
+    is_astral = b"\\ud" in raw or b"\\uD" in raw or any(byte in raw for byte in range(0xF0, 0xF5))
     return 4 if is_astral else 2
 
 
@@ -194,9 +218,10 @@ async def _receive(request: Request, lease: Allowance) -> bytes:
                 lease.receive(num_bytes)
             except BusyError:
                 body.clear()
-                await _drain(parts)
+                await _drain(parts, lease)
                 raise
             body += part
+        await lease.await_more()
         if num_bytes > MAX_DRAINED_BYTES:
             break
     if num_bytes > MAX_BODY_BYTES:
@@ -205,11 +230,12 @@ async def _receive(request: Request, lease: Allowance) -> bytes:
     return bytes(body)
 
 
-async def _drain(parts: AsyncGenerator[bytes, None]) -> None:
+async def _drain(parts: AsyncGenerator[bytes, None], lease: Allowance) -> None:
     """Reads on for a while, so that a client which still sends gets to see the refusal."""
     try:
         async with asyncio.timeout(DRAIN_S):
             async for _ in parts:
                 await asyncio.sleep(DRAIN_PAUSE_S)
+                await lease.await_more()
     except TimeoutError:
         pass

@@ -36,6 +36,32 @@ class Presence:
             raise ClientGone
 
 
+class Sluice:
+    """Lets a few of those that wait through at a time, then nobody for a while: others come in between."""
+
+    def __init__(self, num_at_once: int, pause_s: float = 0.0) -> None:
+        self._num_at_once, self._pause_s = num_at_once, pause_s
+        self._line: deque[asyncio.Future[None]] = deque()
+        self._opens_at = 0.0
+
+    async def pass_through(self) -> None:
+        """Wait for a place."""
+        loop = asyncio.get_running_loop()
+        place = loop.create_future()
+        self._line.append(place)
+        if len(self._line) == 1:
+            loop.call_at(max(loop.time(), self._opens_at), self._open, loop)
+        await place
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> None:
+        for place in [self._line.popleft() for _ in range(min(self._num_at_once, len(self._line)))]:
+            if not place.done():  # its client may have gone
+                place.set_result(None)
+        self._opens_at = loop.time() + self._pause_s
+        if self._line:
+            loop.call_at(self._opens_at, self._open, loop)
+
+
 class Turns:
     """Gives a number of places to holders, which may come many times."""
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from config.errors import BusyError, RequestError
 from config.plan import MIN_REQUEST_BYTES
-from server.api.request.turns import Lane, Presence
+from server.api.request.turns import Lane, Presence, Sluice
 from server.heap import trim_heap
 
 # Bodies up to this size are read between two steps of the event loop, and never wait behind larger ones.
@@ -25,6 +25,9 @@ INCOMPLETE = 0.5
 # One that has come for so long is given up for another.
 GRACE_S = 10.0
 RETRY_AFTER_S = 5
+# Parts of large bodies that are read at once, of 256 kB at most, and the pause after them: 100 MB a second,
+# which one client can have alone. Without it bodies take the event loop and a processor for themselves.
+PARTS_AT_ONCE, PARTS_PAUSE_S = 2, 0.005
 
 T = TypeVar("T")
 
@@ -38,6 +41,7 @@ class Workload:
         self._lock = threading.Lock()
         self._num_bytes = 0
         self._incomplete: dict[Allowance, float] = {}  # since when; the oldest first
+        self.sluice = Sluice(PARTS_AT_ONCE, PARTS_PAUSE_S)
         self._quick, self._slow = Lane(2, "requests"), Lane(1, "large-requests")
 
     def lease(self) -> "Allowance":
@@ -104,6 +108,11 @@ class Allowance:
         """So much of the body has come. Raises BusyError."""
         self._size = num_bytes
         self._workload.receive(self, num_bytes)
+
+    async def await_more(self) -> None:
+        """Returns when more of the body may come: of large ones a few parts in each round of the loop."""
+        if not self.is_small:
+            await self._workload.sluice.pass_through()
 
     def complete(self) -> None:
         """All of the body has come, or no more of it is wanted."""

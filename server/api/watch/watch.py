@@ -122,6 +122,8 @@ class Watched:
         key = scope["state"].get("key")
         record.key_name = key.name if isinstance(key, Key) else "none"
         record.route = self._route_of(record.path)
+        if refused := scope["state"].get("refused"):  # below the app, whose own answer nobody got
+            record.status, record.reason = refused
         if record.status >= 400 and not record.reason:
             record.reason = REASONS.get(
                 record.status, "server" if record.status >= 500 else "invalid_request"

@@ -120,10 +120,10 @@ def check_descriptors(settings: Settings) -> Iterator[Finding]:
 
 def check_port(settings: Settings) -> Iterator[Finding]:
     """Whether --host and --port can be listened on."""
-    from server.commands.serve import listen
+    from server.commands.http_server import bind
 
     try:
-        listen(settings.host, settings.port).close()
+        bind(settings.host, settings.port).close()
     except UsageError as error:
         yield Finding(Verdict.FAULT, f"{error} (is a server running already?)")
         return

@@ -28,6 +28,11 @@ class Constraint:
         """Whether the grammar, if there is one, has been read."""
         return self._coming is None or self._coming.done()
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether a draw would have to wait for what the grammar allows."""
+        return self._thought is None and self._matcher is not None and self._matcher.is_slow
+
     def begin(self) -> None:
         """Take the grammar, which has been read, before the first draw. Raises what is wrong with it."""
         if self._coming:

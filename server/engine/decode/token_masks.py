@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 from weakref import WeakValueDictionary, finalize
 
 import llguidance.numpy
@@ -24,6 +25,8 @@ from server.glm.schemas.following import parser_limits, reason_of
 from server.glm.tokenizer_file import read_tokenizer_file
 
 NEVER = -float("inf")
+# A grammar whose last mask took longer keeps no others waiting for the next one: it sits steps out.
+SLOW_MASK_S = 0.02
 
 # Compiled grammars that are kept though no answer follows them.
 MAX_LATEST = 32
@@ -139,6 +142,12 @@ class Matcher:
         self._threads = threads
         self._bits = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
         self._mask: Future[Mask] | None = None
+        self._mask_s = 0.0  # the last one took
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the next mask is not there, and the last one took long."""
+        return self._mask_s > SLOW_MASK_S and self._mask is not None and not self._mask.done()
 
     def start(self) -> None:
         """Begin to compute what the first token may be."""
@@ -162,9 +171,11 @@ class Matcher:
 
     def _compute(self) -> Mask:
         """Some grammars prove to be too large only here. The mask would then be that of a complete answer."""
+        started_s = monotonic()
         llguidance.numpy.fill_next_token_bitmask(self._inner, self._bits)
         if self._inner.is_error():
             message = "the grammar is too complex to follow the answer any further"
             raise RequestError(f"{message}: {reason_of(self._inner)}")
+        self._mask_s = monotonic() - started_s
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
         return bits[: self._vocab_size].astype(np.bool_)

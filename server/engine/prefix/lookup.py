@@ -15,10 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from models.attention.cache import SequenceCache
 from models.attention.cache_blocks import bytes_per_token, read_blocks
 from server.engine.prefix.restore import GROUP, Restoring
+from server.engine.prefix.states import BLOCK_TOKENS as BLOCK_TOKENS
+from server.engine.prefix.states import Way, find_way, state_after, state_block, state_name
 from streaming.prefix.block_files import BlockFiles
 from streaming.prefix.block_format import (
     HEADER_BYTES,
@@ -31,9 +34,10 @@ from streaming.prefix.block_format import (
 )
 from streaming.prefix.block_memory import BlockMemory
 from streaming.prefix.block_writer import BlockWriter
+from streaming.prefix.pins import PinnedChain, list_pins
 
-# A divergence costs at most this many tokens that were known. 6.1 MB of GLM-5.2: large enough for an SSD.
-BLOCK_TOKENS = 64
+Known = TypeVar("Known")
+
 READERS = 4
 # Blocks beside those in `BlockMemory`: one group being copied, one being read.
 TRANSIENT_BLOCKS = 2 * GROUP
@@ -81,13 +85,27 @@ class PrefixCache:
             return _known(self._find_tail(tokens, *where, False))
 
         most = len(token_ids) - 1
-        return Restoring(cache, names, BLOCK_TOKENS, most, self._look_up, find_tail, self._note_stuck)
+        restoring = partial(Restoring, cache, block_tokens=BLOCK_TOKENS, most=most, look_up=self._look_up,
+                            on_stuck=self._note_stuck)  # fmt: skip
+        if not cache.keeps_state:
+            return restoring(names=names, find_tail=find_tail)
+        way = find_way(tokens, names, root, self._is_saved)
+        if way.length <= cache.length:
+            way = Way(0)
+        tail = way.tail
+        return restoring(
+            names=names[: way.num_whole],
+            find_tail=lambda _: self._look_up(tail) if tail else _known(None),
+            state=way.state,
+        )
 
     def note_restored(
         self, token_ids: Sequence[int], length_before: int, length: int, group: str = ""
     ) -> None:
         """Counts what was restored of a prompt, and marks its blocks as used."""
-        self._use(self._names(as_tokens(token_ids[:length]), group))
+        tokens = as_tokens(token_ids[:length])
+        names = self._names(tokens, group)
+        self._use([*names, state_after(tokens, names, self._root(group))])
         self.num_asked_tokens += len(token_ids) - length_before
         self.num_restored_tokens += length - length_before
 
@@ -98,11 +116,13 @@ class PrefixCache:
         start: int = 0,
         keeps_tail: bool = False,
         group: str = "",
+        keeps_state: bool = False,
     ) -> int:
         """Keep what the cache holds of these tokens from `start` on, where all before is saved already.
 
-        With `keeps_tail` a last part of less than a block is kept too. Returns the `start` of the next call,
-        which is not the end where memory cannot take all of it now.
+        With `keeps_tail` a last part of less than a block is kept too, with `keeps_state` the state behind
+        it; states that the cache has kept are saved in any case. Returns the `start` of the next call, which
+        is not the end where memory cannot take all of it now.
         """
         tokens = as_tokens(token_ids)[: cache.length]
         names, root = self._names(tokens, group), self._root(group)
@@ -112,6 +132,7 @@ class PrefixCache:
         for some in range(first, stop, GROUP):
             fresh += self._keep(tokens, names, root, cache, some, min(some + GROUP, stop))
         end = stop * BLOCK_TOKENS
+        lengths = [length for length in cache.kept_lengths if length <= end]
         if keeps_tail and stop == len(names) and end < tokens.size:
             tail = Block(
                 _key_before(names, len(names), root),
@@ -123,9 +144,45 @@ class PrefixCache:
             fresh.append(tail.name)
             names.append(tail.name)
             stop += 1
-        if fresh:
-            self._use(names[:stop], fresh)
+        if keeps_state and stop == len(names):
+            lengths.append(tokens.size)
+        states = self._keep_states(tokens, names, root, cache, lengths)
+        if fresh or states:
+            self._use([*names[:stop], *states], [*fresh, *states])
         return end
+
+    def _keep_states(
+        self,
+        tokens: Tokens,
+        names: Sequence[BlockName],
+        root: bytes,
+        cache: SequenceCache,
+        lengths: Sequence[int],
+    ) -> list[BlockName]:
+        """Puts the states that the cache keeps at these lengths into memory; the new ones' names."""
+        fresh = []
+        for length in lengths:
+            name = state_after(tokens[:length], names, root)
+            if self._memory.get(name.key) is None and (payload := cache.read_state(length)) is not None:
+                self._memory.put(name.key, state_block(tokens[:length], names, root, payload))
+                fresh.append(name)
+        return fresh
+
+    def discard_states(self, token_ids: Sequence[int], lengths: Sequence[int], group: str = "") -> None:
+        """Forgets the states behind these lengths of a prompt; its blocks stay."""
+        tokens = as_tokens(token_ids)
+        names, root = self._names(tokens, group), self._root(group)
+        self._forget([state_after(tokens[:length], names, root) for length in lengths])
+
+    def _forget(self, names: Sequence[BlockName]) -> None:
+        self._memory.drop(name.key for name in names)
+        if self._files and self._writer:
+            self._writer.call(partial(self._files.discard, names))
+
+    def _is_saved(self, name: BlockName) -> bool:
+        """Whether a block lies in memory, or on a disk that answers."""
+        on_disk = self._files if self._disk_answers else None
+        return self._memory.get(name.key) is not None or (on_disk is not None and on_disk.has(name))
 
     def names_from(self, token_ids: Sequence[int], start: int, group: str = "") -> list[BlockName]:
         """The whole blocks of a prompt that end behind its token `start`."""
@@ -145,14 +202,21 @@ class PrefixCache:
             count += BLOCK_TOKENS
         return count
 
-    def pin(self, token_ids: Sequence[int], is_pinned: bool = True, group: str = "") -> None:
-        """Keep the blocks of a prompt on disk, or no longer, whatever else wants their room.
+    def pin(self, token_ids: Sequence[int], is_pinned: bool = True, group: str = "") -> "Future[int]":
+        """Keep the blocks of a prompt on disk, or no longer, whatever else wants their room; how many.
 
         It happens behind what waits to be written; blocks that are not there then are not pinned.
         """
-        if self._files and self._writer:
-            names = self._names(as_tokens(token_ids), group)
-            self._writer.call(partial(self._files.pin, names, is_pinned))
+        if not (self._files and self._writer):
+            return _known(0)
+        names = self._names(as_tokens(token_ids), group)
+        return self._writer.call(partial(self._files.pin, names, is_pinned))
+
+    def pins(self) -> "Future[tuple[PinnedChain, ...]]":
+        """What is pinned, behind what waits to be written."""
+        if not (self._files and self._writer):
+            return _known(())
+        return self._writer.call(partial(list_pins, self._files))
 
     def discard(self, token_ids: Sequence[int], group: str = "") -> None:
         """Forget the blocks of a prompt, its last part too, in memory at once and then on disk."""
@@ -160,17 +224,20 @@ class PrefixCache:
         names, root = self._names(tokens, group), self._root(group)
         end, parent = len(names) * BLOCK_TOKENS, _key_before(names, len(names), root)
         rest = tokens[end:]
+        states = [state_name(name.key, self.end_of(name)) for name in names]
         names += [BlockName(chain_key(parent, rest[:size]), end) for size in range(1, rest.size + 1)]
-        self._memory.drop(name.key for name in names)
-        if self._files and self._writer:
-            self._writer.call(partial(self._files.discard, names))
+        states += [
+            state_name(name.key, end + i) for i, name in enumerate(names[end // BLOCK_TOKENS :], start=1)
+        ]
+        self._forget([*names, *states])
 
-    def clear(self) -> None:
-        """Forget everything, in memory at once and then on disk, pinned or not."""
+    def clear(self) -> "Future[int]":
+        """Forget everything, in memory at once and then on disk, pinned or not; how many blocks that were."""
         self._memory.clear()
-        if self._files and self._writer:
-            self._writer.forget()
-            self._writer.call(self._files.clear)
+        if not (self._files and self._writer):
+            return _known(0)
+        self._writer.forget()
+        return self._writer.call(self._files.clear)
 
     def close(self, timeout_s: float) -> None:
         """Writes what waits, for at most `timeout_s`, and ends the threads."""
@@ -297,9 +364,9 @@ def _key_before(names: Sequence[BlockName], index: int, root: bytes) -> bytes:
     return names[index - 1].key if index else root
 
 
-def _known(block: Block | None) -> "Future[Block | None]":
-    future: Future[Block | None] = Future()
-    future.set_result(block)
+def _known(value: Known) -> "Future[Known]":
+    future: Future[Known] = Future()
+    future.set_result(value)
     return future
 
 

@@ -31,6 +31,7 @@ FindTail = Callable[[int], Future[Block | None]]
 class Restoring:
     """Fills `cache` with the blocks `names`, in order, as far as they were saved, and a tail behind them.
 
+    A cache that keeps a state gets the one named `state` at the end; without it the rows are worth nothing.
     A cache that holds a beginning of the prompt already is only ever extended; it holds at most `most` tokens
     in the end. `find_tail` looks for the short block behind a number of whole ones; `on_stuck` hears of a
     read that is not waited for any longer. Until it is complete nobody else may write to the cache.
@@ -45,6 +46,7 @@ class Restoring:
         look_up: LookUp,
         find_tail: FindTail,
         on_stuck: Callable[[Future[Block | None]], None],
+        state: BlockName | None = None,
     ) -> None:
         self.length_before = cache.length
         # Room for all at once: 16,384 tokens of GLM-5.2 took 9.8 s group by group, and take 1.6 to 2.5 s so.
@@ -54,7 +56,9 @@ class Restoring:
         self._rest = deque(names[self._num_whole :])
         self._look_up, self._find_tail, self._on_stuck = look_up, find_tail, on_stuck
         self._coming: deque[Future[Block | None]] = deque()
-        self._tail: Future[Block | None] | None = None  # asked for when all whole blocks have come
+        self._state = state
+        # A tail, and the state behind it: asked for when all whole blocks have come.
+        self._end_parts: list[Future[Block | None]] = []
         self._since_s: float | None = None  # the group that comes was asked for
         self._is_stuck = False
 
@@ -62,8 +66,8 @@ class Restoring:
         """Waits at most `wait_s`. Returns True if the next group has come, or its disk is stuck."""
         self._read_ahead()
         self._since_s = self._since_s or monotonic()
-        awaited = [self._tail] if self._tail else self._coming
-        pending = wait(awaited, max(wait_s, TAIL_S) if self._tail else wait_s).not_done
+        awaited = self._end_parts or self._coming
+        pending = wait(awaited, max(wait_s, TAIL_S) if self._end_parts else wait_s).not_done
         if not pending:
             return True
         self._is_stuck = monotonic() > self._since_s + PATIENCE_S
@@ -80,9 +84,11 @@ class Restoring:
 
         Returns True after the last; an error leaves the groups before it.
         """
-        if self._tail:
-            tail = self._tail.result() if self._tail.done() else None  # its disk is stuck
-            return self._end([tail] if tail else [])
+        if self._end_parts:
+            found = [
+                part.result() if part.done() else None for part in self._end_parts
+            ]  # or its disk is stuck
+            return self._end(found[:1], found[1] if self._state else None)
         assert all(future.done() for future in self._coming), "nobody waits here"
         group: list[Block] = []
         while self._coming and (block := self._coming.popleft().result()):
@@ -98,11 +104,15 @@ class Restoring:
         self._since_s = monotonic()
         self._read_ahead()
         if is_last:
-            self._tail = self._find_tail(self._num_whole)
+            self._end_parts = [self._find_tail(self._num_whole)]
+            if self._state:
+                self._end_parts.append(self._look_up(self._state))
         return False
 
-    def _end(self, blocks: Sequence[Block]) -> bool:
-        self._fill(blocks)
+    def _end(self, blocks: Sequence[Block | None], state: Block | None = None) -> bool:
+        self._fill([block for block in blocks if block])
+        if state and self._cache.num_rows == state.start:
+            self._cache.fill_state(state.payload, state.start)
         self._cache.trim(min(self._cache.length, self._most))
         return True
 

@@ -160,6 +160,7 @@ class Boarding:
             if item not in stops
             and item.leader in stops
             and item.follows_to <= stops[item.leader]
+            and item.can_follow
             and item.num_tokens - item.follows_to < most
         ]
 

@@ -6,7 +6,6 @@ How sequences board passes over prompts stands in `boarding.py`, the order of tu
 from collections.abc import Callable, Iterable
 from time import monotonic
 
-from config.plan import MAX_RUNNING
 from models.attention.cache import SequenceCache
 from server.engine.schedule.fairness import AGING_S, Shares
 from server.engine.schedule.limits import Limits
@@ -96,7 +95,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         now_s = self._clock()
         for sequence in self.line:
-            if len(self.running) >= MAX_RUNNING:
+            if len(self.running) >= self._limits.max_running:
                 break
             if self._num_inflight(sequence.request.agent) >= self._limits.agent_inflight:
                 continue
@@ -121,8 +120,12 @@ class Scheduler:
         return self.shares.rank(sequences, self._clock(), self._cost)
 
     def decode_batch(self) -> list[Sequence]:
-        """The sequences of the next decode step: all that decode, or as many as fit, by turns."""
+        """The sequences of the next decode step: all that decode, or as many as fit, by turns.
+
+        Those whose grammar is slow to say what may come next sit out, unless there are no others.
+        """
         decoding = [item for item in self.running if item.state is State.DECODING and not item.is_boarded]
+        decoding = [item for item in decoding if not item.constraint.is_slow] or decoding
         width = self._limits.batch_width or self._limits.decode_rows
         if len(decoding) <= width:
             return decoding

@@ -131,7 +131,13 @@ class Sequence:
         """Whether what it follows is gone, or has not read what both share after all."""
         if self.leader is None:
             return False
-        return self.leader.cache is None or self.leader.cache.length < self.follows_to
+        return self.leader.cache is None or not self.leader.cache.can_lend(self.follows_to)
+
+    @property
+    def can_follow(self) -> bool:
+        """Whether its leader will pass where both part, or has kept what it remembered there."""
+        cache = self.leader.cache if self.leader else None
+        return cache is not None and (cache.length < self.follows_to or cache.can_lend(self.follows_to))
 
     @property
     def is_held(self) -> bool:
@@ -180,5 +186,10 @@ class PassPart:
 
 
 def next_part(sequence: Sequence, num_rows: int) -> PassPart:
-    """The next tokens of a sequence, at most `num_rows`."""
-    return PassPart(sequence, min(num_rows, sequence.num_tokens - sequence.num_before))
+    """The next tokens of a sequence, at most `num_rows`; short of its end they stop at its cache's grain."""
+    start = sequence.num_before
+    stop = min(start + num_rows, sequence.num_tokens)
+    if stop < sequence.num_tokens:
+        aligned = stop - stop % sequence.running_cache.grain
+        stop = aligned if aligned > start else stop
+    return PassPart(sequence, stop - start)

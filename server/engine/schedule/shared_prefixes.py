@@ -5,17 +5,19 @@ prompts have in common is read once: the first reads it, the others go on behind
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from functools import partial
 from itertools import takewhile
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from server.engine.faults import Contained
-from server.engine.prefix.lookup import PrefixCache
+from server.engine.prefix.lookup import BLOCK_TOKENS, PrefixCache
 from server.engine.schedule.sequence import Sequence, State
-from server.link.messages import Administer
+from server.link.messages import Administer, Administered, Pin
 from streaming.prefix.block_format import BlockName
+from streaming.prefix.pins import PinnedChain
 
 # How long blocks are copied between two steps: half a step of the target.
 COPY_S = 0.2
@@ -24,6 +26,10 @@ COPY_S = 0.2
 LONE_COPY_S = 2.0
 # How long a disk is waited for then, before commands are looked at again.
 DISK_WAIT_S = 0.05
+# A state of GLM-5.3-Flash is worth 12,000 tokens of rows: such a grid costs less than the rows between.
+STATE_GRID = 16_384
+
+Given = TypeVar("Given")
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +62,8 @@ class Prefixes(Protocol):
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
         """Counts what a sequence adopted in its leader's pass; it had held `length_before` tokens."""
 
-    def administer(self, command: Administer) -> None:
-        """Forgets all saved prompts, or pins one."""
+    def administer(self, command: Administer) -> "Future[Administered]":
+        """Forgets all saved prompts, pins one, or lists those that are pinned; what came of it."""
 
 
 class NoPrefixes:
@@ -81,8 +87,11 @@ class NoPrefixes:
     def note_followed(self, sequence: Sequence, length_before: int) -> None:
         """No sequence follows another."""
 
-    def administer(self, command: Administer) -> None:
+    def administer(self, command: Administer) -> "Future[Administered]":
         """There is nothing to change."""
+        future: Future[Administered] = Future()
+        future.set_result(Administered(command.request_id))
+        return future
 
 
 class SavedPrefixes:
@@ -102,6 +111,7 @@ class SavedPrefixes:
 
     def restore(self, sequence: Sequence) -> None:
         """Begins to fill the cache with saved rows. They are copied in `settle`, some between two steps."""
+        sequence.running_cache.want(_save_points(sequence))
         if not sequence.trusts_saved:
             return
         with Contained(partial(_read_anew, sequence)):
@@ -115,7 +125,10 @@ class SavedPrefixes:
         is_pausing = sequence.is_cancelled or sequence.num_unread <= 1
         tokens = sequence.tokens(0, cache.length)
         start, group = sequence.num_saved_tokens, sequence.cache_group
-        sequence.num_saved_tokens = self._saved.save(tokens, cache, start, is_pausing, group)
+        is_ending = cache.keeps_state and is_pausing and bool(sequence.generated)
+        sequence.num_saved_tokens = self._saved.save(tokens, cache, start, is_pausing, group, is_ending)
+        if is_ending and sequence.num_saved_tokens == cache.length - cache.length % BLOCK_TOKENS:
+            self._saved.discard_states(tokens, _superseded(sequence), group)
 
     def distrust(self, sequence: Sequence) -> None:
         """Forgets the blocks that were restored of it, and the one of which they may be a part."""
@@ -155,15 +168,17 @@ class SavedPrefixes:
                 restoring.append(sequence)
         return restoring
 
-    def administer(self, command: Administer) -> None:
-        """Forgets all saved prompts, or pins one."""
+    def administer(self, command: Administer) -> "Future[Administered]":
+        """Forgets all saved prompts, pins one, or lists those that are pinned; what came of it."""
+        name, ids, group = command.request_id, command.token_ids, command.cache_group
         match command.action:
             case "clear":
-                self._saved.clear()
-            case "pin":
-                self._saved.pin(command.token_ids, group=command.cache_group)
-            case "unpin":
-                self._saved.pin(command.token_ids, False, command.cache_group)
+                return _then(self._saved.clear(), lambda count: Administered(name, count))
+            case "pins":
+                return _then(self._saved.pins(), lambda found: Administered(name, len(found), _told(found)))
+            case action:
+                pinned = self._saved.pin(ids, action == "pin", group)
+                return _then(pinned, lambda count: Administered(name, count))
 
     def _complete(self, sequence: Sequence, length_before: int) -> None:
         """Ends the restoring; the sequence may follow one that reads on from there, or claims blocks."""
@@ -204,12 +219,50 @@ class SavedPrefixes:
         if shared:
             # At least one token stays unread, so that there are logits to go on from.
             follows_to = min(self._saved.end_of(shared[-1]), sequence.num_tokens - 1)
+            follows_to -= follows_to % sequence.running_cache.grain
             if follows_to > sequence.running_cache.length:
                 sequence.follow(self._claims[shared[-1]], follows_to)
         self._claims |= {name: sequence for name in names[len(shared) :] if name not in self._claims}
+
+
+def _save_points(sequence: Sequence) -> list[int]:
+    """Lengths at which a state is worth saving, all at the end of whole blocks.
+
+    They are the end of the system prompt and its tools, the last turn's end, the prompt's, and a coarse grid.
+    A turn begins with a token at which answers stop.
+    """
+    prompt, stops = sequence.request.token_ids, set(sequence.request.stop_token_ids)
+    begins = [at for at, token in enumerate(prompt) if token in stops]
+    ends = [*begins[:1], *begins[-1:], len(prompt) - 1, *range(STATE_GRID, len(prompt), STATE_GRID)]
+    return sorted({end - end % BLOCK_TOKENS for end in ends} - {0})
+
+
+def _superseded(sequence: Sequence) -> list[int]:
+    """Lengths whose states the one at the sequence's end makes needless, if there are any."""
+    length = sequence.running_cache.length
+    ends = {sequence.num_restored_tokens, *range(BLOCK_TOKENS, length, BLOCK_TOKENS)}
+    return sorted(ends - {0, length, *_save_points(sequence)})
 
 
 def _read_anew(sequence: Sequence, error: Exception) -> None:
     """Lets a sequence compute the rows that could not be restored."""
     log.error("a saved prefix could not be restored; its prompt is read", exc_info=error)
     sequence.read_on()
+
+
+def _then(before: "Future[Given]", make: Callable[[Given], Administered]) -> "Future[Administered]":
+    """A future for what `make` makes of the result of another one."""
+    after: Future[Administered] = Future()
+
+    def settle(done: "Future[Given]") -> None:
+        if error := done.exception():
+            after.set_exception(error)
+        else:
+            after.set_result(make(done.result()))
+
+    before.add_done_callback(settle)
+    return after
+
+
+def _told(chains: Iterable[PinnedChain]) -> tuple[Pin, ...]:
+    return tuple(Pin(**vars(chain)) for chain in chains)

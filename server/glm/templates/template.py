@@ -1,8 +1,8 @@
 """Renders conversations to the text that the model was trained on.
 
-The checkpoint's own template wins; ours, for GLM-5.2, serves checkpoints that have none. Templates are
-foreign programs in jinja, with what transformers 5.24 gives them, run in a sandbox: whatever one of them does
-wrong is one error. Nothing here keeps state.
+The checkpoint's own template wins; ours, for GLM-5.2 and GLM-5.3-Flash, serves checkpoints that have none.
+Templates are foreign programs in jinja, with what transformers 5.24 gives them, run in a sandbox: whatever
+one of them does wrong is one error. Nothing here keeps state.
 """
 
 import json
@@ -106,13 +106,21 @@ def template_options(effort: Effort | None, is_enabled: bool | None) -> dict[str
     return options
 
 
+def always_thinking_options(effort: Effort | None, is_enabled: bool | None) -> dict[str, Any]:
+    """The same for a model that always thinks: a request that wants no thought gets the least."""
+    words = {"none": "low", "minimal": "low", "low": "low", "medium": "high", "high": "high"}
+    word = "low" if is_enabled is False else words.get(effort or "max", "max")
+    return {"enable_thinking": True, "reasoning_effort": word, "always_thinks": True}
+
+
 OUR_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 class ChatTemplate:
     """A compiled chat template, perhaps with another for requests that bring tools.
 
-    `special`: variables that every rendering sees.
+    `special`: variables that every rendering sees. `always_thinks`: the model knows no answer without a
+    thought.
     """
 
     def __init__(
@@ -121,10 +129,18 @@ class ChatTemplate:
         origin: str,
         tool_use: TemplateSource | None = None,
         special: Mapping[str, Any] | None = None,
+        *,
+        always_thinks: bool = False,
     ) -> None:
+        self.always_thinks = always_thinks
         self._template = compile_template(source, origin)
         self._with_tools = compile_template(tool_use.text, tool_use.origin) if tool_use else self._template
         self._variables = {"documents": None, **(special or {})}
+
+    def options(self, effort: Effort | None, is_enabled: bool | None) -> dict[str, Any]:
+        """The template's variables for how hard to think."""
+        choose = always_thinking_options if self.always_thinks else template_options
+        return choose(effort, is_enabled)
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: dict[str, Any]
@@ -138,11 +154,12 @@ class ChatTemplate:
         return run_template(self._with_tools if tools else self._template, variables)
 
 
-def load_chat_template(checkpoint: Path) -> ChatTemplate:
+def load_chat_template(checkpoint: Path, *, always_thinks: bool = False) -> ChatTemplate:
     """The template of a checkpoint folder, else ours."""
     found = find_templates(checkpoint)
     source = found.get(DEFAULT) or TemplateSource(OUR_TEMPLATE.read_text(encoding="utf-8"), OUR_TEMPLATE.name)
-    return ChatTemplate(source.text, source.origin, found.get(TOOL_USE), special_tokens(checkpoint))
+    tool_use, special = found.get(TOOL_USE), special_tokens(checkpoint)
+    return ChatTemplate(source.text, source.origin, tool_use, special, always_thinks=always_thinks)
 
 
 def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:

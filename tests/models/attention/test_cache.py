@@ -63,17 +63,17 @@ def test_caches_take_what_the_plan_counts_on(lengths: list[int]) -> None:
 
 def peak_of_growth(cache: SequenceCache, num_rows: int) -> int:
     """Most bytes held beside the grown cache, while every layer of one lazy step takes a row more."""
-    for part in cache._all():
+    for part in cache.parts:
         part.append(mx.zeros((num_rows, part.state.shape[1])))
-    mx.eval([part.state for part in cache._all()])
-    assert all(part.state.shape[0] > num_rows for part in cache._all())
-    for part in cache._all():
+    mx.eval([part.state for part in cache.parts])
+    assert all(part.state.shape[0] > num_rows for part in cache.parts)
+    for part in cache.parts:
         part.append(mx.zeros((part.state.shape[0] - num_rows, part.state.shape[1])))  # full now
-    mx.eval([part.state for part in cache._all()])
+    mx.eval([part.state for part in cache.parts])
     start_measuring()
-    for part in cache._all():
+    for part in cache.parts:
         part.append(mx.zeros((1, part.state.shape[1])))
-    mx.eval([part.state for part in cache._all()])
+    mx.eval([part.state for part in cache.parts])
     return mx.get_peak_memory() - mx.get_active_memory()
 
 
@@ -83,7 +83,7 @@ def test_layers_grow_one_after_the_other() -> None:
     cache = SequenceCache(args, mx.float32)
     peak = peak_of_growth(cache, 20_000)
     assert mx.get_active_memory() - before <= cache.nbytes + 4096
-    assert peak <= 1.05 * max(part.nbytes for part in cache._all())
+    assert peak <= 1.05 * max(part.nbytes for part in cache.parts)
 
 
 def test_growth_of_all_layers_at_once_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_growth_of_all_layers_at_once_would_be_noticed(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(RowCache, "_reserve", reserve)
     cache = SequenceCache(ModelArgs.from_config(SHARED), mx.float32)
-    assert peak_of_growth(cache, 20_000) > 1.05 * max(part.nbytes for part in cache._all())
+    assert peak_of_growth(cache, 20_000) > 1.05 * max(part.nbytes for part in cache.parts)
 
 
 def test_a_row_more_copies_nothing_while_there_is_room() -> None:

@@ -216,7 +216,7 @@ def test_experts_that_do_not_fit_the_config_are_refused_before_anything_is_loade
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["glm4_moe", "glm5_next", "deepseek_v32", None])
+@pytest.mark.parametrize("model_type", ["glm4_moe", "glm4_moe_lite", "deepseek_v32", None])
 def test_other_models_are_refused_with_what_is_supported(model_type: str | None, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(CheckpointError, match=r"glmserve runs GLM-5, 5\.1, 5\.2 and 5\.3"):
@@ -314,7 +314,7 @@ def test_the_geometry_counts_what_the_model_holds(tmp_path: Path) -> None:
     banks = [sum(a.nbytes for a in opened.store.bank(layer).values()) for layer in range(3, 11)]
     assert [8 * nbytes for nbytes in geometry.expert_bytes] == banks
     cache = opened.model.make_cache()
-    for rows in cache._all():
+    for rows in cache.parts:
         rows.append(mx.zeros((256, rows.state.shape[1])))
     assert cache.nbytes == cache_rows(256) * geometry.context_bytes_per_token
 

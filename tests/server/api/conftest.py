@@ -5,18 +5,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from config.settings import Settings
 from server.api.app import make_app
-from server.api.connection import HttpConnection
 from server.api.doors import Doors
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
+from server.commands.http_server import make_server_config
 from server.glm.files import SamplingDefaults
 from server.glm.templates.template import OUR_TEMPLATE, ChatTemplate
 from server.glm.tokenizer import Tokenizer
@@ -88,8 +88,7 @@ def running_server(service: Service) -> Iterator[str]:
 def running_app(app: FastAPI, doors: Doors | None = None) -> Iterator[str]:
     """The same for an app that is made already."""
     listener = socket.create_server(("127.0.0.1", 0))
-    connection = partial(HttpConnection, doors=doors or Doors())
-    server = uvicorn.Server(uvicorn.Config(app, http=connection, log_config=None, lifespan="off"))  # type: ignore[arg-type]
+    server = uvicorn.Server(make_server_config(Settings(), app, doors or Doors()))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

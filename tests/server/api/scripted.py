@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from server.link.engine_protocol import EngineStatus
 from server.link.messages import (
     Administer,
+    Administered,
     Failed,
     FailureKind,
     Finished,
     Generate,
     ModelInfo,
+    Pin,
     Progress,
     PromptScored,
     Replan,
@@ -42,6 +44,8 @@ class ScriptedEngine:
     cancelled: list[str] = field(default_factory=list)
     administered: list[Administer] = field(default_factory=list)
     replanned: list[Replan] = field(default_factory=list)
+    num_changed: int = 1  # blocks, by whatever an administrator does
+    pins: tuple[Pin, ...] = ()
     refusal: Failed | None = None
 
     @property
@@ -56,8 +60,9 @@ class ScriptedEngine:
     def reserve(self) -> None:
         """There is always a place."""
 
-    def administer(self, command: Administer) -> None:
+    async def administer(self, command: Administer) -> Administered | Failed:
         self.administered.append(command)
+        return Administered(command.request_id, self.num_changed, self.pins)
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)

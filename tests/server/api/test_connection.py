@@ -3,10 +3,11 @@
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
+from server.api.connection import PIECE_BYTES, HttpConnection
 from tests.server.api.scripted import ScriptedEngine
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}).encode()
@@ -125,6 +126,78 @@ def test_a_second_request_and_a_trailer_have_the_same_limits(base_url: str) -> N
                 break
         else:
             pytest.fail("3 MB of trailer were read")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [b"a:\r\n" * 300, b"X: y\r\n" * 4_000, b"Cookie: a=b\r\n" * 257],
+    ids=["empty", "many", "cookies"],
+)
+def test_many_short_lines_are_refused_like_a_few_long_ones(base_url: str, lines: bytes) -> None:
+    with connected(base_url) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n")
+        assert answer(connection)[0] == 431
+        assert is_closed(connection)
+
+
+@pytest.fixture
+def heads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What was parsed in each call of the parser: heads of requests, and parts of bodies."""
+    seen: list[tuple[int, int]] = []
+    feed, head, body = HttpConnection._feed, HttpConnection.on_headers_complete, HttpConnection.on_body
+    counts = [0, 0]
+
+    def count_feed(self: HttpConnection, data: bytes) -> None:
+        counts[:] = [0, 0]
+        feed(self, data)
+        seen.append((counts[0], counts[1]))
+
+    def count_head(self: HttpConnection) -> None:
+        counts[0] += 1
+        head(self)
+
+    def count_body(self: HttpConnection, data: bytes) -> None:
+        counts[1] += 1
+        body(self, data)
+
+    monkeypatch.setattr(HttpConnection, "_feed", count_feed)
+    monkeypatch.setattr(HttpConnection, "on_headers_complete", count_head)
+    monkeypatch.setattr(HttpConnection, "on_body", count_body)
+    return seen
+
+
+@pytest.mark.parametrize("target", ["/health", "/v1/models", "/nothing"])
+def test_requests_that_come_at_once_are_read_one_after_the_other(
+    base_url: str, heads: list[tuple[int, int]], target: str
+) -> None:
+    """Thousands of them fit into one packet, and parsing them all kept everybody else waiting."""
+    number = 400
+    with connected(base_url) as connection:
+        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * number)
+        reader = connection.makefile("rb")
+        for _ in range(number):
+            headers = dict(
+                line.rstrip().lower().partition(b": ")[::2] for line in iter(reader.readline, b"\r\n")
+            )
+            reader.read(int(headers[b"content-length"]))
+    assert max(heads)[0] == 1
+
+
+@pytest.mark.parametrize("chunk", [b"1\r\nx\r\n", b"1;a=b\r\nx\r\n", b"3;e\r\nxyz\r\n"])
+def test_chunks_are_read_a_few_at_a_time(base_url: str, heads: list[tuple[int, int]], chunk: bytes) -> None:
+    with connected(base_url) as connection:
+        connection.sendall(post(body=chunk * 60_000 + b"0\r\n\r\n", length="Transfer-Encoding: chunked"))
+        assert answer(connection)[0] == 400
+    assert max(num_parts for _, num_parts in heads) <= PIECE_BYTES // len(chunk) + 1
+    assert sum(num_parts for _, num_parts in heads) >= 60_000
+
+
+def test_an_extension_of_a_chunk_has_an_end(base_url: str) -> None:
+    for extension in (b";" + b"e" * 200_000, b";a=b" * 50_000, b" " * 200_000):
+        with connected(base_url) as connection, suppress(ConnectionResetError):
+            connection.sendall(post(body=b"1" + extension, length="Transfer-Encoding: chunked"))
+            while connection.recv(65536):
+                pass  # a refusal, and then the end
 
 
 def test_a_head_within_the_limits_and_a_large_body_pass(base_url: str) -> None:

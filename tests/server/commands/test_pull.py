@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -169,6 +170,18 @@ def test_the_list_says_what_each_needs(cache: Path, capsys: pytest.CaptureFixtur
     listed = json.loads(capsys.readouterr().out)
     assert [one["repo"] for one in listed] == [one.repo for one in PUBLIC_FORMATS]
     assert all(20e9 < one["minimum_budget_bytes"] < 40e9 and one["cached"] == "no" for one in listed)
+
+
+def test_the_readme_has_the_numbers_of_the_list(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pull", "--list", "--json"]) == 0
+    slots = {one["repo"]: one["slots_per_layer"] for one in json.loads(capsys.readouterr().out)}
+    text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w./-]+)` \|.*\| (\d+) \|$", text, re.MULTILINE)
+    assert {repo: int(number) for repo, number in rows} == slots
+    [short, long] = re.findall(r"leave (\d+) slots a layer for experts, 131,072 leave (\d+)", text)[0]
+    flags = ("glm-5.2", "--memory", "128G", "--ram-budget", "100G")
+    planned = [plan(capsys, *flags, "--max-context", context) for context in ("32768", "131072")]
+    assert [min(one["slots_per_layer"]) for one in planned] == [int(short), int(long)]
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import pytest
 from config.errors import GaveUp, UsageError
 from server.api.doors import raise_descriptor_limit
 from server.cli import COMMANDS, Command, main
-from server.commands.serve import _Complaints, is_service
+from server.commands.http_server import Complaints
+from server.commands.serve import is_service
 
 
 @pytest.mark.parametrize(("soft", "hard"), [(256, 1024), (64, 4096), (1000, 1000)])
@@ -72,7 +73,7 @@ def test_clients_that_cannot_be_accepted_are_mentioned_once(
     number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     loop = asyncio.new_event_loop()
-    complaints = _Complaints()
+    complaints = Complaints()
     with caplog.at_level(logging.ERROR):
         for _ in range(5000):
             complaints(loop, {"message": "accept failed", "exception": OSError(number, "none left")})

@@ -49,6 +49,10 @@ class World:
         self.now_s = max(self.now_s, time_s)
         return command
 
+    def put(self, command: Command) -> None:
+        """A command of the engine's own comes at once."""
+        self.arrivals.insert(0, (self.now_s, command))
+
     def send(self, event: Event) -> None:
         self.events.append((self.now_s, event))
         self.on_event(event)

@@ -1,18 +1,27 @@
 """Habits are kept where they pay on this machine, and cost nothing while nothing is tried."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from models.attention.attention import Span
+from server.engine.loop import EngineLoop
+from server.engine.model_protocol import Backend
+from server.engine.schedule.limits import Limits
 from server.engine.trials import FIRST_PAUSE, LONGEST_PAUSE, Habit, Trials
+from server.link.messages import Command, ModelInfo
 from tests.checkpoints import open_model, save_packed
 from tests.models.make_golden import SEED
+from tests.server.engine.driven import World, ask
+from tests.server.engine.fakes import VOCAB, CountingModel
 from tests.tiny_glm import WIDER, make_weights, tokens
 
 SOON = 200
@@ -125,3 +134,71 @@ def test_habits_change_no_bit(tmp_path: Path) -> None:
         assert (opened.store.statistics().ahead_started > before.ahead_started) == ahead
     assert all(np.array_equal(outputs[0], other) for other in outputs[1:])
     opened.store.close()
+
+
+@dataclass
+class Streaming(CountingModel):
+    """Layers on a simulated device, longer or shorter while each habit is on; counts what is switched."""
+
+    world: World = field(default_factory=World)
+    costs: dict[str, float] = field(default_factory=dict)
+    on: dict[str, bool] = field(default_factory=dict)
+    switched_at: list[int] = field(default_factory=list)  # the step that each switch came before
+    chance: random.Random = field(default_factory=lambda: random.Random(3))
+
+    def __post_init__(self) -> None:
+        self.on = dict.fromkeys(self.costs, True)
+        self.on_layer = self._spend
+
+    def _spend(self) -> None:
+        cost = sum(self.costs[name] for name, is_on in self.on.items() if is_on)
+        self.world.now_s += 0.1 * (1 + cost) * self.chance.lognormvariate(0, 0.04)
+
+    def habits(self) -> tuple[Habit, ...]:
+        def switching(name: str) -> Callable[[bool], None]:
+            def switch(is_on: bool) -> None:
+                self.on[name] = is_on
+                self.switched_at.append(len(self.forwards))
+
+            return switch
+
+        return tuple(Habit(name, switching(name)) for name in self.costs)
+
+
+def decoded(lookahead: float, straight: float, tokens: int, arrivals: Sequence[float] = ()) -> Streaming:
+    """The engine's whole loop: one long answer, and short prompts beside it that come at these times."""
+    world = World()
+    model = Streaming(world=world, costs={"lookahead": lookahead, "straight_reads": straight})
+    world.at(0.0, ask("long", 3, tokens))
+    for number, at in enumerate(arrivals):
+        world.at(at, ask(f"short {number}", 3, 1))
+    info = ModelInfo(VOCAB, 100_000)
+    backend = Backend(model, info, limits=Limits(kv_tokens=100_000), habits=model.habits())
+    EngineLoop(backend, cast("SimpleQueue[Command]", world), world.send, clock=world.clock).run()
+    assert len(world.times_of("long")) == tokens
+    return model
+
+
+@pytest.mark.parametrize(
+    ("lookahead", "straight"),
+    [(0.15, -0.15), (-0.15, 0.15), (0.3, 0.3), (-0.3, -0.3), (0.1, -0.4), (-0.2, 0.6), (0.5, -0.1)],
+)
+def test_in_the_engine_what_loses_is_off_within_200_steps_and_what_wins_is_on(
+    lookahead: float, straight: float
+) -> None:
+    model = decoded(lookahead, straight, SOON)
+    assert model.on == {"lookahead": lookahead < 0, "straight_reads": straight < 0}
+
+
+def test_in_the_engine_a_step_costs_nothing_more_while_nothing_is_tried() -> None:
+    """Between two trials nothing is switched, and each step runs the layers that it has, once."""
+    model = decoded(0.2, -0.2, 2000)
+    last = max(model.switched_at)
+    assert last <= SOON, "both are decided, and the next trial is far away"
+    assert len(model.forwards) - last > 1700
+    assert model.num_layers_run == model.num_layers * len(model.forwards)
+
+
+def test_in_the_engine_prompts_beside_an_answer_put_a_trial_off() -> None:
+    model = decoded(0.3, -0.3, 150, arrivals=[3.0 * n for n in range(40)])
+    assert model.on == {"lookahead": True, "straight_reads": True}, "no trial was ever undisturbed"

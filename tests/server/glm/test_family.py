@@ -30,6 +30,8 @@ def template_of(name: str) -> ChatTemplate:
     match name:
         case "5.2":
             return ChatTemplate(OUR_TEMPLATE.read_text(encoding="utf-8"), name)
+        case "5.3-flash":
+            return ChatTemplate(OUR_TEMPLATE.read_text(encoding="utf-8"), name, always_thinks=True)
         case "5.3":
             return ChatTemplate((FOLDER / "glm-5.3.jinja").read_text(encoding="utf-8"), name)
         case _:
@@ -77,6 +79,11 @@ KEPT, CLEARED = "<|assistant|><think>R</think>A", "<|assistant|>{}</think>A"
         ("5.2", {}, f"{KEPT}<|user|>V<|assistant|><think></think>{CALL}{CALL}{TWO_ONE}<|assistant|><think>"),
         ("5.3", {}, f"{KEPT}<|user|>V<|assistant|><think></think>{CALL}{CALL}{ONE_TWO}<|assistant|><think>"),
         (
+            "5.3-flash",
+            {},
+            f"{KEPT}<|user|>V<|assistant|><think></think>{CALL}{CALL}{ONE_TWO}<|assistant|><think>",
+        ),
+        (
             "5",
             {"reasoning": {"enabled": False}},
             f"{KEPT}<|user|>V<|assistant|></think>{CALL}{CALL}{TWO_ONE}<|assistant|></think>",
@@ -102,7 +109,7 @@ def test_goldens(tokenizer: Tokenizer, name: str, fields: dict[str, Any], golden
     client, engine = client_of(name, tokenizer, "R</think>A<|user|>")
     body = {"messages": CONVERSATION} | fields
     result = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
-    has_effort = name == "5.3" or (name == "5.2" and not fields)
+    has_effort = name.startswith("5.3") or (name == "5.2" and not fields)
     effort = "<|system|>Reasoning Effort: Max" if has_effort else ""
     prompt = engine.requests[0].token_ids
     assert tokenizer.decode(prompt) == f"[gMASK]<sop>{effort}<|system|>S<|user|>U{golden}"
@@ -114,7 +121,8 @@ def test_goldens(tokenizer: Tokenizer, name: str, fields: dict[str, Any], golden
 
 
 @pytest.mark.parametrize(
-    ("name", "start"), [("5", "[gMASK]<sop>"), ("5.1", "[gMASK]<sop>"), ("5.2", None), ("5.3", None)]
+    ("name", "start"),
+    [("5", "[gMASK]<sop>"), ("5.1", "[gMASK]<sop>"), ("5.2", None), ("5.3", None), ("5.3-flash", None)],
 )
 def test_old_thoughts_are_cleared_where_the_client_wants_it(
     tokenizer: Tokenizer, name: str, start: str | None
@@ -167,3 +175,51 @@ def test_a_prompt_begins_with_the_last_prompt_and_its_answer(
         ]
         if user_every and turn % user_every == user_every - 1:
             messages.append({"role": "user", "content": f"and {turn}"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({}, "Max"),
+        ({"reasoning_effort": "low"}, "Low"),
+        ({"reasoning_effort": "minimal"}, "Low"),
+        ({"reasoning": {"effort": "medium"}}, "High"),
+        ({"reasoning": {"effort": "high"}}, "High"),
+        ({"reasoning": {"effort": "xhigh"}}, "Max"),
+        ({"chat_template_kwargs": {"reasoning_effort": "max"}}, "Max"),
+        ({"reasoning": {"enabled": True}}, "Max"),
+        ({"reasoning": {"enabled": False}}, "Low"),
+        ({"reasoning_effort": "none"}, "Low"),
+        ({"thinking": {"type": "disabled"}}, "Low"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "Low"),
+    ],
+)
+def test_flash_thinks_with_one_of_three_efforts(
+    tokenizer: Tokenizer, fields: dict[str, Any], word: str
+) -> None:
+    client, engine = client_of("5.3-flash", tokenizer, "</think>A<|user|>")
+    client.post("/v1/chat/completions", json={"messages": CONVERSATION[:2]} | fields)
+    prompt = tokenizer.decode(engine.requests[0].token_ids)
+    assert prompt == f"[gMASK]<sop><|system|>Reasoning Effort: {word}<|system|>S<|user|>U<|assistant|><think>"
+
+
+@pytest.mark.parametrize("ids", [("1", None), ("1", "7"), (None, None)])
+def test_results_without_the_ids_of_their_calls_stay_in_order(
+    tokenizer: Tokenizer, ids: tuple[str | None, str | None]
+) -> None:
+    template = template_of("5.3-flash")
+    results = [{"role": "tool", "tool_call_id": name, "content": f"{i}"} for i, name in enumerate(ids)]
+    made = {"function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "U"},
+        assistant("", tool_calls=[made | {"id": "2"}, made | {"id": "1"}]),
+        *results,
+        {"role": "user", "content": "W"},
+    ]
+    text = template.render(messages, None, template.options("low", None))
+    assert "<|observation|><tool_response>0</tool_response><tool_response>1</tool_response><|user|>W" in text
+
+
+@pytest.mark.parametrize("served", ["z-ai/glm-5.3-flash", "zai-org/GLM-5.3-Flash", "GLM-5.3-flash:free"])
+def test_flash_is_known_by_its_ids(served: str) -> None:
+    ModelNames("z-ai/glm-5.3-flash").check(served, [])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from server.link import child
 from server.link.child import engine_environment
 
 
@@ -20,7 +21,18 @@ def test_the_engine_multiplies_float32_as_float32(monkeypatch: pytest.MonkeyPatc
     assert seen_by_a_child("MLX_ENABLE_TF32") == "0"
 
 
-@pytest.mark.parametrize("name", ["MLX_ENABLE_TF32", "OPENBLAS_THREAD_TIMEOUT", "MALLOC_MMAP_THRESHOLD_"])
+@pytest.mark.parametrize(("cores", "threads"), [(1, "1"), (2, "1"), (3, "1"), (4, "2"), (64, "62")])
+def test_products_leave_cores_to_others(cores: int, threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of a product wait for each other: one without a core stopped them all, and first tokens 17x."""
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setattr(child, "num_cores", lambda: cores)
+    assert seen_by_a_child("OPENBLAS_NUM_THREADS") == threads
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["MLX_ENABLE_TF32", "OPENBLAS_THREAD_TIMEOUT", "OPENBLAS_NUM_THREADS", "MALLOC_MMAP_THRESHOLD_"],
+)
 def test_what_a_person_sets_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "7")
     assert seen_by_a_child(name) == "7"

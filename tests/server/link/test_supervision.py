@@ -16,6 +16,7 @@ from server.api.error_bodies import GenerationFailed
 from server.link.admission import AdmissionLine
 from server.link.child import Child
 from server.link.messages import (
+    EngineConfig,
     Failed,
     FailureKind,
     Finished,
@@ -25,7 +26,7 @@ from server.link.messages import (
     Started,
     Token,
 )
-from server.link.supervisor import MAX_STARTS_IN_A_ROW, Deadlines, EngineProcess
+from server.link.supervisor import GIVEN_UP_DELAY_S, MAX_STARTS_IN_A_ROW, Deadlines, EngineProcess
 from tests.grids import few
 from tests.server.link.fake_worker import FATAL_TOKEN
 from tests.server.link.test_supervisor import collect, engine_of, ready, until
@@ -228,6 +229,16 @@ def test_an_engine_that_gets_ready_and_dies_again_and_again_is_given_up(
             assert failure(await collect(engine, Generate("a", (1,), 3, GREEDY))).kind == "died"
 
     asyncio.run(scenario())
+
+
+def test_an_engine_is_started_again_in_seconds_however_often_it_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that ends after the fourth death was over four seconds and a load later."""
+    pauses_s: list[float] = []
+    monkeypatch.setattr(EngineProcess, "_start_later", lambda self, reason, delay_s: pauses_s.append(delay_s))
+    engine = EngineProcess(EngineConfig(Path("none"), False, 1, None, "error"))
+    for _ in range(MAX_STARTS_IN_A_ROW):
+        engine._start_again("it died")
+    assert pauses_s == [0.5, 1.0, 2.0, 2.0, GIVEN_UP_DELAY_S]
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,16 @@ class Server:
         return openai.OpenAI(base_url=self.url + "/v1", api_key="none", timeout=120, max_retries=0)
 
 
-def start_server(*flags: str) -> Server:
+def start_server(*flags: str, leads_group: bool = False) -> Server:
     """Starts this checkout's server on a free port and waits until it answers."""
-    return start([sys.executable, "-u", "-m", "server.cli"], *flags)
+    return start([sys.executable, "-u", "-m", "server.cli"], *flags, leads_group=leads_group)
 
 
-def start(command: Sequence[str], *flags: str, cwd: Path = ROOT) -> Server:
-    """Starts `command` on Pocket and a free port, which is read from its log, and waits until it answers."""
+def start(command: Sequence[str], *flags: str, cwd: Path = ROOT, leads_group: bool = False) -> Server:
+    """Starts `command` on Pocket and a free port, which is read from its log, and waits until it answers.
+
+    `leads_group`: its processes are a group of their own, which can be sent a signal.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith("GLMSERVE_")}
     env["GLMSERVE_PREFIX_CACHE_SIZE"] = "0"  # a flag wins: tests share no files that they do not name
     process = subprocess.Popen(
@@ -43,6 +46,7 @@ def start(command: Sequence[str], *flags: str, cwd: Path = ROOT) -> Server:
         text=True,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        start_new_session=leads_group,
     )
     assert process.stderr is not None
     lines = []

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from config.errors import UsageError
 from config.settings import load_settings
-from server.commands.serve import make_server_config
+from server.commands.http_server import make_server_config
 
 
 @pytest.fixture

@@ -188,6 +188,48 @@ def test_it_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     assert not list(files.directory.iterdir())
 
 
+REASONS = {
+    "is no plain file": (
+        "a link to a file",
+        "a hard link",
+        "a device",
+        "a disk",
+        "a pipe",
+        "a folder",
+        "a type of nobody",
+    ),
+    "rows of another size": ("too few bytes for the tokens", "too many bytes for the tokens", "no bytes"),
+    "is said to have": ("eight gigabytes", "fewer than no bytes"),
+    "its list is": (
+        "lists in lists",
+        "objects in objects",
+        "a list that is no text",
+        "a list that is a number",
+    ),
+    "is missing": (
+        "a child before its parent",
+        "a block at a wrong place",
+        "a wrong count",
+        "cut before the end",
+    ),
+    "stands in it twice": ("the same block twice", "a block of no tokens"),
+    "pins what is not": ("pins of what is not there",),
+    "something follows": ("something behind the end", "bytes behind the end", "zeros without end"),
+}
+
+
+@pytest.mark.parametrize(
+    ("reason", "name"), [(reason, name) for reason, names in REASONS.items() for name in names]
+)
+def test_it_is_refused_for_what_it_is(reason: str, name: str, tmp_path: Path) -> None:
+    """Not for another fault that was made on the way: each check is the one that finds its kind."""
+    made = HOSTILE[name]
+    (tmp_path / "prompts.tar").write_bytes(made if isinstance(made, bytes) else made())
+    files = BlockFiles(tmp_path / "there", FINGERPRINT, 10**9)
+    with pytest.raises(UsageError, match=reason):
+        import_blocks(files, PRINTS, tmp_path / "prompts.tar", token_bytes=TOKEN_BYTES)
+
+
 def test_holes_of_gigabytes_are_not_read(tmp_path: Path) -> None:
     source = tmp_path / "prompts.tar"
     source.write_bytes(with_size(2**27 - 512))

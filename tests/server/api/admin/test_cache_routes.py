@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from starlette.testclient import TestClient
 
 from server.api.app import make_app
@@ -10,7 +11,7 @@ from server.api.prompt.remembered import Remembered, Said
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.link.engine_protocol import EngineStatus
-from server.link.messages import Administer, Stats
+from server.link.messages import Administer, Pin, Stats
 from tests.server.api.conftest import local_client
 from tests.server.api.scripted import ScriptedEngine
 
@@ -22,9 +23,30 @@ def test_what_a_chat_begins_with_can_be_pinned_and_let_go(client: TestClient, en
     for action in ("pin", "unpin"):
         response = client.post(f"/v1/cache/{action}", json=CHAT)
         assert response.status_code == 202
-        assert engine.administered[-1] == Administer(action, tuple(engine.requests[0].token_ids))
+        name = engine.administered[-1].request_id
+        assert engine.administered[-1] == Administer(name, action, tuple(engine.requests[0].token_ids))
         assert response.json()["data"]["prompt_tokens"] == len(engine.requests[0].token_ids)
     assert client.post("/v1/cache/pin", json={"messages": []}).status_code == 400
+
+
+@pytest.mark.parametrize("action", ["pin", "unpin"])
+def test_what_would_change_nothing_is_refused(
+    client: TestClient, engine: ScriptedEngine, action: str
+) -> None:
+    engine.num_changed = 0
+    response = client.post(f"/v1/cache/{action}", json=CHAT)
+    assert response.status_code == 400
+    assert "nothing of these" in response.json()["error"]["message"]
+
+
+def test_pins_are_listed_with_their_text(client: TestClient, engine: ScriptedEngine) -> None:
+    client.post("/v1/chat/completions", json=CHAT)
+    ids = tuple(engine.requests[0].token_ids)
+    engine.pins = (Pin(len(ids), 640, ids[:9], ids[-4:]), Pin(64, 64, ids[:3], ids[:3]))
+    [first, second] = client.get("/v1/cache/pins").json()["data"]
+    assert (first["tokens"], first["bytes"], second["tokens"]) == (len(ids), 640, 64)
+    assert first["begins"]
+    assert first["ends"]
 
 
 def test_clearing_forgets_what_was_said_too(engine: ScriptedEngine, dialect: Dialect, tmp_path: Path) -> None:
@@ -32,7 +54,7 @@ def test_clearing_forgets_what_was_said_too(engine: ScriptedEngine, dialect: Dia
     remembered.add("", "hello", Said((1,), "", "Hi", (), True))
     service = Service(engine, dialect, ModelNames("z-ai/glm-5.2"), remembered=remembered)
     assert local_client(make_app(service)).post("/v1/cache/clear", json={}).status_code == 202
-    assert engine.administered == [Administer("clear")]
+    assert [one.action for one in engine.administered] == ["clear"]
     remembered.close()
     again = Remembered(tmp_path)
     assert again.find("", None, "hello", "Hi") is None

@@ -6,6 +6,9 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
+from server.api.request.turns import Presence
+from server.api.service import Service
+from server.glm.pieces import Check
 from tests.server.api.scripted import ScriptedEngine
 
 WORDS = "word " * 5000
@@ -86,3 +89,29 @@ def test_a_limit_of_the_whole_context_is_cut(
     assert response.status_code == 200, response.text
     request = engine.requests[-1]
     assert request.max_tokens == CONTEXT - len(request.token_ids)
+
+
+@pytest.mark.parametrize("unit", ["word ", "<think>", "it is. ", "1 + 1 = 2\n"])
+@pytest.mark.parametrize("path", [*PARAMS, "/messages"])
+def test_no_more_of_a_text_is_encoded_than_the_context_holds(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, unit: str
+) -> None:
+    """A chat of 7.9 MB was encoded whole, for ten seconds and with 300 MB, before it was refused."""
+    seen: list[int] = []
+    make_check = Service.check_length
+
+    def note(self: Service, wanted: Presence, limit: int | None) -> Check:
+        check = make_check(self, wanted, limit)
+
+        def noting(num_ids: int) -> None:
+            seen.append(num_ids)
+            check(num_ids)
+
+        return noting
+
+    monkeypatch.setattr(Service, "check_length", note)
+    fields = bodies(unit * 400_000)
+    fields["/messages"] = fields["/chat/completions"] | {"max_tokens": 9, "model": "glm"}
+    response = client.post("/v1" + path, json=fields[path])
+    assert response.status_code == 400
+    assert CONTEXT < max(seen) < 40_000, "of 100,000 at least"

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from server.api.error_bodies import ClientGone
-from server.api.request.turns import Lane, Presence, Turns
+from server.api.request.turns import Lane, Presence, Sluice, Turns
 
 
 def spin(seconds: float) -> None:
@@ -115,3 +115,41 @@ def test_time_long_past_is_forgiven() -> None:
         return order[1:]
 
     assert asyncio.run(scenario()) == ["first", "old", "new"]
+
+
+@pytest.mark.parametrize(("crowd", "num_at_once"), [(1, 1), (7, 2), (40, 2), (5, 9)])
+def test_a_sluice_lets_a_few_through_in_each_round(crowd: int, num_at_once: int) -> None:
+    """40 clients that send large bodies would otherwise have a part each in every round of the event loop."""
+
+    async def scenario() -> list[int]:
+        sluice, rounds = Sluice(num_at_once), [0]
+
+        async def send() -> None:
+            for _ in range(3):
+                await sluice.pass_through()
+                rounds[-1] += 1
+
+        sending = [asyncio.ensure_future(send()) for _ in range(crowd)]
+        sending.pop().cancel() if crowd == 7 else None
+        while not all(one.done() for one in sending):
+            rounds.append(0)
+            await asyncio.sleep(0)
+        return rounds
+
+    rounds = asyncio.run(scenario())
+    assert max(rounds) <= num_at_once
+    assert sum(rounds) == 3 * (crowd - (crowd == 7))
+
+
+def test_a_sluice_pauses_and_the_first_does_not_wait() -> None:
+    async def scenario() -> tuple[float, float]:
+        loop = asyncio.get_running_loop()
+        sluice, began_s = Sluice(2, 0.05), loop.time()
+        await sluice.pass_through()
+        first_s = loop.time() - began_s
+        await asyncio.gather(*(sluice.pass_through() for _ in range(4)))
+        return first_s, loop.time() - began_s
+
+    first_s, all_s = asyncio.run(scenario())
+    assert first_s < 0.05
+    assert all_s >= 0.1

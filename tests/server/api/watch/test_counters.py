@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import socket
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from server.api.service import Service
 from server.api.watch.request_metrics import MAX_LABELS
 from server.link.engine_protocol import EngineStatus
 from server.link.messages import Stats
-from tests.server.api.conftest import local_client
+from tests.server.api.conftest import local_client, running_app
 from tests.server.api.scripted import ScriptedEngine
 
 CHAT, TEXT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"
@@ -92,6 +94,68 @@ def test_counters_equal_the_clients_own_count(
     refused = sum(count for (_, status), count in by_route.items() if status >= "400")
     assert sum(v for (name, _), v in found.items() if name == "glmserve_refusals_total") == refused
     assert value(found, "refusals_total", reason="authentication") == by_route[CHAT, "401"]
+
+
+BAD_HTTP = {
+    "a TLS client": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+    "another version": (b"GET / HTTP/9.9\r\n\r\n", 400),
+    "no number": (b"POST /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
+    "a blank in a name": (b"GET / HTTP/1.1\r\nHo st: x\r\n\r\n", 400),
+    "a long target": (b"GET /" + b"x" * 20_000, 431),
+    "many lines": (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X-Line: 0123456789\r\n" * 5_000, 431),
+}
+
+
+def send_raw(url: str, data: bytes) -> int:
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(data)
+        return int(connection.makefile("rb").readline().split()[1])
+
+
+@pytest.mark.parametrize(("data", "status"), BAD_HTTP.values(), ids=BAD_HTTP)
+def test_bad_http_leaves_a_line_and_counts_and_a_flood_is_summed(
+    service: Service, data: bytes, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server.api.watch.request_lines")
+    app = make_app(service)
+    with running_app(app) as url:
+        assert [send_raw(url, data) for _ in range(30)] == [status] * 30
+        time.sleep(1.1)
+        found = samples(local_client(app))
+    assert value(found, "requests_total", route="other", status=str(status)) == 30
+    assert value(found, "refusals_total", reason="invalid_request") == 30
+    told = [record.getMessage() for record in caplog.records if record.name.endswith("request_lines")]
+    assert f" {status} " in told[0]
+    assert 2 <= len(told) <= 6
+    assert sum(int(line.split()[0]) if "more requests" in line else 1 for line in told) == 30
+
+
+def test_a_body_that_is_no_http_counts_once_as_what_its_client_saw(service: Service) -> None:
+    app = make_app(service)
+    with running_app(app) as url:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        assert send_raw(url, head + b"zz\r\n{}\r\n") == 400
+        time.sleep(0.2)
+        found = samples(local_client(app))
+    assert value(found, "requests_total", route="/v1/chat/completions", status="400") == 1
+    assert sum(n for (name, labels), n in found.items() if name == "glmserve_requests_total") == 1
+
+
+@pytest.mark.parametrize("body", [{}, {"stream": True}, {"n": 2}, {"stream": True, "n": 3}])
+def test_what_failed_is_not_priced(service: Service, engine: ScriptedEngine, body: dict[str, Any]) -> None:
+    client, before = local_client(make_app(service)), service.ledger.openrouter_cost
+    answer = client.post(CHAT, json={"messages": HELLO} | body, headers=KEY)
+    between = service.ledger.openrouter_cost
+    assert between > before
+    engine.fails_after = 2
+    answer = client.post(CHAT, json={"messages": HELLO} | body, headers=KEY)
+    assert "error" in answer.text
+    engine.fails_after = None
+    assert service.ledger.openrouter_cost == between
+    if "stream" not in body:
+        return  # a refusal has no receipt
+    receipt = client.get(f"/v1/generation?id={answer.headers['x-generation-id']}", headers=KEY).json()
+    assert receipt["data"]["openrouter_cost"] == 0
 
 
 def test_they_stay_when_the_engine_is_down(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

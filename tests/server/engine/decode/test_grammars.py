@@ -1,17 +1,27 @@
 """Grammars are compiled once, small ones do not wait for large ones, and large ones have a limit together."""
 
 import gc
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
+import llguidance.numpy
 import pytest
 from llguidance import LLMatcher
 
 from config.plan import SMALL_GRAMMAR_BYTES
 from server.engine.decode import token_masks
+from server.engine.decode.constraint import Constraint
+from server.engine.decode.sampling import start_sampling
 from server.engine.decode.token_masks import MAX_LATEST, Grammars, Matcher
+from server.engine.schedule.limits import Limits
+from server.engine.schedule.scheduler import Scheduler
+from server.engine.schedule.sequence import Sequence
+from server.link.messages import Generate, Sampling
+from tests.server.engine.fakes import FakeCache
 
 STOPS = frozenset([0])
 LARGE = SMALL_GRAMMAR_BYTES + 1
@@ -97,3 +107,45 @@ def test_a_large_grammar_that_is_wrong_gives_its_room_back(make: Callable[[int],
         del failed
     gc.collect()
     assert is_done(grammars.begin_matcher(grammar("right"), STOPS, LARGE))
+
+
+@pytest.mark.parametrize(("seconds", "is_slow"), [(0.0, False), (0.06, True), (0.3, True)])
+def test_a_grammar_whose_masks_take_long_sits_steps_out(
+    make: Callable[[int], Grammars], monkeypatch: pytest.MonkeyPatch, seconds: float, is_slow: bool
+) -> None:
+    """Else everybody's step waits for the mask of one client's costly schema."""
+    fill, release = llguidance.numpy.fill_next_token_bitmask, threading.Event()
+
+    def fill_slowly(*given: Any) -> None:
+        time.sleep(seconds)
+        fill(*given)
+
+    monkeypatch.setattr(llguidance.numpy, "fill_next_token_bitmask", fill_slowly)
+    scheduler = Scheduler(Limits(kv_tokens=1000))
+    costly, plain = (decoding(scheduler, name) for name in ("costly", "plain"))
+    matcher = costly.constraint._matcher = make(LARGE).make_matcher(grammar("abcdef"), STOPS)
+    matcher.start()
+    assert scheduler.decode_batch() == [costly, plain], "nothing is known of it yet"
+    assert matcher._mask
+    allowed = int(matcher._mask.result().argmax())
+    for _ in range(2):
+        matcher._threads.submit(release.wait)  # the next mask waits
+    matcher.accept(allowed)
+    later = scheduler.decode_batch()
+    scheduler.retire(plain)
+    alone = scheduler.decode_batch()
+    release.set()
+    matcher._mask.result()
+    assert later == ([plain] if is_slow else [costly, plain])
+    assert alone == [costly], "alone it waits for its mask"
+    assert scheduler.decode_batch() == [costly]
+
+
+def decoding(scheduler: Scheduler, name: str) -> Sequence:
+    """A sequence that has drawn its first token."""
+    request = Generate(name, (1, 2), 9, Sampling(temperature=0), agent=name)
+    sequence = Sequence(request, start_sampling(request.sampling, (1, 2), 64), Constraint(request, None))
+    scheduler.add(sequence)
+    scheduler.admit(FakeCache)
+    sequence.append(97)
+    return sequence

@@ -270,6 +270,28 @@ def test_what_eight_prompts_share_that_arrive_together_is_read_once(model: Count
         assert outcomes[request.request_id].tokens == ask(model, None, request.token_ids, 4).tokens
 
 
+def test_pins_are_counted_and_listed_by_conversation(model: CountedModel, tmp_path: Path) -> None:
+    """A prompt that goes on where another one ends is one entry; what was never saved pins nothing."""
+    prefix, long, other = open_prefix(tmp_path), tokens(CONFIG, 200), tokens(CONFIG, 140, seed=5)
+    fork = (*long[:64], *tokens(CONFIG, 70, seed=6))
+    for prompt in (long, other, fork):
+        ask(model, prefix, prompt)
+    assert prefix.pins().result(20) == ()
+    unseen, short = tokens(CONFIG, 100, seed=9), long[:63]
+    assert [prefix.pin(prompt).result(20) for prompt in (unseen, short)] == [0, 0]
+    pinned = [prefix.pin(prompt).result(20) for prompt in (long[:130], long, other, fork)]
+    assert pinned == [2, 3, 2, 2]
+    found = prefix.pins().result(20)
+    assert [one.num_tokens for one in found] == [192, 128, 128]
+    assert found[0].first_tokens == tuple(long[:64])
+    assert found[0].last_tokens == tuple(long[128:192])
+    assert {one.first_tokens for one in found[1:]} == {tuple(other[:64]), tuple(long[:64])}
+    assert prefix.pin(other, is_pinned=False).result(20) == 2
+    assert prefix.pin(other, is_pinned=False).result(20) == 0
+    assert len(prefix.pins().result(20)) == 2
+    prefix.close(20)
+
+
 def test_clearing_forgets_everything(model: CountedModel, tmp_path: Path) -> None:
     prompt, prefix = tokens(CONFIG, 200), open_prefix(tmp_path)
     ask(model, prefix, prompt)

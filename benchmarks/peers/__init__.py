@@ -1,0 +1,1 @@
+"""Other programs on the same machine and the same weights, in the same run."""

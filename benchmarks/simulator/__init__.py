@@ -1,0 +1,1 @@
+"""The engine's loop, scheduler, store and reader on a simulated clock: what a machine will do, without it."""
