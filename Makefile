@@ -78,7 +78,7 @@ test-fast: install
 	$(PYTEST) -m 'not slow and not long' -x -q
 
 test-long: install
-	$(VENV)/bin/pytest -m long
+	$(PYTEST) -m long
 
 # Real agents by their own binaries, 1.2 GB of them: not part of `make test`.
 AGENTS := tests/server/serving/agents

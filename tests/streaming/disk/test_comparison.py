@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -117,7 +116,7 @@ def test_while_experts_are_read_it_takes_a_twentieth_of_the_time(ours: Path, tmp
     pauses: list[float] = []
     Comparison(disk, Verdicts(None), sleep=pauses.append).run()
     assert pauses == []
-    disk.end(disk.start(1, ours / "model-1.safetensors"), arrived=True)  # an expert was just read
+    disk.end(1, disk.start(1, 1, ours / "model-1.safetensors"), arrived=True)  # an expert was just read
     Comparison(disk, Verdicts(None), sleep=pauses.append).run()
     assert len(pauses) == 2
     assert PAUSES >= 19
@@ -191,13 +190,8 @@ def sides_of(disk: MirroredDisk, path: Path) -> set[int]:
     """The sides that reads of this file go to, when each has one to serve."""
     numbers: set[int] = set()
 
-    def read() -> None:
-        numbers.add(disk.start(10**6, path))
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-        thread.join()
+    for thread in range(4):
+        numbers.add(disk.start(thread, 10**6, path))
     for side in disk._sides:
         side.reads.clear()
     return numbers
