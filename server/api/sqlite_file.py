@@ -78,10 +78,15 @@ class SqliteFile:
             connection.execute(table)
 
     def _give_up(self, error: Exception) -> None:
+        is_locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+        advice = (
+            "another server has it, give each its --prefix-cache-dir"
+            if is_locked
+            else "a damaged file may be deleted"
+        )
         log.error(
-            "%s cannot be used (%s): %s until the server stops; a damaged file may be deleted",
-            self._path, error, self._holds,
-        )  # fmt: skip
+            "%s cannot be used (%s): %s until the server stops; %s", self._path, error, self._holds, advice
+        )
         if self._connection:
             self._connection.close()
         self._connection = None
