@@ -157,9 +157,9 @@ class Worker:
     def __init__(self, side: str, folder: Path, nunspark_path: str) -> None:
         environment = dict(os.environ)
         if side.startswith("glmserve"):
-            from server.link.child import ENGINE_ENVIRONMENT
+            from server.link.child import engine_variables
 
-            environment = ENGINE_ENVIRONMENT | environment
+            environment = engine_variables() | environment
         if nunspark_path:
             environment["PYTHONPATH"] = nunspark_path
         self._process = subprocess.Popen(

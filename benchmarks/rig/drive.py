@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from server.engine.loop import EngineLoop
 from server.engine.model_protocol import Backend
 from server.engine.schedule.shared_prefixes import Prefixes
-from server.link.child import ENGINE_ENVIRONMENT
+from server.link.child import engine_variables
 from server.link.messages import Cancel, Command, Event, Failed, Finished, Generate, Shutdown, Token, Usage
 
 
@@ -100,6 +100,6 @@ def drive(
 
 def use_engine_environment(module: str) -> None:
     """Starts this process again with those of the engine process's variables that are missing."""
-    environment = ENGINE_ENVIRONMENT | os.environ
+    environment = engine_variables() | os.environ
     if environment != dict(os.environ):
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], environment)

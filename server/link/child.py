@@ -129,10 +129,14 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
+def engine_variables() -> dict[str, str]:
+    """The variables that the engine process has unless they are set."""
+    ours = ENGINE_ENVIRONMENT | (COMMAND_BUFFERS if sys.platform == "darwin" else {})
+    return ours | {"OPENBLAS_NUM_THREADS": str(max(1, num_cores() - CORES_OF_OTHERS))}
+
+
 def engine_environment() -> dict[str, str]:
     """The environment that MLX computes in; a child with it imports this very code, wherever it starts."""
     root = str(Path(server.__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH")
-    ours = ENGINE_ENVIRONMENT | (COMMAND_BUFFERS if sys.platform == "darwin" else {})
-    ours = ours | {"OPENBLAS_NUM_THREADS": str(max(1, num_cores() - CORES_OF_OTHERS))}
-    return {**ours, **os.environ, "PYTHONPATH": ":".join(filter(None, [root, inherited]))}
+    return {**engine_variables(), **os.environ, "PYTHONPATH": ":".join(filter(None, [root, inherited]))}
