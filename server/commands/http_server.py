@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import socket
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from config.errors import UsageError
 from config.settings import Settings
 from server.api.connection import HttpConnection
 from server.api.doors import Doors
+from server.api.watch.record import RequestRecord
 from server.link.supervisor import EngineProcess
 
 # Answers under way have so long to end when the server is told to stop; then their clients are told,
@@ -33,13 +35,21 @@ COMPLAINT_S = 30.0
 log = logging.getLogger(__name__)
 
 
-def make_server_config(settings: Settings, app: FastAPI, doors: Doors | None = None) -> uvicorn.Config:
-    """How uvicorn serves the app. Raises UsageError for a certificate that cannot be used."""
+def make_server_config(
+    settings: Settings,
+    app: FastAPI,
+    doors: Doors | None = None,
+    note: Callable[[RequestRecord], None] = lambda record: None,
+) -> uvicorn.Config:
+    """How uvicorn serves the app. Raises UsageError for a certificate that cannot be used.
+
+    `note` hears of each request that is refused before the app sees it.
+    """
     if settings.ssl_keyfile and not settings.ssl_certfile:
         raise UsageError("--ssl-keyfile needs --ssl-certfile")
     config = uvicorn.Config(
         app,
-        http=partial(HttpConnection, doors=doors or Doors(), note=app.state.watch.end),  # type: ignore[arg-type]
+        http=partial(HttpConnection, doors=doors or Doors(), note=note),  # type: ignore[arg-type]
         backlog=ACCEPTED_AT_ONCE,
         ws="none",
         log_config=None,

@@ -144,7 +144,7 @@ class _Serving:
         app = make_app(service, self.access)
         asyncio.get_running_loop().set_exception_handler(Complaints())
         doors = make_doors(raise_descriptor_limit())
-        self.server = HttpServer(make_server_config(self.settings, app, doors), engine)
+        self.server = HttpServer(make_server_config(self.settings, app, doors, app.state.watch.end), engine)
         look_rarely()
         engine.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys_again)

@@ -88,7 +88,7 @@ def running_server(service: Service) -> Iterator[str]:
 def running_app(app: FastAPI, doors: Doors | None = None) -> Iterator[str]:
     """The same for an app that is made already."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(make_server_config(Settings(), app, doors or Doors()))
+    server = uvicorn.Server(make_server_config(Settings(), app, doors or Doors(), app.state.watch.end))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
