@@ -23,13 +23,14 @@ unexport PYTHONDONTWRITEBYTECODE
 # other's way.
 PYTEST := $(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help install serve test test-fast test-long test-agents rehearsal lint clean
+.PHONY: help install serve test test-fast test-grids test-long test-agents rehearsal lint clean
 
 help:
 	@echo "make serve      install what serving needs, then start the server; flags: make serve ARGS='--port 9000'"
 	@echo "make test       install the rest, then ruff, mypy and the tests"
 	@echo "make test-fast  the inner loop: ruff and the quick tests"
-	@echo "make test-long  tests that take minutes each"
+	@echo "make test-grids  the other cases of tables that make test has a few of"
+	@echo "make test-long  these and tests that take minutes each"
 	@echo "make test-agents  Claude Code, Codex, opencode and aider against the server; needs npm"
 	@echo "make rehearsal  GLM-5.2 at full size without its weights; flags: make rehearsal ARGS='--layers 6'"
 	@echo "make install    a complete $(VENV) and nothing else"
@@ -79,6 +80,10 @@ test-fast: install
 
 test-long: install
 	$(PYTEST) -m long
+
+# The cases of tables that `make test` has a few of.
+test-grids: install
+	$(PYTEST) -m grid
 
 # Real agents by their own binaries, 1.2 GB of them: not part of `make test`.
 AGENTS := tests/server/serving/agents

@@ -1,16 +1,18 @@
-"""Tables of cases: a few of a kind in `make test`, all the others of it in `make test-long`."""
+"""Tables of cases: a few of a kind in `make test`, all the others of it in `make test-grids` and `make test-long`."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
 
+MARKS = (pytest.mark.long, pytest.mark.grid)
+
 
 def few(cases: Iterable[Any], keep: Collection[Any]) -> list[Any]:
-    """Marks as `long` every case but those in `keep`; a case of several values is kept by its first.
+    """Marks as `long` and `grid` every case but those in `keep`; a case of several values is kept by its first.
 
     Returns what `parametrize` takes.
     """
     found = [case if isinstance(case, tuple) else (case,) for case in cases]
     assert all(any(case[0] == one for case in found) for one in keep), "a case that is kept must be there"
-    return [pytest.param(*case, marks=() if case[0] in keep else pytest.mark.long) for case in found]
+    return [pytest.param(*case, marks=() if case[0] in keep else MARKS) for case in found]

@@ -92,15 +92,6 @@ def test_two_servers_share_a_directory_and_streamed_experts_share_it_too(tmp_pat
 
 
 @pytest.mark.long
-def test_a_directory_that_cannot_be_made_costs_the_disk_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no directory")
-    with serving(*flags(tmp_path / "file" / "prefix")) as server:
-        first, again = ask(server, MESSAGES), ask(server, MESSAGES)
-        assert cached(again) == again["usage"]["prompt_tokens"] - 1
-        assert said(again) == said(first)
-
-
-@pytest.mark.long
 def test_without_a_prefix_cache_every_prompt_is_read_anew() -> None:
     with serving("--prefix-cache-memory", "0") as server:
         assert [cached(ask(server, MESSAGES)) for _ in range(2)] == [0, 0]

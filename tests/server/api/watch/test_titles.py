@@ -91,6 +91,7 @@ def talk(url: str, way: str, number: int, barrier: threading.Barrier) -> None:
             history += [{"role": "assistant", "content": answer.choices[0].message.content or "-"}]
 
 
+@pytest.mark.long  # its steps are as many as users' only where nothing else is at work
 @pytest.mark.parametrize("way", ["titles", "one title"])
 def test_titles_share_passes_and_steps_as_users_do(
     dialect: Dialect, tokenizer_folder: Path, way: str
