@@ -1,4 +1,4 @@
-"""Tables of cases: a few of a kind in `make test`, all the others of it in `make test-grids` and `make test-long`."""
+"""Tables of cases: `make test` has a few of each kind, `make test-grids` all the others."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ MARKS = (pytest.mark.long, pytest.mark.grid)
 
 
 def few(cases: Iterable[Any], keep: Collection[Any]) -> list[Any]:
-    """Marks as `long` and `grid` every case but those in `keep`; a case of several values is kept by its first.
+    """Marks every case but those in `keep` as `long` and `grid`; one of several values is kept by its first.
 
     Returns what `parametrize` takes.
     """
