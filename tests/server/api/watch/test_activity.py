@@ -124,6 +124,7 @@ def test_each_phase_is_named_alike_in_comments_and_in_the_activity(service: Serv
         time.sleep(0.1)
         engine.events[name].put_nowait(Progress(name, 60, 90))
         until(lambda: activity(url, "boss")[0]["eta_s"])
+        until(lambda: any("prefill=60/90 eta=" in line for line in talk.lines))
         engine.events[name].put_nowait(Queued(name, 1))
         until(lambda: activity(url, "boss")[0]["phase"] == "queued")
         assert cancel(url, name, "boss") == 202
