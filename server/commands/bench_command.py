@@ -53,7 +53,7 @@ def bench_command(words: Sequence[str]) -> int:
         _print_comparison(before, after)
         return 0
     if given.output:
-        _write(given.output, "")  # what cannot be written is said before the time is spent
+        _write(given.output, "", mode="a")  # what cannot be written is said before the time is spent
     turns, seconds = asyncio.run(_run(given))
     result = {"url": given.url, "seconds": round(seconds, 3), "turns": [asdict(one) for one in turns]}
     result |= {"summary": summary(turns, seconds)}
@@ -180,9 +180,10 @@ def _percentile(values: Sequence[float], part: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[part - 1]
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, mode: str = "w") -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise UsageError(f"--output {path} cannot be written: {error.strerror}") from error
 

@@ -141,3 +141,11 @@ def test_an_output_that_cannot_be_written_is_said_first(
     assert main(["bench", "--url", closed_url(), "--output", str(tmp_path / name)]) == 2
     told = capsys.readouterr().err
     assert (told.count("\n"), "--output" in told) == (1, True)
+
+
+@pytest.mark.parametrize("before", ["", "{}", '{"summary": {"turns": 3}}', "no JSON at all"])
+def test_results_of_before_outlive_a_server_that_does_not_answer(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "before.json"
+    path.write_text(before)
+    assert main(["bench", "--url", closed_url(), "--output", str(path)]) == 2
+    assert path.read_text() == before
