@@ -55,5 +55,6 @@ GLM5_NEXT = Family(
     layer_names=layer_names,
     plain_name=plain_name,
     computing="models.glm5_next.flash_computing",
+    computing_files=("glm5_next/*.py",),
     always_thinks=True,
 )

@@ -9,9 +9,10 @@ from pathlib import Path
 import models
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
+from models.families import family_of
 from models.loading.checkpoint_tensors import read_tensors
 
-# The files of models/ that decide which numbers stand in a saved row.
+# The files of models/ that decide which numbers stand in a saved row, whatever the architecture.
 COMPUTING = (
     "args.py",
     "arithmetic.py",
@@ -19,7 +20,6 @@ COMPUTING = (
     "linear.py",
     "attention/*.py",
     "experts/*.py",
-    "glm5_next/*.py",
     "loading/building.py",
 )
 
@@ -31,12 +31,14 @@ def cache_fingerprint(
 
     The checkpoint is known by its config and by the size, time and header of its files, with 16 samples of
     each: reading 300 GB to be surer would take longer than the prefix cache can save. The computation is
-    known by its arithmetic, by MLX's version, and by the code in `COMPUTING`, without comments and
-    docstrings. Without the files' times the result is the same on all machines that have this checkpoint.
+    known by its arithmetic, by MLX's version, and by the code in `COMPUTING` and of its architecture,
+    without comments and docstrings. Without the files' times the result is the same on all machines that
+    have this checkpoint.
     """
     digest = hashlib.sha256(f"{args!r} {arithmetic!r} mlx {version('mlx')}".encode())
     root = Path(models.__file__).parent
-    for source in sorted(path for pattern in COMPUTING for path in root.glob(pattern)):
+    patterns = [*COMPUTING, *family_of(args).computing_files]
+    for source in sorted(path for pattern in patterns for path in root.glob(pattern)):
         _feed(digest, source.name.encode(), source_meaning(source.read_text(encoding="utf-8")))
     _feed(digest, (directory / "config.json").read_bytes())
     for path in sorted({entry.path for entry in read_tensors(directory, args).values()}):

@@ -6,11 +6,13 @@ import pytest
 
 from models.args import ModelArgs
 from models.arithmetic import CPU, CUDA
+from models.families import FAMILIES
 from models.loading.fingerprint import COMPUTING, cache_fingerprint, source_meaning
 from streaming.files.headers import INDEX_NAME
 from tests.tiny_glm import SHARED, make_weights, save_checkpoint
 
 ARGS = ModelArgs.from_config(SHARED)
+ROOT = Path(__file__).parents[3] / "models"
 
 
 def test_the_fingerprint_tells_checkpoints_and_arithmetic_apart(tmp_path: Path) -> None:
@@ -58,5 +60,11 @@ def test_another_computation_is_another_fingerprint(old: str, new: str) -> None:
 
 
 def test_every_pattern_of_computing_files_finds_files() -> None:
-    root = Path(__file__).parents[3] / "models"
-    assert all(list(root.glob(pattern)) for pattern in COMPUTING)
+    assert all(list(ROOT.glob(pattern)) for pattern in COMPUTING)
+
+
+def test_the_code_of_one_architecture_is_no_part_of_anothers_fingerprint() -> None:
+    shared = {path for pattern in COMPUTING for path in ROOT.glob(pattern)}
+    own = [{path for pattern in one.computing_files for path in ROOT.glob(pattern)} for one in FAMILIES]
+    assert [bool(files) for files in own] == [False, True], "GLM-5.2 computes with what all share"
+    assert all(not files & shared for files in own)
