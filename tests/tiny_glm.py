@@ -92,7 +92,7 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         yield prefix + "input_layernorm.weight", (h,)
         yield prefix + "post_attention_layernorm.weight", (h,)
         yield from _attention_shapes(c, prefix + "self_attn.", i in full_layers(c))
-        yield from _mlp_shapes(c, prefix + "mlp.", i < c["first_k_dense_replace"])
+        yield from mlp_shapes(c, prefix + "mlp.", i < c["first_k_dense_replace"])
     yield "model.norm.weight", (h,)
     yield "lm_head.weight", (c["vocab_size"], h)
 
@@ -116,7 +116,8 @@ def _attention_shapes(c: dict[str, Any], p: str, full: bool) -> Iterator[tuple[s
         yield p + "indexer.weights_proj.weight", (index_heads, h)
 
 
-def _mlp_shapes(c: dict[str, Any], p: str, dense: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def mlp_shapes(c: dict[str, Any], p: str, dense: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of a layer's MLP, which begin with `p`: of its experts, or of a dense one."""
     h, width = c["hidden_size"], c["moe_intermediate_size"]
     if dense:
         yield from glu_shapes(p, h, c["intermediate_size"])

@@ -233,23 +233,39 @@ class Attention(nn.Module):
         in_flight: InFlight | None,
     ) -> None:
         """Write the index keys of all spans, then score where there are more keys than may be selected."""
-        k = self._args.index_topk
-        for span in part.spans:
-            span.append(lambda cache: cache.index_keys[self._layer], new_keys)
-        stores = [span.cache.index_keys[self._layer] for span in part.spans]
+        keys = [self._add_keys(span, new_keys) for span in part.spans]
         part.selected = [None] * len(part.spans)
-        if all(store.length <= k for store in stores):
+        if all(of_span.shape[0] <= self._most_selected for of_span in keys):
             return
         queries = self.indexer.query_rows(q_residual, part.positions)
         weights = self.indexer.head_weights(x)
-        for i, (span, store) in enumerate(zip(part.spans, stores, strict=True)):
-            if store.length > k:
-                rows = slice(span.start, span.stop)
-                keys = store.rows(0, store.length)
-                part.selected[i] = select_tiles(
-                    queries[rows], weights[rows], keys, k,
-                    heads=self._args.num_attention_heads, arithmetic=self._arithmetic, in_flight=in_flight,
-                )  # fmt: skip
+        for i, (span, of_span) in enumerate(zip(part.spans, keys, strict=True)):
+            if of_span.shape[0] > self._most_selected:
+                asked = span.cut(queries), span.cut(weights)
+                part.selected[i] = self._select(span, *asked, of_span, in_flight)
+
+    @property
+    def _most_selected(self) -> int:
+        """As many index keys as a row selects; where there are no more all are seen."""
+        return self._args.index_topk
+
+    def _add_keys(self, span: Span, new_keys: mx.array) -> mx.array:
+        """Appends a span's index keys, out of the forward's rows [N, D]; returns all that it has, [T, D]."""
+        return span.append(lambda cache: cache.index_keys[self._layer], new_keys)
+
+    def _select(
+        self,
+        span: Span,
+        queries: mx.array,
+        weights: mx.array,
+        keys: mx.array,
+        in_flight: InFlight | None,
+    ) -> list[Tile]:
+        """Scores the queries of a span against its index keys, and selects."""
+        return select_tiles(
+            queries, weights, keys, self._args.index_topk,
+            heads=self._args.num_attention_heads, arithmetic=self._arithmetic, in_flight=in_flight,
+        )  # fmt: skip
 
     def _attend(
         self, queries: mx.array, keys: mx.array, selected: list[Tile] | None, in_flight: InFlight | None

@@ -8,7 +8,7 @@ two differ in their last bits.
 from collections.abc import Callable
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,10 +80,8 @@ class DeltaAttention(nn.Module):
         in_flight = InFlight(self._arithmetic.pieces_in_flight) if part.is_large else None
         outs = []
         for span in part.spans:
-            assert isinstance(span.cache, FlashCache), "the model made this cache"
-            state = span.cache.layer_states[self._layer]
-            lend_state(state, span, self._layer)
-            marks = span.cache.marks_between(state.length, state.length + span.rows)
+            cache, state = state_of(span, self._layer)
+            marks = cache.marks_between(state.length, state.length + span.rows)
             rows = [span.cut(array) for array in (mixed, gate, beta)]
             for start, stop in pairwise(_cuts(state.length, span.rows, marks)):
                 outs.append(self._advance(state, *(array[start:stop] for array in rows)))
@@ -108,9 +106,7 @@ class DeltaAttention(nn.Module):
         rows = (mx.concatenate([q, k, v], axis=-1), self.f_b_proj(forget), beta, self.g_b_proj(gate))
         outs = []
         for span in part.spans:
-            assert isinstance(span.cache, FlashCache), "the model made this cache"
-            state = span.cache.layer_states[self._layer]
-            lend_state(state, span, self._layer)
+            cache, state = state_of(span, self._layer)
             mixed, forgets, strength, opens = (span.cut(array) for array in rows)
             matrix, before = state.arrays
             out, *arrays = self._arithmetic.delta_step(
@@ -118,7 +114,7 @@ class DeltaAttention(nn.Module):
                 float(args.linear_lower_bound), args.rms_norm_eps, NORM_EPS,
             )  # fmt: skip
             state.advance(tuple(arrays), 1)
-            if state.length in span.cache.marks_between(state.length - 1, state.length):
+            if state.length in cache.marks_between(state.length - 1, state.length):
                 state.mark(state.length, state.arrays)
             outs.append(out)
         return self.o_proj(outs[0] if len(outs) == 1 else mx.concatenate(outs))
@@ -191,11 +187,13 @@ class DeltaAttention(nn.Module):
         return [piece.reshape(shape) for piece in mx.split(out, 3, axis=-1)]
 
 
-def lend_state(state: LayerState, span: Span, layer: int) -> None:
-    """Lets a span that begins with another sequence's tokens go on from that one's state."""
-    if span.origin:
-        assert isinstance(span.origin, FlashCache), "the model made this cache"
-        state.adopt(span.origin.layer_states[layer], span.num_shared)
+def state_of(span: Span, layer: int) -> tuple[FlashCache, LayerState]:
+    """A span's cache, and its state in a layer: where another sequence lends its beginning, behind that."""
+    cache, origin = cast(FlashCache, span.cache), cast(FlashCache | None, span.origin)
+    state = cache.layer_states[layer]
+    if origin:
+        state.adopt(origin.layer_states[layer], span.num_shared)
+    return cache, state
 
 
 def _cuts(position: int, rows: int, marks: list[int]) -> list[int]:

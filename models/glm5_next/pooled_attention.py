@@ -10,9 +10,10 @@ from typing import cast
 import mlx.core as mx
 
 from models.arithmetic import Arithmetic, Dense
-from models.attention.attention import Attention, RowPart, Span
+from models.attention.attention import Attention, Span
 from models.attention.indexer import Indexer
-from models.glm5_next.delta_attention import lend_state
+from models.attention.tiles import Tile
+from models.glm5_next.delta_attention import state_of
 from models.glm5_next.flash_args import FlashArgs
 from models.glm5_next.flash_cache import FlashCache
 from models.glm5_next.pooled_selection import select_pools
@@ -64,48 +65,34 @@ class PooledAttention(Attention):
         """What the cache keeps of each row: the normed latent."""
         return self.kv_a_layernorm(self.kv_a_proj_with_mqa(x))
 
-    def _update_selection(
-        self,
-        x: mx.array,
-        q_residual: mx.array,
-        new_keys: mx.array,
-        part: RowPart,
-        in_flight: InFlight | None,
-    ) -> None:
-        """Adds the raw keys of all spans to their pools, then scores where there are pools to choose from."""
-        args = self._args
-        pools = [self._add_keys(span, span.cut(new_keys)) for span in part.spans]
-        part.selected = [None] * len(part.spans)
-        if all(keys.shape[0] <= args.topk_pools for keys in pools):
-            return
-        queries = self.indexer.query_rows(q_residual, part.positions)
-        weights = self.indexer.head_weights(x)
-        for i, (span, keys) in enumerate(zip(part.spans, pools, strict=True)):
-            if keys.shape[0] > args.topk_pools:
-                num_keys = cast(FlashCache, span.cache).latents[self._layer].length
-                part.selected[i] = select_pools(
-                    span.cut(queries), span.cut(weights), keys, num_keys, args,
-                    arithmetic=self._arithmetic, in_flight=in_flight,
-                )  # fmt: skip
+    @property
+    def _most_selected(self) -> int:
+        return self._args.topk_pools
 
-    def _add_keys(self, span: Span, rows: mx.array) -> mx.array:
-        """Appends raw rows [n, 2 D] of a span; returns the keys of all full pools, [pools, D]."""
-        cache = cast(FlashCache, span.cache)
-        state, pools, size = (
-            cache.layer_states[self._layer],
-            cache.index_keys[self._layer],
-            self._args.index_kpool,
+    def _select(
+        self,
+        span: Span,
+        queries: mx.array,
+        weights: mx.array,
+        keys: mx.array,
+        in_flight: InFlight | None,
+    ) -> list[Tile]:
+        num_keys = cast(FlashCache, span.cache).latents[self._layer].length
+        return select_pools(
+            queries, weights, keys, num_keys, self._args, arithmetic=self._arithmetic, in_flight=in_flight
         )
+
+    def _add_keys(self, span: Span, new_keys: mx.array) -> mx.array:
+        """Appends a span's raw rows, out of the forward's [N, 2 D]; returns its full pools' keys, [P, D]."""
+        rows = span.cut(new_keys)
+        cache, state = state_of(span, self._layer)
+        pools, size = cache.index_keys[self._layer], self._args.index_kpool
         if span.origin:
             pools.adopt(cast(FlashCache, span.origin).index_keys[self._layer], span.num_shared)
-        lend_state(state, span, self._layer)
         [rest] = state.arrays
         raw = mx.concatenate([rest, rows.astype(rest.dtype)])
-        begin, marks = (
-            state.length - rest.shape[0],
-            cache.marks_between(state.length, state.length + span.rows),
-        )
-        for mark in marks:
+        begin = state.length - rest.shape[0]
+        for mark in cache.marks_between(state.length, state.length + span.rows):
             kept = slice((mark - begin) // size * size, mark - begin)
             state.mark(mark, (mx.contiguous(raw[kept]),))
         full = raw.shape[0] // size * size

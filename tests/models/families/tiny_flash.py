@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.tiny_glm import TINY, Array, glu_shapes
+from tests.tiny_glm import TINY, Array, mlp_shapes
 
 KDA, DSA = "linear_attention", "indexed_attention"
 _LEFT_OUT = ("first_k_dense_replace", "rope_parameters", "head_dim", "architectures", "model_type")
@@ -81,7 +81,7 @@ def flash_shapes(c: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from _linear_shapes(c, p + "self_attn.")
         else:
             yield from _sparse_shapes(c, p + "self_attn.", c["indexer_types"][i] == "full")
-        yield from _mlp_shapes(c, p + "mlp.", c["mlp_layer_types"][i] == "dense")
+        yield from mlp_shapes(c, p + "mlp.", c["mlp_layer_types"][i] == "dense")
     yield "model.norm.weight", (h,)
     yield "lm_head.weight", (c["vocab_size"], h)
 
@@ -119,15 +119,3 @@ def _sparse_shapes(c: dict[str, Any], p: str, full: bool) -> Iterator[tuple[str,
         yield p + "indexer.weights_proj.weight", (c["index_n_heads"], h)
         yield p + "indexer.index_kpool_compress_ape", (c["index_kpool"], width)
         yield p + "indexer.index_kpool_compress_gate", (width, h)
-
-
-def _mlp_shapes(c: dict[str, Any], p: str, dense: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    h, width = c["hidden_size"], c["moe_intermediate_size"]
-    if dense:
-        yield from glu_shapes(p, h, c["intermediate_size"])
-        return
-    yield p + "gate.weight", (c["n_routed_experts"], h)
-    yield p + "gate.e_score_correction_bias", (c["n_routed_experts"],)
-    for e in range(c["n_routed_experts"]):
-        yield from glu_shapes(f"{p}experts.{e}.", h, width)
-    yield from glu_shapes(p + "shared_experts.", h, width * c["n_shared_experts"])
