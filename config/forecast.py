@@ -21,6 +21,8 @@ AGENTS_EXPONENT = 0.19
 # While a step reads so much of its computing goes on, and while it computes so much of what it reads arrives.
 COMPUTING_HIDDEN, READING_HIDDEN, SWEEP_HIDDEN = 0.6, 0.95, 0.95
 PROMPT_TOKENS = 1000
+# Of a context, whatever its length, a row attends to so many tokens: GLM-5.2's `index_topk`.
+ATTENDED_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,10 @@ def forecast(
     share = sum(plan.slots_per_layer) / max(1, num_layers * geometry.num_experts)
     hit_rate = 1.0 if plan.is_resident else found(share, agents)
     wanted = _distinct(geometry, agents) * expert_bytes
-    kept = context * geometry.index_key_bytes_per_token + min(context, 2048) * geometry.kv_bytes_per_token
+    kept = (
+        context * geometry.index_key_bytes_per_token
+        + min(context, ATTENDED_TOKENS) * geometry.kv_bytes_per_token
+    )
     computed_s = (geometry.trunk_bytes + wanted + agents * kept) / machine.memory_bytes_per_s
     computed_s += machine.layer_s * num_layers
     read_s = (1 - hit_rate) * wanted / rate

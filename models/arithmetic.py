@@ -422,20 +422,14 @@ class Arithmetic:
 
     def _numpy_product(self, x: NDArray[np.float32], w: Weight) -> mx.array:
         """As `product`; a large packed weight is unpacked part by part."""
-        if (q := w.quantization) is None or w.weight.ndim > 2:
-            return _delivered(x, self._transposed(w))
         num_outputs = w.weight.shape[0]
         at_once = self.outputs_at_once(num_outputs, x.shape[-1])
-        if at_once == num_outputs:
+        if (q := w.quantization) is None or w.weight.ndim > 2 or at_once == num_outputs:
             return _delivered(x, self._transposed(w))
-        out, biases = mx.zeros((*x.shape[:-1], num_outputs)), w.get("biases")
+        out = mx.zeros((*x.shape[:-1], num_outputs))
         for first in range(0, num_outputs, at_once):
             part = slice(first, first + at_once)
-            dense = mx.dequantize(
-                w.weight[part], scales_of(w)[part], None if biases is None else biases[part],
-                q.group_size, q.bits, q.mode, dtype=self.dtype,
-            )  # fmt: skip
-            _view(out)[..., part] = _times(x, _floats(dense).T)
+            _view(out)[..., part] = _times(x, _floats(self._unpack(w, q, part)).T)
         return out
 
     def _transposed(self, w: Weight) -> NDArray[np.float32]:
@@ -448,10 +442,13 @@ class Arithmetic:
         q = w.quantization
         return w if q is None or self.is_few(rows) else Dense(self._unpack(w, q))
 
-    def _unpack(self, w: Weight, q: Quantization) -> mx.array:
-        return mx.dequantize(
-            w.weight, scales_of(w), w.get("biases"), q.group_size, q.bits, q.mode, dtype=self.dtype
-        )
+    def _unpack(self, w: Weight, q: Quantization, outputs: slice | None = None) -> mx.array:
+        """The weight as the activations are, or these outputs of it."""
+        weight, scales, biases = w.weight, scales_of(w), w.get("biases")
+        if outputs:
+            weight, scales = weight[outputs], scales[outputs]
+            biases = biases if biases is None else biases[outputs]
+        return mx.dequantize(weight, scales, biases, q.group_size, q.bits, q.mode, dtype=self.dtype)
 
     def _dense_product(self, x: mx.array, dense: mx.array) -> mx.array:
         """BLAS rounds differently for one row and for several; few rows are computed as if each was alone."""

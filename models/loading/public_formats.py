@@ -11,6 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from models.dsa_family import GLM_MOE_DSA
+from models.glm5_next.flash_family import GLM5_NEXT
 from models.glm5_next.flash_shapes import GLM_5_3_FLASH, layer_shapes
 
 GLM_5_2: Mapping[str, Any] = {
@@ -89,13 +91,18 @@ FLASH_FORMAT = PublicFormat(
 
 def find_format(name: str) -> PublicFormat | None:
     """The format of a repository, or the first one for an id that a model is served by; None for others."""
-    if name.lower().rpartition("/")[2] == "glm-5.3-flash":
-        return FLASH_FORMAT
-    for one in PUBLIC_FORMATS:
+    for one in (*PUBLIC_FORMATS, FLASH_FORMAT):
         if name.lower() == one.repo.lower():
             return one
-    is_served_id = name.lower().rpartition("/")[2] == "glm-5.2"
-    return PUBLIC_FORMATS[0] if is_served_id else None
+    firsts = {
+        _last_word(GLM_MOE_DSA.served_id): PUBLIC_FORMATS[0],
+        _last_word(GLM5_NEXT.served_id): FLASH_FORMAT,
+    }
+    return firsts.get(_last_word(name))
+
+
+def _last_word(name: str) -> str:
+    return name.lower().rpartition("/")[2]
 
 
 def write_hollow(directory: Path, one: PublicFormat, num_layers: int | None = None) -> Path:

@@ -11,23 +11,22 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from config.errors import UsageError
-from config.forecast import Forecast, forecast, machine_with
+from config.forecast import Forecast
 from config.plan_report import as_dict, render_plan
 from config.settings import load_settings
-from config.sizes import format_size, parse_size, physical_memory_bytes
+from config.sizes import format_size, parse_size
 from models.arithmetic import METAL, choose_arithmetic
-from models.loading.loading import make_geometry, open_checkpoint
+from models.loading.loading import open_checkpoint
 from models.loading.public_formats import find_format, write_header, write_hollow
 from server.commands.checkpoint import choose_checkpoint
 from server.commands.flags import make_parser
 from server.commands.hub_cache import find_snapshot, parse_repo
 from server.commands.serve import make_engine_config
-from server.engine.backend import plan_memory
+from server.engine.backend import forecaster, plan_memory
 
 SUMMARY = (
     "Prints how --ram-budget would be divided, and what to expect of it. Loads and downloads no weights."
@@ -52,9 +51,7 @@ def plan_command(words: Sequence[str]) -> int:
             config = replace(config, ram_budget_bytes=_budget(budget, memory))
         checkpoint, arithmetic = open_checkpoint(directory), METAL if memory else choose_arithmetic()
         plan = plan_memory(checkpoint, arithmetic, config, physical_bytes=memory)
-        geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
-        machine = machine_with(arithmetic.name, memory or physical_memory_bytes())
-        expect = partial(forecast, geometry, plan, disk, machine)
+        expect = forecaster(checkpoint, arithmetic, plan, disk, memory)
         expected = expect()
     if is_json:
         print(json.dumps(as_dict(plan) | {"disk_bytes_per_s": disk, "forecast": asdict(expected)}, indent=2))

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from config.defaults import ExpertPolicy
 from config.errors import CheckpointError, DiskError, UsageError
-from config.forecast import forecast, machine_with
+from config.forecast import Forecast, forecast, machine_with
 from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
 from config.sizes import format_size, physical_memory_bytes
@@ -78,7 +78,7 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     on_plan = _limit_and_wire if config.wires_memory else _limit
     on_plan(plan)
     lines = tuple(render_plan(plan).splitlines())
-    expected = _forecast(checkpoint, arithmetic, plan, probe) if probe else ""
+    expected = forecaster(checkpoint, arithmetic, plan, probe.bytes_per_s)().describe() if probe else ""
     info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines, plan.lines["requests"], expected)
     fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
     prefix = open_prefix_cache(model, fingerprint, plan, config)
@@ -117,10 +117,17 @@ def _open_hot_set(store: ExpertStore, config: EngineConfig, fingerprint: str) ->
     return HotSet(store, config.prefix_directory / f"experts-{fingerprint[:16]}.json", fingerprint)
 
 
-def _forecast(checkpoint: Checkpoint, arithmetic: Arithmetic, plan: MemoryPlan, probe: DiskProbe) -> str:
+def forecaster(
+    checkpoint: Checkpoint,
+    arithmetic: Arithmetic,
+    plan: MemoryPlan,
+    disk_bytes_per_s: float,
+    memory_bytes: int | None = None,
+) -> Callable[..., Forecast]:
+    """`forecast` for this checkpoint, plan and disk, on a machine of so much memory; by default this one."""
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
-    machine = machine_with(arithmetic.name, physical_memory_bytes())
-    return forecast(geometry, plan, probe.bytes_per_s, machine).describe()
+    machine = machine_with(arithmetic.name, memory_bytes or physical_memory_bytes())
+    return partial(forecast, geometry, plan, disk_bytes_per_s, machine)
 
 
 def _make_limits(plan: MemoryPlan, arithmetic: Arithmetic, config: EngineConfig) -> Limits:

@@ -14,9 +14,8 @@ def all_finite(value: Any) -> bool:
         match values.pop():
             case dict() as members:
                 values.extend(members.values())
-            case list() as items if not PLAIN.issuperset(
-                map(type, items)
-            ):  # millions of ids are looked at once
+            # Millions of ids are looked at in one go.
+            case list() as items if not PLAIN.issuperset(map(type, items)):
                 values.extend(items)
             case float(number) if not math.isfinite(number):
                 return False

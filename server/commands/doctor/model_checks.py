@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config.errors import UsageError
-from config.forecast import forecast, machine_with
 from config.settings import Settings
-from config.sizes import format_size, physical_memory_bytes
+from config.sizes import format_size
 from server.commands.checkpoint import POCKET, choose_checkpoint
 from server.commands.doctor.finding import Finding, Verdict
 
@@ -102,9 +101,9 @@ def check_parser(settings: Settings) -> Iterator[Finding]:
 def check_speed(settings: Settings) -> Iterator[Finding]:
     """Five seconds of reading experts, and what they promise."""
     from models.arithmetic import choose_arithmetic
-    from models.loading.loading import make_geometry, open_checkpoint
+    from models.loading.loading import open_checkpoint
     from server.commands.serve import make_engine_config
-    from server.engine.backend import plan_memory
+    from server.engine.backend import forecaster, plan_memory
     from streaming.disk.disk import DirectDisk
     from streaming.disk.probe import probe_disk
 
@@ -115,9 +114,7 @@ def check_speed(settings: Settings) -> Iterator[Finding]:
         yield Finding(Verdict.GOOD, "every expert stays in memory: the disk does not matter")
         return
     probe = probe_disk(DirectDisk(), checkpoint.experts, plan.reader_threads, limit_s=SPEED_S)
-    geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
-    machine = machine_with(arithmetic.name, physical_memory_bytes())
-    expected = forecast(geometry, plan, probe.bytes_per_s, machine)
+    expected = forecaster(checkpoint, arithmetic, plan, probe.bytes_per_s)()
     text = f"the disk reads experts at {format_size(probe.bytes_per_s)}/s: {expected.describe()}"
     is_slow = probe.bytes_per_s < SLOW_BYTES_PER_S and not plan.is_resident
     figures = {"bytes_per_s": probe.bytes_per_s, "tokens_per_s": expected.tokens_per_s}

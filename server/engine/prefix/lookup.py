@@ -20,8 +20,7 @@ from typing import TypeVar
 from models.attention.cache import SequenceCache
 from models.attention.cache_blocks import bytes_per_token, read_blocks
 from server.engine.prefix.restore import GROUP, Restoring
-from server.engine.prefix.states import BLOCK_TOKENS as BLOCK_TOKENS
-from server.engine.prefix.states import Way, find_way, state_after, state_block, state_name
+from server.engine.prefix.states import BLOCK_TOKENS, Way, find_way, state_after, state_block, state_name
 from streaming.prefix.block_files import BlockFiles
 from streaming.prefix.block_format import (
     HEADER_BYTES,

@@ -85,9 +85,8 @@ class Restoring:
         Returns True after the last; an error leaves the groups before it.
         """
         if self._end_parts:
-            found = [
-                part.result() if part.done() else None for part in self._end_parts
-            ]  # or its disk is stuck
+            # One that has not come is not waited for: its disk is stuck.
+            found = [part.result() if part.done() else None for part in self._end_parts]
             return self._end(found[:1], found[1] if self._state else None)
         assert all(future.done() for future in self._coming), "nobody waits here"
         group: list[Block] = []

@@ -13,7 +13,8 @@ from time import monotonic
 from typing import Protocol, TypeVar
 
 from server.engine.faults import Contained
-from server.engine.prefix.lookup import BLOCK_TOKENS, PrefixCache
+from server.engine.prefix.lookup import PrefixCache
+from server.engine.prefix.states import BLOCK_TOKENS
 from server.engine.schedule.sequence import Sequence, State
 from server.link.messages import Administer, Administered, Pin
 from streaming.prefix.block_format import BlockName

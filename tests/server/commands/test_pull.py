@@ -4,10 +4,8 @@ import hashlib
 import json
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from server.cli import main
 from server.commands.checkpoint import POCKET, find_checkpoint
 from server.commands.hub_cache import find_snapshot
 from server.commands.pull_command import pull_command
+from tests.server.commands.local_hub import HubHandler, serving
 
 COMMIT = "a" * 40
 FILES = {
@@ -37,18 +36,12 @@ def _size_of(raw: bytes) -> dict[str, Any]:
     return {"size": len(raw), "lfs": lfs | {"pointerSize": 1}}
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(HubHandler):
     """As much of the Hub as the library asks of it."""
 
     asked: list[str]
 
-    def do_HEAD(self) -> None:
-        self._answer(sends_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(sends_body=True)
-
-    def _answer(self, sends_body: bool) -> None:
+    def answer(self, *, sends_body: bool) -> None:
         path = self.path.partition("?")[0]
         if "/org/pocket/tree/" in path:
             files = [
@@ -62,10 +55,7 @@ class Hub(BaseHTTPRequestHandler):
             return
         raw = FILES.get(path.rpartition("/")[2])
         if raw is None or "/org/pocket/" not in path:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.send_head(404, {"X-Error-Code": "RepoNotFound", "Content-Length": "0"})
             return
         digest = hashlib.sha256(raw).hexdigest()
         if sends_body:
@@ -82,28 +72,15 @@ class Hub(BaseHTTPRequestHandler):
         )
 
     def _send(self, raw: bytes, headers: dict[str, str], size: int | None = None) -> None:
-        self.send_response(200)
-        for name, value in {"Content-Length": str(size or len(raw)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
+        self.send_head(200, {"Content-Length": str(size or len(raw)), **headers})
         self.wfile.write(raw)
-
-    def log_message(self, *_: Any) -> None:
-        """Says nothing."""
 
 
 @contextmanager
 def hub() -> Iterator[str]:
     Hub.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Hub) as url:
+        yield url
 
 
 @pytest.fixture

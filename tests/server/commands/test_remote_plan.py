@@ -4,38 +4,30 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from models.loading.public_formats import PUBLIC_FORMATS, PublicFormat, write_hollow
 from streaming.files.headers import read_headers
+from tests.server.commands.local_hub import HubHandler, serving
 
 ROOT = Path(__file__).parents[3]
 COMMIT = "b" * 40
 
 
-class FolderHub(BaseHTTPRequestHandler):
+class FolderHub(HubHandler):
     """Serves a folder as the repository org/big, whole or in ranges, and notes how much was sent."""
 
     folder: Path
     num_sent: int
 
-    def do_HEAD(self) -> None:
-        self._answer(sends_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(sends_body=True)
-
-    def _answer(self, sends_body: bool) -> None:
+    def answer(self, *, sends_body: bool) -> None:
         path = self.folder / self.path.partition("?")[0].partition("/resolve/")[2].partition("/")[2]
         if not self.path.startswith("/org/big/resolve/") or not path.is_file():
-            self._send(404, {"X-Error-Code": "EntryNotFound", "Content-Length": "0"})
+            self.send_head(404, {"X-Error-Code": "EntryNotFound", "Content-Length": "0"})
             return
         size = path.stat().st_size
         first, last = 0, size - 1
@@ -44,35 +36,19 @@ class FolderHub(BaseHTTPRequestHandler):
             first, last = int(low), min(int(high), last) if high else last
         length = last - first + 1
         headers = {"Content-Length": str(length), "ETag": '"1"', "X-Repo-Commit": COMMIT}
-        self._send(206 if asked else 200, headers | {"Content-Range": f"bytes {first}-{last}/{size}"})
+        self.send_head(206 if asked else 200, headers | {"Content-Range": f"bytes {first}-{last}/{size}"})
         if sends_body:
             type(self).num_sent += length
             with open(path, "rb") as file:
                 file.seek(first)
                 self.wfile.write(file.read(length))
 
-    def _send(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        """Says nothing."""
-
 
 @contextmanager
 def hub(folder: Path) -> Iterator[str]:
     FolderHub.folder, FolderHub.num_sent = folder, 0
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FolderHub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(FolderHub) as url:
+        yield url
 
 
 def plan(endpoint: str, cache: Path, *words: str) -> subprocess.CompletedProcess[str]:

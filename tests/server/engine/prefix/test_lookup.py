@@ -10,7 +10,8 @@ import pytest
 
 from models.attention.attention import Span
 from models.attention.cache_blocks import bytes_per_token
-from server.engine.prefix.lookup import BLOCK_TOKENS, PrefixCache
+from server.engine.prefix.lookup import PrefixCache
+from server.engine.prefix.states import BLOCK_TOKENS
 from server.link.messages import Command, Event, Failed, Generate, Shutdown
 from streaming.prefix.block_format import HEADER_BYTES
 from tests.grids import few

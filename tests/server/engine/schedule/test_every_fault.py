@@ -14,7 +14,8 @@ from models.attention.attention import Span
 from models.attention.cache import RowCache, SequenceCache
 from server.engine.loop import EngineLoop
 from server.engine.model_protocol import Backend
-from server.engine.prefix.lookup import BLOCK_TOKENS, PrefixCache
+from server.engine.prefix.lookup import PrefixCache
+from server.engine.prefix.states import BLOCK_TOKENS
 from server.engine.schedule import scheduler
 from server.engine.schedule.limits import Limits
 from server.engine.schedule.scheduler import Scheduler
