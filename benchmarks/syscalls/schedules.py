@@ -1,329 +1,238 @@
-"""Random schedules of failing system calls over a running server with eight clients, and over fresh starts.
+"""Random schedules of failing system calls over running servers with eight clients, and over fresh starts.
 
-    python -m benchmarks.syscalls.schedules --schedules 500 --starts 50
+    python -m benchmarks.syscalls.schedules --schedules 500 --starts 50 --jobs 4 --output rows.json
 
 Each request must end with the answer that it has without faults, or with an error in words, and a request
 must be answered rightly within ten seconds of a schedule's end. Prints the schedules of which that is not
-true.
+true. Each job has a server of its own, over which its schedules run one after the other.
 """
 
 import argparse
 import json
-import mmap
+import multiprocessing
 import os
-import random
-import shutil
-import struct
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import httpx
+from benchmarks.syscalls.faults import KINDS, Control, Schedule, build_shim
+from benchmarks.syscalls.served import NUM_CLIENTS, PAUSE_S, QUESTIONS, Server, serving
 
-from server.commands.checkpoint import POCKET
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-KINDS = ("EIO on reads", "short reads", "slow reads", "EIO on writes", "ENOSPC", "EMFILE", "ENOMEM")
-CONTROL = struct.Struct("<IIIIQQ7Q")
-NUM_CLIENTS = 8
-RECOVERY_S = 10.0
-# A request that has no end after so long hangs.
-PATIENCE_S = 60.0
-BUDGET = "766M"  # the least: most experts come from the disk
-QUESTIONS = [f"What is {17 + number}+{25 + 3 * number}?" for number in range(NUM_CLIENTS)]
-
-
-def build_shim(folder: Path) -> Path | None:
-    """The shared library; None where there is no C compiler."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or sys.platform != "linux":
-        return None
-    library = folder / "shim.so"
-    flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o", str(library), str(HERE / "shim.c"), "-ldl"]
-    subprocess.run([compiler, *flags], check=True)
-    return library
+START_S = 120.0
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Which calls fail, how often, and for how long."""
+class Row:
+    """What became of one schedule."""
 
+    round: str
     seed: int
-    kinds: tuple[int, ...]
+    kinds: list[str]
     per_mille: int
-    slow_us: int
     seconds: float
+    num_failed_calls: int
+    outcomes: dict[str, int]
+    recovery_s: float | None
+    faults: list[str]
+    log: list[str] = field(default_factory=list)  # of a server that did wrong
 
     @classmethod
-    def of(cls, seed: int) -> "Schedule":
-        """The schedule of a seed."""
-        rng = random.Random(seed)
-        kinds = tuple(sorted(rng.sample(range(len(KINDS)), rng.choice([1, 1, 2, 3]))))
-        return cls(seed, kinds, rng.choice([2, 10, 50, 200, 1000]), rng.choice([1000, 20_000, 200_000]),
-                   rng.uniform(0.3, 1.5))  # fmt: skip
-
-    def __str__(self) -> str:
-        names = " + ".join(KINDS[kind] for kind in self.kinds)
-        return f"seed {self.seed}: {names}, {self.per_mille} of 1000 calls, {self.seconds:.1f} s"
-
-
-class Control:
-    """The memory through which schedules reach the shim in both processes."""
-
-    def __init__(self, path: Path) -> None:
-        path.write_bytes(bytes(CONTROL.size))
-        with open(path, "r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), CONTROL.size)
-
-    def begin(self, one: Schedule) -> None:
-        """Let calls fail from now on."""
-        mask = sum(1 << kind for kind in one.kinds)
-        self._memory[:] = CONTROL.pack(0, mask, one.per_mille, one.slow_us, one.seed, *[0] * 8)
-        self._memory[:4] = struct.pack("<I", 1)
-
-    def end(self) -> int:
-        """Let no call fail any more; how many did."""
-        self._memory[:4] = bytes(4)
-        return sum(CONTROL.unpack(self._memory[:])[6:])
+    def of(
+        cls,
+        name: str,
+        one: Schedule,
+        num_failed: int,
+        told: Sequence[str],
+        recovery_s: float | None,
+        server: Server,
+    ) -> "Row":
+        """The row of a schedule under which requests ended as told."""
+        wrong = sorted({outcome for outcome in told if outcome.startswith("WRONG")})
+        faults = wrong + (["not served again in time"] if recovery_s is None else [])
+        outcomes = Counter(outcome.partition(":")[0] for outcome in told)
+        return cls(name, one.seed, [KINDS[kind] for kind in one.kinds], one.per_mille, round(one.seconds, 2),
+                   num_failed, dict(outcomes), recovery_s, faults, server.ending if faults else [],
+                   )  # fmt: skip
 
 
-@dataclass
-class Server:
-    """A server with the shim in it."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-    log: Path
-    expected: dict[str, str] = field(default_factory=dict)
-
-    def ask(self, question: str, is_streaming: bool = False) -> str:
-        """What became of a request: right, or the kind of its error; anything else begins with WRONG."""
-        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 4}
-        try:
-            url = f"{self.url}/v1/chat/completions"
-            answer = httpx.post(url, json=body | {"stream": is_streaming}, timeout=PATIENCE_S)
-        except httpx.ConnectError as error:
-            return f"WRONG: {error!r}" if self.process.poll() is None else "the process has ended"
-        except httpx.HTTPError as error:
-            return f"WRONG: no end: {error!r}"
-        return self._judge(question, answer, is_streaming)
-
-    def _judge(self, question: str, answer: httpx.Response, is_streaming: bool) -> str:
-        if is_streaming and answer.status_code == 200:
-            content, told = _read_stream(answer.text)
-        else:
-            fields: dict[str, Any] = answer.json()
-            told = fields.get("error", {}).get("message", "")
-            content = "" if told else _said(fields["choices"][0]["message"])
-        if told:
-            return f"{answer.status_code} in words" if len(told) > 10 else f"WRONG: {answer.text[:200]}"
-        expected = self.expected.setdefault(question, content)
-        return "right" if content == expected else f"WRONG: {content[:80]!r} is not {expected[:80]!r}"
-
-    def recovers(self, since_s: float, right_at: Sequence[float]) -> float | None:
-        """Seconds from `since_s` to a right answer, maybe one of those at `right_at`; None if it is late."""
-        while not (after := [at for at in right_at if at > since_s]):
-            if time.monotonic() > since_s + RECOVERY_S:
-                return None
-            if self.ask(QUESTIONS[0]) == "right":
-                right_at = [time.monotonic()]
-            time.sleep(0.2)
-        seconds = min(after) - since_s
-        return seconds if seconds <= RECOVERY_S else None
+def run_schedules(library: Path, folder: Path, seeds: Sequence[int]) -> Iterator[Row]:
+    """Over one running server, one schedule after the other; over another one where the process has ended."""
+    control, left = Control(folder / "control"), deque(seeds)
+    while left:
+        with (
+            serving(library, folder, folder / "control") as server,
+            ThreadPoolExecutor(NUM_CLIENTS) as clients,
+        ):
+            assert server.is_served(START_S), server.ending
+            for question in QUESTIONS:
+                server.ask(question)
+            while left and server.process.poll() is None:
+                yield _run_schedule(server, clients, control, Schedule.of(left.popleft()))
 
 
-def _said(message: dict[str, Any]) -> str:
-    return (message.get("reasoning") or "") + "|" + (message.get("content") or "")
+def _run_schedule(server: Server, clients: ThreadPoolExecutor, control: Control, one: Schedule) -> Row:
+    control.begin(one)
+    until = time.monotonic() + one.seconds
+    right_at: list[float] = []
+    work = partial(_ask_until, server, until, one.seed, right_at)
+    running = [clients.submit(work, client) for client in range(NUM_CLIENTS)]
+    time.sleep(max(0.0, until - time.monotonic()))
+    num_failed, ended = control.end(), time.monotonic()
+    outcomes = [outcome for client in running for outcome in client.result()]
+    return Row.of("running", one, num_failed, outcomes, server.recovers(ended, right_at), server)
 
 
-def _read_stream(text: str) -> tuple[str, str]:
-    """What was said in a stream's chunks, and the error that ended it."""
-    thought, content, told, is_over = "", "", "", False
-    for line in text.splitlines():
-        if line == "data: [DONE]":
-            is_over = True
-        elif line.startswith("data: "):
-            chunk = json.loads(line[6:])
-            told = told or chunk.get("error", {}).get("message", "")
-            for choice in chunk.get("choices", []):
-                thought += choice["delta"].get("reasoning") or ""
-                content += choice["delta"].get("content") or ""
-    return f"{thought}|{content}", told or ("" if is_over else "x")
-
-
-@contextmanager
-def serving(library: Path, folder: Path, control: Path, is_awaited: bool = True) -> Iterator[Server]:
-    """A streaming server over Pocket with the smallest budget, its cache in `folder`."""
-    cache = folder / "cache"
-    model = folder / "pocket"
-    if not model.exists():  # the original lies among modules that Python imports
-        shutil.copytree(POCKET, model)
-    under = f"{model}:{cache}"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GLMSERVE_")}
-    env |= {"LD_PRELOAD": str(library), "SYSCALL_SHIM": str(control), "SYSCALL_SHIM_UNDER": under}
-    flags = ["--port", "0", "--stream-experts", "--ram-budget", BUDGET, "--prefix-cache-dir", str(cache)]
-    flags += ["--model", str(model), "--prefix-cache-size", "50M", "--step-timeout", "20"]
-    log = folder / "log"
-    with open(log, "wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "server.cli", *flags], cwd=ROOT, env=env, stderr=stderr
-        )
-    try:
-        yield Server(process, _url_of(process, log) if is_awaited else "", log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _url_of(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Where the server listens; "" where it ended before it did."""
-    while True:
-        text = log.read_text(errors="replace")
-        if "listening on " in text and "\n" in text.split("listening on ")[1]:
-            return text.split("listening on ")[1].split()[0]
-        if process.poll() is not None:
-            return ""
-        time.sleep(0.05)
-
-
-@dataclass
-class Findings:
-    """What became of all requests, and which schedules went wrong."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-    recoveries_s: list[float] = field(default_factory=list)
-    num_failed_calls: int = 0
-
-    def note(self, one: Schedule, outcomes: Sequence[str], recovery_s: float | None) -> None:
-        """The outcome of one schedule."""
-        self.outcomes.update(outcome.partition(":")[0] for outcome in outcomes)
-        wrong = [outcome for outcome in outcomes if outcome.startswith("WRONG")]
-        if recovery_s is None:
-            wrong.append("not served again in time")
-        else:
-            self.recoveries_s.append(recovery_s)
-        if wrong:
-            self.faults.append(f"{one}: {'; '.join(sorted(set(wrong)))}")
-            print(self.faults[-1], flush=True)
-
-    def print_summary(self, name: str, count: int) -> None:
-        """One line for the table."""
-        worst = max(self.recoveries_s, default=0.0)
-        told = ", ".join(f"{number} {outcome}" for outcome, number in self.outcomes.most_common())
-        print(f"{name}: {count} schedules, {self.num_failed_calls} calls interfered with; {told};")
-        print(f"served again after {worst:.1f} s at most; {len(self.faults)} schedules wrong", flush=True)
-
-
-def run_schedules(library: Path, folder: Path, seeds: Sequence[int]) -> Findings:
-    """Over one running server, one schedule after the other."""
-    found, path = Findings(), folder / "control"
-    control = Control(path)
-    with serving(library, folder, path) as server, ThreadPoolExecutor(NUM_CLIENTS) as clients:
-        assert _is_served(server, 120), server.log.read_text(errors="replace")
-        for question in QUESTIONS:
-            server.ask(question)
-        for number, seed in enumerate(seeds):
-            one = Schedule.of(seed)
-            control.begin(one)
-            until = time.monotonic() + one.seconds
-
-            right_at: list[float] = []
-            work = partial(_ask_until, server, until, number, right_at)
-            running = [clients.submit(work, client) for client in range(NUM_CLIENTS)]
-            time.sleep(max(0.0, until - time.monotonic()))
-            found.num_failed_calls += control.end()
-            ended = time.monotonic()
-            outcomes = [outcome for client in running for outcome in client.result()]
-            found.note(one, outcomes, server.recovers(ended, right_at))
-    return found
-
-
-def _ask_until(server: Server, until: float, number: int, right_at: list[float], client: int) -> list[str]:
+def _ask_until(server: Server, until: float, seed: int, right_at: list[float], client: int) -> list[str]:
     """One client's requests: as many as begin before a schedule's end."""
     outcomes: list[str] = []
     while not outcomes or time.monotonic() < until:
         question = QUESTIONS[(client + len(outcomes)) % NUM_CLIENTS]
-        outcomes.append(server.ask(question, bool((client + number) % 2)))
+        outcomes.append(server.ask(question, bool((client + seed) % 2)))
         if outcomes[-1] == "right":
             right_at.append(time.monotonic())
         else:
-            time.sleep(0.05)
+            time.sleep(PAUSE_S)
     return outcomes
 
 
-def run_starts(library: Path, folder: Path, seeds: Sequence[int]) -> Findings:
+def run_starts(library: Path, folder: Path, seeds: Sequence[int]) -> Iterator[Row]:
     """Over servers that start, each under its own schedule. A start that is given up ends in one line."""
-    found, path = Findings(), folder / "control"
-    control = Control(path)
-    with serving(library, folder, path) as server:
-        assert _is_served(server, 120), server.log.read_text(errors="replace")
+    control = Control(folder / "control")
+    with serving(library, folder, folder / "control") as server:
+        assert server.is_served(START_S), server.ending
         expected = server.expected
     for seed in seeds:
         one = Schedule.of(seed)
         control.begin(one)
-        with serving(library, folder, path) as server:
+        with serving(library, folder, folder / "control") as server:
             server.expected = expected
             time.sleep(2 * one.seconds)
-            outcomes = [server.ask(QUESTIONS[0])] if server.url else []
-            found.num_failed_calls += control.end()
-            if server.process.poll() is not None:
-                lines = server.log.read_text(errors="replace").splitlines()
+            outcomes = [server.ask(QUESTIONS[0])] if server.port else []
+            num_failed, is_over = control.end(), server.process.poll() is not None
+            if is_over:
+                lines = server.ending
                 is_said = bool(lines) and lines[-1].startswith("glmserve: ") and "Traceback" not in str(lines)
                 outcomes = ["ended in words" if is_said else f"WRONG: {' / '.join(lines[-3:])}"]
-            is_over = server.process.poll() is not None
             recovery_s = 0.0 if is_over else server.recovers(time.monotonic(), ())
-            found.note(one, outcomes, recovery_s)
-    return found
+            yield Row.of("starts", one, num_failed, outcomes, recovery_s, server)
 
 
-def _is_served(server: Server, most_s: float) -> bool:
-    until = time.monotonic() + most_s
-    while time.monotonic() < until:
-        if server.ask(QUESTIONS[0]) == "right":
-            return True
-        time.sleep(0.3)
-    return False
+Run = Callable[[Path, Path, Sequence[int]], Iterator[Row]]
+ROUNDS: dict[str, Run] = {"running": run_schedules, "starts": run_starts}
+
+
+class Rows(Protocol):
+    """A queue of rows from the jobs; None where one has ended."""
+
+    def put(self, row: Row | None) -> None:
+        """Add a row."""
+
+    def get(self) -> Row | None:
+        """The next row."""
+
+
+def _work(name: str, library: Path, seeds: Sequence[int], rows: Rows) -> None:
+    """One job, in a process of its own."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the ends of all servers
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for row in ROUNDS[name](library, Path(folder), seeds):
+                rows.put(row)
+        finally:
+            rows.put(None)
+
+
+def run_jobs(name: str, library: Path, seeds: Sequence[int], num_jobs: int) -> Iterator[Row]:
+    """The rows of all seeds, which the jobs have by turns."""
+    context = multiprocessing.get_context("spawn")
+    rows: Rows = context.SimpleQueue()
+    num_running = min(num_jobs, len(seeds))
+    for job in range(num_running):
+        context.Process(
+            target=_work, args=(name, library, seeds[job::num_running], rows), daemon=True
+        ).start()
+    while num_running:
+        if (row := rows.get()) is None:
+            num_running -= 1
+        else:
+            yield row
+
+
+class Table:
+    """All rows, with those of earlier runs where a file has them."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        found = json.loads(path.read_text()) if path is not None and path.exists() else []
+        self._rows: dict[tuple[str, int], dict[str, Any]] = {
+            (row["round"], row["seed"]): row for row in found
+        }
+
+    def add(self, row: Row) -> None:
+        """Keep a row, in the file too: a run that is broken off has what it has done."""
+        self._rows[row.round, row.seed] = asdict(row)
+        if row.faults:
+            print(f"{Schedule.of(row.seed)}: {'; '.join(row.faults)}", flush=True)
+        if self._path is not None:
+            part = self._path.with_name(self._path.name + ".part")
+            part.write_text(json.dumps(list(self._rows.values()), indent=1))
+            os.replace(part, self._path)
+
+    def summary(self, name: str) -> list[str]:
+        """A round in two lines: what the requests were told, and how soon they were served again."""
+        rows = [row for (round_name, _), row in self._rows.items() if round_name == name]
+        outcomes = sum((Counter(row["outcomes"]) for row in rows), Counter[str]())
+        told = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.most_common())
+        num_failed = sum(row["num_failed_calls"] for row in rows)
+        recoveries_s = sorted(row["recovery_s"] for row in rows if row["recovery_s"] is not None) or [0.0]
+        num_wrong = sum(bool(row["faults"]) for row in rows)
+        return [
+            f"{name}: {len(rows)} schedules, {num_failed} calls interfered with; {told};",
+            f"served again after {recoveries_s[len(recoveries_s) // 2]:.1f} s in the median, "
+            f"{recoveries_s[-1]:.1f} s at most; {num_wrong} schedules wrong",
+        ]
 
 
 def main() -> int:
     """Runs both rounds; 1 where a schedule went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--schedules", type=int, default=500)
     parser.add_argument("--starts", type=int, default=50)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="servers at once, each with eight clients")
+    parser.add_argument("--shim", type=Path, help="the compiled shim; compiled to this path where it is not")
+    parser.add_argument("--output", type=Path, help="JSON, a row a schedule, added to those that it has")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        library = build_shim(folder)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
+    table, is_wrong = Table(given.output), False
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = given.shim or Path(folder) / "shim.so"
+        library = wanted if wanted.exists() else build_shim(wanted)
         if library is None:
             print("there is no C compiler here, or this is not Linux: nothing was run")
             return 0
-        first, num_wrong = given.first_seed, 0
-        for title, run, count in (
-            ("running", run_schedules, given.schedules),
-            ("starts", run_starts, given.starts),
-        ):
+        for name, count in (("running", given.schedules), ("starts", given.starts)):
+            seeds = range(given.first_seed, given.first_seed + count)
+            num_rows = 0
+            for row in run_jobs(name, library.absolute(), seeds, given.jobs):
+                table.add(row)
+                num_rows, is_wrong = num_rows + 1, is_wrong or bool(row.faults)
+            if num_rows < count:
+                is_wrong = True
+                print(f"{name}: {count - num_rows} schedules were not run: a job broke off", flush=True)
             if count:
-                found = run(library, folder, range(first, first + count))
-                found.print_summary(title, count)
-                num_wrong += len(found.faults)
-                shutil.copy(folder / "log", Path(tempfile.gettempdir()) / f"glmserve-syscalls-{title}.log")
-    return 1 if num_wrong else 0
+                print("\n".join(table.summary(name)), flush=True)
+    return 1 if is_wrong else 0
 
 
 if __name__ == "__main__":

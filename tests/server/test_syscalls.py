@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.syscalls.schedules import KINDS, Control, Schedule, build_shim, run_schedules, run_starts
+from benchmarks.syscalls.faults import KINDS, Control, Schedule, build_shim
+from benchmarks.syscalls.schedules import Row, Table, run_schedules, run_starts
 from server.commands.checkpoint import POCKET
 
 READER = """
@@ -24,7 +26,7 @@ for path in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = build_shim(tmp_path_factory.mktemp("shim"))
+    found = build_shim(tmp_path_factory.mktemp("shim") / "shim.so")
     if found is None:
         pytest.skip("there is no C compiler here, or this is not Linux")
     return found
@@ -69,7 +71,19 @@ def test_a_schedule_is_that_of_its_seed() -> None:
 @pytest.mark.long
 @pytest.mark.skipif(not (POCKET / "config.json").exists(), reason="Pocket is not in this checkout")
 def test_a_few_schedules_are_survived(library: Path, tmp_path: Path) -> None:
-    running = run_schedules(library, tmp_path, range(10))
-    assert running.faults == []
-    assert running.num_failed_calls
-    assert run_starts(library, tmp_path, range(3)).faults == []
+    running = list(run_schedules(library, tmp_path, range(10)))
+    starts = list(run_starts(library, tmp_path, range(3)))
+    assert [row for row in running + starts if row.faults] == []
+    assert sum(row.num_failed_calls for row in running)
+
+
+def test_rows_of_two_runs_are_one_table(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    whole = Row("running", 3, ["EMFILE"], 2, 1.0, 4, {"right": 8}, 0.5, [])
+    Table(path).add(replace(whole, seed=2, outcomes={"503 in words": 1}, recovery_s=None, faults=["late"]))
+    Table(path).add(replace(whole, outcomes={"right": 7}))
+    table = Table(path)
+    table.add(whole)
+    told, ending = table.summary("running")
+    assert "2 schedules, 8 calls interfered with; 8 right, 1 503 in words" in told
+    assert "0.5 s at most; 1 schedules wrong" in ending
