@@ -112,12 +112,19 @@ OPEN(open64)
 OPENAT(openat)
 OPENAT(openat64)
 
-/* What is left of `size` bytes to read; 0 where the read fails. */
-static size_t readable(int fd, size_t size) {
-    if (!is_watched(fd) || !size) return size ? size : 1;
+/* Whether a read may begin. */
+static int may_read(int fd) {
+    if (!is_watched(fd)) return 1;
     if (strikes(SLOW_READ)) usleep(control->slow_us);
-    if (strikes(EIO_READ)) { errno = EIO; return 0; }
-    return size > 1 && strikes(SHORT_READ) ? 1 + mixed(control->num_calls) % (size - 1) : size;
+    if (!strikes(EIO_READ)) return 1;
+    errno = EIO;
+    return 0;
+}
+
+/* How much of what was read the caller is told of. */
+static ssize_t told(int fd, ssize_t count) {
+    if (count < 2 || !is_watched(fd) || !strikes(SHORT_READ)) return count;
+    return 1 + (ssize_t)(mixed(control->num_calls) % (uint64_t)(count - 1));
 }
 
 static int may_write(int fd) {
@@ -128,27 +135,33 @@ static int may_write(int fd) {
 }
 
 ssize_t read(int fd, void *to, size_t size) {
-    size_t most = readable(fd, size);
-    return most ? REAL(read)(fd, to, most < size ? most : size) : -1;
+    if (!may_read(fd)) return -1;
+    ssize_t count = REAL(read)(fd, to, size), less = told(fd, count);
+    if (less < count) lseek(fd, less - count, SEEK_CUR);
+    return less;
 }
 
 #define PREAD(name, offset_type)                                        \
     ssize_t name(int fd, void *to, size_t size, offset_type at) {       \
-        size_t most = readable(fd, size);                               \
-        return most ? REAL(name)(fd, to, most < size ? most : size, at) : -1; \
+        return may_read(fd) ? told(fd, REAL(name)(fd, to, size, at)) : -1; \
     }
 PREAD(pread, off_t)
 PREAD(pread64, off64_t)
 
 #define PREADV(name, offset_type)                                       \
     ssize_t name(int fd, const struct iovec *to, int count, offset_type at) { \
-        size_t size = count ? to[0].iov_len : 0, most = readable(fd, size); \
-        struct iovec first = {count ? to[0].iov_base : NULL, most};     \
-        if (!most) return -1;                                           \
-        return most < size ? REAL(name)(fd, &first, 1, at) : REAL(name)(fd, to, count, at); \
+        return may_read(fd) ? told(fd, REAL(name)(fd, to, count, at)) : -1; \
     }
 PREADV(preadv, off_t)
 PREADV(preadv64, off64_t)
+
+/* Python's os.preadv: experts and saved blocks are read with it. */
+#define PREADV2(name, offset_type)                                      \
+    ssize_t name(int fd, const struct iovec *to, int count, offset_type at, int flags) { \
+        return may_read(fd) ? told(fd, REAL(name)(fd, to, count, at, flags)) : -1; \
+    }
+PREADV2(preadv2, off_t)
+PREADV2(preadv64v2, off64_t)
 
 ssize_t write(int fd, const void *from, size_t size) {
     return may_write(fd) ? REAL(write)(fd, from, size) : -1;

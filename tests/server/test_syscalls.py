@@ -13,10 +13,16 @@ from server.commands.checkpoint import POCKET
 
 READER = """
 import os, sys
-for path in sys.argv[1:]:
+how, *paths = sys.argv[1:]
+for path in paths:
     try:
         with open(path, "rb", buffering=0) as file:
-            print(len(file.read(1000)))
+            if how == "read":
+                print(len(file.read(1000)))
+            elif how == "pread":
+                print(len(os.pread(file.fileno(), 1000, 0)))
+            else:
+                print(os.preadv(file.fileno(), [bytearray(500), bytearray(500)], 0))
         with open(path + ".new", "wb", buffering=0) as file:
             print(file.write(b"x"))
     except OSError as error:
@@ -32,6 +38,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.parametrize("how", ["read", "pread", "preadv"])  # the last is how experts are read
 @pytest.mark.parametrize(
     ("kind", "inside"),
     [
@@ -43,7 +50,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_calls_fail_under_the_folder_and_nowhere_else(
-    library: Path, tmp_path: Path, kind: str, inside: str
+    library: Path, tmp_path: Path, kind: str, inside: str, how: str
 ) -> None:
     (tmp_path / "under").mkdir()
     paths = [tmp_path / "under" / "file", tmp_path / "file"]
@@ -53,7 +60,7 @@ def test_calls_fail_under_the_folder_and_nowhere_else(
     control.begin(Schedule(7, (KINDS.index(kind),), 1000, 1000, 1.0))
     env = {"LD_PRELOAD": str(library), "SYSCALL_SHIM": str(tmp_path / "control")}
     env |= {"SYSCALL_SHIM_UNDER": str(tmp_path / "under")}
-    done = subprocess.run([sys.executable, "-c", READER, *paths], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", READER, how, *paths], env=env, capture_output=True, text=True)
     *said, whole, written = done.stdout.split("\n")[:-1]
     assert (whole, written) == ("1000", "1"), done
     assert control.end() > 0
