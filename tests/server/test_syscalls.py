@@ -60,7 +60,7 @@ def test_calls_fail_under_the_folder_and_nowhere_else(
     control.begin(Schedule(7, (KINDS.index(kind),), 1000, 1000, 1.0))
     env = {"LD_PRELOAD": str(library), "SYSCALL_SHIM": str(tmp_path / "control")}
     env |= {"SYSCALL_SHIM_UNDER": str(tmp_path / "under")}
-    command = [sys.executable, "-c", READER, how, *paths]
+    command = [sys.executable, "-c", READER, how, *map(str, paths)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     *said, whole, written = done.stdout.split("\n")[:-1]
     assert (whole, written) == ("1000", "1"), done
