@@ -10,6 +10,7 @@
     └── EngineError           the server failed a request; becomes a 5xx
         ├── DiskError         bytes that a request needed could not be read
         │   └── CheckpointChanged   the checkpoint's files are not those of the start; a person must act
+        ├── ClusterError      the machines of a cluster differ, or one has ended; the engine starts anew
         └── BusyError         too many wait already; says when to come back
 
 Each message says what is wrong and what would have been right. The mapping to wire bodies is in
@@ -87,6 +88,10 @@ class DiskError(EngineError):
 
 class CheckpointChanged(DiskError):
     """The files of the checkpoint are not those of the start: trying again cannot help."""
+
+
+class ClusterError(EngineError):
+    """The ranks of a cluster do not compute the same, or one of them has ended."""
 
 
 class BusyError(EngineError):

@@ -53,10 +53,10 @@ class ExpertStore:
     ) -> None:
         if isinstance(slots_per_layer, int):
             slots_per_layer = dict.fromkeys(index.layers, slots_per_layer)
-        num_slots = {layer: min(slots_per_layer[layer], index.num_experts) for layer in index.layers}
+        num_slots = {layer: min(slots_per_layer[layer], len(index.experts)) for layer in index.layers}
         maker = BankMaker(float_dtype, is_shared=shares_memory)
         self._index = index
-        self._is_resident = False
+        self._is_loaded = False  # all experts have a slot for good
         self._looks_ahead = looks_ahead and maker.is_shared
         self.fills_in_place = maker.is_shared
         self._after = dict(zip(index.layers, [*index.layers[1:], None], strict=True))
@@ -84,7 +84,7 @@ class ExpertStore:
     @property
     def is_resident(self) -> bool:
         """Whether expert i lies in slot i of every layer, and stays there."""
-        return self._is_resident
+        return self._is_loaded and len(self._index.experts) == self._index.num_experts
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -94,7 +94,7 @@ class ExpertStore:
     def watches_scores(self, layer: int) -> bool:
         """Whether the policy wants the router's scores; not where every expert has a slot of its own."""
         books = self._layers[layer].books
-        return books.watches_scores and books.num_slots < self._index.num_experts
+        return books.watches_scores and books.num_slots < len(self._index.experts)
 
     def look_ahead(self, is_on: bool) -> None:
         """Reads experts that are probably wanted next, or does not; what is under way is used or dropped."""
@@ -106,7 +106,7 @@ class ExpertStore:
 
     def looks_ahead(self, layer: int) -> bool:
         """Whether `expect` may lead to reads: there are experts that are not there."""
-        return self._looks_ahead and len(self._layers[layer].books) < self._index.num_experts
+        return self._looks_ahead and len(self._layers[layer].books) < len(self._index.experts)
 
     def lease(self, layer: int) -> Lease:
         """What a caller holds while lazy products name slots of the layer."""
@@ -128,17 +128,18 @@ class ExpertStore:
         }
 
     def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Makes every expert resident, in the slot of its own number; only for a store that was never used.
+        """Makes every expert resident, in ascending order; only for a store that was never used.
 
         `on_progress` hears how many layers are done, of how many.
         """
+        experts = self._index.experts
         for number, (layer, state) in enumerate(self._layers.items(), start=1):
-            assert state.books.num_slots == self._index.num_experts, "there are fewer slots than experts"
+            assert state.books.num_slots == len(experts), "there are fewer slots than experts"
             assert not len(state.books), "experts that came one by one lie in slots of other numbers"
-            for first in range(0, state.books.num_slots, LOADED_AT_ONCE):
-                self.acquire(layer, range(first, min(first + LOADED_AT_ONCE, state.books.num_slots)))
+            for first in range(0, len(experts), LOADED_AT_ONCE):
+                self.acquire(layer, experts[first : first + LOADED_AT_ONCE])
             on_progress(number, len(self._layers))
-        self._is_resident = True
+        self._is_loaded = True
 
     def bring_back(self, layer: int, experts: Sequence[int]) -> int:
         """Reads these experts, the most worth last, into slots that are free. Returns how many were read.
@@ -146,7 +147,7 @@ class ExpertStore:
         For a time when nobody asks for any: counts neither hits nor misses. Raises as `acquire` does.
         """
         self._abandon_unfinished()
-        wanted = [expert for expert in experts if 0 <= expert < self._index.num_experts]
+        wanted = [expert for expert in experts if expert in self._index.experts]
         return self._layers[layer].bring_back(list(dict.fromkeys(wanted)))
 
     def least_worth_first(self) -> dict[int, list[int]]:
@@ -238,12 +239,16 @@ class ExpertStore:
         """
         self._abandon_unfinished()
         state = self._released(layer)
-        if self._is_resident:
-            return resident_groups(state.bank.arrays, rows_of, at_once)
+        if self._is_loaded:
+            return resident_groups(state.bank.arrays, rows_of, at_once, state.books.slot)
         state.wait(list(state.join_ahead(tuple(rows_of)).values()))
         after = self._after[layer]
         following = None if after is None else self._layers[after]
         return self._sweeper.sweep(state, following, rows_of, at_once)
+
+    def num_groups(self, num_experts: int, at_once: int) -> int:
+        """In how many groups `sweep` brings so many experts."""
+        return -(-num_experts // (at_once if self._is_loaded else self._sweeper.group_size(at_once)))
 
     def anticipate_sweep(self, layer: int) -> None:
         """A sweep will want all experts of the layer: the ring reads what it can hold, if it is free."""
@@ -269,10 +274,10 @@ class ExpertStore:
         meanwhile; then the old one goes back to the system. An error, of memory that is not there, leaves
         the old one. What a sweep has read ahead for this layer lies in the ring and is used as before.
         """
-        assert not self._is_resident, "where expert i lies in slot i there is nothing to resize"
+        assert not self._is_loaded, "where all experts have slots for good there is nothing to resize"
         self._abandon_unfinished()
         try:
-            self._released(layer).resize(min(num_slots, self._index.num_experts))
+            self._released(layer).resize(min(num_slots, len(self._index.experts)))
         finally:
             mx.clear_cache()
 

@@ -6,7 +6,7 @@ layer where that is sure to want them. The hottest stay in the layer's bank. A s
 it wants nearly every expert, so it says nothing about which one decode wants next.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -52,7 +52,7 @@ class Sweeper:
         missing = [expert for expert in experts if expert not in here.books]
         self._ring.begin(self._order(here.number, missing, following, len(experts)))
         hottest = _hottest(here.books, rows_of, missing)
-        at_once = min(at_once, max(1, self._ring.num_slots // 2))
+        at_once = self.group_size(at_once)
         try:
             for first in range(0, len(experts), at_once):
                 group = experts[first : first + at_once]
@@ -69,10 +69,14 @@ class Sweeper:
             self._ring.clear()
             raise
 
+    def group_size(self, at_once: int) -> int:
+        """Experts in a group, where `at_once` are asked for: while they are computed the others are read."""
+        return min(at_once, max(1, self._ring.num_slots // 2))
+
     def anticipate(self, here: StoreLayer) -> None:
         """Reads ahead for a sweep that will want all experts; not while the ring serves another."""
         if self._ring.is_idle:
-            experts = range(self._index.num_experts)
+            experts = self._index.experts
             self._ring.begin([(here.number, expert) for expert in experts if expert not in here.books])
 
     def _order(
@@ -83,9 +87,8 @@ class Sweeper:
         This layer's missing experts, then the next layer's if it is sure to want all.
         """
         order = [(layer, expert) for expert in missing]
-        if following is not None and num_wanted >= WHOLE_SHARE * self._index.num_experts:
-            experts = range(self._index.num_experts)
-            order += [(following.number, e) for e in experts if e not in following.books]
+        if following is not None and num_wanted >= WHOLE_SHARE * len(self._index.experts):
+            order += [(following.number, e) for e in self._index.experts if e not in following.books]
         return order
 
     def _bring(self, here: StoreLayer, group: Sequence[int], read: Sequence[int]) -> list[Place]:
@@ -119,12 +122,12 @@ class Sweeper:
 
 
 def resident_groups(
-    arrays: Mapping[str, mx.array], rows_of: Mapping[int, int], at_once: int
+    arrays: Mapping[str, mx.array], rows_of: Mapping[int, int], at_once: int, slot: Callable[[int], int]
 ) -> Iterator[Sequence[Place]]:
-    """Groups of at most `at_once` places, in ascending id, where expert i lies in slot i."""
+    """Groups of at most `at_once` places, in ascending id, where each expert stays in its slot."""
     experts = sorted(rows_of)
     for first in range(0, len(experts), at_once):
-        yield [Place(expert, arrays, expert) for expert in experts[first : first + at_once]]
+        yield [Place(expert, arrays, slot(expert)) for expert in experts[first : first + at_once]]
 
 
 def _hottest(books: Residency, rows_of: Mapping[int, int], missing: Sequence[int]) -> set[int]:

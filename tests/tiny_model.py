@@ -71,7 +71,7 @@ class MemoryExperts:
         raise AssertionError("resident experts take no turns")
 
     def sweep(self, layer: int, rows_of: Mapping[int, int], at_once: int) -> Iterator[Sequence[Place]]:
-        return resident_groups(self._banks[layer], rows_of, at_once)
+        return resident_groups(self._banks[layer], rows_of, at_once, lambda expert: expert)
 
     def anticipate_sweep(self, layer: int) -> None:
         raise AssertionError("resident experts are not read")

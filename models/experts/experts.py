@@ -103,7 +103,7 @@ class Experts:
     def anticipate(self, guess: mx.array) -> None:
         """Starts to read what is guessed, int32 [N, k]: for the first sparse layer, which none precedes."""
         Lease.release([self._lease], guess)
-        self._source.expect(self._layer, np.array(guess).T.tolist())
+        self._source.expect(self._layer, self._guesses(np.array(guess)))
 
     def __call__(
         self,
@@ -148,6 +148,16 @@ class Experts:
             self._source.count_hits(ids.size)
             return self._remember(self._gathered(x, table[ids]))
         wanted, guessed = self._synchronise(ids, scores, guess, beside)
+        return self._brought(x, wanted, guessed, beside)
+
+    def _brought(
+        self,
+        x: mx.array,
+        wanted: NDArray[np.int32],
+        guessed: NDArray[np.int32] | None,
+        beside: Sequence[mx.array],
+    ) -> mx.array:
+        """The same for experts that are known, and read where they are not here."""
         # One row's experts are unique and ascending as they are.
         experts = (wanted[0] if len(wanted) == 1 else np.unique(wanted)).tolist()
         if len(experts) > self._source.num_slots(self._layer):
@@ -172,7 +182,12 @@ class Experts:
     def _expect_next(self, guessed: NDArray[np.int32] | None) -> None:
         """Starts to read what is guessed, once the reads for this layer have been started."""
         if guessed is not None and self._next is not None:
-            self._source.expect(self._next._layer, guessed.T.tolist())
+            self._source.expect(self._next._layer, self._next._guesses(guessed))
+
+    def _guesses(self, guess: NDArray[np.int32]) -> list[list[int]]:
+        """A guess [N, k] by ranks: each row's likeliest experts, then the next ones."""
+        ranks: list[list[int]] = guess.T.tolist()
+        return ranks
 
     def _synchronise(
         self,
@@ -264,8 +279,18 @@ class Experts:
             pairs = self._all_pairs(take(mx.arange(ids.shape[0])), ids, scores, None, ())
             return self._sum_of(pairs, weights, ()).astype(mx.float32)
         wanted, _ = self._synchronise(ids, scores, None)
+        return (yield from self._summed(take, wanted, ids, weights))
+
+    def _summed(
+        self,
+        take: Callable[[mx.array], mx.array],
+        wanted: NDArray[np.int32],
+        ids: mx.array,
+        weights: mx.array,
+    ) -> Generator[None, None, mx.array]:
+        """The same for ids that have been read back."""
         rows_of = rows_by_expert(wanted)
-        counts = {expert: len(rows) for expert, (rows, _) in rows_of.items()}
+        counts = {expert: len(rows) for expert, (rows, _) in rows_of.items() if self._is_own(expert)}
         out = mx.zeros((weights.shape[0], take(mx.array([0])).shape[1]))
         ranks: mx.array | None = None
         for group in self._source.sweep(self._layer, counts, self._arithmetic.experts_at_once):
@@ -278,6 +303,10 @@ class Experts:
             mx.eval(out)
             yield
         return out
+
+    def _is_own(self, expert: int) -> bool:
+        """Whether a sweep computes the expert here."""
+        return True
 
     def _weights(
         self, arrays: Mapping[str, mx.array], slot: int | None = None

@@ -13,6 +13,8 @@ from mlx.utils import tree_flatten
 from config.errors import CheckpointError
 from models.args import ModelArgs
 from models.arithmetic import AFFINE_BITS, AFFINE_GROUPS, CPU, Arithmetic, Quantization
+from models.experts.divided_experts import DividedExperts
+from models.experts.exchange import Exchange
 from models.experts.experts import Experts
 from models.families import family_of
 from models.glm_moe_dsa import DenseMlp, Model
@@ -26,16 +28,24 @@ Names = tuple[str, ...]
 
 
 def build_model(
-    args: ModelArgs, arithmetic: Arithmetic, source: ExpertStore, tensors: Mapping[str, mx.array]
+    args: ModelArgs,
+    arithmetic: Arithmetic,
+    source: ExpertStore,
+    tensors: Mapping[str, mx.array],
+    exchange: Exchange | None = None,
 ) -> Model:
     """A model whose trunk holds `tensors`, made by `as_held`, and whose experts come from `source`.
 
+    `exchange`: with the machines that own the other experts, in a cluster.
     Raises CheckpointError naming the missing, unexpected or misshapen tensors.
     """
     arithmetic = replace(arithmetic, swiglu_limit=args.gate_limit)
 
     def make_experts(layer: int) -> Experts:
-        return Experts(layer, source, bank_quantizations(source.bank(layer), args), arithmetic)
+        quantizations = bank_quantizations(source.bank(layer), args)
+        if exchange is not None:
+            return DividedExperts(layer, source, quantizations, arithmetic, exchange)
+        return Experts(layer, source, quantizations, arithmetic)
 
     model = family_of(args).load().make_model(args, arithmetic, make_experts)
     _pack_like(model, tensors)

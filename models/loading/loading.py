@@ -15,6 +15,7 @@ from config.plan import Geometry
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.convert.convert import advise_conversion
+from models.experts.exchange import Exchange
 from models.families import family_of, parse_args
 from models.glm_moe_dsa import Model
 from models.loading.building import as_held, build_model, check_experts, check_trunk, held_bytes
@@ -67,6 +68,7 @@ def load_model(
     arithmetic: Arithmetic,
     store: ExpertStore,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    exchange: Exchange | None = None,
 ) -> Model:
     """The model with its trunk in memory and its experts behind `store`.
 
@@ -79,7 +81,7 @@ def load_model(
         entries = {name: entry for name, entry in checkpoint.trunk.items() if entry.path == path}
         tensors |= _read_tensors(path, entries, checkpoint.args, arithmetic)
         on_progress(done, len(paths))
-    return build_model(checkpoint.args, arithmetic, store, tensors)
+    return build_model(checkpoint.args, arithmetic, store, tensors, exchange)
 
 
 def _read_tensors(
@@ -118,7 +120,7 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
             held_bytes(name, entry, arithmetic, computing.float32) for name, entry in checkpoint.trunk.items()
         ),
         expert_bytes=tuple(slot_bytes(index.parts(layer), arithmetic.dtype) for layer in index.layers),
-        num_experts=args.n_routed_experts,
+        num_experts=len(index.experts),
         experts_per_token=args.num_experts_per_tok,
         kv_bytes_per_token=cache.latents_per_token,
         index_key_bytes_per_token=cache.index_keys_per_token,

@@ -8,7 +8,8 @@ stacks.
 import mmap
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -99,13 +100,17 @@ class _Separate:
 
 
 class ExpertIndex:
-    """The experts of all layers. `layers` ascend; `num_experts` is the same in each of them."""
+    """The experts of all layers. `layers` ascend; `num_experts` is the same in each of them.
+
+    `experts`: the ids, ascending, that this machine has to do with: all, or those that it owns in a cluster.
+    """
 
     def __init__(
         self, sources: Mapping[int, Mapping[str, _Source]], num_experts: int, stamps: Mapping[Path, FileStamp]
     ) -> None:
         self.layers = tuple(sorted(sources))
         self.num_experts = num_experts
+        self.experts: Sequence[int] = range(num_experts)
         self.stamps = dict(stamps)
         self._sources = {layer: _in_order(layer, sources[layer]) for layer in self.layers}
 
@@ -118,6 +123,12 @@ class ExpertIndex:
             if match and (num_layers is None or int(match["layer"]) < num_layers):
                 builder.add(match, entry)
         return builder.build()
+
+    def part(self, experts: Sequence[int]) -> "ExpertIndex":
+        """The same files for a machine that owns only these experts (ids, ascending) of each layer."""
+        part = copy(self)
+        part.experts = experts
+        return part
 
     @staticmethod
     def is_expert_tensor(name: str) -> bool:
