@@ -4,6 +4,7 @@ Made and called by the store, on its thread. Some reads are waited for; others r
 and give way to those.
 """
 
+from collections import Counter
 from collections.abc import Collection, Container, Sequence
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from streaming.banks import Bank
 from streaming.disk.reads import ReadClass
 from streaming.fills import Fill, Filler, raise_failure
 from streaming.residency import Residency
-from streaming.statistics import StoreStatistics
+from streaming.statistics import LayerHeat, StoreStatistics, as_cells
 
 # A read of which half are wanted moves as many wasted bytes as useful ones. Published: precision of the first
 # rank 95 %, of the seventh 42 %, of the ninth 22 %.
@@ -104,6 +105,7 @@ class StoreLayer:
         self.ahead: dict[int, Fill] = {}  # under way before anybody asked
         self._filler, self._expert_bytes, self._counts = filler, expert_bytes, counts
         self.num_hits = self.num_misses = 0  # experts asked for that lay here, and that did not
+        self._num_asked: Counter[int] = Counter()  # by expert
         self._gates: dict[int, Gate] = {}  # by how many layers before it was guessed
         self._fresh: set[int] = set()  # arrived ahead since the layer was last asked
         self._table: mx.array | None = None
@@ -116,6 +118,10 @@ class StoreLayer:
     def __contains__(self, expert: object) -> bool:
         """Whether the expert is resident or being read ahead."""
         return expert in self.books or expert in self.ahead
+
+    def heat(self, num_experts: int) -> LayerHeat:
+        """As `ExpertStore.heat`."""
+        return self.num_hits, self.num_misses, as_cells(num_experts, self._num_asked, self.books.residents)
 
     def slot_table(self, num_experts: int) -> mx.array | None:
         """Each expert's slot, int32 [experts], if all are there: then none moves before the next `resize`."""
@@ -285,6 +291,7 @@ class StoreLayer:
         # One that came ahead may have been given up before anybody asked.
         num_ahead = num_joined + sum(expert in self.books for expert in self._fresh.intersection(experts))
         self._fresh.clear()
+        self._num_asked.update(experts)
         self.num_hits += len(experts) - num_missed - num_ahead
         self.num_misses += num_missed + num_ahead
         self._counts.misses += num_missed

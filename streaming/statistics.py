@@ -1,6 +1,14 @@
 """Counts of the store. Written on the engine's thread; others get copies."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+import numpy as np
+
+# Of one layer: experts asked for that lay in memory, that did not, and the cells of `as_cells`.
+LayerHeat = tuple[int, int, bytes]
+# A cell's highest bit; the other seven hold 4 * log2(1 + how often the expert was asked for).
+IN_MEMORY = 128
 
 
 @dataclass
@@ -46,3 +54,12 @@ class StoreStatistics:
     def ahead_precision(self) -> float:
         """Share of the experts read ahead that were wanted then."""
         return self.ahead_used / self.ahead_started if self.ahead_started else 0.0
+
+
+def as_cells(num_experts: int, num_asked: Mapping[int, int], residents: Collection[int]) -> bytes:
+    """Returns one byte for each expert: whether it lies in memory, and how often steps asked for it."""
+    asked = np.zeros(num_experts)
+    asked[list(num_asked)] = list(num_asked.values())
+    cells = np.minimum(np.rint(4 * np.log2(1 + asked)), IN_MEMORY - 1).astype(np.uint8)
+    cells[list(residents)] |= IN_MEMORY
+    return cells.tobytes()

@@ -27,7 +27,7 @@ from streaming.layer import Lease, StoreLayer
 from streaming.overflow import Turn, take_turns
 from streaming.residency import Residency
 from streaming.ring import Ring
-from streaming.statistics import StoreStatistics
+from streaming.statistics import LayerHeat, StoreStatistics
 from streaming.sweep import Place, Sweeper, resident_groups
 
 # Experts that `load_all` asks for in one go: enough to keep every reader busy.
@@ -120,12 +120,9 @@ class ExpertStore:
         """Counts hits of (row, expert) pairs whose slots were found in a table."""
         self._counts.hits += num_pairs
 
-    def heat(self) -> dict[int, tuple[int, int, int]]:
-        """For each layer: experts asked for that lay there, that did not, and how many lie there now."""
-        return {
-            layer: (state.num_hits, state.num_misses, len(state.books))
-            for layer, state in self._layers.items()
-        }
+    def heat(self) -> dict[int, LayerHeat]:
+        """Returns for each layer what decode steps asked of it, expert by expert."""
+        return {layer: state.heat(self._index.num_experts) for layer, state in self._layers.items()}
 
     def load_all(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Makes every expert resident, in ascending order; only for a store that was never used.

@@ -97,7 +97,8 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     habits = () if plan.is_resident else _make_habits(store, config)
     hot_set = _open_hot_set(store, config, fingerprint.hex())
     limits = _make_limits(plan, arithmetic, config)
-    return Backend(model, info, measure, limits, prefix, memory, habits, hot_set)
+    heat = dict if plan.is_resident else store.heat
+    return Backend(model, info, measure, limits, prefix, memory, habits, hot_set, heat)
 
 
 def _make_habits(store: ExpertStore, config: EngineConfig) -> tuple[Habit, ...]:

@@ -12,7 +12,7 @@ from server.engine.memory.governor import Memory, Ungoverned
 from server.engine.prefix.lookup import PrefixCache
 from server.engine.schedule.limits import Limits
 from server.engine.trials import Habit
-from server.link.messages import EngineConfig, ModelInfo
+from server.link.messages import EngineConfig, Heat, ModelInfo
 from streaming.eviction.hot_set import HotSet
 
 
@@ -45,6 +45,7 @@ class Backend:
     memory: Memory = field(default_factory=Ungoverned)
     habits: Sequence[Habit] = ()
     hot_set: HotSet | None = None
+    heat: Callable[[], Heat] = dict
 
 
 ReportProgress = Callable[[float, str], None]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from config.plan import MemoryPlan
 from server.engine.memory.usage import MemoryUse
-from server.link.messages import Event, Failed, Finished, Heartbeat, Queued, Started, Stats
+from server.link.messages import Event, Failed, Finished, Heartbeat, Heat, Queued, Started, Stats
 from streaming.disk.probe import DiskProbe
 from streaming.store import ExpertStore
 
@@ -25,8 +25,12 @@ Measure = Callable[[], Mapping[str, float]]
 class Telemetry:
     """Passes events on, with a Stats event where one is due, and says that the loop is alive."""
 
-    def __init__(self, measure: Measure, send: Callable[[Event], None]) -> None:
-        self._measure, self._send_on = measure, send
+    def __init__(
+        self, measure: Measure, send: Callable[[Event], None], take_heat: Callable[[], Heat] = dict
+    ) -> None:
+        self._measure, self._send_on, self._take_heat = measure, send, take_heat
+        self._heat: Heat = {}
+        self._is_heat_old = False
         self._measure_loop: Measure = dict
         self._sent: Mapping[str, float] = {}
         self._stats_s = self._alive_s = self._looked_s = time.monotonic()
@@ -47,8 +51,10 @@ class Telemetry:
     def beat(self, is_idle: bool) -> None:
         """The loop has come to another layer or step, or to its rest."""
         now_s = time.monotonic()
-        if is_idle or now_s - self._stats_s > INTERVAL_S or self._has_changed(now_s):
+        if is_idle or now_s - self._stats_s > INTERVAL_S:
             self._send_stats()
+        elif self._has_changed(now_s):
+            self._send_stats(with_heat=False)
         if not is_idle and now_s - self._alive_s > HEARTBEAT_S:
             self._alive_s = now_s
             self._send_on(Heartbeat())
@@ -61,12 +67,18 @@ class Telemetry:
         crowd = self._measure_loop()
         return any(crowd.get(name) != self._sent.get(name) for name in CROWD)
 
-    def _send_stats(self) -> None:
+    def _send_stats(self, *, with_heat: bool = True) -> None:
+        """Sends the counts if they have changed. At GLM-5.2's shapes the heat takes a millisecond or two."""
         self._stats_s = time.monotonic()
         told = {**self._measure(), **self._measure_loop()}
-        if told != self._sent:
-            self._sent = told
-            self._send_on(Stats(told))
+        has_changed = told != self._sent
+        self._is_heat_old |= has_changed
+        if not has_changed and not (self._is_heat_old and with_heat):
+            return
+        if with_heat:
+            self._heat, self._is_heat_old = self._take_heat(), False
+        self._sent = told
+        self._send_on(Stats(told, self._heat))
 
 
 def measure_store(
@@ -83,9 +95,6 @@ def measure_store(
         values |= {"ahead_precision": counts.ahead_precision, "budget_bytes": plan.budget_bytes}
         values |= {f"planned.{name}": nbytes for name, nbytes in plan.lines.items()}
         values |= {f"used.{name}": nbytes for name, nbytes in use.lines().items()}
-        for layer, (num_hits, num_misses, num_resident) in store.heat().items():
-            values |= {f"layer_hits.{layer}": num_hits, f"layer_misses.{layer}": num_misses}
-            values |= {f"layer_resident.{layer}": num_resident}
         if probe is not None:
             values |= {"probe_bytes_per_s": probe.bytes_per_s, "probe_depth": probe.depth}
         return values

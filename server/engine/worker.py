@@ -62,7 +62,7 @@ def main(open_model: OpenBackend = open_backend) -> int:
     backend, marks = opened
     pipe.send(Ready(backend.info, marks))
     grammars = Grammars(load.config.model_path, backend.info.vocab_size)
-    telemetry = Telemetry(backend.measure, pipe.send)
+    telemetry = Telemetry(backend.measure, pipe.send, backend.heat)
     prefixes = SavedPrefixes(backend.prefix) if backend.prefix else None
     loop = EngineLoop(
         backend,

@@ -23,6 +23,9 @@ Priority = Literal["interactive", "background"]
 # Size and digest of files by their names, as `streaming/files/marks.py` makes them.
 Marks = Mapping[str, tuple[int, bytes]]
 
+# What steps asked of each layer's experts; `Stats` says how to read it.
+Heat = Mapping[int, tuple[int, int, bytes]]
+
 # How a prompt gets into the cache: from saved blocks, or computed.
 PrefillPhase = Literal["restoring", "reading"]
 
@@ -232,9 +235,14 @@ class Pong:
 
 @dataclass(frozen=True)
 class Stats:
-    """What the engine counted since it was started; the names are those of `telemetry.measure_store`."""
+    """What the engine counted since it was started; the names are those of `telemetry.measure_store`.
+
+    `heat`: by layer, experts found in memory, experts that were not, and a byte for each expert, made by
+    `streaming.statistics.as_cells`. It may be some seconds older than the values.
+    """
 
     values: dict[str, float]
+    heat: Heat = field(default_factory=dict)
 
 
 # Events about one request

@@ -16,6 +16,7 @@ from streaming.files.floats import Bytes
 from streaming.files.headers import read_headers
 from streaming.files.index import ExpertIndex
 from streaming.layer import Lease
+from streaming.statistics import IN_MEMORY, as_cells
 from streaming.store import ExpertStore
 from tests.streaming.expert_files import Kinds, as_float32, separate, stacked, write_safetensors
 from tests.streaming.faulty_disk import FaultyDisk
@@ -388,3 +389,17 @@ def test_no_expert_moves_while_a_product_reads_the_layers_slots(
         assert store.lease(1).is_released
         mx.eval(product)
         store.acquire(1, [5])
+
+
+def test_the_heat_tells_of_each_expert_whether_it_is_there_and_how_often_it_was_asked_for(
+    index: ExpertIndex,
+) -> None:
+    with opened(index, 4) as store:
+        for experts in ([1, 2], [1, 5], [1, 6], [7, 8]):
+            store.acquire(1, experts)
+        hits, misses, cells = store.heat()[1]
+        assert (hits, misses) == (2, 6)
+        assert {expert for expert, cell in enumerate(cells) if cell & IN_MEMORY} == {1, 6, 7, 8}
+        assert [cell % IN_MEMORY for cell in cells] == [0, 8, 4, 0, 0, 4, 4, 4, 4, 0]
+        assert store.heat()[2] == (0, 0, bytes(NUM_EXPERTS))
+        assert as_cells(2, {0: 10**12}, ()) == bytes([127, 0]), "it never spills into the bit of memory"

@@ -4,6 +4,7 @@ Callers see and end their own requests, admins all of them.
 """
 
 import math
+from base64 import b64encode
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -40,10 +41,19 @@ def activity_router(service: Service, watch: Watch, history: History) -> APIRout
 
     @router.get("/machine")
     async def describe_machine(request: Request) -> dict[str, Any]:
-        if not request.state.key.is_admin:
-            message = "these numbers are for admins; /activity lists your own requests"
-            raise RequestError(message, status=403, error_type="permission_denied")
+        _refuse_others(request)
         return {"data": _machine(service) | {"minutes": history.minutes()}}
+
+    @router.get("/experts")
+    async def map_experts(request: Request) -> dict[str, Any]:
+        _refuse_others(request)
+        stats = service.engine.status.stats
+        return {
+            "data": [
+                {"layer": layer, "hits": hits, "misses": misses, "cells": b64encode(cells).decode()}
+                for layer, (hits, misses, cells) in sorted(stats.heat.items() if stats else ())
+            ]
+        }
 
     @router.post("/{request_id}/cancel", status_code=202)
     async def cancel(request: Request, request_id: str) -> dict[str, Any]:
@@ -57,6 +67,12 @@ def activity_router(service: Service, watch: Watch, history: History) -> APIRout
         return {"data": {"id": found.id, "status": "cancelled"}}
 
     return router
+
+
+def _refuse_others(request: Request) -> None:
+    if not request.state.key.is_admin:
+        message = "these numbers are for admins; /activity lists your own requests"
+        raise RequestError(message, status=403, error_type="permission_denied")
 
 
 def _may_see(key: Key, caller: Caller, record: RequestRecord) -> bool:
@@ -93,9 +109,6 @@ def _machine(service: Service) -> dict[str, Any]:
     status = service.engine.status
     values = status.stats.values if status.stats else {}
     info = status.info
-    layers = {
-        int(name.partition(".")[2]): value for name, value in values.items() if name.startswith("layer_hits.")
-    }
     return {
         "version": VERSION,
         "model": service.model_id,
@@ -112,15 +125,6 @@ def _machine(service: Service) -> dict[str, Any]:
             }
             for kind in ("planned", "used")
         },
-        "layers": [
-            {
-                "layer": layer,
-                "hits": hits,
-                "misses": values.get(f"layer_misses.{layer}", 0.0),
-                "resident": values.get(f"layer_resident.{layer}", 0.0),
-            }
-            for layer, hits in sorted(layers.items())
-        ],
         "openrouter_dollars": round(service.ledger.openrouter_cost, 6),
         "prices_of": PRICES_OF,
     }

@@ -19,6 +19,7 @@ from server.api.app import make_app
 from server.api.service import Service
 from server.link.engine_protocol import EngineStatus
 from server.link.messages import ModelInfo, Stats
+from streaming.statistics import as_cells
 from tests.server.api.conftest import running_app
 from tests.server.api.scripted import ScriptedEngine
 
@@ -34,8 +35,10 @@ STATS = {
     "probe_bytes_per_s": 4e9, "prefix_asked_tokens": 200.0, "prefix_restored_tokens": 150.0,
     "prefix_disk_bytes": 3e9, "kv_tokens": 10.0, "kv_capacity": 40.0,
     "planned.trunk": 9e9, "used.trunk": 8e9, "planned.experts": 50e9, "used.experts": 51e9,
-    "layer_hits.3": 5.0, "layer_misses.3": 5.0, "layer_resident.3": 8.0, "layer_hits.4": 9.0,
 }  # fmt: skip
+# GLM-5.2's: in each layer expert 7 was asked for most, and every fourth lies in memory.
+NUM_ASKED = {7: 1000, 8: 999} | {expert: expert % 30 for expert in range(9, 256)}
+HEAT = {layer: (65, 35, as_cells(256, NUM_ASKED, range(layer % 4, 256, 4))) for layer in range(3, 78)}
 
 
 class Visit:
@@ -100,7 +103,7 @@ def generating(url: str, key: str = "none", agent: str = "agent <b>7</b>") -> It
 def slow_engine(engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
     """Writes for minutes; its status has numbers of experts."""
     engine.script, engine.token_s = engine.script[:3] * 2000, 0.05
-    status = EngineStatus("ready", info=ModelInfo(320, 4096), stats=Stats(STATS))
+    status = EngineStatus("ready", info=ModelInfo(320, 4096), stats=Stats(STATS, HEAT))
     monkeypatch.setattr(ScriptedEngine, "status", property(lambda self: status))
     return engine
 
@@ -147,7 +150,7 @@ def test_numbers_are_shown_in_light_and_dark_on_a_phone_and_on_a_desk(
     with served(service, slow_engine) as url:
         httpx.post(url + CHAT, json={"messages": [{"role": "user", "content": "hello"}]})
         visit = Visit(browser, url, color_scheme=scheme, viewport={"width": width, "height": 800})
-        visit.until("document.querySelectorAll('#heat span').length === 2")
+        visit.until("document.querySelector('#memory').checkVisibility()")
         text = visit.page.inner_text("main")
         for shown in (
             "70.0 %",
@@ -168,6 +171,39 @@ def test_numbers_are_shown_in_light_and_dark_on_a_phone_and_on_a_desk(
         assert visit.page.get_by_role("button", name="Last day").get_attribute("aria-pressed") == "true"
         if pictures := os.environ.get("PAGE_PICTURES"):
             visit.page.screenshot(path=f"{pictures}/page-{scheme}-{width}.png", full_page=True)
+        visit.check(url)
+
+
+def test_the_map_has_a_cell_for_each_expert_and_is_fetched_only_where_it_is_seen(
+    service: Service, slow_engine: ScriptedEngine, browser: Any
+) -> None:
+    def color(layer: int, expert: int) -> tuple[bool, int]:
+        """Whether the cell is the colour of memory, and how strong it is."""
+        drawn = f"map.getContext('2d').getImageData({expert}, {layer - 3}, 1, 1).data"
+        red, _, blue, alpha = visit.page.evaluate(f"[...{drawn}]")
+        return blue > red, alpha
+
+    with served(service, slow_engine) as url:
+        visit = Visit(browser, url, viewport={"width": 1280, "height": 600})
+        visit.until("document.querySelector('#memory').checkVisibility()")
+        assert not [one for one in visit.asked if one.endswith("experts")], "it lies below what is seen"
+        visit.page.locator("#resident").scroll_into_view_if_needed()
+        visit.until("document.querySelector('#map').checkVisibility()")
+        assert visit.page.evaluate("[map.width, map.height]") == [256, 75]
+        assert "4,800 of 19,200" in (visit.page.locator("#map").get_attribute("aria-label") or "")
+        assert color(3, 7)[0], "in memory: 3, 7, 11 and so on of layer 3"
+        assert color(4, 7) == (False, 204), "as strong as a cell that is not in memory can be"
+        assert color(4, 7)[1] > color(4, 20)[1] > color(4, 30)[1] == 0, "the more often, the stronger"
+        visit.page.locator("#map").focus()
+        for name in ["ArrowRight"] * 7 + ["ArrowDown"]:
+            visit.page.keyboard.press(name)
+        told = visit.page.inner_text("#cell")
+        assert told.startswith("Layer 4, expert 7: on the SSD, asked for about 1,023 times."), told
+        assert "65.0 % of 100 were found in memory" in told
+        [size] = [len(httpx.get(one).content) for one in visit.asked if one.endswith("experts")]
+        assert size < 32_000
+        visit.page.evaluate("askHeat()")
+        assert len([one for one in visit.asked if one.endswith("experts")]) == 1, "nothing has changed"
         visit.check(url)
 
 

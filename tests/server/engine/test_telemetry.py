@@ -3,7 +3,7 @@
 import pytest
 
 from server.engine.telemetry import CROWD_S, Telemetry
-from server.link.messages import Event, Failed, Finished, Progress, Queued, Started, Stats, Usage
+from server.link.messages import Event, Failed, Finished, Heat, Progress, Queued, Started, Stats, Usage
 
 
 class Told:
@@ -14,13 +14,22 @@ class Told:
         self.crowd = {"running": 0.0, "waiting": 0.0, "agents": 0.0}
         self.events: list[Event] = []
         monkeypatch.setattr("server.engine.telemetry.time.monotonic", lambda: self.now_s)
-        self.telemetry = Telemetry(dict, self.events.append)
+        self.cells, self.num_taken = b"", 0
+        self.telemetry = Telemetry(dict, self.events.append, self.take_heat)
         self.telemetry.watch(lambda: dict(self.crowd))
         self.telemetry.beat(True)
 
+    def take_heat(self) -> Heat:
+        self.num_taken += 1
+        return {0: (0, 0, self.cells)}
+
     @property
     def last(self) -> dict[str, float]:
-        return next(event.values for event in reversed(self.events) if isinstance(event, Stats))
+        return self.last_stats.values
+
+    @property
+    def last_stats(self) -> Stats:
+        return next(event for event in reversed(self.events) if isinstance(event, Stats))
 
 
 @pytest.mark.parametrize(
@@ -73,3 +82,20 @@ def test_the_end_is_told_before_the_last_event(monkeypatch: pytest.MonkeyPatch, 
     told.telemetry.send(event)
     assert isinstance(told.events[-2], Stats)
     assert told.last["running"] == 0.0
+
+
+def test_the_heat_is_not_taken_for_each_client_that_comes_and_is_never_left_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = Told(monkeypatch)
+    told.num_taken = 0
+    for number in range(20):
+        told.crowd["running"] = float(number)
+        told.telemetry.send(Started("a"))
+        told.telemetry.beat(False)
+    told.cells = b"new"
+    assert told.num_taken == 0
+    told.telemetry.beat(True)
+    assert told.last_stats.heat == {0: (0, 0, b"new")}
+    told.telemetry.beat(True)
+    assert told.num_taken == 1, "nothing has changed"

@@ -159,7 +159,9 @@ def test_the_eta_falls_while_nothing_is_heard() -> None:
 def test_the_machine_is_for_admins(service: Service, engine: ScriptedEngine) -> None:
     with served(service, engine) as url:
         for key, status in (("one", 403), ("boss", 200)):
-            answer = httpx.get(url + "/v1/activity/machine", headers={"Authorization": f"Bearer {key}"})
+            headers = {"Authorization": f"Bearer {key}"}
+            assert httpx.get(url + "/v1/activity/experts", headers=headers).status_code == status
+            answer = httpx.get(url + "/v1/activity/machine", headers=headers)
             assert answer.status_code == status
         assert answer.json()["data"]["state"] == "ready"
 
