@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 # Of one layer: experts asked for that lay in memory, that did not, and the cells of `as_cells`.
 LayerHeat = tuple[int, int, bytes]
@@ -60,6 +61,6 @@ def as_cells(num_experts: int, num_asked: Mapping[int, int], residents: Collecti
     """Returns one byte for each expert: whether it lies in memory, and how often steps asked for it."""
     asked = np.zeros(num_experts)
     asked[list(num_asked)] = list(num_asked.values())
-    cells = np.minimum(np.rint(4 * np.log2(1 + asked)), IN_MEMORY - 1).astype(np.uint8)
+    cells: npt.NDArray[np.uint8] = np.minimum(np.rint(4 * np.log2(1 + asked)), IN_MEMORY - 1).astype(np.uint8)
     cells[list(residents)] |= IN_MEMORY
-    return cells.tobytes()
+    return bytes(cells)

@@ -35,6 +35,7 @@ STATS = {
     "probe_bytes_per_s": 4e9, "prefix_asked_tokens": 200.0, "prefix_restored_tokens": 150.0,
     "prefix_disk_bytes": 3e9, "kv_tokens": 10.0, "kv_capacity": 40.0,
     "planned.trunk": 9e9, "used.trunk": 8e9, "planned.experts": 50e9, "used.experts": 51e9,
+    "budget_bytes": 60e9,
 }  # fmt: skip
 # GLM-5.2's: in each layer expert 7 was asked for most, and every fourth lies in memory.
 NUM_ASKED = {7: 1000, 8: 999} | {expert: expert % 30 for expert in range(9, 256)}
@@ -158,6 +159,7 @@ def test_numbers_are_shown_in_light_and_dark_on_a_phone_and_on_a_desk(
             "2.00 GB/s of 4.00 GB/s",
             "trunk",
             "9.00 GB, 8.00 GB",
+            "60.00 GB, 59.00 GB",
             "150 of 200 tokens",
         ):
             assert shown in text, shown
@@ -187,7 +189,7 @@ def test_the_map_has_a_cell_for_each_expert_and_is_fetched_only_where_it_is_seen
         visit = Visit(browser, url, viewport={"width": 1280, "height": 600})
         visit.until("document.querySelector('#memory').checkVisibility()")
         assert not [one for one in visit.asked if one.endswith("experts")], "it lies below what is seen"
-        visit.page.locator("#resident").scroll_into_view_if_needed()
+        visit.page.locator("h2", has_text="layer by layer").scroll_into_view_if_needed()
         visit.until("document.querySelector('#map').checkVisibility()")
         assert visit.page.evaluate("[map.width, map.height]") == [256, 75]
         assert "4,800 of 19,200" in (visit.page.locator("#map").get_attribute("aria-label") or "")
