@@ -2,16 +2,24 @@
 
 The rule is XNU's (vm_pageout.c): a warning when less than 50 % of what is neither wired nor free of use is
 uncompressed, none again above 60 %. What banks give back becomes uncompressed memory at once; the level
-follows `lag_s` later. Used by the tests of the governor.
+follows `lag_s` later. Used by the tests of the governor and by `benchmarks.target.governor`.
 """
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import cast
 
-from server.engine.memory.pressure import KernelRoom
+from config.plan import Geometry, MemoryPlan
+from server.engine.memory.governor import Governor
+from server.engine.memory.pressure import KernelRoom, MeasureRoom
+from streaming.eviction.contest import make_rule
+from streaming.store import ExpertStore
 
 GB = 10**9
 LAYERS = tuple(range(3, 78))
 SLOTS, SLOT_BYTES = 62, 16_515_072
+WHOLE = len(LAYERS) * SLOTS * SLOT_BYTES
+EXPERTS, K = 256, 8
 
 
 @dataclass
@@ -62,7 +70,7 @@ class Mac:
     @property
     def uncompressed_bytes(self) -> int:
         """Pages neither wired nor compressed: what banks gave back is among them."""
-        given_back = len(LAYERS) * SLOTS * SLOT_BYTES - self.banks.slot_bytes
+        given_back = WHOLE - self.banks.slot_bytes
         return self.others_bytes - self.compressed_bytes + given_back
 
     def pass_second(self) -> None:
@@ -79,3 +87,28 @@ class Mac:
     def room(self) -> KernelRoom:
         """What the governor measures."""
         return KernelRoom(self.uncompressed_bytes, 128 * 2**30, self.compressed_bytes, self.is_warned)
+
+
+def govern(mac: Mac, measure_room: MeasureRoom | None = None) -> Governor:
+    """The product's governor over the Mac's banks; `measure_room`: another reading of its memory."""
+    geometry = SimpleNamespace(experts_per_token=K, expert_bytes=[SLOT_BYTES] * len(LAYERS))
+    plan = SimpleNamespace(slots_per_layer=[SLOTS] * len(LAYERS), lines={"experts": WHOLE})
+    return Governor(
+        cast(ExpertStore, mac.banks),
+        cast(Geometry, geometry),
+        cast(MemoryPlan, plan),
+        lambda: None,
+        lambda name: make_rule(name, EXPERTS, K),
+        make_rule("lru", EXPERTS, K),
+        measure_room=measure_room or mac.room,
+        clock=mac.clock,
+    )
+
+
+def run(mac: Mac, governor: Governor, seconds: int) -> None:
+    """Two steps a second."""
+    for _ in range(seconds):
+        mac.pass_second()
+        for _ in range(2):
+            while governor.govern():
+                pass

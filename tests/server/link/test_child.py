@@ -21,6 +21,17 @@ def test_the_engine_multiplies_float32_as_float32(monkeypatch: pytest.MonkeyPatc
     assert seen_by_a_child("MLX_ENABLE_TF32") == "0"
 
 
+@pytest.mark.parametrize("platform", ["darwin", "linux"])
+def test_a_command_buffer_of_metal_has_room_for_a_layers_banks(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default each gather, which names a whole bank, would go alone."""
+    monkeypatch.setattr(sys, "platform", platform)
+    given = child.engine_variables()
+    assert (int(given.get("MLX_MAX_MB_PER_BUFFER", 50)) > 1_000) == (platform == "darwin")
+    assert (int(given.get("MLX_MAX_OPS_PER_BUFFER", 50)) > 50) == (platform == "darwin")
+
+
 @pytest.mark.parametrize(("cores", "threads"), [(1, "1"), (2, "1"), (3, "1"), (4, "2"), (64, "62")])
 def test_products_leave_cores_to_others(cores: int, threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads of a product wait for each other: one without a core stopped them all, and first tokens 17x."""

@@ -1,43 +1,10 @@
 """The governor under the warnings of a simulated macOS kernel, at GLM-5.2's size."""
 
-from types import SimpleNamespace
-from typing import cast
-
 import pytest
 
-from benchmarks.rig.macos_memory import GB, LAYERS, SLOT_BYTES, SLOTS, CountedBanks, Mac
-from config.plan import Geometry, MemoryPlan
-from server.engine.memory.governor import SETTLE_S, Governor
-from streaming.eviction.contest import make_rule
-from streaming.store import ExpertStore
+from benchmarks.rig.macos_memory import GB, SLOTS, WHOLE, CountedBanks, Mac, govern, run
+from server.engine.memory.governor import SETTLE_S
 from tests.grids import few
-
-K = 8
-WHOLE = len(LAYERS) * SLOTS * SLOT_BYTES
-
-
-def govern(mac: Mac) -> Governor:
-    geometry = SimpleNamespace(experts_per_token=K, expert_bytes=[SLOT_BYTES] * len(LAYERS))
-    plan = SimpleNamespace(slots_per_layer=[SLOTS] * len(LAYERS), lines={"experts": WHOLE})
-    return Governor(
-        cast(ExpertStore, mac.banks),
-        cast(Geometry, geometry),
-        cast(MemoryPlan, plan),
-        lambda: None,
-        lambda name: make_rule(name, 256, K),
-        make_rule("lru", 256, K),
-        measure_room=mac.room,
-        clock=mac.clock,
-    )
-
-
-def run(mac: Mac, governor: Governor, seconds: int) -> None:
-    """Two steps a second."""
-    for _ in range(seconds):
-        mac.pass_second()
-        for _ in range(2):
-            while governor.govern():
-                pass
 
 
 @pytest.mark.parametrize("lag_s", few([0.0, 3.0, 7.0], [3.0]))
