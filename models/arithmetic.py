@@ -95,6 +95,7 @@ class Arithmetic:
     `max_grouped_rows`: experts with up to so many of a prompt's rows are multiplied several in one product.
     `slots_on_device`: reading ids back costs more than looking slots up where every expert has one.
     `launches_early`: a layer of few rows is computed while the next one's graph is built.
+    `pauses_steps`: it is computed before that, so that between two layers others can have the processor.
     `compiles`: what few rows go through between two uses of the cache is compiled once for their number.
     `has_kernels`: what `models.cuda` can compute is computed there.
     `swiglu_limit`: bound of what a gated MLP multiplies, of the model at hand: above for silu's argument,
@@ -117,14 +118,17 @@ class Arithmetic:
     max_grouped_rows: int = 0
     slots_on_device: bool = True
     launches_early: bool = False
+    pauses_steps: bool = False
     compiles: bool = False
     has_kernels: bool = False
     swiglu_limit: float = math.inf
 
     def launch(self, x: mx.array) -> None:
-        """Starts to compute what a layer of few rows comes to, where that is not left to its reader."""
+        """Computes what a layer of few rows comes to, or starts to, where that is not left to its reader."""
         if self.launches_early:
             mx.async_eval(x)
+        elif self.pauses_steps:
+            mx.eval(x)
 
     def is_few(self, rows: int) -> bool:
         """Whether so many rows are multiplied with the weights as they are packed."""
@@ -512,6 +516,7 @@ CPU = Arithmetic(
     pieces_in_flight=1,
     uses_numpy=True,
     slots_on_device=False,
+    pauses_steps=True,
 )
 # The defaults; not measured on Metal. There `mx.partition` is a full sort in several blocks, by MLX's source.
 METAL = Arithmetic("metal", mx.bfloat16, max_packed_rows=None, selects_by_bits=True)

@@ -47,6 +47,8 @@ from server.link.messages import (
 PROGRESS_S = 1.0
 # How often commands are looked at while no sequence runs and all that wait do so for their grammars.
 GRAMMAR_WAIT_S = 0.02
+# Prompts of so many rows are read amid a decode step; more would evict experts that the step is about to use.
+LET_BY_ROWS = 32
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class EngineLoop:
         self._trials = Trials(backend.habits)
         self._boarding = Boarding(self._model, self._scheduler, self._limits)
         self._places: dict[str, int] = {}  # what waiting requests were told
+        self._yielded_s = 0.0  # of a decode step, to prompts that came meanwhile
         self._is_stopping = False
 
     def run(self) -> None:
@@ -230,23 +233,44 @@ class EngineLoop:
             self._answers.hand_out(one, hidden)
 
     def _decode(self, batch: list[Sequence]) -> None:
-        started_s = self._clock()
+        started_s, self._yielded_s = self._clock(), 0.0
         step = Pass(self._model, [PassPart(sequence, 1) for sequence in batch])
         with Contained(partial(self._take_apart, step)) as attempt:
-            hidden = self._run_through(step)
+            hidden = self._run_through(step, self._let_by)
         if attempt.failed or hidden is None:
             return
         self._answers.hand_out(step, hidden)
         if self._hot_set:
             self._hot_set.save_when_due()
-        seconds = self._clock() - started_s
+        seconds = self._clock() - started_s - self._yielded_s
         self._scheduler.charge(step.parts, seconds)
         self._pace.note_step(seconds, len(batch), is_disturbed=bool(self._boarding.passes))
         if not self._boarding.passes:
             self._trials.note(len(batch), seconds)
 
-    def _run_through(self, one: Pass) -> mx.array | None:
-        """Computes all layers at a stretch. Returns None if no client wants the result any more."""
+    def _let_by(self, step: Pass) -> None:
+        """Reads short prompts that come during a decode step before its next layer.
+
+        They have what passes may have between two steps. Longer prompts wait for the step's end.
+        """
+        if self._boarding.passes or not self._scheduler.num_waiting:
+            return
+        started_s = self._clock()
+        self._admit()
+        self._settle()
+        self._boarding.update(self._prefixes.keeps_rows)
+        while self._boarding.passes and not self._pace.is_step_due(len(step.parts)):
+            one = self._boarding.next()
+            if one.num_rows > LET_BY_ROWS:
+                break
+            self._advance(one, is_contended=True)
+        self._yielded_s += self._clock() - started_s
+
+    def _run_through(self, one: Pass, between: Callable[[Pass], None] = lambda _: None) -> mx.array | None:
+        """Computes all layers at a stretch, with something `between` two of them.
+
+        Returns None if no client wants the result any more.
+        """
         while True:
             hidden = one.advance()
             if hidden is not None:
@@ -256,6 +280,7 @@ class EngineLoop:
             if self._is_stopping or not one.is_wanted:
                 one.abandon()
                 return None
+            between(one)
 
     def _lose_pass(self, failed: Pass, error: Exception) -> None:
         self._boarding.give_up(failed)

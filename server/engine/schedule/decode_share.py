@@ -41,8 +41,9 @@ class Pace:
             self._decode_s += min(seconds, self._step_s(width) or seconds)
             self._used_s += seconds
             self._wall_s += seconds
-        else:  # nobody owes the other anything
-            self._decode_s = self._used_s = self._wall_s = self._part_s = 0.0
+        else:  # nobody owes the other anything, but a prompt that comes now need not wait for one more step
+            self._decode_s = self._used_s = self._wall_s = seconds
+            self._part_s = 0.0
             self._undisturbed[width].append(seconds)
 
     def note_layer(self, seconds: float) -> None:

@@ -161,6 +161,21 @@ def test_the_share_of_decode_is_what_was_asked_for(world: World, model: TimedMod
     assert longest_gap(times) <= math.floor(1 / share) * STEP_S + layer_s + 1e-9
 
 
+def test_a_short_prompt_is_read_amid_a_step_and_many_leave_steps_their_share(
+    world: World, model: TimedModel
+) -> None:
+    world.at(0, ask("a", 20, 60))
+    world.at(1.05, ask("b", 5, 1))
+    for i in range(20):
+        world.at(2.05 + 0.1 * i, ask(f"c{i}", 5, 1))
+    world.run(model)
+    layer_s, own_s = row_cost(1), 10 * row_cost(5)
+    assert world.times_of("b")[0] - 1.05 <= own_s + layer_s + 1e-9, "it waits for a layer, not for a step"
+    times = world.times_of("a")
+    assert longest_gap(times) <= 3 * STEP_S + layer_s + 1e-9
+    assert len([time_s for time_s in times if 2.05 < time_s < 4.05]) * STEP_S >= 0.3 * 2 - STEP_S
+
+
 def test_a_short_prompt_overtakes_a_long_one_between_its_layers(world: World, model: TimedModel) -> None:
     """200 tokens behind 16k: a layer of the long pass, twice its own time, and a layer more."""
     world.at(0, ask("long", 16_000, 1, agent="same"))
