@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_origin
 
 from pydantic import (
     BeforeValidator,
@@ -302,11 +302,12 @@ class Settings(BaseSettings):
     @classmethod
     def _are_origins(cls, value: str) -> str:
         """Browsers name scheme, host and port; anything else would never match."""
-        origins = [origin.strip().rstrip("/") for origin in value.split(",") if origin.strip()]
-        for origin in origins:
-            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin, re.I):
-                raise ValueError(f"{origin[:80]!r} is no origin; write it as https://{origin[:80]}")
-        return ",".join(origins)
+        origins = [re.sub("(?<=[^/:])/$", "", origin.strip().lower()) for origin in value.split(",")]
+        for origin in filter(None, origins):
+            sent = _origin_of(origin)
+            if origin != sent:
+                raise ValueError(f"{origin[:80]!r} is no origin; write it as {sent[:80]}")
+        return ",".join(filter(None, origins))
 
     @field_validator("*", mode="before")
     @classmethod
@@ -316,6 +317,13 @@ class Settings(BaseSettings):
             raise ValueError(f"{str(value).lower()} says nothing here; give a value")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _case_is_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+        """`INFO` is a level as well as `info`."""
+        is_choice = get_origin(cls.model_fields[str(info.field_name)].annotation) is Literal
+        return value.lower() if is_choice and isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _fits_this_machine(self) -> Self:
         if self.ram_budget > (memory := physical_memory_bytes()):
@@ -324,6 +332,16 @@ class Settings(BaseSettings):
                 f"({format_size(memory)}); give at most that, or a share such as 80%"
             )
         return self
+
+
+def _origin_of(text: str) -> str:
+    """What a browser sends for a page there: no path, and no port that goes without saying."""
+    if text in ("*", "null") or text.startswith("file:"):
+        return "null" if text.startswith("file:") else text
+    scheme, _, rest = text.rpartition("://")
+    host, scheme = re.split(r"[/?#\s]", rest.lstrip("/"))[0].rpartition("@")[2], scheme or "https"
+    port = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return f"{scheme}://{host.removesuffix(port) or 'example.org'}"
 
 
 def load_settings(flags: Mapping[str, Any], config_file: Path | None = None) -> Settings:
@@ -345,8 +363,12 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     """A variable that is misspelt would else be as good as none, and nobody told."""
     known = [CONFIG_VARIABLE, *(ENV_PREFIX + name.upper() for name in Settings.model_fields)]
     for name in environment:
-        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
-            raise UsageError(f"unknown variable {name}; {_nearest(name.upper(), known)}")
+        upper = name.upper()
+        is_nearly_ours = upper.startswith(("GLMS", "GLM_S")) and difflib.get_close_matches(
+            upper, known, 1, 0.85
+        )
+        if upper not in known and (upper.startswith(ENV_PREFIX) or is_nearly_ours):
+            raise UsageError(f"unknown variable {name}; {_nearest(upper, known)}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -36,23 +36,24 @@ def parse_size(text: str, memory_bytes: int | None = None) -> int:
 
 def parse_tokens(text: str) -> int:
     """Tokens of a number such as `32k` (32,768) or `1m` (1,048,576). Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d{1,12})([kKmM]?)", text.strip())
-    if not match:
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([kKmM]?)", text.strip().replace("_", ""))
+    tokens = float(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()] if match else 0.5
+    if tokens != int(tokens):
         raise ValueError(f"{text[:40]!r} is no number of tokens; write 32768, 32k or 1m")
-    return int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]
+    return int(tokens)
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of a time such as `90`, `30s`, `10m` or `1.5h`. Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smh]?)", text.strip())
+    """Seconds of a time such as `90`, `30s`, `10 min` or `1.5h`. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*(s|m|min|h|d|)", text.strip())
     if not match:
         raise ValueError(f"{text[:40]!r} is no time; write 90, 30s, 10m or 1.5h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}[match[2]]
 
 
 def parse_share(text: str) -> float:
     """The share that `0.3` or `30%` is. Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?|\.\d+)(%?)", text.strip())
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?|\.\d+)\s*(%?)", text.strip())
     if not match:
         raise ValueError(f"{text[:40]!r} is no share; write 0.3 or 30%")
     return float(match[1]) / (100 if match[2] else 1)

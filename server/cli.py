@@ -54,6 +54,8 @@ def _run(words: list[str]) -> int:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"
+            if name == "version" or "/" in name:
+                hint = "did you mean --version?" if name == "version" else f"did you mean --model {name}?"
             raise UsageError(f"unknown command {name!r}; {hint}")
         return COMMANDS[name].run(words)
     except UsageError as error:

@@ -53,6 +53,10 @@ def flushed(run: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except SystemExit as end:  # rich ends a program whose reader has gone with 1
+        if isinstance(end.__context__, BrokenPipeError):
+            return 141
+        raise
 
 
 def hold_hangups() -> None:

@@ -105,13 +105,16 @@ def find_checkpoint(path_or_repo: str) -> Path:
     """The complete checkpoint that the user means. Never downloads."""
     # os.path's questions, and not Path's: what may not be looked at, or has no possible name, is not there.
     path, repo = Path(os.path.expanduser(path_or_repo)), None
-    if path.suffix != ".gguf" and not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
+    is_gguf = path.suffix.lower() == ".gguf" or (os.path.isdir(path) and any(path.glob("*.gguf")))
+    if not is_gguf and not os.path.exists(path) and (repo := parse_repo(path_or_repo)):
         path = _find_in_cache(*repo)
-    if path.suffix == ".gguf":
+    if is_gguf:
         raise CheckpointError(
             f"--model {path}: GGUF cannot be served here; take a folder in MLX's format, such as that of "
             "mlx-community/GLM-5.2-mxfp4"
         )
+    if os.path.isfile(path):
+        raise CheckpointError(f"--model {path} is a file; give the folder with config.json and *.safetensors")
     if not os.path.isdir(path):
         raise CheckpointError(f"--model {path_or_repo}: there is no such folder, or it may not be read")
     if not os.path.exists(path / "config.json"):

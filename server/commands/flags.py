@@ -5,6 +5,7 @@ A word that is none of them is answered with the nearest one that is.
 
 import argparse
 import difflib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
@@ -27,12 +28,19 @@ AddFlags = Callable[[argparse.ArgumentParser], None]
 class FlagParser(argparse.ArgumentParser):
     """Raises UsageError, with a suggestion where there is one, in place of ending the process."""
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Prints, and raises BrokenPipeError where the reader has gone, which argparse passes over."""
+        (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         """Raises UsageError; argparse calls this."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown == message:
             raise UsageError(f"{message}; see {self.prog} --help")
         flag = unknown.split()[0].split("=")[0]
+        if not flag.startswith("-"):
+            hint = f"; did you mean --model {flag}?" if "--model" in self._option_string_actions else ""
+            raise UsageError(f"{flag!r} is one word too many{hint}")
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
         hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists all"
         raise UsageError(f"unknown flag {flag}; {hint}")

@@ -1,17 +1,23 @@
-"""Where `hf download` put a repository: the folders of the Hugging Face cache, looked up without the network.
+"""Where `hf download` put a repository: the folders of the Hugging Face cache; and whether the Hub answers.
 
-Called by the search for a checkpoint. Places are those of huggingface_hub 2.4, whose own constants are fixed
-when it is imported.
+Called by the search for a checkpoint, which never asks the network. Places are those of huggingface_hub 2.4,
+whose own constants are fixed when it is imported.
 """
 
+import importlib
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-_REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?")
+from config.errors import UsageError
+
+_REPO = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?")
 _MAIN = "main"
 _SHORTEST_COMMIT = 7
+# The library itself tries for 24 seconds before it says that nobody answers.
+PATIENCE_S = 5.0
 
 
 def parse_repo(text: str) -> tuple[str, str | None] | None:
@@ -78,3 +84,34 @@ def _read_reference(folder: Path, name: str) -> str:
 
 def _expanded(path: str) -> str:
     return os.path.expandvars(os.path.expanduser(path))
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Returns what the Hub's library raises where a request fails; its client is httpx or httpx2."""
+    from huggingface_hub import get_session
+
+    client = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    return (OSError, client.HTTPError)
+
+
+def check_hub(endpoint: str | None = None) -> None:
+    """Raises UsageError, soon and in one line, where the Hub does not answer at all."""
+    from huggingface_hub import constants, get_session
+
+    url, reasons = endpoint or constants.ENDPOINT, [f"nothing within {PATIENCE_S:.0f} s"]
+
+    def ask() -> None:
+        try:
+            get_session().head(url, timeout=PATIENCE_S)
+        except hub_errors() as error:
+            reasons[0] = str(error) or type(error).__name__
+        else:
+            reasons.clear()
+
+    asking = threading.Thread(target=ask, daemon=True)  # names may take longer to be looked up
+    asking.start()
+    asking.join(PATIENCE_S)
+    if reasons:
+        raise UsageError(
+            f"{url} does not answer ({reasons[0]}): check the network, HTTPS_PROXY, or HF_ENDPOINT"
+        )

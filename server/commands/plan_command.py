@@ -24,7 +24,7 @@ from models.loading.loading import open_checkpoint
 from models.loading.public_formats import find_format, write_header, write_hollow
 from server.commands.checkpoint import choose_checkpoint
 from server.commands.flags import make_parser
-from server.commands.hub_cache import find_snapshot, parse_repo
+from server.commands.hub_cache import check_hub, find_snapshot, hub_errors, parse_repo
 from server.commands.serve import make_engine_config
 from server.engine.backend import forecaster, plan_memory
 
@@ -104,7 +104,7 @@ def _budget(text: str | None, memory_bytes: int) -> int:
 @contextmanager
 def _checkpoint_of(name: str | None) -> Iterator[tuple[Path, bool]]:
     """A folder with the model's shapes, and whether only streaming makes sense of it."""
-    is_local = name is None or name.endswith(".gguf") or Path(name).expanduser().exists()
+    is_local = name is None or name.lower().endswith(".gguf") or Path(name).expanduser().exists()
     repo = parse_repo(name) if name and not is_local else None
     is_here = name is None or repo is None or find_snapshot(*repo) is not None
     one = find_format(name) if name and not is_local else None
@@ -121,23 +121,23 @@ def _checkpoint_of(name: str | None) -> Iterator[tuple[Path, bool]]:
 
 def _remote(repo: str, revision: str | None, folder: Path) -> Path:
     """Config and headers of a repository on the Hub, as files that hold nothing else."""
-    import httpx
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    errors: tuple[type[Exception], ...] = (
+        HfHubHTTPError,
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+        *hub_errors(),
+    )
+    check_hub()
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it tries again is its own affair
     try:
         hf_hub_download(repo, "config.json", revision=revision, local_dir=folder)
         described = get_safetensors_metadata(repo, revision=revision)
-    except (
-        HfHubHTTPError,
-        httpx.HTTPError,
-        OSError,
-        NotASafetensorsRepoError,
-        SafetensorsParsingError,
-    ) as error:
+    except errors as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"the headers of {repo} cannot be read from the Hub: {reason}") from error
     for name, file in described.files_metadata.items():

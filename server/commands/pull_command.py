@@ -25,7 +25,7 @@ from config.sizes import format_size
 from models.loading.public_formats import PUBLIC_FORMATS, write_hollow
 from server.commands.checkpoint import find_checkpoint
 from server.commands.flags import FlagParser
-from server.commands.hub_cache import cache_folder, find_snapshot, parse_repo
+from server.commands.hub_cache import cache_folder, check_hub, find_snapshot, hub_errors, parse_repo
 
 # What is served of a repository; weights in other formats, and pictures, stay where they are.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -70,6 +70,7 @@ def _parser() -> ArgumentParser:
 
 def _pull(repo: str, revision: str | None, endpoint: str | None) -> dict[str, Any]:
     console = Console(stderr=True)
+    check_hub(endpoint)
     with _explained(repo):
         commit, files = _files_of(repo, revision, endpoint)
         absent = [one for one in files if not _is_here(repo, commit, one)]
@@ -175,14 +176,14 @@ def _note_branch(snapshot: Path, revision: str | None, commit: str) -> None:
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    errors: tuple[type[Exception], ...] = (HfHubHTTPError, LocalEntryNotFoundError, *hub_errors())
     try:
         yield
     except RepositoryNotFoundError as error:
         raise UsageError(f"there is no repository {repo} on the Hub, or it needs `hf auth login`") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except errors as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{repo} could not be downloaded: {reason}; ask again, and it goes on") from error
 

@@ -136,6 +136,9 @@ def test_mirrors_come_from_flags_and_from_the_environment(monkeypatch: pytest.Mo
     ("name", "text", "value"),
     [
         ("max_context", "32k", 32_768), ("max_context", "1m", 2**20), ("sweep_tokens", "8K", 8192),
+        ("max_context", "0.5m", 2**19), ("max_context", "128 k", 2**17), ("max_context", "32_768", 32_768),
+        ("queue_timeout", "10 min", 600), ("request_timeout", "1d", 86_400), ("decode_share", "30 %", 0.3),
+        ("log_level", "INFO", "info"), ("lookahead", "Auto", "auto"), ("expert_policy", "LRU", "lru"),
         ("max_context", "4096", 4096), ("request_timeout", "10m", 600), ("queue_timeout", "1.5h", 5400),
         ("step_timeout", "90s", 90), ("request_timeout", "7.5", 7.5), ("decode_share", "30%", 0.3),
         ("decode_share", "0.5", 0.5),
@@ -147,17 +150,26 @@ def test_counts_times_and_shares_take_units(name: str, text: str, value: float) 
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("max_context", "32kb"), ("max_context", "30%"), ("max_context", "0k"), ("request_timeout", "10 days"),
-     ("request_timeout", "-1m"), ("decode_share", "130%"), ("decode_share", "30m"), ("sweep_tokens", "")],
+    [("max_context", "32kb"), ("max_context", "30%"), ("max_context", "0k"), ("max_context", "1.5"),
+     ("request_timeout", "10 days"), ("request_timeout", "-1m"), ("decode_share", "130%"),
+     ("decode_share", "30m"), ("sweep_tokens", "")],
 )  # fmt: skip
 def test_other_units_are_refused_with_the_flag(name: str, text: str) -> None:
     with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
         load_settings({name: text})
 
 
-@pytest.mark.parametrize("origin", ["a.example", "localhost:3000", "https://", "https://a b", "//a.example"])
-def test_an_origin_that_can_never_match_is_refused(origin: str) -> None:
-    with pytest.raises(UsageError, match="no origin; write it as https://"):
+@pytest.mark.parametrize(
+    ("origin", "meant"),
+    [
+        ("a.example", "https://a.example"), ("localhost:3000", "https://localhost:3000"),
+        ("https://", "https://"), ("https://a b", "https://a"), ("//a.example", "https://a.example"),
+        ("http://a.example/ui", "http://a.example"), ("http://a.example:80", "http://a.example"),
+        ("https://u:p@a.example", "https://a.example"), ("file:///x", "null"),
+    ],
+)  # fmt: skip
+def test_an_origin_that_can_never_match_is_refused_with_what_would(origin: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"--cors-origins.*write it as {meant}"):
         load_settings({"cors_origins": f"https://b.example,{origin}"})
 
 

@@ -60,18 +60,24 @@ def run_parity(path: Path, module: str = PARITY) -> int:
 
 
 def run_checks(checks: Sequence[Check], settings: Settings, record: Record, *, is_quiet: bool = False) -> int:
-    """Runs the checks in order, prints each finding and hands it to `record`; returns the exit code."""
-    num_faults = 0
+    """Runs the checks in order, prints each finding and hands it to `record`; returns the exit code.
+
+    A fault that stops several checks, such as an absent checkpoint, is told once.
+    """
+    faults: set[str] = set()
     for check in checks:
         record({"check": check.title, "began": True})
         begun = time.perf_counter()
         for finding in _findings(check, settings):
-            num_faults += finding.verdict == Verdict.FAULT
+            if finding.text in faults:
+                continue
+            if finding.verdict == Verdict.FAULT:
+                faults.add(finding.text)
             if not is_quiet:
                 print(f"{finding.verdict:5}  {check.title}: {finding.text}", flush=True)
             record({"check": check.title, **asdict(finding)})
         record({"check": check.title, "seconds": round(time.perf_counter() - begun, 2)})
-    return 1 if num_faults else 0
+    return 1 if faults else 0
 
 
 def _findings(check: Check, settings: Settings) -> Iterator[Finding]:

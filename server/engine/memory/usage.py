@@ -32,7 +32,9 @@ class MemoryUse:
         self._cache_bytes, self._saved_bytes = cache_bytes, saved_bytes
         self._largest: dict[str, int] = {}
         self._kv_before = self._slots_before = 0
-        mx.reset_peak_memory()  # the checkpoint's tensors were cast on their way in
+        # Tensors were cast on their way in, and MLX gives freed ones back only when it allocates.
+        mx.clear_cache()
+        mx.reset_peak_memory()
 
     def lines(self) -> dict[str, int]:
         for name, nbytes in self._now().items():

@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +136,39 @@ def test_a_full_disk_and_an_unknown_repository_are_said_before_anything_is_fetch
         with pytest.raises(UsageError, match="HF_HOME"):
             pull_command(["org/pocket"], url)
         assert Hub.asked == []
+
+
+@pytest.mark.parametrize("command", ["pull", "plan"])
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_hub_that_does_not_answer_is_one_line_and_soon(
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    is_silent: bool,
+) -> None:
+    monkeypatch.setattr("server.commands.hub_cache.PATIENCE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        if not is_silent:
+            silent.close()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+        began_s = time.monotonic()
+        assert main([command, "org/pocket"]) == 2
+    assert time.monotonic() - began_s < 5, "the library itself tries for 24 s"
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"http://127.0.0.1:{port} does not answer" in told
+    assert "HF_ENDPOINT" in told
+
+
+def test_a_hub_that_falls_silent_later_is_one_line_too(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("server.commands.pull_command.check_hub", lambda endpoint: None)
+    assert main(["pull", "org/pocket"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [[], ["x"], ["--lst"], ["a/b/c"]])

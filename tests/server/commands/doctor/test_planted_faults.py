@@ -161,6 +161,14 @@ def test_a_planted_fault_is_found_and_nothing_else_is_blamed(
         taken.close()
 
 
+@pytest.mark.parametrize("plant", [small_budget, absent_shard])
+def test_what_stops_several_checks_is_told_once(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, plant: Plant
+) -> None:
+    told = findings({"model": str(checkpoint)} | plant(tmp_path, monkeypatch))
+    assert sum(one["verdict"] == "fault" for one in told) == 1, told
+
+
 def test_a_container_that_is_too_small_and_an_old_python_are_found(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000000000\n")
     settings = Settings(ram_budget=2 * 10**9)
