@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,3 +57,25 @@ def test_what_a_buyer_reads_is_what_plan_prints(capsys: pytest.CaptureFixture[st
         assert main(words) == 0
         said = json.loads(capsys.readouterr().out)
         assert said["forecast"] == asdict(buyer.expects())
+
+
+def test_troubleshooting_quotes_what_the_program_says() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    sources = "".join(
+        re.sub(r'"\s*f?"', "", path.read_text(encoding="utf-8"))
+        for top in ("config", "server")
+        for path in (ROOT / top).rglob("*.py")
+    )
+    symptoms = re.findall(r"^\| (?:\d+ )?`([^`]+)` \|", page, re.MULTILINE)
+    assert len(symptoms) > 8
+    fixed = {
+        part.strip() for one in symptoms for part in re.split(r"REPO|, and |GLMSERVE\S*|127\S*|\.\.\.", one)
+    }
+    assert [part for part in sorted(fixed) if part not in sources] == []
+
+
+def test_serving_installs_nothing_for_developers() -> None:
+    words = ["make", "--dry-run", "serve", "VENV=/nonexistent"]
+    script = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "-c constraints.txt -e ." in script
+    assert not re.search(r"-e '?\.\[|ruff|mypy|playwright|npm", script), script

@@ -110,7 +110,8 @@ def test_who_has_used_his_quota_is_told_when_to_come_back(
         refused = client.post(path, json=BODY, headers=ALICE)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "40")
         assert refused.headers["x-should-retry"] == "true"
-        assert "2 requests/minute" in refused.json()["error"]["message"]
+        message = refused.json()["error"]["message"]
+        assert "2 requests/minute; there is more in 40 s" in message
     assert refused.json()["error"]["type"] == "rate_limit_error", "Anthropic's clients read their own form"
     assert client.get("/v1/models", headers=ALICE).status_code == 200, "looking costs nothing"
     bob = {"Authorization": "Bearer sk-2"}
@@ -123,7 +124,9 @@ def test_who_has_used_his_quota_is_told_when_to_come_back(
     file.write_text(f"alice: sk-1 tokens/day={used}\n")
     ring.replace(read_keys(None, file))
     refused = client.post("/v1/chat/completions", json=BODY, headers=ALICE)
-    assert f"{used} tokens/day" in refused.json()["error"]["message"], "what was used before counts"
+    message = refused.json()["error"]["message"]
+    assert f"{used} tokens/day" in message, "what was used before counts"
+    assert message.endswith("there is more in 12 h 19 min"), message
     assert (refused.headers["retry-after"], refused.headers["x-should-retry"]) == ("120", "false")
 
 
