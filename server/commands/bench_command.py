@@ -68,7 +68,9 @@ def bench_command(words: Sequence[str]) -> int:
 
 def _parser() -> ArgumentParser:
     parser = FlagParser(prog="glmserve bench", description="Measures a running server as a fleet sees it.")
-    parser.add_argument("--url", default="http://127.0.0.1:8080", help="the server (default %(default)s)")
+    parser.add_argument(
+        "--url", type=_base, default="http://127.0.0.1:8080", help="the server (default %(default)s)"
+    )
     parser.add_argument("--api-key", default="none", metavar="KEY", help="its key, if it wants one")
     parser.add_argument("--agents", type=_whole, default=4, metavar="N", help="agents at a time (default 4)")
     parser.add_argument("--turns", type=_whole, default=3, metavar="N", help="turns of each (default 3)")
@@ -83,6 +85,12 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="compare two such files")
     return parser
+
+
+def _base(text: str) -> str:
+    """The server's address, of which clients are also given `/v1` or `/api/v1`."""
+    text = text if "://" in text or not text[:1].isalnum() else f"http://{text}"
+    return text.rstrip("/").removesuffix("/v1").removesuffix("/api")
 
 
 def _whole(text: str) -> int:
@@ -103,6 +111,8 @@ async def _run(given: Namespace) -> tuple[list[MeasuredTurn], float]:
             base_url=given.url, headers=headers, timeout=TIMEOUT_S, limits=limits
         ) as client:
             models = await client.get("/v1/models")
+            if models.status_code == 401:
+                raise UsageError(f"{given.url} wants one of its keys: --api-key KEY")
             models.raise_for_status()
             model, started_s = models.json()["data"][0]["id"], time.monotonic()
             agents = [_Talker(client, model, number, given) for number in range(given.agents)]

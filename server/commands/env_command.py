@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ def env_command(words: Sequence[str]) -> int:
     if given.json:
         print(json.dumps(variables, indent=2))
     else:
+        if settings.api_key_file and not settings.api_key:
+            file = settings.api_key_file
+            print(f"glmserve: put one of the keys in {file} in place of {ANY_KEY!r}", file=sys.stderr)
         print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))
     return 0
 

@@ -118,13 +118,13 @@ class Guard:
         if key is None and not is_open:
             await _refuse(scope, send, 401, "this server needs one of its API keys", "authentication")
             return
+        scope.setdefault("state", {})["key"] = key or Key("none")
         is_counted = scope["method"] == "POST" and scope["path"].endswith(COUNTED_PATHS)
         if key and is_counted and key.quota.limits:
             send = self._telling_what_is_left(key, send)
         if key and is_counted and (spent := self._accounts.admit(key.account, key.quota)):
             await _refuse_spent(scope, send, key.name, spent)
             return
-        scope.setdefault("state", {})["key"] = key or Key("none")
         await self._app(scope, receive, send)
 
     def _telling_what_is_left(self, key: Key, send: Send) -> Send:

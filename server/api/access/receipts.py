@@ -147,7 +147,7 @@ class Receipt:
     def openrouter_cost(self, answers: list[Answer]) -> float:
         """US dollars that OpenRouter would have charged; 0 for a failure, or a model that it has not."""
         price, usage = PRICES.get(self.model), self.usage(answers)
-        if price is None or any(answer.has_failed for answer in answers):
+        if price is None or any(answer.failure for answer in answers):
             return 0.0
         return price.of(usage.num_prompt_tokens, usage.num_cached_tokens, usage.num_completion_tokens)
 

@@ -130,7 +130,7 @@ class Answer:
         self.token_gaps = array("f")  # seconds between tokens
         self.token_ids = array("i")
         self.has_begun = False  # the engine has worked on it
-        self.has_failed = False  # the engine gave up on it
+        self.failure = ""  # why the engine gave up on it
         self.remark = ""  # for its line in the log
         self._progress: Progress | None = None
         self._pace = PrefillPace()
@@ -192,8 +192,9 @@ class Answer:
                         case PromptScored():
                             self.prompt_scores.extend(event.scores)
                         case Failed():
-                            self.has_failed = event.kind != "cancelled"
-                            raise GenerationFailed.from_event(event)
+                            error = GenerationFailed.from_event(event)
+                            self.failure = "" if event.kind == "cancelled" else error.error_type
+                            raise error
                         case Finished():
                             self._reason, self._usage = event.reason, event.usage
                             yield self._last_delta()

@@ -49,6 +49,11 @@ class RequestRecord:
         return self.id
 
     @property
+    def failure(self) -> str:
+        """Why the engine gave up on one of its answers, whose client may have had a part of it."""
+        return next((answer.failure for answer in self.answers if answer.failure), "")
+
+    @property
     def is_generation(self) -> bool:
         """Whether it came as far as the engine."""
         return bool(self.answers) and (self.status < 400 or any(one.has_begun for one in self.answers))

@@ -56,7 +56,7 @@ class RequestLines:
 
 def level_of(record: RequestRecord) -> int:
     """What went well and cost nothing is for those who look closely."""
-    if record.status >= 500:
+    if record.status >= 500 or record.failure:
         return logging.WARNING
     return logging.INFO if record.is_generation or record.status >= 400 else logging.DEBUG
 

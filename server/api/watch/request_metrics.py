@@ -41,7 +41,7 @@ class RequestMetrics:
         """Counts a request that is over."""
         self._requests.labels(f"{record.route}", str(record.status)).inc()
         self._requests_by_key.labels(self._bounded(self._by_key, record.key_name)).inc()
-        if record.status >= 400:
+        if record.reason:
             self._refusals.labels(record.reason).inc()
         if not record.is_generation:
             return

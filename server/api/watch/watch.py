@@ -124,6 +124,7 @@ class Watched:
         record.route = self._route_of(record.path)
         if refused := scope["state"].get("refused"):  # below the app, whose own answer nobody got
             record.status, record.reason = refused
+        record.reason = record.reason or record.failure
         if record.status >= 400 and not record.reason:
             record.reason = REASONS.get(
                 record.status, "server" if record.status >= 500 else "invalid_request"

@@ -5,6 +5,7 @@ and each finding becomes a line of one JSON-lines file at once: a crash in a dri
 """
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ def doctor(settings: Settings, *, parity: bool, is_json: bool = False, directory
     if not parity:
         from server.commands.doctor.ordinary import CHECKS
 
+        logging.getLogger().addHandler(logging.NullHandler())  # what a check finds it says itself
         findings: list[dict[str, object]] = []
         code = run_checks(CHECKS, settings, findings.append, is_quiet=is_json)
         if is_json:

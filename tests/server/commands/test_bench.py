@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from server.api.access.guard import Access
+from server.api.access.keys import Key, KeyRing
+from server.api.app import make_app
 from server.api.request.model_names import ModelNames
 from server.api.service import Dialect, Service
 from server.cli import main
-from server.commands.bench_command import MeasuredTurn, summary
+from server.commands.bench_command import MeasuredTurn, _parser, summary
 from server.glm.templates.template import OUR_TEMPLATE, ChatTemplate
 from server.glm.tokenizer import Tokenizer
-from tests.server.api.conftest import running_server
+from tests.server.api.conftest import running_app, running_server
 from tests.server.api.scripted import ScriptedEngine
 
 
@@ -103,6 +106,20 @@ def test_a_server_that_is_not_there_is_one_line(url: str, capsys: pytest.Capture
     told = capsys.readouterr()
     assert (told.out, told.err.count("\n")) == ("", 1)
     assert "does not answer" in told.err
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/api/v1/", "h:1", "h:1/v1"]
+)
+def test_the_address_is_understood_as_clients_are_given_it(url: str) -> None:
+    assert _parser().parse_args(["--url", url]).url == "http://h:1"
+
+
+def test_a_server_that_wants_a_key_says_how(capsys: pytest.CaptureFixture[str], service: Service) -> None:
+    access = Access(KeyRing.of({"good": Key("fleet", "fleet", "fleet")}))
+    with running_app(make_app(service, access)) as url:
+        assert main(["bench", "--url", url]) == 2
+    assert capsys.readouterr().err == f"glmserve: {url} wants one of its keys: --api-key KEY\n"
 
 
 def test_what_the_server_refuses_or_breaks_off_is_one_line(

@@ -94,6 +94,13 @@ def test_env_lines_are_for_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
     assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == "a'b $(c)"
 
 
+def test_env_says_where_the_keys_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--api-key-file", "our-keys"]) == 0
+    told = capsys.readouterr()
+    assert "one of the keys in our-keys" in told.err
+    assert all(line.startswith("export ") for line in told.out.splitlines())
+
+
 @pytest.mark.parametrize("name", [*COMMANDS, ""])
 def test_every_command_has_help_without_empty_defaults(capsys: pytest.CaptureFixture[str], name: str) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -98,8 +98,9 @@ def clocked(served_engine: ScriptedEngine, engine: ScriptedEngine, dialect: Dial
 
 
 def test_who_has_used_his_quota_is_told_when_to_come_back(
-    clocked: Service, clock: Clock, tmp_path: Path
+    clocked: Service, clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "server.api.watch.request_lines")
     file = tmp_path / "keys"
     file.write_text("alice: sk-1 requests/minute=2 tokens/day=1000000\nbob: sk-2\n")
     ring = read_keys(None, file)
@@ -112,6 +113,9 @@ def test_who_has_used_his_quota_is_told_when_to_come_back(
         assert refused.headers["x-should-retry"] == "true"
         message = refused.json()["error"]["message"]
         assert "2 requests/minute; there is more in 40 s" in message
+    refusals = [line for line in caplog.messages if " 429 " in line]
+    assert refusals
+    assert all("key=alice" in line for line in refusals)
     assert refused.json()["error"]["type"] == "rate_limit_error", "Anthropic's clients read their own form"
     assert client.get("/v1/models", headers=ALICE).status_code == 200, "looking costs nothing"
     bob = {"Authorization": "Bearer sk-2"}

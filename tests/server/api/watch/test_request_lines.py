@@ -49,6 +49,20 @@ def test_a_request_leaves_one_line_with_all_that_is_known(
     assert "hits" not in text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_broke_off_is_a_warning_with_its_cause(
+    service: Service, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+    engine.fails_after, engine.failure = 2, "died"
+    client = TestClient(make_app(service))
+    client.post(CHAT, json=BODY | {"stream": stream})
+    [record] = [one for one in caplog.records if one.name.endswith("request_lines")]
+    assert record.levelno == logging.WARNING
+    assert record.fields["ended"] == "provider_unavailable"  # type: ignore[attr-defined]
+    assert 'glmserve_refusals_total{reason="provider_unavailable"} 1.0' in client.get("/metrics").text
+
+
 def test_hit_rate_and_bytes_where_experts_are_streamed() -> None:
     record = RequestRecord(stats_before={"hits": 10.0, "misses": 0.0, "device_bytes": 1e6})
     record.stats_after = {"hits": 40.0, "misses": 10.0, "device_bytes": 3e6}
