@@ -149,6 +149,27 @@ class Settings(BaseSettings):
         "read experts straight into their slots, not through buffers: on, off, or auto (what is measured to "
         "be faster)",
     )
+    nodes: Path | None = _setting(
+        None,
+        "Cluster",
+        "FILE",
+        'compute on several machines as one: a JSON list of their addresses, [["10.0.0.1:9400"], '
+        '["10.0.0.2:9400"]], this one first; those on 127.0.0.1 are started here (docs/scale.md)',
+    )
+    rank: int | None = _setting(
+        None,
+        "Cluster",
+        "NUMBER",
+        "this machine's place in --nodes, from 0, where each is started by hand; all but 0 serve no clients",
+        ge=0,
+    )
+    cluster_key: str | None = _setting(
+        None,
+        "Cluster",
+        "KEY",
+        "secret that the machines of --nodes have in common; better in the environment",
+        min_length=16,
+    )
     decode_share: Share = _setting(
         defaults.DECODE_SHARE,
         "Scheduling",

@@ -4,12 +4,13 @@ A layer's row is the normed latent followed by the rotated key that all heads sh
 one row of index keys. Shared layers keep no index keys: they reuse a selection of positions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
 from config.plan import cache_rows
 from models.args import ModelArgs
+from models.attention.cache_blocks import fill_blocks
 from streaming.files.floats import Bytes
 
 
@@ -137,6 +138,10 @@ class SequenceCache:
     def read_state(self, length: int) -> Bytes | None:
         """What is kept of the first `length` tokens beside their rows, as bytes: nothing."""
         return None
+
+    def fill_rows(self, blocks: Sequence[Bytes], sizes: Sequence[int]) -> None:
+        """Appends the rows of saved blocks of so many tokens each, all or none."""
+        fill_blocks(self, blocks, sizes)
 
     def fill_state(self, payload: Bytes, length: int) -> None:
         """Takes over what `read_state` gave."""

@@ -9,15 +9,18 @@ that computing the same tokens again would give, because passes over few rows an
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
-from models.attention.cache import RowCache, SequenceCache
 from streaming.files.floats import Bytes
 
+if TYPE_CHECKING:
+    from models.attention.cache import RowCache, SequenceCache
 
-def read_blocks(cache: SequenceCache, start: int, sizes: Sequence[int]) -> list[Bytes]:
+
+def read_blocks(cache: "SequenceCache", start: int, sizes: Sequence[int]) -> list[Bytes]:
     """The blocks of so many tokens each that begin at row `start`, as bytes of their own."""
     stop = start + sum(sizes)
     assert stop <= cache.length, "only rows that every layer has are read"
@@ -33,7 +36,7 @@ def read_blocks(cache: SequenceCache, start: int, sizes: Sequence[int]) -> list[
     return blocks
 
 
-def fill_blocks(cache: SequenceCache, blocks: Sequence[Bytes], sizes: Sequence[int]) -> None:
+def fill_blocks(cache: "SequenceCache", blocks: Sequence[Bytes], sizes: Sequence[int]) -> None:
     """Append the rows of these blocks to every layer. All or nothing: an error leaves the cache as it was."""
     if not blocks:
         return
@@ -46,7 +49,7 @@ def fill_blocks(cache: SequenceCache, blocks: Sequence[Bytes], sizes: Sequence[i
         raise
 
 
-def _append(cache: SequenceCache, blocks: Sequence[Bytes], sizes: Sequence[int]) -> None:
+def _append(cache: "SequenceCache", blocks: Sequence[Bytes], sizes: Sequence[int]) -> None:
     offsets = [0] * len(blocks)
     for part in cache.parts:
         dtype, width = _row_shape(part)
@@ -59,12 +62,12 @@ def _append(cache: SequenceCache, blocks: Sequence[Bytes], sizes: Sequence[int])
     assert [block.size for block in blocks] == offsets, "a block holds the rows of every layer"
 
 
-def bytes_per_token(cache: SequenceCache) -> int:
+def bytes_per_token(cache: "SequenceCache") -> int:
     """Bytes that a token takes in a whole block."""
     return sum(-(-_row_shape(part)[1] // part.stride) for part in cache.parts)
 
 
-def _row_shape(part: RowCache) -> tuple[mx.Dtype, int]:
+def _row_shape(part: "RowCache") -> tuple[mx.Dtype, int]:
     """The dtype of a row and its bytes."""
     empty = part.rows(0, 0)
     return empty.dtype, empty.shape[1] * empty.dtype.size

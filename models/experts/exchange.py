@@ -18,8 +18,8 @@ Gather = Callable[[mx.array], mx.array]  # uint32 [n] of this rank -> [ranks, n]
 # Words before a message's payload: the seal's, and a note.
 SEAL_WORDS = 2
 FAILED = 2**32 - 1  # the note of a rank that could not read its experts
-# Rows of a prompt whose sums cross at a time: 12 MB of GLM-5.2's.
-SUMMED_ROWS = 512
+# Rows of a prompt whose sums cross at a time: 3 MB of GLM-5.2's.
+SUMMED_ROWS = 128
 
 
 def gather_over(group: mx.distributed.Group) -> Gather:

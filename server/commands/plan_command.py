@@ -20,13 +20,12 @@ from config.plan_report import as_dict, render_plan
 from config.settings import load_settings
 from config.sizes import format_size, parse_size
 from models.arithmetic import METAL, choose_arithmetic
-from models.loading.loading import open_checkpoint
 from models.loading.public_formats import find_format, write_header, write_hollow
 from server.commands.checkpoint import choose_checkpoint
 from server.commands.flags import make_parser
 from server.commands.hub_cache import check_hub, find_snapshot, hub_errors, parse_repo
 from server.commands.serve import make_engine_config
-from server.engine.backend import forecaster, plan_memory
+from server.engine.backend import forecaster, open_first_part, plan_memory
 
 SUMMARY = (
     "Prints how --ram-budget would be divided, and what to expect of it. Loads and downloads no weights."
@@ -49,14 +48,18 @@ def plan_command(words: Sequence[str]) -> int:
         config = replace(config, stream_experts=config.stream_experts or streams)
         if memory:
             config = replace(config, ram_budget_bytes=_budget(budget, memory))
-        checkpoint, arithmetic = open_checkpoint(directory), METAL if memory else choose_arithmetic()
+        checkpoint, arithmetic = open_first_part(config), METAL if memory else choose_arithmetic()
         plan = plan_memory(checkpoint, arithmetic, config, physical_bytes=memory)
         expect = forecaster(checkpoint, arithmetic, plan, disk, memory)
-        expected = expect()
+        expected = None if config.cluster else expect()  # of several machines nothing is known yet
     if is_json:
-        print(json.dumps(as_dict(plan) | {"disk_bytes_per_s": disk, "forecast": asdict(expected)}, indent=2))
-    else:
-        print(render_plan(plan))
+        forecast = asdict(expected) if expected else None
+        print(json.dumps(as_dict(plan) | {"disk_bytes_per_s": disk, "forecast": forecast}, indent=2))
+        return 0
+    print(render_plan(plan))
+    if config.cluster:
+        print(f"Each of the {len(config.cluster.addresses)} machines has this plan, and its own experts.")
+    if expected:
         print(f"With a disk of {format_size(disk)}/s: {expected.describe()}.")
         print(_more(expect))
     return 0

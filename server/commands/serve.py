@@ -38,6 +38,7 @@ from server.link.engine_protocol import Engine
 from server.link.messages import EngineConfig
 from server.link.supervisor import Deadlines, EngineProcess
 from server.logs import set_up_logging
+from server.ranks import follow, make_cluster
 from streaming.files.in_use import shared_use
 
 JSON_KEEPALIVE_S = 10.0
@@ -57,6 +58,9 @@ def serve(settings: Settings) -> int:
     access = make_access(settings)
     checkpoint = choose_checkpoint(settings.model, needs_glm=settings.stream_experts)
     check_cache_folder(settings)
+    if settings.rank:
+        with shared_use(checkpoint.directory):
+            return follow(make_engine_config(settings, checkpoint.directory))
     with shared_use(checkpoint.directory), bind(settings.host, settings.port) as listener:
         dialect = load_dialect(checkpoint.directory)
         fault = asyncio.run(_Serving(settings, access, checkpoint, dialect, listener).run())
@@ -266,4 +270,5 @@ def make_engine_config(settings: Settings, directory: Path) -> EngineConfig:
         wires_memory=settings.wire,
         lookahead=settings.lookahead,
         straight_reads=settings.straight_reads,
+        cluster=make_cluster(settings),
     )

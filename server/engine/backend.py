@@ -1,7 +1,8 @@
 """Opens the model for the engine: the one place where server/ meets models/ and streaming/."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
@@ -13,10 +14,15 @@ from config.plan import MAX_RUNNING, MemoryPlan, make_plan
 from config.plan_report import render_plan
 from config.sizes import format_size, physical_memory_bytes
 from models.arithmetic import Arithmetic, choose_arithmetic
+from models.experts.exchange import Exchange
+from models.glm_moe_dsa import Model
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
 from server.engine.apple import wire
-from server.engine.memory.governor import Governor, Ungoverned
+from server.engine.cluster.leader import Leader, LedModel
+from server.engine.cluster.meeting import facts_of, free_address, gather
+from server.engine.cluster.part import join, part_of
+from server.engine.memory.governor import Governor, Memory, Ungoverned
 from server.engine.memory.pressure import choose_room
 from server.engine.memory.usage import MemoryUse
 from server.engine.mirrors import open_mirrors
@@ -26,6 +32,7 @@ from server.engine.schedule.limits import Limits
 from server.engine.telemetry import measure_all, measure_store
 from server.engine.trials import Habit
 from server.link.messages import EngineConfig, ModelInfo
+from streaming.disk.comparison import Comparison
 from streaming.disk.disk import Disk
 from streaming.disk.open_files import allow_open_files
 from streaming.disk.probe import DiskProbe, probe_disk
@@ -33,6 +40,7 @@ from streaming.disk.reader import NUM_THREADS
 from streaming.eviction.contest import Rule, make_rule
 from streaming.eviction.hot_set import HotSet
 from streaming.files.layout import advise_aligning
+from streaming.placement import Placement
 from streaming.store import ExpertStore
 
 # A context that nobody asked for must not eat the budget: 32,768 tokens of GLM-5.2 are 3.1 GB.
@@ -42,10 +50,59 @@ FIXED = {"auto": None, "on": True, "off": False}
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class OpenedModel:
+    """What every rank of a cluster has: its part of the model within its plan."""
+
+    checkpoint: Checkpoint
+    plan: MemoryPlan
+    probe: DiskProbe | None
+    comparison: Comparison | None
+    rule: Rule
+    store: ExpertStore
+    model: Model
+
+
 def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     """Open the checkpoint that `config` names; `report` is told how far it is."""
     report(0.0, "reading headers")
     checkpoint, arithmetic = open_checkpoint(config.model_path), choose_arithmetic()
+    leader = _lead(config, checkpoint, arithmetic, report) if config.cluster else None
+    exchange = join(leader.welcome, checkpoint) if leader else None
+    opened = open_model(config, checkpoint, arithmetic, report, exchange)
+    checkpoint, plan, probe, model = opened.checkpoint, opened.plan, opened.probe, opened.model
+    lines = tuple(render_plan(plan).splitlines())
+    expected = ""
+    if probe and not exchange:  # nothing is known yet of what several machines should reach
+        expected = forecaster(checkpoint, arithmetic, plan, probe.bytes_per_s)().describe()
+    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines, plan.lines["requests"], expected)
+    fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
+    prefix = open_prefix_cache(model, fingerprint, plan, config)
+    memory = _make_memory(opened, arithmetic, _limiter(config))
+    if opened.comparison is not None:
+        opened.comparison.start()
+    habits = () if plan.is_resident else _make_habits(opened.store, config)
+    hot_set = _open_hot_set(opened.store, config, plan, fingerprint.hex())
+    limits = _make_limits(plan, arithmetic, config)
+    measure = _make_measure(opened, prefix, memory)
+    heat = dict if plan.is_resident else opened.store.heat
+    backend = Backend(model, info, measure, limits, prefix, memory, habits, hot_set, heat)
+    if leader is None:
+        return backend
+    leader.wait_until_loaded(lambda text: report(0.99, text))
+    return replace(backend, model=LedModel(model, leader.tell), on_lost=leader.on_lost)
+
+
+def open_model(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    arithmetic: Arithmetic,
+    report: ReportProgress,
+    exchange: Exchange | None = None,
+) -> OpenedModel:
+    """The model with its store, within the plan; of a cluster, this rank's part of the experts."""
+    if exchange is not None:
+        checkpoint = part_of(checkpoint, exchange.placement)
     plan = plan_memory(checkpoint, arithmetic, config)
     allow_open_files(len(checkpoint.experts.stamps) * (2 + len(config.mirrors)))
     disk, comparison = open_mirrors(
@@ -74,31 +131,53 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
         arithmetic,
         store,
         lambda done, total: report(0.9 + 0.1 * done / total, f"trunk, file {done} of {total}"),
+        exchange,
     )
-    on_plan = _limit_and_wire if config.wires_memory else _limit
-    on_plan(plan)
-    lines = tuple(render_plan(plan).splitlines())
-    expected = forecaster(checkpoint, arithmetic, plan, probe.bytes_per_s)().describe() if probe else ""
-    info = ModelInfo(checkpoint.args.vocab_size, plan.max_context, lines, plan.lines["requests"], expected)
-    fingerprint = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic)
-    prefix = open_prefix_cache(model, fingerprint, plan, config)
+    _limiter(config)(plan)
+    return OpenedModel(checkpoint, plan, probe, comparison, rule, store, model)
+
+
+def open_first_part(config: EngineConfig) -> Checkpoint:
+    """The checkpoint as rank 0 uses it, of which no other rank has more experts."""
+    checkpoint = open_checkpoint(config.model_path)
+    if config.cluster is None:
+        return checkpoint
+    num_ranks, num_experts = len(config.cluster.addresses), checkpoint.args.n_routed_experts
+    return part_of(checkpoint, Placement.by_id(0, num_ranks, num_experts))
+
+
+def _lead(
+    config: EngineConfig, checkpoint: Checkpoint, arithmetic: Arithmetic, report: ReportProgress
+) -> Leader | None:
+    """The other machines of the cluster; None where none of them has come again after a restart.
+
+    Where experts are streamed any number of machines can go on; otherwise all are needed for their memory.
+    """
+    assert config.cluster is not None, "only a cluster is led"
+    guests = gather(
+        config.cluster,
+        facts_of(config.cluster, checkpoint, arithmetic),
+        lambda text: report(0.0, text),
+        is_again=config.marks is not None and config.stream_experts,
+    )
+    return Leader(guests, free_address(config.cluster.addresses[0])) if guests else None
+
+
+def _make_measure(
+    opened: OpenedModel, prefix: PrefixCache | None, memory: Memory
+) -> Callable[[], Mapping[str, float]]:
+    model, store, plan, comparison = opened.model, opened.store, opened.plan, opened.comparison
     use = MemoryUse(
         store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
     )
-    memory = _make_memory(checkpoint, arithmetic, rule, plan, store, model.settle, on_plan)
-    if comparison is not None:
-        comparison.start()
-    measure = measure_all(
-        measure_store(store, lambda: memory.plan if isinstance(memory, Governor) else plan, use, probe),
+    return measure_all(
+        measure_store(
+            store, lambda: memory.plan if isinstance(memory, Governor) else plan, use, opened.probe
+        ),
         prefix.statistics if prefix else dict,
         memory.measure,
         lambda: {"mirror_compared": comparison.share} if comparison is not None else {},
     )
-    habits = () if plan.is_resident else _make_habits(store, config)
-    hot_set = _open_hot_set(store, config, fingerprint.hex())
-    limits = _make_limits(plan, arithmetic, config)
-    heat = dict if plan.is_resident else store.heat
-    return Backend(model, info, measure, limits, prefix, memory, habits, hot_set, heat)
 
 
 def _make_habits(store: ExpertStore, config: EngineConfig) -> tuple[Habit, ...]:
@@ -111,9 +190,11 @@ def _make_habits(store: ExpertStore, config: EngineConfig) -> tuple[Habit, ...]:
     )
 
 
-def _open_hot_set(store: ExpertStore, config: EngineConfig, fingerprint: str) -> HotSet | None:
+def _open_hot_set(
+    store: ExpertStore, config: EngineConfig, plan: MemoryPlan, fingerprint: str
+) -> HotSet | None:
     """Beside the saved prompts; None where all experts are in memory or nothing is kept on disk."""
-    if store.is_resident or config.prefix_directory is None:
+    if plan.is_resident or config.prefix_directory is None:
         return None
     return HotSet(store, config.prefix_directory / f"experts-{fingerprint[:16]}.json", fingerprint)
 
@@ -188,20 +269,21 @@ def _limit_and_wire(plan: MemoryPlan) -> None:
     wire(plan.buffer_bytes)
 
 
+def _limiter(config: EngineConfig) -> Callable[[MemoryPlan], None]:
+    return _limit_and_wire if config.wires_memory else _limit
+
+
 def _make_memory(
-    checkpoint: Checkpoint,
-    arithmetic: Arithmetic,
-    rule: Rule,
-    plan: MemoryPlan,
-    store: ExpertStore,
-    settle: Callable[[], None],
-    on_plan: Callable[[MemoryPlan], None],
+    opened: OpenedModel, arithmetic: Arithmetic, on_plan: Callable[[MemoryPlan], None]
 ) -> Governor | Ungoverned:
+    checkpoint, plan = opened.checkpoint, opened.plan
     if plan.is_resident:
         return Ungoverned()
     geometry = make_geometry(checkpoint, arithmetic, plan.max_context)
-    make = partial(_make_rule, checkpoint)
-    return Governor(store, geometry, plan, settle, make, rule, measure_room=choose_room(), on_plan=on_plan)
+    make, settle = partial(_make_rule, checkpoint), opened.model.settle
+    return Governor(
+        opened.store, geometry, plan, settle, make, opened.rule, measure_room=choose_room(), on_plan=on_plan
+    )
 
 
 def _make_rule(checkpoint: Checkpoint, name: ExpertPolicy) -> Rule:

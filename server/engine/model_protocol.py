@@ -46,6 +46,7 @@ class Backend:
     habits: Sequence[Habit] = ()
     hot_set: HotSet | None = None
     heat: Callable[[], Heat] = dict
+    on_lost: Callable[[Callable[[str], None]], None] = lambda tell: None  # whom to tell of a lost machine
 
 
 ReportProgress = Callable[[float, str], None]

@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
-from config.errors import CheckpointChanged, UsageError
+from config.errors import CheckpointChanged, ClusterError, UsageError
 from server.engine.apple import with_activity
 from server.engine.backend import open_backend
 from server.engine.decode.token_masks import Grammars
@@ -40,6 +41,7 @@ from streaming.files.marks import mark_checkpoint, refuse_changed
 SCARCITY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 # Less than the HTTP side waits before it insists.
 CLOSE_TIMEOUT_S = 3.0
+EXPLAINED_WITHIN_S = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +58,24 @@ def main(open_model: OpenBackend = open_backend) -> int:
     load = inbox.get()
     assert isinstance(load, Load), "the first command opens the model"
     set_up_logging(load.config.log_level, load.config.log_format, load.config.log_file)
-    opened = _open(load.config, open_model, pipe.send)
+    turn = threading.Lock()  # of a cluster a second thread tells the last words
+
+    def send(event: Event) -> None:
+        with turn:
+            pipe.send(event)
+
+    def lost(reason: str) -> None:
+        log.error("%s", reason)
+        send(LoadFailed(reason, is_usage_error=False))
+
+    opened = _open(load.config, open_model, send)
     if opened is None:
         return 1
     backend, marks = opened
-    pipe.send(Ready(backend.info, marks))
+    backend.on_lost(lost)
+    send(Ready(backend.info, marks))
     grammars = Grammars(load.config.model_path, backend.info.vocab_size)
-    telemetry = Telemetry(backend.measure, pipe.send, backend.heat)
+    telemetry = Telemetry(backend.measure, send, backend.heat)
     prefixes = SavedPrefixes(backend.prefix) if backend.prefix else None
     loop = EngineLoop(
         backend,
@@ -73,7 +86,12 @@ def main(open_model: OpenBackend = open_backend) -> int:
         beat=telemetry.beat,
     )
     telemetry.watch(loop.measure)
-    loop.run()
+    try:
+        loop.run()
+    except ClusterError as error:
+        time.sleep(EXPLAINED_WITHIN_S)  # the rank that has failed may know better why
+        lost(str(error))
+        return 1
     if backend.prefix:
         backend.prefix.close(CLOSE_TIMEOUT_S)
     return 0

@@ -6,20 +6,25 @@ and hands them on.
 
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
 import server
-from server.link.messages import Command, Event, Shutdown
+from server.link.messages import ClusterConfig, Command, EngineConfig, Event, Shutdown
 
 STOP_TIMEOUT_S = 5.0
+# An engine that has lost a rank of its cluster says so and ends, within this time.
+WORDS_S = 2.0
+FOLLOWER = "server.engine.cluster.follower"
 # glibc raises the size from which it maps memory to that of what was freed, up to 32 MB, and then keeps up to
 # twice as much of what MLX frees, in nobody's line of the plan: 37 of 403 MB (`benchmarks.ceiling`). A fixed
 # size gives it back at once. Every mapping is zeroed page by page, so it is the size of a tile's largest
@@ -51,7 +56,8 @@ log = logging.getLogger(__name__)
 class Child:
     """`heard_at`: when it said something last, by `time.monotonic`."""
 
-    def __init__(self, worker: str) -> None:
+    def __init__(self, worker: str, config: EngineConfig | None = None) -> None:
+        """`config`: of a cluster, some ranks of which live here as long as this process."""
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -61,6 +67,9 @@ class Child:
                 env=engine_environment(),
                 stdin=subprocess.DEVNULL,
             )
+        self._followers: list[subprocess.Popen[bytes]] = []
+        if config and config.cluster:
+            self._start_followers(config, config.cluster)
         self.heard_at = time.monotonic()
         self._pipe = Connection(ours.detach())
         self._outbox: SimpleQueue[Command | None] = SimpleQueue()
@@ -82,7 +91,9 @@ class Child:
     def _read(self, on_event: Callable[[Event], object], on_death: Callable[[int], object]) -> None:
         try:
             self._read_to_the_end(on_event)
-            on_death(self.process.wait())
+            exit_code = self.process.wait()
+            end_processes(self._followers)
+            on_death(exit_code)
         except RuntimeError:  # the event loop is closed: nobody is left to tell
             log.debug("the engine spoke after the event loop had ended")
         finally:
@@ -96,6 +107,22 @@ class Child:
                 return
             self.heard_at = time.monotonic()
             on_event(event)
+
+    def _start_followers(self, config: EngineConfig, cluster: ClusterConfig) -> None:
+        try:
+            for node in cluster.started:
+                follower = start_follower(replace(config, cluster=replace(cluster, node=node)))
+                self._followers.append(follower)
+                threading.Thread(target=self._watch, args=(follower,), name="follower", daemon=True).start()
+        except OSError:
+            end_processes([self.process, *self._followers])
+            raise
+
+    def _watch(self, follower: "subprocess.Popen[bytes]") -> None:
+        """Ends the engine after one of its ranks, unless it has done so in words."""
+        follower.wait()
+        time.sleep(WORDS_S)
+        self.process.kill()
 
     def kill(self) -> None:
         """End it at once, whatever it does; `on_death` tells when that is done."""
@@ -122,6 +149,24 @@ class Child:
         if self._reader:
             self._reader.join()
         self._pipe.close()
+
+
+def start_follower(config: EngineConfig) -> "subprocess.Popen[bytes]":
+    """Starts another rank of a cluster; it ends when its standard input does."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", FOLLOWER], env=engine_environment(), stdin=subprocess.PIPE
+    )
+    assert process.stdin is not None, "it is asked for"
+    process.stdin.write(pickle.dumps(config))
+    process.stdin.flush()
+    return process
+
+
+def end_processes(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """Ends them at once, stopped ones too."""
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def num_cores() -> int:

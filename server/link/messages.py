@@ -34,6 +34,22 @@ FailureKind = Literal["request", "engine", "disk", "changed", "died", "busy", "t
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """The machines that are one engine together. `node`: this one's place among `addresses`, host:port each.
+
+    They meet at the first address, where they prove to each other that they have the same `key` and compare
+    their `version`. `started`: the other places that are on this machine, whose processes live as long as the
+    first one's.
+    """
+
+    addresses: tuple[str, ...]
+    node: int
+    key: str = field(repr=False)
+    version: str
+    started: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """What the engine process needs to open a model."""
 
@@ -58,6 +74,7 @@ class EngineConfig:
     prefix_directory: Path | None = None  # None: nothing on disk
     prefix_disk_bytes: int = 0
     prefix_writes_per_day: int = 0
+    cluster: ClusterConfig | None = None
     marks: Marks | None = None  # of the checkpoint's files at the first start
 
 
@@ -211,8 +228,9 @@ class Ready:
 
 @dataclass(frozen=True)
 class LoadFailed:
-    """The model could not be opened. `is_usage_error`: trying again cannot help, a person must act.
+    """The model could not be opened, or a machine of the cluster is lost.
 
+    `is_usage_error`: trying again cannot help, a person must act.
     `is_changed`: the checkpoint is not the one that was served before, so it is not served unasked.
     `is_scarce`: the system had no descriptor, process or memory for it at the moment.
     """

@@ -130,7 +130,7 @@ class EngineProcess:
         self._num_starts += 1
         loop = asyncio.get_running_loop()
         try:
-            self._child = child = Child(self._worker)
+            self._child = child = Child(self._worker, self._config)
         except OSError as error:
             self._start_later(f"the engine process could not be started ({error.strerror})", SCARCITY_DELAY_S)
             return

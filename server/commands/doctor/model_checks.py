@@ -36,13 +36,12 @@ def check_checkpoint(settings: Settings) -> Iterator[Finding]:
 def check_plan(settings: Settings) -> Iterator[Finding]:
     """Whether the budget is enough, and for how many experts."""
     from models.arithmetic import choose_arithmetic
-    from models.loading.loading import open_checkpoint
     from server.commands.serve import make_engine_config
-    from server.engine.backend import plan_memory
+    from server.engine.backend import open_first_part, plan_memory
 
     directory = directory_of(settings)
     config = make_engine_config(settings, directory)
-    plan = plan_memory(open_checkpoint(directory), choose_arithmetic(), config)
+    plan = plan_memory(open_first_part(config), choose_arithmetic(), config)
     low = min(plan.slots_per_layer, default=0)
     text = f"{low} of {plan.num_experts} experts of each layer fit into {format_size(plan.budget_bytes)}"
     is_tight = low < plan.num_experts / 8
@@ -101,21 +100,21 @@ def check_parser(settings: Settings) -> Iterator[Finding]:
 def check_speed(settings: Settings) -> Iterator[Finding]:
     """Five seconds of reading experts, and what they promise."""
     from models.arithmetic import choose_arithmetic
-    from models.loading.loading import open_checkpoint
     from server.commands.serve import make_engine_config
-    from server.engine.backend import forecaster, plan_memory
+    from server.engine.backend import forecaster, open_first_part, plan_memory
     from streaming.disk.disk import DirectDisk
     from streaming.disk.probe import probe_disk
 
-    directory = directory_of(settings)
-    checkpoint, arithmetic = open_checkpoint(directory), choose_arithmetic()
-    plan = plan_memory(checkpoint, arithmetic, make_engine_config(settings, directory))
+    config = make_engine_config(settings, directory_of(settings))
+    checkpoint, arithmetic = open_first_part(config), choose_arithmetic()
+    plan = plan_memory(checkpoint, arithmetic, config)
     if plan.is_resident and not settings.stream_experts:
         yield Finding(Verdict.GOOD, "every expert stays in memory: the disk does not matter")
         return
     probe = probe_disk(DirectDisk(), checkpoint.experts, plan.reader_threads, limit_s=SPEED_S)
     expected = forecaster(checkpoint, arithmetic, plan, probe.bytes_per_s)()
-    text = f"the disk reads experts at {format_size(probe.bytes_per_s)}/s: {expected.describe()}"
+    text = f"the disk reads experts at {format_size(probe.bytes_per_s)}/s"
+    text += f": {expected.describe()}" if config.cluster is None else ""
     is_slow = probe.bytes_per_s < SLOW_BYTES_PER_S and not plan.is_resident
     figures = {"bytes_per_s": probe.bytes_per_s, "tokens_per_s": expected.tokens_per_s}
     hint = "; keep the model on an internal NVMe SSD" if is_slow else ""

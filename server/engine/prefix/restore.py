@@ -11,7 +11,6 @@ from concurrent.futures import Future, wait
 from time import monotonic
 
 from models.attention.cache import SequenceCache
-from models.attention.cache_blocks import fill_blocks
 from streaming.prefix.block_format import Block, BlockName
 
 # Blocks that are copied between two steps, and as many that are read from disk meanwhile: 49 MB of GLM-5.2.
@@ -124,4 +123,4 @@ class Restoring:
         if not blocks or blocks[-1].start + blocks[-1].tokens.size <= self._cache.length:
             return
         self._cache.trim(blocks[0].start)
-        fill_blocks(self._cache, [block.payload for block in blocks], [block.tokens.size for block in blocks])
+        self._cache.fill_rows([block.payload for block in blocks], [block.tokens.size for block in blocks])

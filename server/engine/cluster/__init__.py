@@ -1,0 +1,1 @@
+"""One model on several machines: rank 0 has the loop, the other ranks repeat its calls of the model."""

@@ -1,0 +1,126 @@
+"""How the machines of a cluster find each other at the start: compared, numbered and joined to a ring.
+
+Rank 0 listens at the first address of the list. The others come there, again and again until it is there.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from multiprocessing import AuthenticationError
+from queue import Empty, SimpleQueue
+
+from config.errors import UsageError
+from models.arithmetic import Arithmetic
+from models.loading.fingerprint import cache_fingerprint
+from models.loading.loading import Checkpoint
+from server.engine.cluster.rank_messages import Introduction
+from server.engine.cluster.wire import Wire
+from server.link.messages import ClusterConfig
+from streaming.files.marks import mark_checkpoint
+
+# A group that has been complete starts again with the machines that have come by then.
+REJOIN_S = 8.0
+RETRY_S = 0.2
+
+Guest = tuple[Wire, Introduction]
+
+
+def facts_of(config: ClusterConfig, checkpoint: Checkpoint, arithmetic: Arithmetic) -> dict[str, str]:
+    """What all machines must have in common to compute the same."""
+    code = cache_fingerprint(checkpoint.directory, checkpoint.args, arithmetic, knows_times=False)
+    files = mark_checkpoint(checkpoint.directory)
+    return {
+        "version of glmserve": config.version,
+        "version of MLX": version("mlx"),
+        "arithmetic": repr(arithmetic),
+        **{f"file {name}": f"{size} bytes, {digest.hex()}" for name, (size, digest) in files.items()},
+        "code that computes": code.hex(),
+    }
+
+
+def gather(
+    config: ClusterConfig, facts: Mapping[str, str], report: Callable[[str], None], *, is_again: bool
+) -> list[Guest]:
+    """Waits for the other machines of the list, in its order; after a restart not for long.
+
+    Raises UsageError where one of them differs.
+    """
+    guests: dict[int, Guest] = {}
+    arrivals: SimpleQueue[Guest] = SimpleQueue()
+    others = range(1, len(config.addresses))
+    awaited = set(config.started if is_again else others)
+    deadline_s = time.monotonic() + REJOIN_S
+    with _listen(config.addresses[0]) as listener:
+        threading.Thread(target=_accept, args=(listener, config.key, arrivals), daemon=True).start()
+        while awaited - guests.keys() or (len(guests) < len(others) and time.monotonic() < deadline_s):
+            missing = ", ".join(config.addresses[node] for node in others if node not in guests)
+            report(f"waiting for {missing}")
+            try:
+                wire, guest = arrivals.get(timeout=1.0)
+            except Empty:
+                continue
+            if guest.node not in others:
+                raise UsageError(f"node {guest.node} came, and --nodes has {len(config.addresses)}")
+            _compare(config.addresses[guest.node], facts, guest.facts)
+            guests[guest.node] = wire, guest
+    return [guests[node] for node in sorted(guests)]
+
+
+def _listen(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    try:
+        return socket.create_server((host, int(port)))
+    except OSError as error:
+        raise UsageError(f"--nodes: cannot listen on {address}: {error.strerror}") from error
+
+
+def _accept(listener: socket.socket, key: str, arrivals: "SimpleQueue[Guest]") -> None:
+    """Each on a thread of its own: a stranger who says nothing keeps nobody waiting."""
+    try:
+        while True:
+            connected, _ = listener.accept()
+            threading.Thread(target=_meet, args=(connected, key, arrivals), daemon=True).start()
+    except OSError:
+        return  # the meeting is over
+
+
+def _meet(connected: socket.socket, key: str, arrivals: "SimpleQueue[Guest]") -> None:
+    try:
+        wire = Wire(connected, key, answers_first=False)
+    except (AuthenticationError, OSError, EOFError):
+        return  # who has not the key is no rank
+    if isinstance(message := wire.receive(), Introduction):
+        arrivals.put((wire, message))
+
+
+def _compare(address: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    for name in sorted({*ours, *theirs}, key=lambda name: [*ours, *theirs].index(name)):
+        here, there = (facts.get(name, "none") for facts in (ours, theirs))
+        if here != there:
+            raise UsageError(
+                f"{address} cannot be one engine with this machine: its {name} is another "
+                f"(there {there[:80]}, here {here[:80]})"
+            )
+
+
+def knock(config: ClusterConfig, introduction: Introduction) -> Wire:
+    """Comes to rank 0, as soon as it is there. Raises UsageError where the keys differ."""
+    host, _, port = config.addresses[0].rpartition(":")
+    while True:
+        try:
+            wire = Wire(socket.create_connection((host, int(port))), config.key, answers_first=True)
+            wire.send(introduction)
+            return wire
+        except AuthenticationError as error:
+            raise UsageError(f"{config.addresses[0]} has another --cluster-key") from error
+        except (OSError, EOFError):
+            time.sleep(RETRY_S)
+
+
+def free_address(address: str) -> str:
+    """An address of the same machine with a port that nobody listens on."""
+    host = address.rpartition(":")[0]
+    with socket.create_server((host, 0)) as server:
+        return f"{host}:{server.getsockname()[1]}"
