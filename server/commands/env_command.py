@@ -6,7 +6,10 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
+from config.errors import CheckpointError
 from config.settings import Settings
+from models.families import FAMILIES
+from server.commands.checkpoint import choose_checkpoint
 from server.commands.flags import parse
 
 # Clients refuse an empty key, and a server without keys takes any.
@@ -37,7 +40,7 @@ def variables_of(settings: Settings) -> dict[str, str]:
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
     url = f"{'https' if settings.ssl_certfile else 'http'}://{host}:{settings.port}"
-    key = settings.api_key or ANY_KEY
+    key, model = settings.api_key or ANY_KEY, settings.served_model_name or _default_model(settings)
     return {
         "OPENAI_BASE_URL": f"{url}/v1",
         "OPENAI_API_BASE": f"{url}/v1",
@@ -46,4 +49,14 @@ def variables_of(settings: Settings) -> dict[str, str]:
         "OPENROUTER_API_KEY": key,
         "ANTHROPIC_BASE_URL": url,
         "ANTHROPIC_AUTH_TOKEN": key,
+        "ANTHROPIC_MODEL": model,
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": model,
     }
+
+
+def _default_model(settings: Settings) -> str:
+    """The id of the model that would be served; where there is none yet, that of GLM-5.2."""
+    try:
+        return choose_checkpoint(settings.model, needs_glm=settings.stream_experts).model_id
+    except CheckpointError:
+        return FAMILIES[0].served_id

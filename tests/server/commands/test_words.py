@@ -80,11 +80,13 @@ def test_the_variable_of_the_config_file_counts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "c.toml").write_text("port = 9123\n")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("GLMSERVE_CONFIG", str(tmp_path / "c.toml"))
     assert main(["env", "--json", "--api-key", "k"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["OPENAI_BASE_URL"] == "http://127.0.0.1:9123/v1"
     assert told["OPENROUTER_API_BASE"] == "http://127.0.0.1:9123/api/v1"
+    assert told["ANTHROPIC_MODEL"] == told["ANTHROPIC_DEFAULT_HAIKU_MODEL"] == "glmserve/pocket"
     assert (told["ANTHROPIC_BASE_URL"], told["ANTHROPIC_AUTH_TOKEN"]) == ("http://127.0.0.1:9123", "k")
 
 
@@ -95,10 +97,11 @@ def test_env_lines_are_for_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_env_says_where_the_keys_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["env", "--api-key-file", "our-keys"]) == 0
+    assert main(["env", "--api-key-file", "our-keys", "--model", "not/there"]) == 0
     told = capsys.readouterr()
     assert "one of the keys in our-keys" in told.err
     assert all(line.startswith("export ") for line in told.out.splitlines())
+    assert "export ANTHROPIC_MODEL=z-ai/glm-5.2" in told.out, "what would be served once it is there"
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, ""])
