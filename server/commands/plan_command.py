@@ -6,6 +6,7 @@ id by which GLM-5.2 is served. With `--memory` the plan is for another machine, 
 
 import json
 import logging
+import re
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ SUMMARY = (
 )
 # Where no rate is given: an M5 Max's SSD reads experts at 12 to 14 GB/s, others at 6 to 7.
 DISK = "7GB/s"
+LEAST_RATE = 10**6
 
 
 def plan_command(words: Sequence[str]) -> int:
@@ -89,9 +91,12 @@ def _size(text: str) -> int:
 def _rate(text: str) -> int:
     """Bytes a second of a rate such as 7GB/s."""
     try:
-        return parse_size(text.strip().removesuffix("/s"))
-    except ValueError as error:
-        raise UsageError(f"--disk: {text!r} is not a rate; write 7GB/s") from error
+        rate = 0 if re.search(r"[KMGT]i?b", text) else parse_size(text.strip().removesuffix("/s"))
+    except ValueError:
+        rate = 0
+    if rate < LEAST_RATE:  # also bits, and a number without its unit
+        raise UsageError(f"--disk: {text!r} is not a rate of a disk; write 7GB/s, in bytes")
+    return rate
 
 
 def _budget(text: str | None, memory_bytes: int) -> int:

@@ -18,7 +18,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from config.errors import CheckpointError, UsageError
 from config.sizes import format_size
@@ -196,15 +195,11 @@ def list_repositories(*, is_json: bool) -> int:
     if is_json:
         print(json.dumps(rows, indent=2))
         return 0
-    table = Table(
-        caption=f"experts in memory: of 256 in each layer, with --ram-budget {format_size(BUDGET_BYTES)}"
-    )
-    for name in ("repository", "size", "remark", "least budget", "experts in memory", "in the cache"):
-        table.add_column(name, overflow="fold")
     for row in rows:
         least, size = format_size(row["minimum_budget_bytes"]), format_size(row["disk_bytes"])
-        table.add_row(row["repo"], size, row["remark"], least, str(row["slots_per_layer"]), row["cached"])
-    Console().print(table)
+        kept = f"{row['slots_per_layer']} of 256 experts of each layer in {format_size(BUDGET_BYTES)}"
+        print(f"{row['repo']}\n    {size}, {row['remark']}; needs {least}, keeps {kept}")
+        print(f"    in the cache: {row['cached']}")
     return 0
 
 

@@ -184,6 +184,12 @@ def test_the_list_says_what_each_needs(cache: Path, capsys: pytest.CaptureFixtur
     assert all(20e9 < one["minimum_budget_bytes"] < 40e9 and one["cached"] == "no" for one in listed)
 
 
+def test_the_names_in_the_list_can_be_copied(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pull", "--list"]) == 0
+    told = capsys.readouterr().out
+    assert [one.repo for one in PUBLIC_FORMATS if one.repo not in told] == []
+
+
 def test_the_readme_has_the_numbers_of_the_list(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pull", "--list", "--json"]) == 0
     slots = {one["repo"]: one["slots_per_layer"] for one in json.loads(capsys.readouterr().out)}
@@ -227,7 +233,15 @@ def test_served_ids_mean_a_public_format(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--memory", "lots"], ["--disk", "fast"], ["--memory", "8G", "--ram-budget", "9G"]]
+    "words",
+    [
+        ["--memory", "lots"],
+        ["--disk", "fast"],
+        ["--disk", "7"],
+        ["--disk", "56Gb/s"],
+        ["--disk", "80%"],
+        ["--memory", "8G", "--ram-budget", "9G"],
+    ],
 )
 def test_a_plan_with_no_sense_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     assert main(["plan", "glm-5.2", *words]) == 2
