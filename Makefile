@@ -31,7 +31,7 @@ help:
 	@echo "make test-fast  the inner loop: ruff and the quick tests"
 	@echo "make test-grids  the other cases of tables that make test has a few of"
 	@echo "make test-long  these and tests that take minutes each"
-	@echo "make test-agents  Claude Code, Codex, opencode and aider against the server; needs npm"
+	@echo "make test-agents  Claude Code, Codex, opencode, Cline and aider against the server; needs npm"
 	@echo "make rehearsal  GLM-5.2 at full size without its weights; flags: make rehearsal ARGS='--layers 6'"
 	@echo "make install    a complete $(VENV) and nothing else"
 

@@ -38,6 +38,7 @@ SHELLS = {
     "exec_command": {"cmd": "{command}"},
     "shell_command": {"command": "{command}"},
     "shell": {"command": '["bash", "-lc", "{command}"]'},
+    "run_commands": {"commands": '["{command}"]'},
 }
 SAID = "The file is there."
 EDIT = "{name}\n```\n<<<<<<< SEARCH\n=======\ndone\n>>>>>>> REPLACE\n```\n"
@@ -94,6 +95,8 @@ def make_commands(url: str, agent: str, turn: int) -> list[str]:
     if agent == "claude":
         permission = ["--permission-mode", "acceptEdits", "--allowedTools", "Bash"]
         return ["-p", asked, *permission, "--model", MODEL, *(["--continue"] if goes_on else [])]
+    if agent == "cline":  # it goes on with a session only at a terminal, so that each turn is one of its own
+        return [asked]
     if agent == "aider":
         quiet = ["--no-check-update", "--no-show-model-warnings", "--no-analytics", "--no-pretty", "--no-git"]
         history = ["--restore-chat-history", "--edit-format", "diff", "--yes-always"]
@@ -130,6 +133,12 @@ def play(agent: str, url: str, folder: Path) -> str:
     """Three turns of one agent; what went wrong, or nothing."""
     (folder / "home").mkdir()
     (folder / "work").mkdir()
+    if agent == "cline":
+        words = ["-p", "openai-compatible", "-k", "none", "-m", MODEL, "-b", f"{url}/v1"]
+        subprocess.run(
+            [BINARIES / agent, "auth", *words], cwd=folder / "work", env=environment(url, folder), check=True,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=TURN_TIMEOUT_S,
+        )  # fmt: skip
     for turn in range(1, NUM_TURNS + 1):
         try:
             done = subprocess.run(
@@ -161,7 +170,7 @@ def main() -> int:
         (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
         tokenizer = load_tokenizer(folder)
         dialect = Dialect(tokenizer, ChatTemplate(OUR_TEMPLATE.read_text(encoding="utf-8"), "ours"))
-        for agent in sys.argv[1:] or ("claude", "codex", "opencode", "aider"):
+        for agent in sys.argv[1:] or ("claude", "codex", "opencode", "cline", "aider"):
             engine = Writer([], context_length=2**20, tokenizer=tokenizer)
             (folder / agent).mkdir()
             with running_server(Service(engine, dialect, ModelNames(MODEL, "any"))) as url:
