@@ -301,7 +301,7 @@ class Arithmetic:
         self,
         layer: DeltaLayer,
         state: tuple[mx.array, mx.array],
-        row: tuple[mx.array, mx.array, mx.array, mx.array],
+        row: Sequence[mx.array],
         bound: float,
         norm_eps: float,
         unit_eps: float,
@@ -398,12 +398,10 @@ class Arithmetic:
     def _gated_by_kernel(
         self, x: mx.array, gate: Weight, up: Weight, slots: mx.array | None = None
     ) -> mx.array:
-        """The same of x gate and x up, where the kernels take the weights; unbounded in one of them."""
+        """The same of x gate and x up, in one kernel."""
         assert gate.quantization is not None, "a kernel multiplies packed weights"
         size, parts = gate.quantization.group_size, [parts_of(gate), parts_of(up)]
-        if self.swiglu_limit == math.inf:
-            return products.multiply(x, parts, size, slots=slots)
-        return self.gated(*(products.multiply(x, [one], size, slots=slots) for one in parts))
+        return products.multiply(x, parts, size, slots=slots, limit=self.swiglu_limit)
 
     def add_rows(self, out: mx.array, rows: NDArray[np.int64], added: mx.array) -> mx.array:
         """out [N, H] with added [n, H] on top of these rows, each named once; nobody else refers to out."""

@@ -61,21 +61,25 @@ class MoeMlp(nn.Module):
         `guess`: the next layer's experts, as `Router.ranked` gives them.
         """
         compiles = self._compiles and x.shape[0] <= EAGER_ROWS
-        if self._experts.are_resident_for(x.shape[0]):
-            return self._compiled(x, onto) if compiles else self._whole(x, onto)
+        if self.is_resident_for(x.shape[0]):
+            return self._compiled(x, onto) if compiles else self.whole(x, onto)
         (ids, weights, choice), added = (self._compiled_begin if compiles else self._begin)(x)
         return self._experts(x, ids, weights, choice, guess=guess, added=(*added, *onto))
 
     @cached_property
     def _compiled(self) -> Callable[..., mx.array]:
-        return mx.compile(self._whole)
+        return mx.compile(self.whole)
 
     @cached_property
     def _compiled_begin(self) -> Callable[..., Any]:
         return mx.compile(self._begin)
 
-    def _whole(self, x: mx.array, onto: list[mx.array]) -> mx.array:
-        """The same where experts are resident."""
+    def is_resident_for(self, rows: int) -> bool:
+        """Whether a call for so many rows depends on its arrays alone."""
+        return self._experts.are_resident_for(rows)
+
+    def whole(self, x: mx.array, onto: list[mx.array]) -> mx.array:
+        """The same where experts are resident, a pure function."""
         routing, added = self._begin(x)
         return self._experts(x, *routing, added=(*added, *onto))
 

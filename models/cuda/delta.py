@@ -1,5 +1,6 @@
 """A linear layer's step for one row, between its projections. Called by `models.arithmetic`."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ MOST_CHANNELS = 256
 _STEP = r"""
   const int D = WIDTH, Q = D / 4, K = qw_shape[2], head = blockIdx.x, me = threadIdx.x % D;
   const int quarter = threadIdx.x / D;
-  const long W = mixed_shape[1] / 3, c = head * 1L * D + me, first = head * 1L * D * D + me;
+  const long W = query_shape[1], c = head * 1L * D + me, first = head * 1L * D * D + me;
   __shared__ float keys[D], queries[D], decays[D], values[D], parts[4][D], sums[32];
   float made[3] = {0, 0, 0}, mine[Q];
   #pragma unroll
@@ -24,10 +25,11 @@ _STEP = r"""
     for (int part = 0; part < 3; ++part) {
       const float* w = (part == 0 ? qw : part == 1 ? kw : vw) + c * K;
       const long at = part * W + c;
-      float sum = static_cast<float>(mixed[at]) * w[K - 1];
+      const auto now = (part == 0 ? query : part == 1 ? key : value)[c];
+      float sum = static_cast<float>(now) * w[K - 1];
       for (int j = 0; j < K - 1; ++j) {
         sum += static_cast<float>(before[j * 3 * W + at]) * w[j];
-        inputs[j * 3 * W + at] = j < K - 2 ? before[(j + 1) * 3 * W + at] : mixed[at];
+        inputs[j * 3 * W + at] = j < K - 2 ? before[(j + 1) * 3 * W + at] : now;
       }
       made[part] = sum / (1.0f + expf(-sum));
     }
@@ -67,7 +69,8 @@ _STEP = r"""
   if (quarter == 0) out[c] = static_cast<T>(read * factor * norm[me] * open);
 """
 _NAMES = [
-    "state", "before", "mixed", "forget", "beta", "gate", "qw", "kw", "vw", "dt_bias", "a_log", "norm",
+    "state", "before", "query", "key", "value", "forget", "beta", "gate", "qw", "kw", "vw", "dt_bias",
+    "a_log", "norm",
 ]  # fmt: skip
 
 
@@ -98,15 +101,15 @@ def can_step(width: int) -> bool:
 def step(
     layer: DeltaLayer,
     state: tuple[mx.array, mx.array],
-    projected: tuple[mx.array, mx.array, mx.array, mx.array],
+    projected: Sequence[mx.array],
     bound: float,
     norm_eps: float,
     unit_eps: float,
 ) -> list[mx.array]:
     """One row: what goes into the output's projection [1, width], and the two arrays of the state behind it.
 
-    `projected`: the row's inputs to convolve [1, 3 width], forget gate [1, width], beta [1, heads] and output
-    gate [1, width], as they come out of their projections.
+    `projected`: the row's query, key and value to convolve and its forget gate, [1, width] each, beta
+    [1, heads] and output gate [1, width], as they come out of their projections.
     """
     matrix, before = state
     heads, width, _ = matrix.shape

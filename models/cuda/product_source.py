@@ -180,9 +180,18 @@ STORE = """
   for (int i = threadIdx.x; i < rows * 16; i += blockDim.x)
     out[to + i / 16 * to_step + blockIdx.x * 16L + i % 16] = static_cast<T>(VALUE);
 """
-GATED = """__bfloat162float(__float2bfloat16(silu(__bfloat162float(__float2bfloat16(result[0][i]))))) *
-        __bfloat162float(__float2bfloat16(result[1][i]))"""
-SILU = "\n__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }\n"
+GATED = (
+    """rounded(silu(bounded(rounded(result[0][i]), -NO_LIMIT))) * bounded(rounded(result[1][i]), -LIMIT)"""
+)
+# Comparisons, because fminf() would make a number of what is none.
+SILU = """
+#define NO_LIMIT __uint_as_float(0x7F800000u)
+__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
+__device__ __forceinline__ float rounded(float v) { return __bfloat162float(__float2bfloat16(v)); }
+__device__ __forceinline__ float bounded(float v, float least) {
+  return v > BOUND ? BOUND : v < least ? least : v;
+}
+"""
 # Several matrices one behind the other, each with an output of its own.
 SEVERAL = """
   const int all_rows = x_shape[0], start = blockIdx.y * 8, K = x_shape[1];

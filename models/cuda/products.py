@@ -1,5 +1,6 @@
 """Products of few rows with 4-bit weights. Called by `models.arithmetic`."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Protocol
@@ -46,9 +47,9 @@ def parts_of(w: PackedWeight) -> list[mx.array]:
 
 @cache
 def _product_kernel(
-    is_affine: bool, group_size: int, place: str, is_gated: bool, adds: bool, rotated: int
+    is_affine: bool, group_size: int, place: str, is_gated: bool, adds: bool, rotated: int, limit: float
 ) -> Kernel:
-    """x with packed weights; gated: silu(x gate) * (x up)."""
+    """x with packed weights; gated: silu(x gate) * (x up), within a limit."""
     names, source = ["x"], PLACE[place] + (ROTATE if rotated else "") + BEGIN
     for which, name in enumerate("wv" if is_gated else "w"):
         names += [name, f"{name}s"] + ([f"{name}b"] if is_affine else [])
@@ -60,12 +61,13 @@ def _product_kernel(
     source = _filled(source + STORE.replace("VALUE", value), is_affine, group_size)
     extra = {"slots": place == "slots", "periods": rotated, "positions": rotated, "added": adds}
     kind = "gated" if is_gated else "added" if adds else "product"
+    bound = "NO_LIMIT" if limit == math.inf else f"static_cast<float>({limit!r})"
     return make_kernel(
         f"{kind}_{place}_{_format(is_affine, group_size)}_{rotated}",
         input_names=[*names, *(name for name, is_there in extra.items() if is_there)],
         output_names=["out"],
-        source=source.replace("ROTATED", str(rotated)),
-        header=HEADER + (SILU if is_gated else "") + (ROTATION if rotated else ""),
+        source=source.replace("ROTATED", str(rotated)).replace("-LIMIT", f"-{bound}"),
+        header=HEADER + (SILU.replace("BOUND", bound) if is_gated else "") + (ROTATION if rotated else ""),
     )
 
 
@@ -113,12 +115,14 @@ def multiply(
     *,
     slots: mx.array | None = None,
     added: mx.array | None = None,
+    limit: float = math.inf,
 ) -> mx.array:
     """Rows with packed matrices.
 
     x [rows, K] with one matrix, or [M, rows, K] with M of them -> [..., rows, N]. With slots, any integers
     [rows, k]: x [rows, K], or [rows, k, K], -> [rows, k, N]. Two weights: silu of the product with the first
-    times that with the second. `added`, of the output's shape, is added before the one rounding.
+    times that with the second, the first at most `limit`, the second at most that far from zero. `added`, of
+    the output's shape, is added before the one rounding.
     """
     matrix = weights[0][0]
     outputs = matrix.shape[-2]
@@ -133,7 +137,8 @@ def multiply(
         count = x.size // (x.shape[-2] * x.shape[-1]) * -(-x.shape[-2] // TILE_ROWS)
     if added is not None:
         inputs.append(added)
-    kernel = _product_kernel(len(weights[0]) == 3, group_size, place, len(weights) == 2, added is not None, 0)
+    is_affine, is_gated = len(weights[0]) == 3, len(weights) == 2
+    kernel = _product_kernel(is_affine, group_size, place, is_gated, added is not None, 0, limit)
     return _launch(kernel, inputs, template, outputs // TILE_OUTPUTS, count, [shape], [x.dtype], group_size)[
         0
     ]
@@ -152,7 +157,7 @@ def multiply_heads(
     """
     heads, outputs = weight[0].shape[:2]
     rotated, *arrays = rotation or (0,)
-    kernel = _product_kernel(len(weight) == 3, group_size, "heads", False, False, rotated)
+    kernel = _product_kernel(len(weight) == 3, group_size, "heads", False, False, rotated, math.inf)
     count = heads * -(-x.shape[0] // TILE_ROWS)
     shape = (x.shape[0], heads, outputs + rotated)
     tiles = outputs // TILE_OUTPUTS + bool(rotated)

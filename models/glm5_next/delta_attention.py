@@ -5,7 +5,7 @@ gates and state in float32. Several rows of a sequence go through chunks, a sing
 two differ in their last bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
@@ -17,7 +17,7 @@ from models.arithmetic import Arithmetic
 from models.attention.attention import RowPart, Span
 from models.glm5_next.delta_rule import by_chunks, step
 from models.glm5_next.flash_args import FlashArgs
-from models.glm5_next.flash_cache import FlashCache, LayerState
+from models.glm5_next.flash_cache import FlashCache, LayerState, State
 from models.in_flight import InFlight
 from models.linear import Linear
 
@@ -72,8 +72,6 @@ class DeltaAttention(nn.Module):
 
     def attended(self, x: mx.array, part: RowPart) -> mx.array:
         """x [N, H] -> [N, H]; the states in the caches of the spans go on behind their rows."""
-        if self._steps(x, part):
-            return self._in_few_kernels(x, part)
         is_compiled = self._arithmetic.compiles and not part.is_large
         project, finish, _ = self._compiled if is_compiled else (self._project, self._finish, None)
         mixed, gate, beta, output_gate = project(x)
@@ -91,38 +89,47 @@ class DeltaAttention(nn.Module):
                     in_flight.launch(outs[-1], *state.arrays)
         return finish(outs[0] if len(outs) == 1 else mx.concatenate(outs), output_gate)
 
-    def _steps(self, x: mx.array, part: RowPart) -> bool:
-        """Whether each sequence has one row, for which there are kernels of our own."""
+    def steps(self, x: mx.array, part: RowPart) -> bool:
+        """Whether each sequence has one row, for which `step` has kernels of our own."""
         weights = (self.q_proj, self.k_proj, self.v_proj, self.f_a_proj, self.b_proj, self.g_a_proj)
         is_decode = len(part.spans) == x.shape[0]
         return is_decode and self._arithmetic.can_step(x, self._args.linear_head_dim, *weights)
 
-    def _in_few_kernels(self, x: mx.array, part: RowPart) -> mx.array:
-        """As `attended`, for one row of each sequence."""
-        args = self._args
-        q, k, v, forget, beta, gate = self._arithmetic.projected(
+    def step(self, x: mx.array, states: Sequence[State]) -> tuple[mx.array, list[State]]:
+        """One row of each of several sequences, [N, H]: what it attends to, [N, H], and the states behind it.
+
+        A pure function whose arrays keep their shapes from step to step.
+        """
+        args, arithmetic = self._args, self._arithmetic
+        q, k, v, forget, beta, gate = arithmetic.projected(
             x, self.q_proj, self.k_proj, self.v_proj, self.f_a_proj, self.b_proj, self.g_a_proj
         )
-        rows = (mx.concatenate([q, k, v], axis=-1), self.f_b_proj(forget), beta, self.g_b_proj(gate))
-        outs = []
-        for span in part.spans:
-            cache, state = state_of(span, self._layer)
-            mixed, forgets, strength, opens = (span.cut(array) for array in rows)
-            matrix, before = state.arrays
-            out, *arrays = self._arithmetic.delta_step(
-                self, (matrix, before), (mixed, forgets, strength, opens),
-                float(args.linear_lower_bound), args.rms_norm_eps, NORM_EPS,
-            )  # fmt: skip
-            state.advance(tuple(arrays), 1)
-            if state.length in cache.marks_between(state.length - 1, state.length):
-                state.mark(state.length, state.arrays)
+        rows = (q, k, v, self.f_b_proj(forget), beta, self.g_b_proj(gate))
+        bounds = float(args.linear_lower_bound), args.rms_norm_eps, NORM_EPS
+        outs, after = [], []
+        for i, (matrix, before) in enumerate(states):
+            row = [array[i : i + 1] for array in rows] if len(states) > 1 else rows
+            out, *arrays = arithmetic.delta_step(self, (matrix, before), row, *bounds)
             outs.append(out)
-        return self.o_proj(outs[0] if len(outs) == 1 else mx.concatenate(outs))
+            after.append(tuple(arrays))
+        return self.o_proj(outs[0] if len(outs) == 1 else mx.concatenate(outs)), after
+
+    def states(self, part: RowPart) -> list[State]:
+        """The states of the sequences."""
+        return [state_of(span, self._layer)[1].arrays for span in part.spans]
+
+    def keep(self, part: RowPart, states: Sequence[State]) -> None:
+        """Each sequence goes on to its state one row later."""
+        for span, arrays in zip(part.spans, states, strict=True):
+            cache, state = state_of(span, self._layer)
+            state.advance(arrays, 1)
+            if state.length in cache.marks_between(state.length - 1, state.length):
+                state.mark(state.length, arrays)
 
     @cached_property
     def _compiled(self) -> tuple[Callable[..., Any], ...]:
         """What comes before the states are used, after, and between, for few rows."""
-        return mx.compile(self._project), mx.compile(self._finish), mx.compile(self._step)
+        return mx.compile(self._project), mx.compile(self._finish), mx.compile(self._recur)
 
     def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """What rows x [N, H] bring: inputs to convolve [N, 3 width], gate, beta, and the output's gate."""
@@ -150,7 +157,7 @@ class DeltaAttention(nn.Module):
         matrix, before = state.arrays
         rows, position = mixed.shape[0], state.length
         if rows == 1:
-            one = self._compiled[2] if self._arithmetic.compiles else self._step
+            one = self._compiled[2] if self._arithmetic.compiles else self._recur
             out, *arrays = one(matrix, before, mixed, gate, beta)
             state.advance(tuple(arrays), 1)
             return out
@@ -161,7 +168,7 @@ class DeltaAttention(nn.Module):
         state.advance((matrix, mx.contiguous(inputs[rows:])), rows)
         return out
 
-    def _step(
+    def _recur(
         self, matrix: mx.array, before: mx.array, mixed: mx.array, gate: mx.array, beta: mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
         """A single row: what it reads [1, heads, D], and the two arrays of the state behind it."""

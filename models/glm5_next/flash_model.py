@@ -6,7 +6,7 @@ of them.
 
 from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -16,7 +16,7 @@ from models.attention.cache import SequenceCache
 from models.experts.experts import Experts
 from models.glm5_next.delta_attention import DeltaAttention
 from models.glm5_next.flash_args import LINEAR, FlashArgs
-from models.glm5_next.flash_cache import FlashCache
+from models.glm5_next.flash_cache import FlashCache, State
 from models.glm5_next.hyper_connection import HyperConnection, Mix
 from models.glm5_next.pooled_attention import PooledAttention
 from models.glm_moe_dsa import DecoderLayer, Model, MoeMlp
@@ -44,11 +44,41 @@ class FlashLayer(DecoderLayer):
     def __call__(self, x: mx.array, parts: Sequence[RowPart]) -> mx.array:
         """x [N, S H] -> [N, S H], of few rows."""
         [part] = parts
+        if isinstance(self.self_attn, DeltaAttention) and self.self_attn.steps(x, part):
+            return self._step(self.self_attn, x, part)
         before, join_attention, between, join_mlp = self._compiled if self._compiles else self._pieces
         normed, mix = before(x)
         h = join_attention(x, self.self_attn.attended(normed, part), mix)
         normed, mix = between(h)
         return join_mlp(h, self._through_mlp(h, normed, []), mix)
+
+    def _step(self, attention: DeltaAttention, x: mx.array, part: RowPart) -> mx.array:
+        """A row of each sequence through a linear layer: in one piece, or two where experts are streamed."""
+        whole, until_mlp = self._compiled_step
+        if isinstance(self.mlp, MoeMlp) and self.mlp.is_resident_for(x.shape[0]):
+            out, states = whole(x, attention.states(part))
+            attention.keep(part, states)
+            return cast(mx.array, out)
+        h, normed, mix, states = until_mlp(x, attention.states(part))
+        attention.keep(part, states)
+        return cast(mx.array, self._compiled[-1](h, self._through_mlp(h, normed, []), mix))
+
+    @cached_property
+    def _compiled_step(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """A linear layer's step as a whole, and up to its MLP."""
+        return mx.compile(self._whole_step), mx.compile(self._step_until_mlp)
+
+    def _whole_step(self, x: mx.array, states: list[State]) -> tuple[mx.array, list[State]]:
+        h, normed, mix, states = self._step_until_mlp(x, states)
+        return self.ffn_hc.join(h, self.mlp.whole(normed, []), mix), states
+
+    def _step_until_mlp(
+        self, x: mx.array, states: list[State]
+    ) -> tuple[mx.array, mx.array, Mix, list[State]]:
+        normed, mix = self._before(x)
+        out, states = self.self_attn.step(normed, states)
+        h = self.attn_hc.join(x, out, mix)
+        return h, *self._between(h), states
 
     @property
     def _pieces(self) -> tuple[Callable[..., Any], ...]:

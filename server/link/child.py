@@ -35,6 +35,8 @@ FOLLOWER = "server.engine.cluster.follower"
 # two threads on two busy cores a product took 11.4 ms, with one 0.54. So it leaves cores to everybody else.
 # MLX rounds float32 products to TF32's 10 bits on NVIDIA and on Apple's M5 unless it is told not to. Router,
 # indexer and head weights are float32 because they decide; wide products are bfloat16 and lose nothing.
+# MLX gathers kernels for NVIDIA into a graph until somebody waits for it: the round trip that tells a layer's
+# experts then takes 0.42 ms, without graphs 0.19 (`benchmarks.gpu.profile`).
 # glibc asks Linux for pages of 2 MB where it maps memory: the kernel then takes 0.1 to 0.2 ms of CPU to read
 # an expert of 16.5 MB past its cache, with pages of 4 kB 0.9 to 1.3 (`benchmarks.target.align_gain`).
 ENGINE_ENVIRONMENT = {
@@ -42,6 +44,7 @@ ENGINE_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**22),
     "OPENBLAS_THREAD_TIMEOUT": "4",
     "MLX_ENABLE_TF32": "0",
+    "MLX_USE_CUDA_GRAPHS": "0",
 }
 # For HTTP and for the disk's threads.
 CORES_OF_OTHERS = 2
