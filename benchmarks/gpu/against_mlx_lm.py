@@ -1,11 +1,13 @@
 """Ours against stock mlx-lm on one checkpoint: `python -m benchmarks.gpu.against_mlx_lm FOLDER [--rounds 3]`.
 
-Each side is a process of its own; they warm up together, then take turns. Every layer of the checkpoint
-has an indexer, or mlx-lm does not load it. `--only ours` measures one side where two do not fit.
+Each side is a process of its own, ours in the engine's environment; they warm up together, then take turns.
+Every layer of the checkpoint has an indexer, or mlx-lm does not load it. `--only ours` measures one side,
+where two do not fit.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from server.link.child import engine_variables
 
 SIDES = ("ours", "mlx-lm")
 MLX_LM_CHUNK = 2048  # rows of a prompt that mlx-lm takes at once; a quarter where only decode is measured
@@ -101,7 +105,10 @@ def compare(options: argparse.Namespace) -> None:
     workers = {}
     for side in sides:
         command = [sys.executable, "-m", "benchmarks.gpu.against_mlx_lm", *sys.argv[1:], "--side", side]
-        workers[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = dict(os.environ) if side == "mlx-lm" else engine_variables() | os.environ
+        workers[side] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
     for worker in workers.values():
         _send(worker)
     for side, worker in workers.items():

@@ -16,6 +16,7 @@ from statistics import median
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from benchmarks.rig.drive import use_engine_environment
 from models.arithmetic import choose_arithmetic
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--rounds", type=int, default=64)
     options = parser.parse_args()
+    use_engine_environment("benchmarks.gpu.flash_layers")
     mx.random.seed(0)
     with tempfile.TemporaryDirectory() as folder:
         model, expert_bytes = load(Path(folder))

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.rig.drive import use_engine_environment
 from models.arithmetic import choose_arithmetic
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=40, help="steps of each way, in turn")
     options = parser.parse_args()
+    use_engine_environment("benchmarks.gpu.profile")
     sides = open_sides(options.folder)
     first = next(iter(sides.values()))
     experts = sum(
