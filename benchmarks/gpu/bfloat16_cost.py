@@ -12,8 +12,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from models.arithmetic import choose_arithmetic
 from models.attention.attention import Span, make_parts
@@ -52,7 +50,7 @@ def divergence(exact: mx.array, other: mx.array) -> float:
     return float((mx.exp(p) * (p - q)).sum())
 
 
-def compare(sides: Sequence[Model], ids: Sequence[int], length: int) -> list[str]:
+def compare(sides: Sequence[Model], ids: Sequence[int], length: int) -> str:
     caches = [model.make_cache() for model in sides]
     for model, cache in zip(sides, caches, strict=True):
         mx.eval(model(mx.array(list(ids[:length])), [Span(cache, 0, length)]))
@@ -64,12 +62,10 @@ def compare(sides: Sequence[Model], ids: Sequence[int], length: int) -> list[str
         overlaps += [len(a & b) / len(a) for a, b in zip(wanted, found, strict=True)]
         apart.append(divergence(exact, other))
         same += int(exact.argmax()) == int(other.argmax())
-    return [
-        str(length),
-        f"{statistics.mean(overlaps):.4f} ({min(overlaps):.4f})",
-        f"{statistics.mean(apart):.2e} ({max(apart):.2e})",
-        f"{same} of {STEPS}",
-    ]
+    return (
+        f"{length} tokens: {statistics.mean(overlaps):.4f} of the selected keys (least {min(overlaps):.4f}), "
+        f"KL {statistics.mean(apart):.2e} nats (most {max(apart):.2e}), {same} of {STEPS} the same likeliest"
+    )
 
 
 def read_tokens(folder: Path, files: Sequence[Path], vocab: int) -> list[int]:
@@ -86,13 +82,10 @@ def main() -> None:
     options = parser.parse_args()
     sides = [open_side(options.folder, dtype) for dtype in (mx.float32, mx.bfloat16)]
     ids = read_tokens(options.folder, options.text, sides[0].args.vocab_size)
-    table = Table(title=f"bfloat16 beside float32, {options.folder.name}, {STEPS} tokens after each length")
-    for column in ("tokens", "keys both choose: mean (least)", "KL, nats: mean (most)", "same likeliest"):
-        table.add_column(column)
+    print(f"bfloat16 beside float32, {options.folder.name}, {STEPS} tokens after each length")
     for length in LENGTHS:
         if length + STEPS <= len(ids):
-            table.add_row(*compare(sides, ids, length))
-    Console(width=110).print(table)
+            print(compare(sides, ids, length), flush=True)
 
 
 if __name__ == "__main__":

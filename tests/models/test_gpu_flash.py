@@ -4,17 +4,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
-from models.arithmetic import Quantization, choose_arithmetic
+from models.arithmetic import CPU, Quantization, choose_arithmetic
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
 from models.cuda import products
 from models.glm5_next.delta_attention import DeltaAttention
+from models.glm5_next.delta_rule import by_chunks
 from models.glm_moe_dsa import Model
 from tests.checkpoints import greedy, open_model, save_packed
-from tests.models.families.tiny_flash import DSA, FLASH, KDA, make_flash_weights
-from tests.tiny_glm import tokens
+from tests.models.families.tiny_flash import DSA, FLASH, FLASH_SCHEDULES, KDA, make_flash_weights
+from tests.tiny_glm import save_checkpoint, tokens
+from tests.tiny_model import logits
 
 GPU = choose_arithmetic()
 pytestmark = [
@@ -47,6 +50,32 @@ def read(model: Model, ids: list[int]) -> SequenceCache:
     cache = model.make_cache()
     mx.eval(model(mx.array(ids), [Span(cache, 0, len(ids))]))
     return cache
+
+
+@pytest.mark.parametrize("schedule", FLASH_SCHEDULES)
+def test_logits_in_float32_are_those_of_the_cpu(schedule: str, tmp_path: Path) -> None:
+    """MLX's own operations only: what differs here is not a kernel of ours."""
+    config, length = FLASH_SCHEDULES[schedule], 70
+    folder = save_checkpoint(tmp_path, config, make_flash_weights(config, 3))
+    with mx.stream(mx.cpu):
+        expected = logits(open_model(folder, arithmetic=CPU).model, tokens(config, length), length)
+    model = open_model(folder, arithmetic=replace(GPU, dtype=mx.float32, has_kernels=False)).model
+    for chunk in (1, 30, length):
+        error = np.abs(logits(model, tokens(config, length), chunk) - expected).max()
+        print(f"{schedule}, chunks of {chunk}: {error:.1e}")
+        assert error <= 1e-4
+
+
+def test_rows_by_chunks_read_what_they_read_on_the_cpu() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (mx.array(rng.standard_normal((70, 4, 128)).astype(np.float32) / 11) for _ in range(3))
+    gate = mx.array(-5 * rng.random((70, 4, 128)).astype(np.float32))
+    beta = mx.array(rng.random((70, 4)).astype(np.float32))
+    state = mx.array(rng.standard_normal((4, 128, 128)).astype(np.float32))
+    with mx.stream(mx.cpu):
+        expected = [np.array(array) for array in by_chunks(state, q, k, v, gate, beta, 7)]
+    for array, one in zip(by_chunks(state, q, k, v, gate, beta, 7), expected, strict=True):
+        assert np.abs(np.array(array) - one).max() <= 1e-4
 
 
 def test_steps_in_few_kernels_are_those_of_mlx(folder: Path) -> None:

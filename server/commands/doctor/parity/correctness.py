@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from config.settings import Settings
 from models.arithmetic import Arithmetic, choose_arithmetic
@@ -22,8 +24,9 @@ GOLDEN = Path(__file__).with_name("golden.json")
 PROMPT = [50 + (7 * i * i + 3 * i) % 4000 for i in range(300)]
 POSITIONS = (9, 200, 270, 299)  # within and beyond the 256 keys that Pocket selects
 NUM_TOP = 16
-# Root mean squares of the error, of those of the logits. float32 differs in the order of additions; bfloat16
-# in 8 bits of each number, and in the experts and keys that are next to be chosen (0.018 on Linux).
+# The median of the rows' errors, each as `row_errors` has it. float32 differs in the order of additions,
+# bfloat16 in 8 bits of each number: 0.009 to 0.027 in eight right ways of computing on Linux. One row in four
+# differed by up to 0.12, where other experts or keys were the next to be chosen, so the mean says nothing.
 MOST_ERROR = {mx.float32: 1e-3, mx.bfloat16: 0.06}
 SHORT = 48  # tokens of the prompt that is read in several ways
 # Rows of one product: kernels change with them. The widths are no multiples of 64, or of 512.
@@ -52,6 +55,12 @@ def hidden_rows(model: Model, length: int, chunk: int) -> mx.array:
     return mx.concatenate(rows)
 
 
+def row_errors(ours: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The root mean square of each row's error, of that of the row expected: [N, M], [N, M] -> [N]."""
+    squares = np.square(ours - expected).mean(axis=1) / np.square(expected).mean(axis=1)
+    return cast(NDArray[np.float32], np.sqrt(squares))
+
+
 def check_golden(settings: Settings) -> Iterator[Finding]:
     """Logits of Pocket at both dtypes against those that were computed on Linux in float32."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
@@ -62,11 +71,11 @@ def check_golden(settings: Settings) -> Iterator[Finding]:
         store.close()
         expected = np.array(golden["logits"], np.float32)
         ours = np.take_along_axis(logits, np.array(golden["ids"]), axis=1)
-        error = float(np.sqrt(np.square(ours - expected).mean() / np.square(expected).mean()))
+        error = float(np.median(row_errors(ours, expected)))
         is_good = error <= most
         yield Finding(
             Verdict.GOOD if is_good else Verdict.FAULT,
-            f"{dtype}: logits differ by {error:.1e} of their size, {most:.0e} is allowed"
+            f"{dtype}: logits differ by {error:.1e} of their size in the median, {most:.0e} is allowed"
             + ("" if is_good else "; MLX computes wrong here, do not serve with it"),
             {"error": error, "dtype": str(dtype)},
         )
@@ -110,13 +119,11 @@ def check_streaming(settings: Settings) -> Iterator[Finding]:
         )
     store.close()
     own_store.close()
-    difference = (rows[8] - rows[SHORT]).astype(mx.float32)
-    size = mx.square(rows[SHORT].astype(mx.float32)).mean()
-    error = float(np.array(mx.sqrt(mx.square(difference).mean() / size)))
-    most = MOST_ERROR[arithmetic.dtype]
+    at_once, in_chunks = (np.array(rows[chunk].astype(mx.float32)) for chunk in (SHORT, 8))
+    error = float(np.median(row_errors(in_chunks, at_once)))
     yield Finding(
-        Verdict.GOOD if error <= 2 * most else Verdict.FAULT,
-        f"a prompt in one sweep and in chunks of eight differ by {error:.1e} of its size",
+        Verdict.GOOD if error <= MOST_ERROR[arithmetic.dtype] else Verdict.FAULT,
+        f"a prompt in one sweep and in chunks of eight differ by {error:.1e} of its size in the median",
         {"error": error},
     )
 
