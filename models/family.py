@@ -25,8 +25,9 @@ class Family:
     `title`: the models' names, for people. `served_id`: the name that clients use. `hugging_face_id`: the
     original. `parse`: config.json's values, or CheckpointError. `layer_names`: the tensors of a layer but
     those of its MLP. `plain_name`: a tensor's name among those. `always_thinks`: there is no answer without a
-    thought. `computing`: the module that holds `COMPUTING`, the half that needs MLX. `computing_files`: in
-    `models/`, of the code that no other architecture computes with.
+    thought. `fails_on`: names of `models.arithmetic` with which its tests fail. `computing`: the module that
+    holds `COMPUTING`, the half that needs MLX. `computing_files`: in `models/`, of the code that no other
+    architecture computes with.
     """
 
     model_types: tuple[str, ...]
@@ -38,6 +39,7 @@ class Family:
     computing: str
     computing_files: tuple[str, ...] = ()
     always_thinks: bool = False
+    fails_on: tuple[str, ...] = ()
     plain_name: Callable[[str], str] = field(default=lambda name: name)
 
     @property

@@ -15,6 +15,7 @@ from config.plan_report import render_plan
 from config.sizes import format_size, physical_memory_bytes
 from models.arithmetic import Arithmetic, choose_arithmetic
 from models.experts.exchange import Exchange
+from models.families import family_of
 from models.glm_moe_dsa import Model
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import Checkpoint, load_model, make_geometry, open_checkpoint, trunk_bytes
@@ -67,6 +68,8 @@ def open_backend(config: EngineConfig, report: ReportProgress) -> Backend:
     """Open the checkpoint that `config` names; `report` is told how far it is."""
     report(0.0, "reading headers")
     checkpoint, arithmetic = open_checkpoint(config.model_path), choose_arithmetic()
+    if arithmetic.name in (family := family_of(checkpoint.args)).fails_on:
+        log.warning("%s fails its tests on %s: do not trust its answers here", family.title, arithmetic.name)
     leader = _lead(config, checkpoint, arithmetic, report) if config.cluster else None
     exchange = join(leader.welcome, checkpoint) if leader else None
     opened = open_model(config, checkpoint, arithmetic, report, exchange)

@@ -1,6 +1,8 @@
 """Checkpoints of GLM-5.3-Flash in every layout in which they are published, and configs that are refused."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from models.families import parse_args
 from models.glm5_next.flash_args import FlashArgs
 from models.loading.loading import make_geometry, open_checkpoint
 from models.loading.public_formats import find_format, write_hollow
+from server.engine import backend
+from server.link.messages import EngineConfig
 from tests.checkpoints import open_model
 from tests.models.families.tiny_flash import DSA, FLASH, KDA, make_flash_weights
 from tests.tiny_glm import Array, fuse_experts, save_checkpoint, tokens
@@ -207,3 +211,18 @@ def test_a_plain_model_has_no_line_of_states(tmp_path: Path) -> None:
     plan = make_plan(geometry, 100 * 10**9, 32_768, physical_bytes=128 * 10**9)
     assert "states" not in plan.lines
     assert plan.max_running == MAX_RUNNING
+
+
+@pytest.mark.parametrize(("name", "is_warned"), [("cpu", False), ("cuda", True)])
+def test_where_an_architecture_fails_its_tests_the_log_warns(
+    name: str,
+    is_warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    save_checkpoint(tmp_path, FLASH, WEIGHTS)
+    monkeypatch.setattr(backend, "choose_arithmetic", partial(replace, CPU, name=name))
+    config = EngineConfig(tmp_path, True, 10**9, 64, "error", prefix_memory_bytes=0)
+    backend.open_backend(config, lambda *words: None)
+    assert ("fails its tests" in caplog.text) == is_warned
