@@ -69,6 +69,13 @@ def contents(directory: Path) -> tuple[Bytes, dict[str, bytes]]:
     return experts_of(checkpoint), trunk_of(checkpoint)
 
 
+def assert_indexed(directory: Path) -> None:
+    """The index names what the files hold: other programs believe it."""
+    weight_map = json.loads((directory / INDEX_NAME).read_text())["weight_map"]
+    held = {file: set(mx.load(str(directory / file))) for file in set(weight_map.values())}
+    assert all(name in held[file] for name, file in weight_map.items())
+
+
 def split(directory: Path, num_tensors: int) -> None:
     """Several tensors to a file, whatever their layer, as savers do that cut at a size."""
     tensors = mx.load(str(directory / "model.safetensors"))
@@ -206,16 +213,16 @@ class Crash(BaseException):
     """The process ends here."""
 
 
-def run_until(monkeypatch: pytest.MonkeyPatch, directory: Path, target: Path | None, at: int) -> bool:
-    """Aligns with a crash before the `at`-th change of the folder; whether there was one."""
-    count = 0
+def run_until(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, target: Path | None, at: int, made: list[str]
+) -> bool:
+    """Aligns with a crash once `at` changes of the folder were `made`; whether there was one."""
 
     def before(call: Any) -> Any:
         def wrapper(*args: Any, **named: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count > at:
+            if len(made) == at:
                 raise Crash
+            made.append(call.__name__)
             return call(*args, **named)
 
         return wrapper
@@ -239,7 +246,7 @@ def test_a_crash_before_any_change_leaves_a_complete_copy_and_the_same_command_e
     directory, target = tmp_path / "model", (tmp_path / "copy" if is_elsewhere else None)
     shutil.copytree(saved, directory)
     at, num_crashes = 0, 0
-    while run_until(monkeypatch, directory, target, at):
+    while run_until(monkeypatch, directory, target, at, []):
         num_crashes += 1
         assert contents(directory) == before
         at = rng.randrange(1, 12) if num_crashes < 40 else 10**9
@@ -248,6 +255,22 @@ def test_a_crash_before_any_change_leaves_a_complete_copy_and_the_same_command_e
     assert_aligned(target or directory)
     assert not list((target or directory).glob("*.partial"))
     assert not ((target or directory) / STATE_NAME).exists()
+
+
+def test_a_crash_before_a_renaming_or_a_removal_leaves_an_index_that_others_can_believe(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own reader finds tensors without an index, so it would not notice."""
+    before, made = contents(saved), list[str]()
+    run_until(monkeypatch, Path(shutil.copytree(saved, tmp_path / "whole")), None, 10**9, made)
+    moments = [at for at, name in enumerate(made) if name in ("replace", "unlink")]
+    for at in random.Random(0).sample(moments, 15):
+        directory = Path(shutil.copytree(saved, tmp_path / str(at)))
+        assert run_until(monkeypatch, directory, None, at, [])
+        assert_indexed(directory)
+        align(directory)
+        assert contents(directory) == before
+        shutil.rmtree(directory)
 
 
 @pytest.mark.slow
