@@ -264,7 +264,7 @@ def test_a_crash_before_a_renaming_or_a_removal_leaves_an_index_that_others_can_
     before, made = contents(saved), list[str]()
     run_until(monkeypatch, Path(shutil.copytree(saved, tmp_path / "whole")), None, 10**9, made)
     moments = [at for at, name in enumerate(made) if name in ("replace", "unlink")]
-    for at in random.Random(0).sample(moments, 15):
+    for at in random.Random(0).sample(moments, 8):
         directory = Path(shutil.copytree(saved, tmp_path / str(at)))
         assert run_until(monkeypatch, directory, None, at, [])
         assert_indexed(directory)

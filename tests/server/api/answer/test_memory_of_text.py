@@ -68,7 +68,7 @@ def test_what_was_heard_is_the_same_message_however_it_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answers", "length"), few([(400, 1_000), (60, 100_000), (300, 30_000), (2, 199_000)], [400, 2])
+    ("answers", "length"), few([(400, 1_000), (20, 100_000), (300, 30_000), (2, 199_000)], [20, 2])
 )
 def test_remembered_answers_stay_within_their_bytes(answers: int, length: int) -> None:
     """Plant the fault: 256 of any length."""
