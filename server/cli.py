@@ -162,7 +162,7 @@ COMMANDS = {
     "bench": Command("measure a running server as a fleet sees it", _bench),
     "env": Command("print the variables that point clients at this server", _env),
     "convert": Command("make a streamable, quantised copy: glmserve convert SRC DST", _convert),
-    "align": Command("make an expert one read instead of nine: glmserve align DIR [DST]", _align),
+    "align": Command("lay an expert in one place instead of nine: glmserve align DIR [DST]", _align),
     "prefixes": Command(
         "carry saved prompts: glmserve prefixes export FILE [--pinned] [--cache-group NAME], or import FILE",
         _prefixes,

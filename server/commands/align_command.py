@@ -11,8 +11,8 @@ from server.commands.checkpoint import find_checkpoint
 from server.commands.flags import FlagParser
 
 AFTERWARDS = (
-    "an expert of {folder} is one read now. Saved prompts of this checkpoint are read anew once; a --mirror "
-    "has to be aligned too, by the same command there, which writes the same bytes"
+    "an expert of {folder} lies in one place now. Saved prompts of this checkpoint are read anew once; a "
+    "--mirror has to be aligned too, by the same command there, which writes the same bytes"
 )
 
 
@@ -34,8 +34,8 @@ def align_command(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         prog="glmserve align",
-        description="Rewrites a checkpoint so that an expert is one read instead of nine, and goes straight "
-        "into its place in memory. In place it needs room for a few files; a run that was cut goes on.",
+        description="Rewrites a checkpoint so that an expert lies in one place instead of nine, and is read "
+        "straight into its slot. In place it needs room for a few files; a run that was cut goes on.",
     )
     parser.add_argument("source", metavar="DIR", help="folder of the checkpoint, or org/name in the cache")
     parser.add_argument(
