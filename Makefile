@@ -23,14 +23,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # other's way.
 PYTEST := $(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help install serve test test-fast test-grids test-long test-agents rehearsal lint clean
+.PHONY: help install serve test test-slow test-long test-agents rehearsal lint clean
 
 help:
 	@echo "make serve      install what serving needs, then start the server; flags: make serve ARGS='--port 9000'"
 	@echo "make test       install the rest, then ruff, mypy and the tests"
-	@echo "make test-fast  the inner loop: ruff and the quick tests"
-	@echo "make test-grids  the other cases of tables that make test has a few of"
-	@echo "make test-long  these and tests that take minutes each"
+	@echo "make test-slow  tests of a second or more, and the other cases of tables that make test has a few of"
+	@echo "make test-long  tests that take minutes each"
 	@echo "make test-agents  Claude Code, Codex, opencode, Cline and aider against the server; needs npm"
 	@echo "make rehearsal  GLM-5.2 at full size without its weights; flags: make rehearsal ARGS='--layers 6'"
 	@echo "make install    a complete $(VENV) and nothing else"
@@ -74,16 +73,12 @@ lint: install
 test: lint
 	$(PYTEST)
 
-test-fast: install
-	$(VENV)/bin/ruff check .
-	$(PYTEST) -m 'not slow and not long' -x -q
+# CI runs them after `make test`.
+test-slow: install
+	$(PYTEST) -m 'slow and not long'
 
 test-long: install
 	$(PYTEST) -m long
-
-# The cases of tables that `make test` has a few of.
-test-grids: install
-	$(PYTEST) -m grid
 
 # Real agents by their own binaries, 1.2 GB of them: not part of `make test`.
 AGENTS := tests/server/serving/agents

@@ -55,6 +55,7 @@ def streamed(folder: Path, request: pytest.FixtureRequest) -> Iterator[Opened]:
 
 
 @pytest.mark.parametrize("streamed", SLOTS, indirect=True)
+@pytest.mark.slow
 def test_logits_of_a_prompt_in_chunks_of_any_size_are_the_same_bits(
     streamed: Opened, resident: Opened
 ) -> None:

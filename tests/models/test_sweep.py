@@ -110,6 +110,7 @@ def test_gathered_and_masked_attention_agree(folder: Path, resident: Opened, gat
     opened.store.close()
 
 
+@pytest.mark.slow
 def test_a_sweep_can_pause_for_decode_steps_of_others(resident: Opened, streamed: Opened) -> None:
     """In each pause, amid layers too, another sequence decodes; neither changes a bit of the other."""
     ids, other = tokens(WIDER, 60), tokens(WIDER, 20, seed=5)
@@ -176,6 +177,7 @@ def test_the_tests_notice_a_ring_slot_that_is_overwritten_too_early(
     assert not np.array_equal(logits(streamed.model, ids), logits(resident.model, ids))
 
 
+@pytest.mark.slow
 def test_what_grows_with_a_prompt_is_in_the_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.glm_moe_dsa.make_parts", partial(make_parts, num_rows=250))
     tiled = open_model(folder, arithmetic=replace(CPU, tile_elements=2**17))  # full for both lengths

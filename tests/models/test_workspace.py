@@ -118,6 +118,7 @@ def many_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("length", "part_rows"), few([(150, 100), (600, 60), (700, 64)], [600]))
 @pytest.mark.parametrize("arithmetic", SMALL_TILES, ids=lambda a: a.name)
+@pytest.mark.slow
 def test_a_prompt_of_several_parts_stays_within_its_lines(
     arithmetic: Arithmetic, length: int, part_rows: int, many_experts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -332,6 +332,7 @@ def test_the_geometry_counts_control_paths_in_float32_where_the_rest_is_not(tmp_
 
 
 @pytest.mark.parametrize("rows", few([20, 70], [70]))
+@pytest.mark.slow
 def test_a_checkpoint_in_float16_is_computed_in_the_activations_own_type(tmp_path: Path, rows: int) -> None:
     def choose(path: str) -> Quantization | None:
         return None if "indexer" in path else Quantization(32, 4)

@@ -49,6 +49,7 @@ STALLED = {
 
 
 @pytest.mark.parametrize("sent", STALLED.values(), ids=STALLED)
+@pytest.mark.slow
 def test_clients_that_send_nothing_more_give_way_to_one_that_asks(narrow_url: str, sent: str) -> None:
     with ExitStack() as stack:
         crowd(stack, narrow_url, sent, 3 * (PLACES + SPARE))
@@ -60,6 +61,7 @@ def test_clients_that_send_nothing_more_give_way_to_one_that_asks(narrow_url: st
             assert answer.text.endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.slow
 def test_answers_under_way_keep_their_places_and_health_has_its_own(
     narrow_url: str, engine: ScriptedEngine
 ) -> None:

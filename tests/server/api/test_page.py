@@ -248,8 +248,7 @@ def test_the_routes_are_listed_once_each_with_tags_and_access(
         visit.check(url)
 
 
-@pytest.mark.grid
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_idle_server_does_next_to_nothing_while_the_page_is_open(
     service: Service, engine: ScriptedEngine, browser: Any
 ) -> None:

@@ -25,6 +25,7 @@ def test_nothing_of_it_is_mapped_into_memory(tmp_path: Path, number: int) -> Non
     again.close()
 
 
+@pytest.mark.slow
 def test_a_second_server_does_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = SqliteFile(tmp_path / "said.sqlite3", "words are kept", TABLE)
     with caplog.at_level(logging.ERROR):

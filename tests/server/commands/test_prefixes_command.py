@@ -57,6 +57,7 @@ def test_saved_prompts_go_to_another_copy_of_the_checkpoint(
     assert "1 were there already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_said_in_one_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -177,6 +177,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], words: list[s
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_list_says_what_each_needs(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pull", "--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)

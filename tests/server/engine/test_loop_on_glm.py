@@ -133,6 +133,7 @@ def each(model: Model) -> dict[str, list[TokenScore]]:
     return alone(Backend(model, ModelInfo(64, 4096)))
 
 
+@pytest.mark.slow
 def test_eight_agents_get_the_bits_that_each_gets_alone(exact: Model) -> None:
     """Each comes while the others decode, joins their batch in the middle, and leaves it."""
     backend = Backend(exact, ModelInfo(64, 4096))
@@ -163,6 +164,7 @@ def test_agents_whose_prompts_share_a_pass_get_the_text_that_each_gets_alone(
         assert np.abs(difference).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_steps_between_the_layers_of_a_streamed_pass_change_nothing(tmp_path: Path) -> None:
     """Five slots of eight experts: steps and passes of 9 to 40 rows evict what the others have used."""
     config = SHARED | {"hidden_size": 128, "moe_intermediate_size": 64}

@@ -149,6 +149,7 @@ def test_the_tool_list_is_as_each_was_trained_on(tokenizer: Tokenizer, name: str
     ("name", "user_every"),
     few([("5", 7), ("5.1", 7), ("5.2", None), ("5.2", 7), ("5.3", None), ("5.3", 7)], ["5", "5.2"]),
 )
+@pytest.mark.slow
 def test_a_prompt_begins_with_the_last_prompt_and_its_answer(
     tokenizer: Tokenizer, name: str, user_every: int | None
 ) -> None:

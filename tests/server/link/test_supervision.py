@@ -40,6 +40,7 @@ def failure(events: list[RequestEvent]) -> Failed:
     return end
 
 
+@pytest.mark.slow
 def test_a_step_that_never_ends_is_noticed_told_and_healed() -> None:
     async def scenario() -> None:
         async with engine_of("freezing", deadlines=Deadlines(step_s=1.0)) as engine:
@@ -63,6 +64,7 @@ def test_a_step_that_never_ends_is_noticed_told_and_healed() -> None:
 
 @pytest.mark.parametrize("patience_s", few([0.02, 0.1, 0.4], [0.1]))
 @pytest.mark.parametrize("is_stopped_idle", [False, True])
+@pytest.mark.slow
 def test_a_stopped_engine_is_noticed_however_impatient_the_clients_are(
     patience_s: float, is_stopped_idle: bool
 ) -> None:
@@ -93,6 +95,7 @@ def test_a_stopped_engine_is_noticed_however_impatient_the_clients_are(
 
 
 @pytest.mark.parametrize("pause_s", few([0.01, 0.05, 0.2], [0.05]))
+@pytest.mark.slow
 def test_health_asks_the_engine_itself(pause_s: float) -> None:
     async def scenario() -> None:
         async with engine_of("well", deadlines=Deadlines(step_s=1.2)) as engine:
@@ -115,6 +118,7 @@ def test_health_asks_the_engine_itself(pause_s: float) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_a_long_layer_is_no_silence_where_the_loop_beats() -> None:
     """A layer takes 20 ms, and what was asked in it is answered behind it."""
 
@@ -139,6 +143,7 @@ CHANGES: list[Callable[[Path], object]] = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.slow
 def test_a_checkpoint_that_changed_is_not_served_unasked(
     tmp_path: Path, change: Callable[[Path], object]
 ) -> None:
@@ -161,6 +166,7 @@ def test_a_checkpoint_that_changed_is_not_served_unasked(
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_touched_is_served_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         folder = checkpoint_in(tmp_path)
@@ -203,6 +209,7 @@ def test_health_is_not_ready_while_requests_fail_for_another_checkpoint(kind: Fa
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_an_engine_that_works_long_is_not_taken_for_dead() -> None:
     """3 layers of 20 ms a step, 30 steps: twice the time that a single step may take."""
 
@@ -216,6 +223,7 @@ def test_an_engine_that_works_long_is_not_taken_for_dead() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_an_engine_that_gets_ready_and_dies_again_and_again_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -284,6 +292,7 @@ def test_an_engine_that_was_given_up_is_tried_again(
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_where_a_service_starts_it_again_the_server_is_told_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.link.supervisor.FIRST_RESTART_DELAY_S", 0.01)
     monkeypatch.setattr("server.link.supervisor.GIVEN_UP_DELAY_S", 0.01)
@@ -323,6 +332,7 @@ def test_an_engine_for_which_there_is_no_process_is_tried_again(monkeypatch: pyt
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_a_request_that_does_not_start_in_time_is_refused_with_the_time_to_come_back() -> None:
     async def scenario() -> None:
         async with engine_of("slow", deadlines=Deadlines(queue_s=0.3)) as engine:
@@ -350,6 +360,7 @@ def test_a_request_that_takes_too_long_is_ended_and_its_place_is_free() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_a_full_line_refuses_and_takes_again_when_somebody_has_started() -> None:
     async def scenario() -> None:
         async with engine_of("slow", max_queue=2) as engine:

@@ -214,6 +214,7 @@ def test_both_hold_on_random_prompts(client: TestClient, num_prompts: int) -> No
         check_call(client, seed)
 
 
+@pytest.mark.slow
 def test_several_calls_may_be_made_unless_one_is_wished(client: TestClient) -> None:
     counts = set()
     for seed in range(12):
@@ -255,6 +256,7 @@ def test_a_model_that_would_end_in_its_thought_closes_it(
         assert response["usage"]["completion_tokens"] >= 2, "the end of the thought, and of the turn"
 
 
+@pytest.mark.slow
 def test_any_object_is_an_object(client: TestClient) -> None:
     for seed in range(4):
         choice = ask(client, seed, response_format={"type": "json_object"}, max_tokens=400)
@@ -284,6 +286,7 @@ def test_a_pattern_holds(client: TestClient, pattern: str) -> None:
         assert re.fullmatch(pattern, choice["message"]["content"])
 
 
+@pytest.mark.slow
 def test_a_schema_and_tools_leave_the_choice_between_both(client: TestClient) -> None:
     schema = {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 2]}}}
     answers = [ask(client, seed, response_format=schema, tools=TOOLS)["message"] for seed in range(16)]

@@ -44,8 +44,7 @@ def engine_of(server: Server) -> int:
     return int(child)
 
 
-@pytest.mark.grid
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_budget_and_a_policy_are_changed_shown_and_outlive_the_engine(streamed: Server) -> None:
     before, slots = ask(streamed, SUM), metric(streamed, "expert_slots")
     assert "42" in before

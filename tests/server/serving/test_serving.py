@@ -46,12 +46,10 @@ def test_requests_are_counted_while_they_run(server: Server, num_requests: int) 
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_a_question_gets_the_right_answer(server: Server) -> None:
     assert "42" in ask(server, SUM)
 
 
-@pytest.mark.slow
 def test_the_stream_carries_the_same_text_and_thoughts_apart(server: Server) -> None:
     content, reasoning = "", ""
     with server.openai() as api:

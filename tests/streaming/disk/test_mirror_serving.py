@@ -70,8 +70,7 @@ def log_of(server: Server) -> list[str]:
     return lines
 
 
-@pytest.mark.grid
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_mirror_with_a_wrong_byte_changes_no_answer_and_no_saved_prompt(
     damaged: Path, tmp_path: Path
 ) -> None:

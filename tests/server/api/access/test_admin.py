@@ -136,6 +136,7 @@ def test_what_is_not_this_machine(host: str) -> None:
     assert not is_loopback(host)
 
 
+@pytest.mark.slow
 def test_credits_are_those_of_the_key_and_an_admin_sees_all(
     engine: ScriptedEngine, dialect: Dialect, ring: KeyRing, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -147,6 +147,7 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("path", "fields"), ASKED)
 @pytest.mark.parametrize("is_streaming", few([False, True], [True]))
+@pytest.mark.slow
 def test_requests_that_come_together_share_what_is_left(
     clocked: Service, engine: ScriptedEngine, path: str, fields: dict[str, Any], is_streaming: bool
 ) -> None:

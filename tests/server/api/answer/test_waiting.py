@@ -122,6 +122,7 @@ def check_gaps(service: Service, blocked_s: float, gap_s: float, first_s: float)
                 assert found[0] <= first_s
 
 
+@pytest.mark.slow
 def test_bytes_flow_while_the_engine_says_nothing(service: Service, engine: ScriptedEngine) -> None:
     engine.token_s = 30
     # a bound that a busy machine keeps, and that silence until the engine speaks would not

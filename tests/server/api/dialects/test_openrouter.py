@@ -115,6 +115,7 @@ def test_the_sdk_raises_what_the_server_says(sdk: openrouter.OpenRouter, engine:
 
 # the SDK warns about deprecated fields of its own answers
 @pytest.mark.filterwarnings("ignore:warning. .. DEPRECATED:DeprecationWarning")
+@pytest.mark.slow
 def test_the_sdk_reads_every_page_about_the_server(sdk: openrouter.OpenRouter) -> None:
     answer = sdk.chat.send(model=GLM, messages=HELLO, session_id="agent-7", stream=False)
     listed = sdk.models.list()

@@ -70,6 +70,7 @@ def _is_failure(one: Spoken) -> bool:
     return one.kind in ("chat event", "message event") and "error" in one.value
 
 
+@pytest.mark.slow
 def test_every_kind_of_object_and_event_is_spoken(spoken: list[Spoken]) -> None:
     kinds = Counter(one.kind for one in spoken)
     assert kinds.keys() == {*OPENAI, *ANTHROPIC, *OPENROUTER, "error"}

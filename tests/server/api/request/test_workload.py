@@ -93,6 +93,7 @@ def stalled(url: str, num_bytes: int) -> socket.socket:
 
 
 @pytest.mark.parametrize("number", [3, 10, 40])
+@pytest.mark.slow
 def test_bodies_that_stop_in_the_middle_leave_room_for_others(
     tight_url: str, tight: Service, number: int
 ) -> None:

@@ -94,6 +94,7 @@ def settle(governor: Governor) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_under_pressure_banks_shrink_nobody_fails_no_bit_changes_and_they_recover(
     governed: Governed, expected: dict[str, list[TokenScore]]
 ) -> None:

@@ -71,6 +71,7 @@ def test_prompts_share_what_they_have_in_common_in_whole_blocks(model: CountedMo
     assert cached.tokens == ask(model, None, other).tokens
 
 
+@pytest.mark.slow
 def test_forty_turns_of_a_tool_loop_prefill_their_new_tokens(model: CountedModel) -> None:
     prefix, prompt, rng = open_prefix(), tokens(CONFIG, 100), np.random.default_rng(4)
     for turn in range(40):

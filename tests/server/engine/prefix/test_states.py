@@ -47,6 +47,7 @@ def speak(
     return outcome.tokens, outcome.usage.num_cached_tokens, model.take_rows()
 
 
+@pytest.mark.slow
 def test_a_tool_loop_of_forty_turns_computes_what_is_new(model: CountedModel, tmp_path: Path) -> None:
     prefix, prompt, new = open_prefix(tmp_path), SYSTEM + turn(2, 30), 0
     for number in range(40):
