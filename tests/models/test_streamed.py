@@ -1,6 +1,7 @@
 """Streamed experts compute what resident experts compute, bit for bit, whatever the budget."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -106,7 +107,7 @@ def test_looking_ahead_changes_no_bit(folder: Path, resident: Opened, slots: int
 def test_a_sparse_layer_synchronises_once_for_each_token(
     folder: Path, looks_ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = open_model(folder, 9, looks_ahead=looks_ahead)
+    opened = open_model(folder, 9, replace(CPU, pauses_steps=False), looks_ahead=looks_ahead)
     greedy(opened.model, tokens(WIDER, 12), 1)
     cache, evals, reads = opened.model.make_cache(), mx.eval, []
     mx.eval(opened.model(mx.array([3]), [Span(cache, 0, 1)]))

@@ -36,7 +36,7 @@ def checkpoint(tmp_path: Path, tokenizer_folder: Path) -> Path:
         (["--ram-budgt", "1G"], "unknown flag --ram-budgt; did you mean --ram-budget?"),
         (["--zzz"], "unknown flag --zzz; glmserve --help lists all"),
         (["--port"], "argument --port: expected one argument; see glmserve --help"),
-        (["serve", "surplus"], "unknown flag surplus"),
+        (["serve", "surplus"], "'surplus' is one word too many"),
         (["plum"], "unknown command 'plum'"),
         (["--ram-budget", "3000T"], "more than this machine's memory"),
         (["--ram-budget", "much"], "'much' is not a size"),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -315,10 +316,10 @@ def test_an_engine_for_which_there_is_no_process_is_tried_again(monkeypatch: pyt
     errors = [errno.EAGAIN, errno.ENOMEM, errno.ENFILE, *[errno.EMFILE] * 9]
     failures = [OSError(number, os.strerror(number)) for number in errors]
 
-    def make(worker: str) -> Child:
+    def make(*given: Any) -> Child:
         if failures:
             raise failures.pop()
-        return Child(worker)
+        return Child(*given)
 
     monkeypatch.setattr("server.link.supervisor.Child", make)
 
