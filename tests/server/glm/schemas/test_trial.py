@@ -1,6 +1,9 @@
 """Grammars that would take a server down: each ends in an answer, in little time and memory."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +89,13 @@ def test_every_grammar_ends_within_its_bounds(grammar: str) -> None:
 
 
 def test_what_takes_too_long_or_too_much_is_told_apart() -> None:
+    """In a new process: in this one, what earlier tests have freed would do for a child."""
+    command = [sys.executable, "-c", f"from {__name__} import tell_apart; tell_apart()"]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[4], stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def tell_apart() -> None:
     prime = GrammarOrder(Tags(), ("json", SCHEMAS["a prime step"]))
     assert outcome(prime, Bounds(0.05, 10**9)) == "exceeded: time"
     assert outcome(prime, Bounds(30, 4 * 10**6)) == "exceeded: memory"
