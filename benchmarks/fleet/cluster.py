@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import mlx.core as mx
+import numpy as np
 
 from benchmarks.rig.checkpoint import write_checkpoint
 from benchmarks.rig.replay import (
@@ -35,6 +36,7 @@ from benchmarks.rig.simulated_disk import SimulatedDisk
 from models.arithmetic import CPU
 from models.attention.attention import Span
 from models.attention.cache import SequenceCache
+from models.experts.exchange import Exchange
 from models.experts.experts import run_through
 from models.loading.loading import load_model, open_checkpoint
 from server.engine.cluster.meeting import free_address
@@ -46,18 +48,21 @@ from streaming.store import ExpertStore
 
 WARM_TOKENS, MEASURED_TOKENS, PROMPT_ROWS, ROUNDS = 20, 10, 64, 3
 LIMIT_S = 500.0
+# Of eight experts of a row the rank with most owns about five where there are two.
+NUM_GATHERED, NUM_MESSAGES = 5, 300
 MODULE = "benchmarks.fleet.cluster"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a rank saw: seconds of a decode step in each round and of a sweep, hits, and bytes of each."""
+    """What a rank saw: seconds of a step in each round, of a sweep and of a message; hits, and bytes."""
 
     step_s: list[float]
     hit_rate: float
     step_bytes: float
     sweep_s: float
     sweep_bytes: int
+    message_s: float
 
 
 def run_rank(folder: Path, welcome: Welcome, cold_s: float) -> Seen:
@@ -90,7 +95,19 @@ def run_rank(folder: Path, welcome: Welcome, cold_s: float) -> Seen:
     sweep_bytes = store.statistics().payload_bytes - after.payload_bytes
     store.close()
     steps = ROUNDS * MEASURED_TOKENS
-    return Seen(rounds, hits / (hits + misses + ahead), payload / steps, sweep_s, sweep_bytes)
+    message_s = _message_s(exchange) if exchange else 0.0
+    return Seen(rounds, hits / (hits + misses + ahead), payload / steps, sweep_s, sweep_bytes, message_s)
+
+
+def _message_s(exchange: Exchange) -> float:
+    """The median time in which all ranks hear each other's outputs of a layer, as large as GLM-5.2's."""
+    rows, seal = mx.zeros((NUM_GATHERED, 6144)), exchange.seal(0, np.zeros((1, TOP), np.int32))
+    times = []
+    for _ in range(NUM_MESSAGES):
+        started_s = time.monotonic()
+        mx.eval(seal.outputs(rows, NUM_GATHERED, None))
+        times.append(time.monotonic() - started_s)
+    return median(times)
 
 
 def _forward(model: ReplayedModel, tokens: list[int], cache: SequenceCache) -> None:
@@ -135,8 +152,8 @@ def main() -> int:
             steps = ", ".join(f"{seconds * 1e3:.0f}" for seconds in one.step_s)
             print(
                 f"{number} ranks, rank {rank}: step {steps} ms, hits {one.hit_rate:.3f}, "
-                f"{one.step_bytes / 1e6:.2f} MB a step; "
-                f"sweep {one.sweep_s:.2f} s, {one.sweep_bytes / 1e6:.1f} MB"
+                f"{one.step_bytes / 1e6:.2f} MB a step; sweep {one.sweep_s:.2f} s, "
+                f"{one.sweep_bytes / 1e6:.1f} MB; message {one.message_s * 1e3:.2f} ms"
             )
     alone, together = seen[1][0], seen[given.ranks][0]
     print(
