@@ -171,7 +171,11 @@ def _make_measure(
 ) -> Callable[[], Mapping[str, float]]:
     model, store, plan, comparison = opened.model, opened.store, opened.plan, opened.comparison
     use = MemoryUse(
-        store, trunk_bytes(model), lambda: model.cache_bytes, lambda: prefix.memory_bytes if prefix else 0
+        store,
+        trunk_bytes(model),
+        lambda: model.cache_bytes,
+        lambda: prefix.memory_bytes if prefix else 0,
+        plan.lines["MLX buffer cache"],
     )
     return measure_all(
         measure_store(

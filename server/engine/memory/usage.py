@@ -19,22 +19,25 @@ from streaming.store import ExpertStore
 
 
 class MemoryUse:
-    """Measures when asked; what sequences' caches and saved prompts take is asked for then."""
+    """Measures when asked; what sequences' caches and saved prompts take is asked for then.
+
+    Of the buffers that MLX has freed and keeps, `freed_bytes` have a line. The others will be the next
+    step's workspace, and count there.
+    """
 
     def __init__(
         self,
         store: ExpertStore,
         trunk_bytes: int,
         cache_bytes: Callable[[], int],
-        saved_bytes: Callable[[], int] = lambda: 0,
+        saved_bytes: Callable[[], int],
+        freed_bytes: int,
     ) -> None:
-        self._store, self._trunk_bytes = store, trunk_bytes
+        self._store, self._trunk_bytes, self._freed_bytes = store, trunk_bytes, freed_bytes
         self._cache_bytes, self._saved_bytes = cache_bytes, saved_bytes
         self._largest: dict[str, int] = {}
         self._kv_before = self._slots_before = 0
-        # Tensors were cast on their way in, and MLX gives freed ones back only when it allocates.
-        mx.clear_cache()
-        mx.reset_peak_memory()
+        mx.reset_peak_memory()  # the checkpoint's tensors were cast on their way in
 
     def lines(self) -> dict[str, int]:
         for name, nbytes in self._now().items():
@@ -48,10 +51,12 @@ class MemoryUse:
         ring = self._store.ring_bytes
         lines = {"trunk": trunk, "experts": slots, "KV cache": kv, "reader buffers": buffers}
         lines["sweep ring"] = ring
-        lines["MLX buffer cache"] = freed
+        lines["MLX buffer cache"] = min(freed, self._freed_bytes)
         peak = mx.get_peak_memory()
         slots_then = max(slots, self._slots_before)
-        lines["workspace"] = max(0, peak - trunk - slots_then - ring - max(kv, self._kv_before))
+        lines["workspace"] = max(
+            freed - lines["MLX buffer cache"], peak - trunk - slots_then - ring - max(kv, self._kv_before)
+        )
         self._kv_before, self._slots_before = kv, slots
         mx.reset_peak_memory()
         if resident := _resident_bytes():
