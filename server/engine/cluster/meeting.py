@@ -3,6 +3,7 @@
 Rank 0 listens at the first address of the list. The others come there, again and again until it is there.
 """
 
+import logging
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ from importlib.metadata import version
 from multiprocessing import AuthenticationError
 from queue import Empty, SimpleQueue
 
-from config.errors import UsageError
+from config.errors import ClusterError, UsageError
 from models.arithmetic import Arithmetic
 from models.loading.fingerprint import cache_fingerprint
 from models.loading.loading import Checkpoint
@@ -25,6 +26,8 @@ REJOIN_S = 8.0
 RETRY_S = 0.2
 
 Guest = tuple[Wire, Introduction]
+
+log = logging.getLogger(__name__)
 
 
 def facts_of(config: ClusterConfig, checkpoint: Checkpoint, arithmetic: Arithmetic) -> dict[str, str]:
@@ -45,7 +48,7 @@ def gather(
 ) -> list[Guest]:
     """Waits for the other machines of the list, in its order; after a restart not for long.
 
-    Raises UsageError where one of them differs.
+    Raises UsageError where one of them differs; after a restart it is left out.
     """
     guests: dict[int, Guest] = {}
     arrivals: SimpleQueue[Guest] = SimpleQueue()
@@ -61,10 +64,15 @@ def gather(
                 wire, guest = arrivals.get(timeout=1.0)
             except Empty:
                 continue
-            if guest.node not in others:
-                raise UsageError(f"node {guest.node} came, and --nodes has {len(config.addresses)}")
-            _compare(config.addresses[guest.node], facts, guest.facts)
-            guests[guest.node] = wire, guest
+            try:
+                _compare(config, facts, guest)
+            except UsageError as error:
+                if not is_again:
+                    raise
+                log.error("%s", error)
+                wire.close()
+            else:
+                guests[guest.node] = wire, guest
     return [guests[node] for node in sorted(guests)]
 
 
@@ -95,13 +103,15 @@ def _meet(connected: socket.socket, key: str, arrivals: "SimpleQueue[Guest]") ->
         arrivals.put((wire, message))
 
 
-def _compare(address: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
-    for name in sorted({*ours, *theirs}, key=lambda name: [*ours, *theirs].index(name)):
-        here, there = (facts.get(name, "none") for facts in (ours, theirs))
+def _compare(config: ClusterConfig, facts: Mapping[str, str], guest: Introduction) -> None:
+    if not 0 < guest.node < len(config.addresses):
+        raise UsageError(f"node {guest.node} came, and --nodes has {len(config.addresses)}")
+    for name in dict.fromkeys([*facts, *guest.facts]):
+        here, there = facts.get(name, "none"), guest.facts.get(name, "none")
         if here != there:
             raise UsageError(
-                f"{address} cannot be one engine with this machine: its {name} is another "
-                f"(there {there[:80]}, here {here[:80]})"
+                f"{config.addresses[guest.node]} cannot be one engine with this machine: its {name} is "
+                f"another (there {there[:80]}, here {here[:80]})"
             )
 
 
@@ -115,7 +125,7 @@ def knock(config: ClusterConfig, introduction: Introduction) -> Wire:
             return wire
         except AuthenticationError as error:
             raise UsageError(f"{config.addresses[0]} has another --cluster-key") from error
-        except (OSError, EOFError):
+        except (OSError, EOFError, ClusterError):
             time.sleep(RETRY_S)
 
 

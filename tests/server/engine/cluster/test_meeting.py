@@ -66,11 +66,14 @@ def test_who_has_not_the_key_is_told_so_and_keeps_nobody_out(clusters: list[Clus
         assert len(met.result(10)) == 2
 
 
-def test_a_group_that_starts_again_does_not_wait_for_a_machine_that_is_lost(
-    clusters: list[ClusterConfig], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lost", ["gone", "another version"])
+def test_a_group_that_starts_again_goes_on_without_a_machine_that_is_lost(
+    clusters: list[ClusterConfig], monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     monkeypatch.setattr(meeting, "REJOIN_S", 0.3)
     met = meet(clusters, is_again=True)
+    if lost != "gone":
+        come(clusters[1], FACTS | {"version of glmserve": lost})
     come(clusters[2])
     assert [guest.node for _, guest in met.result(10)] == [2]
 
