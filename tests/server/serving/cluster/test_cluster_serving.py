@@ -80,6 +80,7 @@ def test_two_ranks_answer_as_one_and_come_back_when_one_is_lost(server: Server, 
         assert completion(cluster, 2) == completion(server, 2)
 
 
+@pytest.mark.long
 def test_a_rank_started_by_hand_is_missed_when_it_is_gone(server: Server, hosts: Path) -> None:
     """After the restart the server goes on with the ranks that are left: itself."""
     flags = [*BUDGET, "--nodes", str(hosts), *KEY]
