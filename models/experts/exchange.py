@@ -22,6 +22,14 @@ FAILED = 2**32 - 1  # the note of a rank that could not read its experts
 SUMMED_ROWS = 128
 
 
+def exchange_bytes(num_ranks: int, width: int) -> int:
+    """Memory of a message: the rows of this rank, three times, and those of all, twice.
+
+    The pairs of a decode step are fewer.
+    """
+    return (3 + 2 * num_ranks) * SUMMED_ROWS * width * mx.float32.size
+
+
 def gather_over(group: mx.distributed.Group) -> Gather:
     """Gathers over MLX's own sockets or links, which have no time-out."""
     return lambda words: mx.distributed.all_gather(words[None], group=group)

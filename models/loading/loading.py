@@ -15,7 +15,7 @@ from config.plan import Geometry
 from models.args import ModelArgs
 from models.arithmetic import Arithmetic
 from models.convert.convert import advise_conversion
-from models.experts.exchange import Exchange
+from models.experts.exchange import Exchange, exchange_bytes
 from models.families import family_of, parse_args
 from models.glm_moe_dsa import Model
 from models.loading.building import as_held, build_model, check_experts, check_trunk, held_bytes
@@ -115,6 +115,7 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
     itemsize, context = arithmetic.dtype.size, max_context or args.max_position_embeddings
     computing = family_of(args).load()
     cache = computing.cache_bytes(args, itemsize)
+    num_ranks = -(-index.num_experts // len(index.experts))
     return Geometry(
         trunk_bytes=sum(
             held_bytes(name, entry, arithmetic, computing.float32) for name, entry in checkpoint.trunk.items()
@@ -125,7 +126,8 @@ def make_geometry(checkpoint: Checkpoint, arithmetic: Arithmetic, max_context: i
         kv_bytes_per_token=cache.latents_per_token,
         index_key_bytes_per_token=cache.index_keys_per_token,
         workspace_bytes=max(
-            computing.workspace_bytes(args, arithmetic, checkpoint.trunk, index, context),
+            computing.workspace_bytes(args, arithmetic, checkpoint.trunk, index, context)
+            + (exchange_bytes(num_ranks, args.hidden_size) if num_ranks > 1 else 0),
             loading_bytes(checkpoint.trunk, arithmetic, computing.float32),  # before there are steps
         ),
         reader_buffer_bytes=buffer_bytes(largest_run_bytes(index)),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from config.errors import ClusterError, DiskError
 from models.arithmetic import CPU, Arithmetic
 from models.experts.divided_experts import DividedExperts
-from models.experts.exchange import Exchange
+from models.experts.exchange import SUMMED_ROWS, Exchange, exchange_bytes
 from models.experts.experts import Experts
 from models.loading.building import bank_quantizations
 from streaming.disk.disk import Disk
@@ -20,6 +20,7 @@ from streaming.files.floats import Bytes
 from streaming.placement import Placement
 from streaming.store import ExpertStore
 from tests.checkpoints import Opened, open_model, save_packed
+from tests.memory import start_measuring
 from tests.models.experts.ranks import Meeting
 from tests.models.make_golden import SEED
 from tests.streaming.faulty_disk import FaultyDisk
@@ -173,6 +174,20 @@ def test_a_rank_that_cannot_read_fails_the_step_on_all_and_only_that_step(
     for machine in machines:
         machine.store.check_integrity()
         machine.store.close()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_what_a_message_takes_is_in_the_plan(num_ranks: int) -> None:
+    width, rows = 512, 4 * SUMMED_ROWS
+    placement = Placement.by_id(0, num_ranks, EXPERTS)
+    exchange = Exchange(placement, lambda words: mx.concatenate([words[None]] * num_ranks))
+    own = mx.ones((rows, width))
+    mx.eval(own)
+    before = start_measuring()
+    summed = exchange.seal(LAYER, np.zeros((rows, TOP_K), np.int32)).sums(own, None)
+    peak = mx.get_peak_memory() - before
+    assert (np.array(summed) == num_ranks).all()
+    assert 0.6 * exchange_bytes(num_ranks, width) < peak <= exchange_bytes(num_ranks, width)
 
 
 def test_a_guess_is_read_only_by_the_owner(whole: Opened) -> None:
