@@ -1,13 +1,17 @@
 """What the engine's process is given beside its flags."""
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from server.link import child
-from server.link.child import engine_environment
+from server.link.child import Child, engine_environment
+from server.link.messages import ClusterConfig, EngineConfig
+from tests.waiting import wait_until
 
 
 def seen_by_a_child(name: str) -> str:
@@ -53,3 +57,20 @@ def test_the_engine_finds_this_very_code() -> None:
     command = [sys.executable, "-P", "-c", "import server; print(server.__file__)"]
     shown = subprocess.run(command, env=engine_environment(), cwd="/", capture_output=True, text=True).stdout
     assert os.path.samefile(shown.strip(), sys.modules["server"].__file__ or "")
+
+
+@pytest.mark.parametrize("lost", ["engine", "rank"])
+def test_an_engine_and_the_ranks_beside_it_end_together(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "FOLLOWER", "tests.server.link.fake_rank")
+    monkeypatch.setattr(child, "WORDS_S", 0.1)
+    cluster = ClusterConfig(("a:1", "b:2"), 0, "key", "1", started=(1,))
+    path = Path("stays" if lost == "engine" else "ends")
+    one = Child(
+        "tests.server.link.fake_rank", EngineConfig(path, False, 10**9, None, "info", cluster=cluster)
+    )
+    codes: list[int] = []
+    one.read_events(lambda event: None, codes.append)
+    if lost == "engine":
+        os.kill(one.process.pid, signal.SIGKILL)
+    wait_until(lambda: codes == [-signal.SIGKILL])
+    assert [follower.poll() for follower in one._followers] == [-signal.SIGKILL if lost == "engine" else 0]
