@@ -275,7 +275,7 @@ def _run(actions: tuple[str, ...]) -> tuple[str, tuple[Any, ...] | None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervisor, "time", SimpleNamespace(monotonic=loop.time))
         world = _World(loop)
-        patch.setattr(supervisor, "Child", lambda worker: _Child(world))
+        patch.setattr(supervisor, "Child", lambda worker, config: _Child(world))
         try:
             if not loop.run_until_complete(_play(world, actions)):
                 return "", None
