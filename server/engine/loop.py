@@ -20,7 +20,7 @@ from server.engine.decode.token_masks import Grammars
 from server.engine.faults import Contained
 from server.engine.intake import Reception
 from server.engine.model_protocol import Backend
-from server.engine.schedule.boarding import Boarding
+from server.engine.schedule.boarding import FEW_ROWS, Boarding
 from server.engine.schedule.decode_share import Pace
 from server.engine.schedule.passes import Pass
 from server.engine.schedule.scheduler import Scheduler
@@ -47,8 +47,6 @@ from server.link.messages import (
 PROGRESS_S = 1.0
 # How often commands are looked at while no sequence runs and all that wait do so for their grammars.
 GRAMMAR_WAIT_S = 0.02
-# Prompts of so many rows are read amid a decode step; more would evict experts that the step is about to use.
-LET_BY_ROWS = 32
 
 log = logging.getLogger(__name__)
 
@@ -217,8 +215,7 @@ class EngineLoop:
         if attempt.failed:
             return
         seconds = self._clock() - started_s
-        one.seconds += seconds
-        one.turn_s += seconds
+        self._boarding.charge(one, seconds)
         self._scheduler.charge(one.parts, seconds)
         if is_contended:
             self._pace.note_layer(seconds)
@@ -261,7 +258,7 @@ class EngineLoop:
         self._boarding.update(self._prefixes.keeps_rows)
         while self._boarding.passes and not self._pace.is_step_due(len(step.parts)):
             one = self._boarding.next()
-            if one.num_rows > LET_BY_ROWS:
+            if one.num_rows > FEW_ROWS:
                 break
             self._advance(one, is_contended=True)
         self._yielded_s += self._clock() - started_s

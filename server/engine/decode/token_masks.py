@@ -5,6 +5,8 @@ and the masks are computed on threads beside the model's forward pass (llguidanc
 are collected when the logits are there; a sequence whose matcher is not made yet waits in line.
 """
 
+import os
+import sys
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,8 @@ SLOW_MASK_S = 0.02
 
 # Compiled grammars that are kept though no answer follows them.
 MAX_LATEST = 32
+# Of threads that compile grammars: answers under way come first.
+NICENESS = 10
 
 Mask = NDArray[np.bool_]
 Name = tuple[str, frozenset[int]]
@@ -49,8 +53,8 @@ class Grammars:
         self._by_stops: dict[frozenset[int], LLTokenizer] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         # Of their own: masks do not wait for grammars that are compiled, nor small grammars for large ones.
-        self._small = ThreadPoolExecutor(1, thread_name_prefix="grammar-small")
-        self._large = ThreadPoolExecutor(1, thread_name_prefix="grammar-large")
+        self._small = ThreadPoolExecutor(1, thread_name_prefix="grammar-small", initializer=_give_way)
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="grammar-large", initializer=_give_way)
         self._lock = threading.Lock()
         self._compiled: WeakValueDictionary[Name, _Compiled] = WeakValueDictionary()
         self._latest: OrderedDict[Name, _Compiled] = OrderedDict()
@@ -118,6 +122,12 @@ class Grammars:
         return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=sorted(stop_token_ids))
 
 
+def _give_way() -> None:
+    """Lets this thread's work wait for the model's, where the system has priorities of threads."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
 class _Compiled:
     """A grammar at its start. Copies share all that is large."""
 
@@ -143,14 +153,18 @@ class Matcher:
         self._bits = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
         self._mask: Future[Mask] | None = None
         self._mask_s = 0.0  # the last one took
+        self._asked_s = 0.0  # when this one was asked for
 
     @property
     def is_slow(self) -> bool:
-        """Whether the next mask is not there, and the last one took long."""
-        return self._mask_s > SLOW_MASK_S and self._mask is not None and not self._mask.done()
+        """Whether the next mask is not there, and this one or the last takes long."""
+        if self._mask is None or self._mask.done():
+            return False
+        return max(self._mask_s, monotonic() - self._asked_s) > SLOW_MASK_S
 
     def start(self) -> None:
         """Begin to compute what the first token may be."""
+        self._asked_s = monotonic()
         self._mask = self._threads.submit(self._compute)
 
     def apply(self, logits: mx.array) -> mx.array:  # [V]
@@ -161,6 +175,7 @@ class Matcher:
     def accept(self, token_id: int) -> None:
         """Go on past this token, and begin to compute what may follow."""
         if token_id not in self._stop_token_ids:
+            self._asked_s = monotonic()
             self._mask = self._threads.submit(self._advance, token_id)
 
     def _advance(self, token_id: int) -> Mask:

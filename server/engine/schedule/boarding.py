@@ -19,6 +19,8 @@ FOR_SHORT = 1 / 4
 TINY = 1 / 32
 # A second pass has at most one row for this many rows of the first.
 OVERTAKEN = 8
+# A pass over so many rows is read amid a decode step, and goes before another, amid a layer of it too.
+FEW_ROWS = 32
 # A pass starts again with prompts that came later until this part of its layers is done. Layers that are lost
 # so count together until a pass is complete, so that no more is lost however many prompts come.
 RESTART = 0.1
@@ -34,6 +36,7 @@ class Boarding:
         self._model, self._scheduler, self._limits = model, scheduler, limits
         self._left_out: set[Sequence] = set()  # those that could not join when the first pass began
         self._num_lost_layers = 0  # of passes that were started again since one was complete
+        self._owed_s = 0.0  # to passes over many rows, which one over few went before
 
     def update(self, keeps_rows: bool) -> None:
         """Gives up passes that are not worth their end, then starts one if prompts wait and may have one.
@@ -50,13 +53,29 @@ class Boarding:
             self._start()
 
     def next(self) -> Pass:
-        """The pass that goes on: one that is amid a layer, else the one that has had less time."""
+        """The pass that goes on: one over few rows, whose time the other has next.
+
+        Else one that is amid a layer, else the one that has had less time.
+        """
+        few = [one for one in self.passes if one.num_rows <= FEW_ROWS]
+        if len(few) == 1 and (few[0].seconds or not self._owed_s):
+            return few[0]
         return min(self.passes, key=lambda one: (not one.is_amid_layer, one.turn_s))
+
+    def charge(self, one: Pass, seconds: float) -> None:
+        """Notes the time that a pass has had."""
+        one.seconds += seconds
+        one.turn_s += seconds
+        if one.num_rows > FEW_ROWS:
+            self._owed_s = max(0.0, self._owed_s - seconds)
+        elif len(self.passes) > 1:
+            self._owed_s += seconds
 
     def complete(self, one: Pass) -> None:
         """Takes a pass off the list whose last layer is done."""
         self._leave(one)
-        self._num_lost_layers = 0
+        if one.num_rows > FEW_ROWS or not self.passes:
+            self._num_lost_layers = 0
 
     def give_up(self, one: Pass) -> None:
         """Ends a pass early; caches are what they were before it."""

@@ -64,8 +64,13 @@ class Scheduler:
 
     @property
     def is_resting(self) -> bool:
-        """Whether no sequence runs, and all that wait do so for their grammars."""
-        return not self.running and not any(item.constraint.is_ready for item in self._waiting)
+        """Whether all sequences, running or not, wait for their grammars."""
+        if self.running:
+            return all(
+                item.state is State.DECODING and item.constraint.is_slow and not item.is_cancelled
+                for item in self.running
+            )
+        return not any(item.constraint.is_ready for item in self._waiting)
 
     @property
     def num_waiting(self) -> int:
@@ -122,10 +127,10 @@ class Scheduler:
     def decode_batch(self) -> list[Sequence]:
         """The sequences of the next decode step: all that decode, or as many as fit, by turns.
 
-        Those whose grammar is slow to say what may come next sit out, unless there are no others.
+        Those whose grammar is slow to say what may come next sit out.
         """
         decoding = [item for item in self.running if item.state is State.DECODING and not item.is_boarded]
-        decoding = [item for item in decoding if not item.constraint.is_slow] or decoding
+        decoding = [item for item in decoding if not item.constraint.is_slow]
         width = self._limits.batch_width or self._limits.decode_rows
         if len(decoding) <= width:
             return decoding

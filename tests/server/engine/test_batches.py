@@ -234,6 +234,24 @@ def test_short_prompts_for_ever_do_not_stop_a_long_one(world: World, model: Time
     assert world.times_of("long")[0] <= 2.5 * 40
 
 
+def test_a_tiny_prompt_is_read_amid_a_layer_of_a_long_one(world: World, model: TimedModel) -> None:
+    model.num_parts = 5
+    world.at(0, ask("long", 16_000, 1))
+    world.at(20, ask("tiny", 20, 1))
+    world.run(model, limits=Limits(pass_rows=16_384, kv_tokens=100_000))
+    own_s, part_s = 10 * row_cost(20), row_cost(16_000) / 5
+    assert world.times_of("tiny")[0] - 20 <= own_s + part_s + 1e-9
+
+
+def test_tiny_prompts_for_ever_leave_a_long_one_half_of_the_time(world: World, model: TimedModel) -> None:
+    model.num_parts = 50
+    world.at(0, ask("long", 1000, 1))
+    for i in range(200):
+        world.at(1.5 + 0.21 * i, ask(f"tiny{i}", 20, 1))
+    world.run(model, limits=Limits(pass_rows=4096, kv_tokens=100_000))
+    assert world.times_of("long")[0] <= 2.2 * 10
+
+
 def test_a_sequence_whose_kv_does_not_fit_now_waits_and_then_runs(world: World, model: TimedModel) -> None:
     world.at(0, ask("a", 60, 20), ask("b", 60, 20))
     world.run(model, limits=Limits(kv_tokens=100))
