@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from config.errors import UsageError
+from config.errors import CheckpointError, UsageError
 
 
 @contextmanager
 def shared_use(directory: Path) -> Iterator[None]:
-    """Keeps commands that rewrite the folder out; UsageError where one is at work there."""
+    """Keeps commands that rewrite the folder out; UsageError where one is at work or nothing can be read."""
     with _locked(directory, fcntl.LOCK_SH, "it is being rewritten by `glmserve align`; let that finish"):
         yield
 
@@ -28,7 +28,10 @@ def sole_use(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(directory: Path, kind: int, refusal: str) -> Iterator[None]:
-    fd = os.open(directory / "config.json", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.open(directory / "config.json", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
     try:
         try:
             fcntl.flock(fd, kind | fcntl.LOCK_NB)
