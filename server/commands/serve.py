@@ -43,8 +43,8 @@ from streaming.files.in_use import shared_use
 
 JSON_KEEPALIVE_S = 10.0
 # A thread that reads a body or renders a prompt lets the event loop go on after so long, at each of the
-# loop's system calls; Python's default is 5 ms.
-SWITCH_S = 0.0002
+# loop's system calls, of which a request has dozens; Python's default is 5 ms.
+SWITCH_S = 0.00005
 # How long clients find no open port while the engine looks at its settings, and how often that is looked at.
 ACCEPTED_WITHIN_S, LOOK_S = 20.0, 0.05
 log = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 # Of these none is a number that JSON does not have, and none holds one.
+PIECE = 2**14
 PLAIN = frozenset([int, str, bool, type(None)])
 
 
@@ -14,9 +15,12 @@ def all_finite(value: Any) -> bool:
         match values.pop():
             case dict() as members:
                 values.extend(members.values())
-            # Millions of ids are looked at in one go.
-            case list() as items if not PLAIN.issuperset(map(type, items)):
-                values.extend(items)
+            case list() as items:
+                # Most lists of ids are plain. Between two pieces other threads may have the interpreter.
+                for start in range(0, len(items), PIECE):
+                    piece = items[start : start + PIECE]
+                    if not PLAIN.issuperset(map(type, piece)):
+                        values.extend(piece)
             case float(number) if not math.isfinite(number):
                 return False
     return True

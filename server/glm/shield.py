@@ -6,13 +6,15 @@ text is cut at markup, which only the template can have written, and stand-ins b
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tokenizers
 
 FIRST_STAND_IN = 0xDC00
 SURROGATE = re.compile("[\ud800-\udfff]")
+# Characters that are looked at in one go: between two pieces other threads may have the interpreter.
+PIECE = 2**16
 
 
 class Shield:
@@ -29,6 +31,10 @@ class Shield:
         self._shown = {stand_in: char for char, stand_in in stand_ins.items()}
         longest_first = sorted(added.values(), key=lambda token: -len(token.content))
         self._pattern = re.compile("|".join(map(_pattern, longest_first)) or "(?!)")
+        self._hides_chars = all(len(shown) == 1 for shown in self._hidden)
+        # Characters of the longest match and one more; none where a match may have any number of blanks.
+        has_blanks = any(token.lstrip or token.rstrip for token in added.values())
+        self._reach = None if has_blanks else max(map(len, self._ids), default=0) + 1
 
     def hide(self, value: Any) -> Any:
         """The same value, strings and keys of objects in it with stand-ins."""
@@ -44,16 +50,18 @@ class Shield:
 
     def show(self, text: str) -> str:
         """A text with its marks back."""
-        if not text.isascii():
-            for stand_in, char in self._shown.items():
-                text = text.replace(stand_in, char)
+        return text if text.isascii() else _by_pieces(self._show_piece, text)
+
+    def _show_piece(self, text: str) -> str:
+        for stand_in, char in self._shown.items():
+            text = text.replace(stand_in, char)
         return text
 
     def cut(self, rendered: str) -> list[int | str]:
         """The ids of markup, and between them ordinary text."""
         pieces: list[int | str] = []
         start = 0
-        for found in self._pattern.finditer(rendered):
+        for found in self._markup(rendered):
             if start < found.start():
                 pieces.append(self.show(rendered[start : found.start()]))
             text = found.group()
@@ -61,12 +69,35 @@ class Shield:
             start = found.end()
         return [*pieces, self.show(rendered[start:])] if start < len(rendered) else pieces
 
+    def _markup(self, rendered: str) -> Iterator[re.Match[str]]:
+        """Where markup stands, in order. Each piece is searched a little beyond its end."""
+        start = 0
+        while start < len(rendered):
+            stop, reach = (start + PIECE, self._reach) if self._reach else (len(rendered), 0)
+            end = stop
+            for found in self._pattern.finditer(rendered, start, stop + reach):
+                if found.start() >= stop:
+                    break
+                yield found
+                end = max(stop, found.end())
+            start = end
+
     def _hide_text(self, text: str) -> str:
+        return _by_pieces(self._hide_piece, text) if self._hides_chars else self._hide_piece(text)
+
+    def _hide_piece(self, text: str) -> str:
         if not text.isascii():
             text = SURROGATE.sub("\ufffd", text)
         for shown, hidden in self._hidden.items():
             text = text.replace(shown, hidden)
         return text
+
+
+def _by_pieces(change: Callable[[str], str], text: str) -> str:
+    """The text with each piece of it changed."""
+    if len(text) <= PIECE:
+        return change(text)
+    return "".join(change(text[start : start + PIECE]) for start in range(0, len(text), PIECE))
 
 
 def _marks(text: str) -> set[str]:

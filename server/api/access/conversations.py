@@ -20,6 +20,8 @@ PIECE = 64
 MANY = 4
 RECENT_S = 60.0
 MAX_NAMES = 1024
+# Characters; between two of these pieces other threads may have the interpreter.
+HASHED_AT_ONCE = 2**18
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,8 @@ def pieces_of_chat(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What identifies each message: reasoning is left out, since clients drop it from their history."""
     for message in messages:
         kept = {key: value for key, value in message.items() if key in ("role", "content", "tool_calls")}
-        yield json.dumps(kept, sort_keys=True, default=str)
+        text = kept.pop("content") if isinstance(kept.get("content"), str) else ""
+        yield f"{json.dumps(kept, sort_keys=True, default=str)}\0{text}"
 
 
 def pieces_of_text(prompt: str | Sequence[int]) -> Iterator[str]:
@@ -99,5 +102,7 @@ def pieces_of_text(prompt: str | Sequence[int]) -> Iterator[str]:
 
 
 def _digest(before: str, piece: str) -> str:
-    text = f"{before}\0{piece}".encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
+    found = hashlib.blake2b(f"{before}\0".encode(), digest_size=16)
+    for start in range(0, len(piece), HASHED_AT_ONCE):
+        found.update(piece[start : start + HASHED_AT_ONCE].encode("utf-8", "surrogatepass"))
+    return found.hexdigest()

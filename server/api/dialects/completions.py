@@ -36,7 +36,11 @@ def completion_router(service: Service, always_sends_usage: bool) -> APIRouter:
         caller = Caller.of(request, body.session_id, body.user)
         service.parameters.note(request, body, caller, body.requires_parameters)
         lease = lease_of(request)
-        work = lease.run(holder_of(request), lambda wanted: _Completion(service, body, caller, wanted, lease))
+        work = lease.run(
+            holder_of(request),
+            lambda wanted: _Completion(service, body, caller, wanted, lease),
+            body.num_answers,
+        )
         completion = await while_connected(request, work)
         if body.stream:
             chunks = completion.chunks(always_sends_usage or body.wants_usage_in_stream)
@@ -53,6 +57,7 @@ class _Completion:
         self, service: Service, body: CompletionRequest, caller: Caller, wanted: Presence, lease: Allowance
     ) -> None:
         service.model_info()
+        lease.hold(lease.num_bytes + ANSWER_BYTES * body.num_answers)
         self._check = service.check_length(wanted, body.max_tokens)
         self._lease = lease
         self._service = service
@@ -73,8 +78,7 @@ class _Completion:
         body = self._body
         token_ids = self._tokenizer.encode(prompt, self._check) if isinstance(prompt, str) else prompt
         self._check(len(token_ids))
-        more = ANSWER_BYTES * self._num_each + TOKEN_BYTES * len(token_ids)
-        self._lease.hold(self._lease.num_bytes + more)
+        self._lease.hold(self._lease.num_bytes + TOKEN_BYTES * len(token_ids))
         commands = service.commands(
             body,
             token_ids,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, PlainValidator, TypeAdapter, model_validator
 from pydantic_core import to_json
 
 from server.api.access.receipts import holder_of
@@ -12,8 +12,8 @@ from server.api.answer.json_answer import while_connected
 from server.api.prompt.replay import prompt_of
 from server.api.request.body import body_of
 from server.api.request.chat_schema import ChatRequest
-from server.api.request.common_fields import Listed, fault
-from server.api.request.completion_schema import TokenId, whole_ids
+from server.api.request.common_fields import fault
+from server.api.request.completion_schema import token_ids
 from server.api.request.turns import Presence
 from server.api.request.workload import lease_of
 from server.api.service import Service
@@ -47,7 +47,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    tokens: Annotated[Listed[TokenId], Field(max_length=2**21), BeforeValidator(whole_ids)]
+    tokens: Annotated[list[int], PlainValidator(token_ids)]
 
 
 def tokenize_router(service: Service) -> APIRouter:

@@ -159,10 +159,15 @@ def _num_bytes_beside_numbers(raw: bytes) -> int:
 
 def _width(raw: bytes) -> int:
     """Bytes of a character in Python's strings: all of a string have the width of its widest."""
-    if raw.isascii() and b"\\u" not in raw:
+    if raw.isascii() and not _has(raw, b"\\u"):
         return 1
-    is_astral = b"\\ud" in raw or b"\\uD" in raw or any(byte in raw for byte in range(0xF0, 0xF5))
-    return 4 if is_astral else 2
+    return 4 if _has(raw, b"\\ud", b"\\uD", *(bytes([byte]) for byte in range(0xF0, 0xF5))) else 2
+
+
+def _has(raw: bytes, *marks: bytes) -> bool:
+    """Whether any of these marks is in the body."""
+    starts = range(0, len(raw), PIECE_BYTES)
+    return any(one in raw[start : start + PIECE_BYTES + len(one) - 1] for start in starts for one in marks)
 
 
 def _without_mark(raw: bytes) -> bytes:

@@ -3,14 +3,34 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from server.api.request.common_fields import GenerationRequest, Listed, Whole, fault, refusals, whole
 
 MAX_PROMPTS = 1024
 
+# Ids in one list, and how many of them are checked at once.
+MAX_IDS, IDS_AT_ONCE = 2**21, 2**13
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_IDS = TypeAdapter(Listed[TokenId])
 NO_FORM = "this endpoint continues text; /chat/completions has 'response_format'"
+
+
+def token_ids(value: Any) -> list[int]:
+    """Ids, checked some thousands at a time, so that millions leave the interpreter to others meanwhile."""
+    if not isinstance(value, list):
+        raise fault("", "must be a list of token ids")
+    if len(value) > MAX_IDS:
+        raise fault("", f"holds {len(value)} ids, at most {MAX_IDS} are taken")
+    ids: list[int] = []
+    for start in range(0, len(value), IDS_AT_ONCE):
+        try:
+            ids += _IDS.validate_python(whole_ids(value[start : start + IDS_AT_ONCE]), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise fault("", f"[{start + int(first['loc'][0])}]: {first['msg']}") from error
+    return ids
 
 
 def whole_ids(value: Any) -> Any:
@@ -50,6 +70,11 @@ class CompletionRequest(GenerationRequest):
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise fault("prompt", f"'prompt' must hold 1 to {MAX_PROMPTS} prompts")
         return self
+
+    @property
+    def num_answers(self) -> int:
+        """How many answers are to be written, at most."""
+        return len(self.prompts) * (self.n or 1)
 
     @property
     def prompts(self) -> list[str | list[int]]:

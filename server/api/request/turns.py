@@ -63,10 +63,21 @@ class Sluice:
 
 
 class Turns:
-    """Gives a number of places to holders, which may come many times."""
+    """Gives a number of places to holders, which may come many times.
 
-    def __init__(self, num_places: int, clock: Callable[[], float] = monotonic) -> None:
+    A place that is given back stays empty for `rest` times as long as it was used, and at most `max_rest_s`.
+    """
+
+    def __init__(
+        self,
+        num_places: int,
+        clock: Callable[[], float] = monotonic,
+        *,
+        rest: float = 0.0,
+        max_rest_s: float = 0.0,
+    ) -> None:
         self._num_free, self._clock = num_places, clock
+        self._rest, self._max_rest_s = rest, max_rest_s
         self._lines: dict[str, deque[asyncio.Future[None]]] = {}
         self._paid_until: dict[str, float] = {}  # a holder's time begins `MEMORY_S` ago and grows with use
 
@@ -79,8 +90,12 @@ class Turns:
             yield
         finally:
             now = self._clock()
-            self._paid_until[holder] = self._age(holder, now) + now - started_at
-            self._pass_on()
+            used_s = now - started_at
+            self._paid_until[holder] = self._age(holder, now) + used_s
+            if rest_s := min(self._rest * used_s, self._max_rest_s):
+                asyncio.get_running_loop().call_later(rest_s, self._pass_on)
+            else:
+                self._pass_on()
 
     async def _enter(self, holder: str) -> None:
         if self._num_free:
@@ -114,10 +129,10 @@ class Turns:
 
 
 class Lane:
-    """Threads that work for one request each."""
+    """Threads that work for one request each, and rest after it as `Turns` says."""
 
-    def __init__(self, num_threads: int, name: str) -> None:
-        self._turns = Turns(num_threads)
+    def __init__(self, num_threads: int, name: str, rest: float = 0.0, max_rest_s: float = 0.0) -> None:
+        self._turns = Turns(num_threads, rest=rest, max_rest_s=max_rest_s)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
 
     def submit(self, work: Callable[[], None]) -> None:

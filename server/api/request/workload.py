@@ -25,9 +25,15 @@ INCOMPLETE = 0.5
 # One that has come for so long is given up for another.
 GRACE_S = 10.0
 RETRY_AFTER_S = 5
-# Parts of large bodies that are read at once, of 256 kB at most, and the pause after them: 100 MB a second,
+# Parts of large bodies that are read at once, of 256 kB at most, and the pause after them: 50 MB a second,
 # which one client can have alone. Without it bodies take the event loop and a processor for themselves.
-PARTS_AT_ONCE, PARTS_PAUSE_S = 2, 0.005
+PARTS_AT_ONCE, PARTS_PAUSE_S = 1, 0.005
+# After work on a large body the next one waits for so many times as long, and at most for so long. While one
+# is worked on, each of the event loop's system calls waits for the interpreter.
+REST, MAX_REST_S = 2.0, 1.0
+
+# Answers to so many bytes of prompts are about as much work as each answer.
+PART_BYTES = 2**10
 
 T = TypeVar("T")
 
@@ -42,7 +48,7 @@ class Workload:
         self._num_bytes = 0
         self._incomplete: dict[Allowance, float] = {}  # since when; the oldest first
         self.sluice = Sluice(PARTS_AT_ONCE, PARTS_PAUSE_S)
-        self._quick, self._slow = Lane(2, "requests"), Lane(1, "large-requests")
+        self._quick, self._slow = Lane(2, "requests"), Lane(1, "large-requests", REST, MAX_REST_S)
 
     def lease(self) -> "Allowance":
         """For a new request."""
@@ -129,9 +135,12 @@ class Allowance:
         if self._size > LARGE_BYTES:
             self._workload.tidy_up()
 
-    async def run(self, holder: str, work: Callable[[Presence], T]) -> T:
-        """The result of work for this request, done on a thread when it is the holder's turn."""
-        return await self._workload.lane(self._size).run(holder, work)
+    async def run(self, holder: str, work: Callable[[Presence], T], num_parts: int = 1) -> T:
+        """The result of work for this request, done on a thread when it is the holder's turn.
+
+        `num_parts`: of a small body that is as much work as a large one.
+        """
+        return await self._workload.lane(max(self._size, num_parts * PART_BYTES)).run(holder, work)
 
     @property
     def is_small(self) -> bool:

@@ -124,7 +124,7 @@ def _peak_bytes() -> int:
 
 def main() -> None:
     """Make an attempt for each order that comes, until there are no more."""
-    os.nice(5)  # answers under way come first
+    os.nice(10)  # answers under way come first
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, and for the server to obey
     orders, results = open(0, "rb"), open(1, "wb")  # noqa: SIM115 (until the end)
     while orders.peek(1):

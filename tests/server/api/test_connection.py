@@ -2,12 +2,14 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import pytest
 
-from server.api.connection import PIECE_BYTES, HttpConnection
+from server.api.connection import BEHIND_PAUSE_S, LINGER_PAUSE_S, PIECE_BYTES, HttpConnection
 from tests.server.api.scripted import ScriptedEngine
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}).encode()
@@ -111,6 +113,37 @@ def test_a_target_or_a_start_without_end_is_refused(base_url: str) -> None:
             assert is_closed(connection)
 
 
+def test_requests_that_come_at_once_are_read_one_by_one_with_pauses(base_url: str) -> None:
+    """Without a pause four connections full of them have the event loop for themselves."""
+    with connected(base_url) as connection:
+        started_s, said = time.monotonic(), b""
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 11)
+        while said.count(b"HTTP/1.1 ") < 11:
+            said += connection.recv(65536)
+    assert time.monotonic() - started_s >= 10 * BEHIND_PAUSE_S
+
+
+def test_what_a_refused_client_sends_is_read_with_pauses(
+    base_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discarded, discard = [], HttpConnection._discard
+
+    def count(self: HttpConnection, data: bytes) -> None:
+        discarded.append(time.monotonic())
+        discard(self, data)
+
+    monkeypatch.setattr(HttpConnection, "_discard", count)
+    with connected(base_url) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n" + LINE * 70)
+        assert answer(connection)[0] == 431
+        with suppress(OSError):
+            for _ in range(100):
+                connection.sendall(b"x" * 20_000)
+                time.sleep(0.001)
+    assert len(discarded) > 1
+    assert all(later - earlier >= LINGER_PAUSE_S for earlier, later in pairwise(discarded))
+
+
 def test_a_second_request_and_a_trailer_have_the_same_limits(base_url: str) -> None:
     with connected(base_url) as connection:
         connection.sendall(post())
@@ -119,13 +152,15 @@ def test_a_second_request_and_a_trailer_have_the_same_limits(base_url: str) -> N
         assert answer(connection)[0] == 431
     with connected(base_url) as connection:
         connection.sendall(post(body=b"2\r\n{}\r\n0\r\n", length="Transfer-Encoding: chunked"))
-        for _ in range(30_000):
+        ends_at = time.monotonic() + 5
+        while time.monotonic() < ends_at:
             try:
                 connection.sendall(LINE)
             except OSError:
                 break
+            time.sleep(0.0001)
         else:
-            pytest.fail("30 MB of trailer were read")
+            pytest.fail("a trailer is read for 5 s")
 
 
 @pytest.mark.parametrize(

@@ -153,3 +153,18 @@ def test_a_sluice_pauses_and_the_first_does_not_wait() -> None:
     first_s, all_s = asyncio.run(scenario())
     assert first_s < 0.05
     assert all_s >= 0.1
+
+
+def test_a_place_rests_after_work_and_no_rest_is_longer_than_the_longest() -> None:
+    async def scenario() -> list[float]:
+        loop, begun = asyncio.get_running_loop(), []
+        turns = Turns(1, rest=50.0, max_rest_s=0.1)
+        for seconds in (0.001, 0.2, 0.0):
+            async with turns.turn("one"):
+                begun.append(loop.time())
+                await asyncio.sleep(seconds)
+        return begun
+
+    first, second, third = asyncio.run(scenario())
+    assert second - first >= 0.05
+    assert 0.3 <= third - second < 5

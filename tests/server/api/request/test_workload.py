@@ -15,7 +15,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from config.errors import BusyError
+from config.errors import BusyError, RequestError
 from config.plan import MIN_REQUEST_BYTES
 from server.api.app import make_app
 from server.api.request.body import MAX_CONTAINERS, PIECE_BYTES, Extent
@@ -83,6 +83,35 @@ def test_what_requests_had_is_given_back_however_they_end(tight: Service, engine
     client.post("/v1/chat/completions", json=chat("hi"))
     client.get("/v1/models")
     assert tight.workload.num_bytes == 0
+
+
+def test_many_answers_are_accounted_for_before_any_is_made_and_keep_no_small_request_waiting(
+    tight: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,024 prompts of 5 bytes with 16 answers each took a second of a thread for small bodies, for a 503."""
+    client, body = TestClient(make_app(tight)), {"prompt": ["a b c"] * 1024, "n": 16}
+    threads: list[str] = []
+
+    def encode(*_: object) -> list[int]:
+        threads.append(threading.current_thread().name)
+        raise RequestError("seen")
+
+    monkeypatch.setattr(type(tight.dialect.tokenizer), "encode", encode)
+    assert client.post("/v1/completions", json=body).status_code == 413
+    assert threads == []
+    tight.workload.limit = lambda: 160 * MIB
+    for asked in (body, body | {"prompt": ["a b c"], "n": 1}):
+        client.post("/v1/completions", json=asked)
+    large, small = threads
+    assert large.startswith("large-requests")
+    assert small.startswith("requests")
+
+
+def test_the_place_of_a_wrong_id_among_many_is_told(tight: Service) -> None:
+    client = TestClient(make_app(tight))
+    answer = client.post("/v1/detokenize", json={"tokens": [1] * 9000 + [-1]})
+    assert answer.status_code == 400
+    assert "[9000]" in answer.json()["error"]["message"]
 
 
 def stalled(url: str, num_bytes: int) -> socket.socket:
