@@ -141,7 +141,7 @@ def test_what_a_refused_client_sends_is_read_with_pauses(
                 connection.sendall(b"x" * 20_000)
                 time.sleep(0.001)
     assert len(discarded) > 1
-    assert all(later - earlier >= LINGER_PAUSE_S for earlier, later in pairwise(discarded))
+    assert all(later - earlier > 0.9 * LINGER_PAUSE_S for earlier, later in pairwise(discarded))
 
 
 def test_a_second_request_and_a_trailer_have_the_same_limits(base_url: str) -> None:
