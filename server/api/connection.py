@@ -188,6 +188,11 @@ class HttpConnection(HttpToolsProtocol):
         super().on_message_begin()
         self._num_head_bytes = self._num_lines = 0
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A line of a head, or of a trailer, which is no header; httptools calls this."""
+        if self._in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """A head is complete; httptools calls this."""
         self._in_head = False

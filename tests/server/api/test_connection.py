@@ -147,6 +147,25 @@ def test_what_a_refused_client_sends_is_read_with_pauses(
     assert all(later - earlier > 0.9 * LINGER_PAUSE_S for earlier, later in pairwise(discarded))
 
 
+def test_lines_of_a_trailer_are_no_headers(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a front server sets or strips in a head could be set behind the body."""
+    seen: list[tuple[bytes, bytes]] = []
+    complete = HttpConnection.on_message_complete
+
+    def look(self: HttpConnection) -> None:
+        seen.extend(self.scope["headers"])
+        complete(self)
+
+    monkeypatch.setattr(HttpConnection, "on_message_complete", look)
+    with connected(base_url) as connection:
+        trailer = b"Authorization: Bearer x\r\nX-Session-Id: y\r\n\r\n"
+        chunks = b"%x\r\n%b\r\n0\r\n%b" % (len(BODY), BODY, trailer)
+        connection.sendall(post(body=chunks, length="Transfer-Encoding: chunked"))
+        assert answer(connection)[0] == 200
+    assert b"transfer-encoding" in dict(seen)
+    assert not {b"authorization", b"x-session-id"} & dict(seen).keys()
+
+
 def test_a_second_request_and_a_trailer_have_the_same_limits(base_url: str) -> None:
     with connected(base_url) as connection:
         connection.sendall(post())
