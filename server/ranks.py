@@ -47,13 +47,21 @@ def read_nodes(path: Path) -> tuple[str, ...]:
     """The addresses in a file of hosts, in the form that MLX's ring takes."""
     try:
         hosts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--nodes {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise UsageError(f"--nodes {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--nodes {path} is no JSON: {error}") from error
     if not isinstance(hosts, list) or len(hosts) < 2 or not all(_is_node(host) for host in hosts):
         raise UsageError(
             f'--nodes {path} is no list of two or more machines; write [["10.0.0.1:9400"], ["10.0.0.2:9400"]]'
         )
-    return tuple(host[0] for host in hosts)
+    addresses = tuple(host[0] for host in hosts)
+    for number, address in enumerate(addresses):
+        if address in addresses[:number]:
+            raise UsageError(f"--nodes {path} has {address} twice; give each rank an address of its own")
+        if not 0 < int(address.rpartition(":")[2]) < 2**16:
+            raise UsageError(f"--nodes {path}: {address} has no port from 1 to 65535")
+    return addresses
 
 
 def _is_node(host: object) -> bool:

@@ -9,6 +9,8 @@ import pytest
 from config.errors import UsageError
 from server.cli import main, parse_settings
 from server.commands.checkpoint import POCKET
+from server.commands.serve import make_engine_config
+from server.link.child import start_follower
 from server.ranks import make_cluster
 
 LOCAL = [["127.0.0.1:9400"], ["127.0.0.1:9401"], ["127.0.0.1:9402"]]
@@ -51,6 +53,9 @@ def test_ranks_that_are_started_by_hand_have_the_key_that_was_given(tmp_path: Pa
         ([["[::1]:9400"], ["10.0.0.2:9400"]], KEY, "no list of two or more machines"),
         ([["10.0.0.1"], ["10.0.0.2:9400"]], KEY, "no list of two or more machines"),
         ({"hosts": []}, KEY, "no list of two or more machines"),
+        ([*LOCAL, LOCAL[1]], (), "has 127.0.0.1:9401 twice"),
+        ([["127.0.0.1:9400"], ["127.0.0.1:99401"]], (), "127.0.0.1:99401 has no port from 1 to 65535"),
+        ([["127.0.0.1:0"], ["127.0.0.1:9401"]], (), "127.0.0.1:0 has no port from 1 to 65535"),
     ],
 )
 def test_what_makes_no_cluster_is_refused(
@@ -63,6 +68,20 @@ def test_what_makes_no_cluster_is_refused(
 def test_a_rank_without_nodes_is_refused() -> None:
     with pytest.raises(UsageError, match="--rank is a place in --nodes"):
         make_cluster(parse_settings(["--rank", "1"]))
+
+
+@pytest.mark.slow
+def test_a_rank_at_an_address_of_another_machine_ends_with_2(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = [["127.0.0.1:9400"], ["192.0.2.1:9400"]]  # an address that no machine has
+    settings = parse_settings([*nodes(tmp_path, elsewhere), "--rank", "1", *KEY])
+    rank = start_follower(make_engine_config(settings, POCKET))
+    assert rank.wait(30) == 2
+    rank.communicate()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "this machine cannot listen on 192.0.2.1:9400" in lines[0]
 
 
 def test_the_plan_of_a_cluster_is_that_of_a_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _end_with_input() -> None:
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)  # not through the buffer, whose lock Python wants when it ends
     os._exit(0)
 
 
@@ -72,6 +72,7 @@ def _follow(config: EngineConfig) -> int:
     wire = knock(cluster, Introduction(cluster.node, address, facts_of(cluster, checkpoint, arithmetic)))
     welcome = wire.receive(is_patient=True)  # others may still have to come
     if not isinstance(welcome, Welcome):
+        log.warning("rank 0 has not let this rank in, or has ended: its log says why")
         return 0
     inbox: SimpleQueue[RankMessage] = SimpleQueue()
     wire.watch(lambda message: os._exit(0) if isinstance(message, Gone) else inbox.put(message))

@@ -56,6 +56,8 @@ def gather(
     awaited = set(config.started if is_again else others)
     deadline_s = time.monotonic() + REJOIN_S
     with _listen(config.addresses[0]) as listener:
+        if by_hand := [config.addresses[node] for node in others if node not in config.started]:
+            log.info("waiting for the ranks at %s", ", ".join(by_hand))
         threading.Thread(target=_accept, args=(listener, config.key, arrivals), daemon=True).start()
         while awaited - guests.keys() or (len(guests) < len(others) and time.monotonic() < deadline_s):
             missing = ", ".join(config.addresses[node] for node in others if node not in guests)
@@ -77,11 +79,16 @@ def gather(
 
 
 def _listen(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
+    return _bind(address, int(address.rpartition(":")[2]))
+
+
+def _bind(address: str, port: int) -> socket.socket:
+    """A socket at a port of the address's host. Raises UsageError where that is another machine's."""
     try:
-        return socket.create_server((host, int(port)))
+        return socket.create_server((address.rpartition(":")[0], port))
     except OSError as error:
-        raise UsageError(f"--nodes: cannot listen on {address}: {error.strerror}") from error
+        reason = str(error.strerror).partition(" (")[0]  # what follows is the address once more
+        raise UsageError(f"--nodes: this machine cannot listen on {address}: {reason}") from error
 
 
 def _accept(listener: socket.socket, key: str, arrivals: "SimpleQueue[Guest]") -> None:
@@ -118,6 +125,7 @@ def _compare(config: ClusterConfig, facts: Mapping[str, str], guest: Introductio
 def knock(config: ClusterConfig, introduction: Introduction) -> Wire:
     """Comes to rank 0, as soon as it is there. Raises UsageError where the keys differ."""
     host, _, port = config.addresses[0].rpartition(":")
+    tell = log.info
     while True:
         try:
             wire = Wire(socket.create_connection((host, int(port))), config.key, answers_first=True)
@@ -125,12 +133,13 @@ def knock(config: ClusterConfig, introduction: Introduction) -> Wire:
             return wire
         except AuthenticationError as error:
             raise UsageError(f"{config.addresses[0]} has another --cluster-key") from error
-        except (OSError, EOFError, ClusterError):
+        except (OSError, EOFError, ClusterError) as error:
+            tell("rank 0 does not answer yet (%s); it is tried again until it does", error)
+            tell = log.debug
             time.sleep(RETRY_S)
 
 
 def free_address(address: str) -> str:
-    """An address of the same machine with a port that nobody listens on."""
-    host = address.rpartition(":")[0]
-    with socket.create_server((host, 0)) as server:
-        return f"{host}:{server.getsockname()[1]}"
+    """An address of the same machine with a port that nobody listens on. Raises UsageError elsewhere."""
+    with _bind(address, 0) as server:
+        return f"{address.rpartition(':')[0]}:{server.getsockname()[1]}"
