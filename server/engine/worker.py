@@ -41,6 +41,7 @@ from streaming.files.marks import mark_checkpoint, refuse_changed
 SCARCITY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 # Less than the HTTP side waits before it insists.
 CLOSE_TIMEOUT_S = 3.0
+# A rank that fails is noticed by the others' computation first, and says why within this time.
 EXPLAINED_WITHIN_S = 0.5
 
 log = logging.getLogger(__name__)
@@ -74,20 +75,8 @@ def main(open_model: OpenBackend = open_backend) -> int:
     backend, marks = opened
     backend.on_lost(lost)
     send(Ready(backend.info, marks))
-    grammars = Grammars(load.config.model_path, backend.info.vocab_size)
-    telemetry = Telemetry(backend.measure, send, backend.heat)
-    prefixes = SavedPrefixes(backend.prefix) if backend.prefix else None
-    loop = EngineLoop(
-        backend,
-        inbox,
-        with_activity(telemetry.send),
-        grammars=grammars,
-        prefixes=prefixes,
-        beat=telemetry.beat,
-    )
-    telemetry.watch(loop.measure)
     try:
-        loop.run()
+        _make_loop(backend, load.config, inbox, send).run()
     except ClusterError as error:
         time.sleep(EXPLAINED_WITHIN_S)  # the rank that has failed may know better why
         lost(str(error))
@@ -116,6 +105,23 @@ def _open(
         message = f"{type(error).__name__}: {error}"
         send(LoadFailed(message, is_usage_error=False, is_scarce=is_scarce))
     return None
+
+
+def _make_loop(
+    backend: Backend, config: EngineConfig, inbox: SimpleQueue[Command], send: Callable[[Event], None]
+) -> EngineLoop:
+    """The loop, with what it tells the HTTP side of its work."""
+    telemetry = Telemetry(backend.measure, send, backend.heat)
+    loop = EngineLoop(
+        backend,
+        inbox,
+        with_activity(telemetry.send),
+        grammars=Grammars(config.model_path, backend.info.vocab_size),
+        prefixes=SavedPrefixes(backend.prefix) if backend.prefix else None,
+        beat=telemetry.beat,
+    )
+    telemetry.watch(loop.measure)
+    return loop
 
 
 def _read_commands(pipe: Connection, inbox: SimpleQueue[Command]) -> None:

@@ -4,6 +4,7 @@ Rank 0 listens at the first address of the list. The others come there, again an
 """
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -24,6 +25,8 @@ from streaming.files.marks import mark_checkpoint
 # A group that has been complete starts again with the machines that have come by then.
 REJOIN_S = 8.0
 RETRY_S = 0.2
+# Rank 0 reads samples of all files before it listens.
+TOLD_AFTER_S = 5.0
 
 Guest = tuple[Wire, Introduction]
 
@@ -125,7 +128,7 @@ def _compare(config: ClusterConfig, facts: Mapping[str, str], guest: Introductio
 def knock(config: ClusterConfig, introduction: Introduction) -> Wire:
     """Comes to rank 0, as soon as it is there. Raises UsageError where the keys differ."""
     host, _, port = config.addresses[0].rpartition(":")
-    tell = log.info
+    tells_s = time.monotonic() + TOLD_AFTER_S
     while True:
         try:
             wire = Wire(socket.create_connection((host, int(port))), config.key, answers_first=True)
@@ -134,8 +137,9 @@ def knock(config: ClusterConfig, introduction: Introduction) -> Wire:
         except AuthenticationError as error:
             raise UsageError(f"{config.addresses[0]} has another --cluster-key") from error
         except (OSError, EOFError, ClusterError) as error:
-            tell("rank 0 does not answer yet (%s); it is tried again until it does", error)
-            tell = log.debug
+            if time.monotonic() > tells_s:
+                log.info("rank 0 does not answer yet (%s); it is tried again until it does", error)
+                tells_s = math.inf
             time.sleep(RETRY_S)
 
 
