@@ -153,21 +153,22 @@ class Settings(BaseSettings):
         None,
         "Cluster",
         "FILE",
-        'compute on several machines as one: a JSON list of their addresses, [["10.0.0.1:9400"], '
-        '["10.0.0.2:9400"]], this one first; those on 127.0.0.1 are started here (docs/scale.md)',
+        "compute on several machines as one: a file with a JSON list of their addresses, "
+        '[["10.0.0.1:9400"], ["10.0.0.2:9400"]]; without --rank this is the first of them, and starts those '
+        "on 127.0.0.1 (docs/scale.md)",
     )
     rank: int | None = _setting(
         None,
         "Cluster",
         "NUMBER",
-        "this machine's place in --nodes, from 0, where each is started by hand; all but 0 serve no clients",
+        "this machine's place in --nodes, from 0, where each is started by hand; only rank 0 serves clients",
         ge=0,
     )
     cluster_key: str | None = _setting(
         None,
         "Cluster",
         "KEY",
-        "secret that the machines of --nodes have in common; better in the environment",
+        "secret of 16 letters or more that the machines of --nodes have in common; better in the environment",
         min_length=16,
     )
     decode_share: Share = _setting(
