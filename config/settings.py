@@ -342,7 +342,7 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _case_is_nothing(cls, value: Any, info: ValidationInfo) -> Any:
-        """`INFO` is a level as well as `info`."""
+        """Accepts choices in capitals: `INFO` as well as `info`."""
         is_choice = get_origin(cls.model_fields[str(info.field_name)].annotation) is Literal
         return value.lower() if is_choice and isinstance(value, str) else value
 
@@ -357,7 +357,7 @@ class Settings(BaseSettings):
 
 
 def _origin_of(text: str) -> str:
-    """What a browser sends for a page there: no path, and no port that goes without saying."""
+    """The Origin header that a browser sends for this page: without path and default port."""
     if text in ("*", "null") or text.startswith("file:"):
         return "null" if text.startswith("file:") else text
     scheme, _, rest = text.rpartition("://")

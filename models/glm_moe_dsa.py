@@ -79,7 +79,7 @@ class MoeMlp(nn.Module):
         return self._experts.are_resident_for(rows)
 
     def whole(self, x: mx.array, onto: list[mx.array]) -> mx.array:
-        """The same where experts are resident, a pure function."""
+        """The MLP's output added to `onto`, where experts are resident: a pure function."""
         routing, added = self._begin(x)
         return self._experts(x, *routing, added=(*added, *onto))
 

@@ -16,7 +16,7 @@ from server.link.child import end_processes, start_follower
 from server.link.messages import ClusterConfig, EngineConfig
 from server.version import VERSION
 
-# A rank that has ended comes again after so long.
+# Pause before a rank that has ended is started again.
 AGAIN_S = 1.0
 NEEDS_A_PERSON = 2
 

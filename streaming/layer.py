@@ -120,7 +120,7 @@ class StoreLayer:
         return expert in self.books or expert in self.ahead
 
     def heat(self, num_experts: int) -> LayerHeat:
-        """As `ExpertStore.heat`."""
+        """Returns hits, misses and cells of this layer."""
         return self.num_hits, self.num_misses, as_cells(num_experts, self._num_asked, self.books.residents)
 
     def slot_table(self, num_experts: int) -> mx.array | None:

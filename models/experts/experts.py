@@ -157,7 +157,7 @@ class Experts:
         guessed: NDArray[np.int32] | None,
         beside: Sequence[mx.array],
     ) -> mx.array:
-        """The same for experts that are known, and read where they are not here."""
+        """Outputs [N, k, H] for ids that have been read back; experts without a slot are read."""
         # One row's experts are unique and ascending as they are.
         experts = (wanted[0] if len(wanted) == 1 else np.unique(wanted)).tolist()
         if len(experts) > self._source.num_slots(self._layer):
@@ -288,7 +288,7 @@ class Experts:
         ids: mx.array,
         weights: mx.array,
     ) -> Generator[None, None, mx.array]:
-        """The same for ids that have been read back."""
+        """Sums [N, H] of many rows' weighted outputs, for ids that have been read back."""
         rows_of = rows_by_expert(wanted)
         counts = {expert: len(rows) for expert, (rows, _) in rows_of.items() if self._is_own(expert)}
         out = mx.zeros((weights.shape[0], take(mx.array([0])).shape[1]))

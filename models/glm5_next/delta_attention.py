@@ -119,7 +119,7 @@ class DeltaAttention(nn.Module):
         return [state_of(span, self._layer)[1].arrays for span in part.spans]
 
     def keep(self, part: RowPart, states: Sequence[State]) -> None:
-        """Each sequence goes on to its state one row later."""
+        """Stores each sequence's state after this row."""
         for span, arrays in zip(part.spans, states, strict=True):
             cache, state = state_of(span, self._layer)
             state.advance(arrays, 1)

@@ -88,7 +88,7 @@ def _parser() -> ArgumentParser:
 
 
 def _base(text: str) -> str:
-    """The server's address, of which clients are also given `/v1` or `/api/v1`."""
+    """The server's address, of one with or without the `/v1` or `/api/v1` that clients want."""
     text = text if "://" in text or not text[:1].isalnum() else f"http://{text}"
     return text.rstrip("/").removesuffix("/v1").removesuffix("/api")
 

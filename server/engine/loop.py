@@ -82,7 +82,7 @@ class EngineLoop:
         self._trials = Trials(backend.habits)
         self._boarding = Boarding(self._model, self._scheduler, self._limits)
         self._places: dict[str, int] = {}  # what waiting requests were told
-        self._yielded_s = 0.0  # of a decode step, to prompts that came meanwhile
+        self._yielded_s = 0.0  # by the decode step under way, to short prompts
         self._is_stopping = False
 
     def run(self) -> None:
@@ -248,7 +248,7 @@ class EngineLoop:
     def _let_by(self, step: Pass) -> None:
         """Reads short prompts that come during a decode step before its next layer.
 
-        They have what passes may have between two steps. Longer prompts wait for the step's end.
+        They may take the time that `--decode-share` leaves to prompts. Longer ones wait for the step's end.
         """
         if self._boarding.passes or not self._scheduler.num_waiting:
             return
@@ -264,7 +264,7 @@ class EngineLoop:
         self._yielded_s += self._clock() - started_s
 
     def _run_through(self, one: Pass, between: Callable[[Pass], None] = lambda _: None) -> mx.array | None:
-        """Computes all layers at a stretch, with something `between` two of them.
+        """Computes all layers at a stretch, and calls `between` after each but the last.
 
         Returns None if no client wants the result any more.
         """

@@ -60,7 +60,7 @@ class Child:
     """`heard_at`: when it said something last, by `time.monotonic`."""
 
     def __init__(self, worker: str, config: EngineConfig | None = None) -> None:
-        """`config`: of a cluster, some ranks of which live here as long as this process."""
+        """`config`: if it has a cluster, the ranks on this machine are started, and end with this process."""
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -166,7 +166,7 @@ def start_follower(config: EngineConfig) -> "subprocess.Popen[bytes]":
 
 
 def end_processes(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
-    """Ends them at once, stopped ones too."""
+    """Kills the processes, also those that a signal has stopped, and waits for their end."""
     for process in processes:
         process.kill()
         process.communicate()

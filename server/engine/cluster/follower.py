@@ -100,7 +100,7 @@ class Repeater:
         self._forwards: dict[int, tuple[Generator[int | None, None, mx.array], list[Span]]] = {}
 
     def repeat(self, message: Repeated) -> None:
-        """One call. What fails on all ranks alike fails here without consequence."""
+        """Makes one call. Rank 0 reports errors that all ranks have alike; they have no consequence here."""
         match message:
             case Made(cache):
                 self._caches[cache] = self._model.make_cache()

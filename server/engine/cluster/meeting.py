@@ -22,7 +22,7 @@ from server.engine.cluster.wire import Wire
 from server.link.messages import ClusterConfig
 from streaming.files.marks import mark_checkpoint
 
-# A group that has been complete starts again with the machines that have come by then.
+# How long rank 0 waits for ranks on other machines when the engine starts again.
 REJOIN_S = 8.0
 RETRY_S = 0.2
 # Rank 0 reads samples of all files before it listens.
@@ -49,9 +49,10 @@ def facts_of(config: ClusterConfig, checkpoint: Checkpoint, arithmetic: Arithmet
 def gather(
     config: ClusterConfig, facts: Mapping[str, str], report: Callable[[str], None], *, is_again: bool
 ) -> list[Guest]:
-    """Waits for the other machines of the list, in its order; after a restart not for long.
+    """Returns the other machines in the order of the list, once all have come.
 
-    Raises UsageError where one of them differs; after a restart it is left out.
+    Raises UsageError where one of them differs. `is_again`: after a restart one that differs is left out, and
+    those on other machines have REJOIN_S to come.
     """
     guests: dict[int, Guest] = {}
     arrivals: SimpleQueue[Guest] = SimpleQueue()
@@ -126,7 +127,7 @@ def _compare(config: ClusterConfig, facts: Mapping[str, str], guest: Introductio
 
 
 def knock(config: ClusterConfig, introduction: Introduction) -> Wire:
-    """Comes to rank 0, as soon as it is there. Raises UsageError where the keys differ."""
+    """Connects to rank 0, again and again until it answers. Raises UsageError where the keys differ."""
     host, _, port = config.addresses[0].rpartition(":")
     tells_s = time.monotonic() + TOLD_AFTER_S
     while True:

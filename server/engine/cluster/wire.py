@@ -41,7 +41,10 @@ class Wire:
             raise ClusterError(f"a rank of the cluster has ended ({error.strerror})") from error
 
     def receive(self, *, is_patient: bool = False) -> RankMessage:
-        """The next message; Gone where there will be none, or none came and nobody is so patient."""
+        """The next message; Gone if the connection has ended.
+
+        Also Gone after SILENCE_S without a message, unless `is_patient`.
+        """
         try:
             if self._connection.poll(None if is_patient else SILENCE_S):
                 message: RankMessage = self._connection.recv()
