@@ -87,7 +87,7 @@ def _follow(config: EngineConfig) -> int:
             repeater.repeat(message)
     except Exception as error:  # the process ends here, and rank 0 says why
         log.exception("this rank of the cluster has failed")
-        wire.send(Gone(f"{type(error).__name__}: {error}"))
+        wire.send(Gone(f"has failed: {type(error).__name__}: {error}"))
         return 1
 
 

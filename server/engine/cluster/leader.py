@@ -73,7 +73,7 @@ class Leader:
             case Loaded():
                 self._loaded.release()
             case Gone(reason):
-                self._tell_lost(f"rank {rank} of the cluster ({self._addresses[rank]}): {reason}")
+                self._tell_lost(f"rank {rank} of the cluster ({self._addresses[rank]}) {reason}")
                 os._exit(1)
 
 

@@ -37,7 +37,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Gone:
-    """The rank ends, and why."""
+    """The rank ends. `reason`: what has become of it, such as "has ended"."""
 
     reason: str
 

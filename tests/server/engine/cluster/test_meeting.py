@@ -105,9 +105,9 @@ def test_a_rank_that_says_nothing_is_noticed_and_one_that_beats_is_not(
 
 def test_the_end_of_a_rank_is_heard_with_its_words() -> None:
     one, other = wires()
-    other.send(Gone("no memory"))
+    other.send(Gone("has failed: no memory"))
     other.close()
-    assert one.receive() == Gone("no memory")
+    assert one.receive() == Gone("has failed: no memory")
     assert one.receive() == Gone("has ended")
     with pytest.raises(ClusterError, match="a rank of the cluster has ended"):
         send_on(one)
