@@ -1,9 +1,8 @@
 """What NumPy computes on the CPU is what MLX computes, many times faster; few rows of weights stay MLX's."""
 
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -167,10 +166,13 @@ def test_rows_are_added_where_they_belong(arithmetic: Arithmetic) -> None:
     assert out.sum() == pytest.approx(ROWS * 9 + float(added.sum()), rel=1e-5)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX's CPU products are fast themselves")
-@pytest.mark.parametrize("name", ["product", "mlp", "attended", "index_scores"])
-def test_many_rows_are_not_left_to_the_blas_of_the_wheel(name: str) -> None:
-    """MLX's wheel has the reference BLAS, up to 50 times slower; twice for products that one thread does."""
+@pytest.mark.parametrize(
+    ("name", "products"), [("product", 1), ("mlp", 3), ("attended", 2), ("index_scores", 2)]
+)
+def test_many_rows_are_not_left_to_the_blas_of_the_wheel(
+    name: str, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX's wheel has the reference BLAS, up to 50 times slower than NumPy's."""
     x, w = normal(16, 128), Dense(normal(128, 128))
     of_heads, keys = normal(2, 16, 128), normal(64, 128)
     queries, weights = normal(16, 2, 128), normal(16, 2)
@@ -180,14 +182,14 @@ def test_many_rows_are_not_left_to_the_blas_of_the_wheel(name: str) -> None:
         "attended": lambda arithmetic: arithmetic.attended(of_heads, keys, keys, None),
         "index_scores": lambda arithmetic: arithmetic.index_scores(queries, weights, keys),
     }
-    mx.eval(x, w.weight, of_heads, keys, queries, weights)
-    assert 2 * best_s(lambda: calls[name](CPU)) < best_s(lambda: calls[name](MLX))
+    seen, matmul = [], np.matmul
 
+    def counted(*given: Any, **options: Any) -> Any:
+        seen.append(given)
+        return matmul(*given, **options)
 
-def best_s(compute: Callable[[], mx.array]) -> float:
-    times = []
-    for _ in range(60):
-        started = time.perf_counter()
-        mx.eval(compute())
-        times.append(time.perf_counter() - started)
-    return min(times)
+    monkeypatch.setattr(np, "matmul", counted)
+    mx.eval(calls[name](MLX))
+    assert not seen
+    mx.eval(calls[name](CPU))
+    assert len(seen) == products
