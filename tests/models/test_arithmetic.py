@@ -167,12 +167,12 @@ def test_rows_are_added_where_they_belong(arithmetic: Arithmetic) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "products"), [("product", 1), ("mlp", 3), ("attended", 2), ("index_scores", 2)]
+    ("name", "products"), [("product", 1), ("mlp", 2), ("attended", 2), ("index_scores", 2)]
 )
 def test_many_rows_are_not_left_to_the_blas_of_the_wheel(
     name: str, products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLX's wheel has the reference BLAS, up to 50 times slower than NumPy's."""
+    """MLX's wheel has the reference BLAS, up to 50 times slower than NumPy's. `@` is not counted."""
     x, w = normal(16, 128), Dense(normal(128, 128))
     of_heads, keys = normal(2, 16, 128), normal(64, 128)
     queries, weights = normal(16, 2, 128), normal(16, 2)
