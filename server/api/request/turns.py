@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import copy_context
+from heapq import heappop, heappush
 from time import monotonic
 from typing import TypeVar
 
@@ -16,6 +17,8 @@ from server.api.error_bodies import ClientGone
 
 # How far back the time that a holder has used counts.
 MEMORY_S = 30.0
+# So much too early an event loop may call.
+TIMER_S = 0.001
 
 T = TypeVar("T")
 
@@ -78,6 +81,7 @@ class Turns:
     ) -> None:
         self._num_free, self._clock = num_places, clock
         self._rest, self._max_rest_s = rest, max_rest_s
+        self._rests_until: list[float] = []  # a heap, by the event loop's clock
         self._lines: dict[str, deque[asyncio.Future[None]]] = {}
         self._paid_until: dict[str, float] = {}  # a holder's time begins `MEMORY_S` ago and grows with use
 
@@ -93,17 +97,23 @@ class Turns:
             used_s = now - started_at
             self._paid_until[holder] = self._age(holder, now) + used_s
             if rest_s := min(self._rest * used_s, self._max_rest_s):
-                asyncio.get_running_loop().call_later(rest_s, self._pass_on)
+                loop = asyncio.get_running_loop()
+                heappush(self._rests_until, loop.time() + rest_s)
+                loop.call_later(rest_s, self._end_rests, loop)
             else:
                 self._pass_on()
 
     async def _enter(self, holder: str) -> None:
+        loop = asyncio.get_running_loop()
+        self._end_rests(loop)
         if self._num_free:
             self._num_free -= 1
             return
-        place = asyncio.get_running_loop().create_future()
+        place = loop.create_future()
         line = self._lines.setdefault(holder, deque())
         line.append(place)
+        if self._rests_until:  # the loop that was to end this rest may have ended itself
+            loop.call_at(self._rests_until[0], self._end_rests, loop)
         try:
             await place
         except asyncio.CancelledError:
@@ -112,6 +122,11 @@ class Turns:
             else:
                 line.remove(place)
             raise
+
+    def _end_rests(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._rests_until and self._rests_until[0] <= loop.time() + TIMER_S:
+            heappop(self._rests_until)
+            self._pass_on()
 
     def _pass_on(self) -> None:
         now = self._clock()

@@ -168,3 +168,9 @@ def test_a_place_rests_after_work_and_no_rest_is_longer_than_the_longest() -> No
     first, second, third = asyncio.run(scenario())
     assert second - first >= 0.05
     assert 0.3 <= third - second < 5
+
+
+def test_a_place_that_rests_is_not_lost_with_its_event_loop() -> None:
+    lane = Lane(1, "test", rest=2, max_rest_s=0.1)
+    for _ in range(3):
+        asyncio.run(asyncio.wait_for(lane.run("one", lambda wanted: spin(0.02)), 3))
