@@ -33,7 +33,7 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
         "-subj",
         "/CN=localhost",
     ]
-    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run(command, check=True, capture_output=True)
     return certificate, key
 
@@ -52,9 +52,9 @@ def test_a_certificate_is_served(certificate: tuple[Path, Path]) -> None:
                 time.sleep(0.01)
             port = listener.getsockname()[1]
             trusted = ssl.create_default_context(cafile=str(cert))
-            assert httpx.get(f"https://localhost:{port}/health", verify=trusted).json() == "ok"
+            assert httpx.get(f"https://127.0.0.1:{port}/health", verify=trusted).json() == "ok"
             with pytest.raises(httpx.ConnectError, match="certificate"):
-                httpx.get(f"https://localhost:{port}/health")
+                httpx.get(f"https://127.0.0.1:{port}/health")
         finally:
             server.should_exit = True
             thread.join()
