@@ -42,8 +42,8 @@ class Pace:
             self._used_s += seconds
             self._wall_s += seconds
         else:  # nobody owes the other anything, but a prompt that comes now need not wait for one more step
-            self._decode_s = self._used_s = self._wall_s = seconds
-            self._part_s = 0.0
+            self._decode_s = self._wall_s = seconds
+            self._used_s = self._part_s = 0.0
             self._undisturbed[width].append(seconds)
 
     def note_layer(self, seconds: float) -> None:
