@@ -105,3 +105,8 @@ def run(model: Model, ids: Sequence[int], cache: SequenceCache) -> Array:
     """Logits [n, V] of the next n tokens of one sequence."""
     hidden = model(mx.array(list(ids), dtype=mx.int32), [Span(cache, 0, len(ids))])
     return np.array(model.logits(hidden))
+
+
+def distance(a: mx.array, b: mx.array) -> float:
+    """How far a lies from b, of the length of b, float32."""
+    return float(mx.linalg.norm(a.astype(mx.float32) - b) / mx.linalg.norm(b))

@@ -57,5 +57,5 @@ GLM5_NEXT = Family(
     computing="models.glm5_next.flash_computing",
     computing_files=("glm5_next/*.py",),
     always_thinks=True,
-    fails_on=("cuda",),  # every token is routed alike on an H200; benchmarks/notes.md
+    fails_on=("cuda",),  # nearly all tokens are routed alike on an H200; benchmarks/notes.md
 )

@@ -26,7 +26,7 @@ from streaming.device_copy import HostRows, fill_slots
 from tests.checkpoints import greedy, open_model, save_packed
 from tests.models.make_golden import GOLDEN, LENGTHS, SEED
 from tests.tiny_glm import SCHEDULES, SHARED, WIDER, make_weights, save_checkpoint, tokens
-from tests.tiny_model import logits
+from tests.tiny_model import distance, logits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,10 +117,6 @@ def pack(shape: tuple[int, ...], mode: str) -> tuple[list[mx.array], mx.array]:
     parts = list(mx.quantize(mx.random.normal(shape).astype(mx.bfloat16), group_size, bits, mode))
     biases = parts[2] if len(parts) == 3 else None
     return parts, mx.dequantize(parts[0], parts[1], biases, group_size, bits, mode, dtype=mx.float32)
-
-
-def distance(a: mx.array, b: mx.array) -> float:
-    return float(mx.linalg.norm(a.astype(mx.float32) - b) / mx.linalg.norm(b))
 
 
 @pytest.mark.skipif(not GPU.has_kernels, reason="kernels are for CUDA")

@@ -17,7 +17,7 @@ from models.glm_moe_dsa import Model
 from tests.checkpoints import greedy, open_model, save_packed
 from tests.models.families.tiny_flash import DSA, FLASH, FLASH_SCHEDULES, KDA, make_flash_weights
 from tests.tiny_glm import save_checkpoint, tokens
-from tests.tiny_model import logits
+from tests.tiny_model import distance, logits
 
 GPU = choose_arithmetic()
 pytestmark = [
@@ -140,7 +140,3 @@ def test_gated_products_are_bounded_in_their_kernel(limit: float) -> None:
     bad = x.astype(mx.float32) * mx.array([1.0, float("nan"), 1.0])[:, None]
     lost = products.multiply(bad.astype(mx.bfloat16), [gate, up], 64, limit=limit)
     assert mx.isnan(lost[1]).all(), "what is no number stays none"
-
-
-def distance(a: mx.array, b: mx.array) -> float:
-    return float(mx.linalg.norm(a.astype(mx.float32) - b) / mx.linalg.norm(b))
